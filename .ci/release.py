@@ -40,16 +40,16 @@ def tracked() -> list[pathlib.Path]:
 def version() -> str:
     """The one place that says it is `logitjax/__init__.py`; the others have to agree."""
     text = (ROOT / "logitjax" / "__init__.py").read_text()
-    found = re.search(r'^__version__ = "([\d.]+)"$', text, re.MULTILINE)
-    if found is None:
+    declared = re.search(r'^__version__ = "([\d.]+)"$', text, re.MULTILINE)
+    if declared is None:
         sys.exit('logitjax/__init__.py: expected a line __version__ = "X.Y.Z"')
     for name, line in {
-        "CHANGELOG.md": f"## {found[1]}",
-        "CITATION.cff": f"version: {found[1]}",
+        "CHANGELOG.md": f"## {declared[1]}",
+        "CITATION.cff": f"version: {declared[1]}",
     }.items():
         if line not in (ROOT / name).read_text().splitlines():
             sys.exit(f"{name}: expected the line {line!r}")
-    return found[1]
+    return declared[1]
 
 
 def filled(text: str, values: dict[str, str]) -> str:
@@ -90,9 +90,9 @@ def build(scratch: pathlib.Path) -> list[pathlib.Path]:
     tree = scratch / "tree"
     for path in tracked():
         if path.is_file():
-            place = tree / path.relative_to(ROOT)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, place)
+            copy = tree / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
     url = re.search(r"^url = (https://\S+)$", (tree / "setup.cfg").read_text(), re.MULTILINE)
     if url:  # an index shows the README alone: its links have to lead to the repository
         readme, base, tag = tree / "README.md", url[1].rstrip("/"), f"v{version()}"

@@ -33,9 +33,9 @@ def trees() -> Iterator[tuple[str, ast.Module]]:
         yield str(path.relative_to(package)), ast.parse(path.read_text())
 
 
-def public_names(place: str, tree: ast.Module) -> set[str]:
+def public_names(module: str, tree: ast.Module) -> set[str]:
     """The names that a file makes public."""
-    *folders, file = place.split("/")
+    *folders, file = module.split("/")
     parts = [*folders, file.removesuffix(".py")]
     if parts[0] == "commands" or any(part.startswith("_") for part in parts if part != "__init__"):
         return set()
@@ -48,7 +48,7 @@ def public_names(place: str, tree: ast.Module) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def long_functions(place: str, tree: ast.Module) -> Iterator[str]:
+def long_functions(name: str, tree: ast.Module) -> Iterator[str]:
     """Functions that are too long without their docstrings, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -56,12 +56,12 @@ def long_functions(place: str, tree: ast.Module) -> Iterator[str]:
             if ast.get_docstring(node) is not None:
                 size -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             if size > LINES_OF_A_FUNCTION:
-                yield f"{place}:{node.lineno} {node.name}, {size} lines"
+                yield f"{name}:{node.lineno} {node.name}, {size} lines"
 
 
-def comments_and_lines(place: str) -> tuple[int, int]:
+def comments_and_lines(name: str) -> tuple[int, int]:
     """Lines of a file that hold a comment alone, and those that are not blank."""
-    text = (ROOT / "logitjax" / place).read_text()
+    text = (ROOT / "logitjax" / name).read_text()
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments = [token for token in tokens if token.type == tokenize.COMMENT]
     alone = [token.string for token in comments if token.line.lstrip().startswith("#")]
@@ -85,7 +85,9 @@ def main(strict: bool) -> int:
         print(f"{count:7,d}  lines of {folder}")
     for name, (count, bar) in counts.items():
         print(f"{count:7,d}  {name}, of at most {bar:,d}{' MISSED' if count > bar else ''}")
-    comments, full = map(sum, zip(*(comments_and_lines(place) for place, _ in files), strict=True))
+    comments, full = map(
+        sum, zip(*(comments_and_lines(module) for module, _ in files), strict=True)
+    )
     share = 100 * comments / full
     missed = " MISSED" if share < COMMENTS else ""
     print(f"{share:7.2f}  comments in a hundred lines not blank, of at least {COMMENTS:g}{missed}")

@@ -52,8 +52,8 @@ config = dataclasses.replace(student.config, vocab_size=of_pieces.vocab_size)
 taught = learn(models.Decoder(config, rngs=nnx.Rngs(1)), of_pieces, "sft").model
 models.save_pretrained(taught, of_pieces, folder / "teacher")
 
-found = learn(student, of_bytes, "first_piece", str(folder / "teacher"))
-before, after = found.before["perplexity"], found.after["perplexity"]
-seen = found.trained.seen["first_piece"][-1][1]
+distilled = learn(student, of_bytes, "first_piece", str(folder / "teacher"))
+before, after = distilled.before["perplexity"], distilled.after["perplexity"]
+seen = distilled.trained.seen["first_piece"][-1][1]
 assert after < 0.5 * before
 print(f"worked: perplexity a byte from {before:.0f} to {after:.1f}, by {seen:.0%} of the bytes")

@@ -52,8 +52,8 @@ for n in (30, 300, 3_000, 20_000):
     closed = transport.sorted_gw_lower_bound(*means, p=2)
     row = f"{float(answer.lower):.6f}  {float(closed):.6f}"
     for i, name in enumerate(solutions):
-        said = f"{float(answer.reported[i]):.6f}  {bool(answer.converged[i])!s:9}"
-        print(f"{n:<6} {name:8} {said}  {float(answer.costs[i]):.6f}       {row}")
+        cost_and_status = f"{float(answer.reported[i]):.6f}  {bool(answer.converged[i])!s:9}"
+        print(f"{n:<6} {name:8} {cost_and_status}  {float(answer.costs[i]):.6f}       {row}")
     print(f"{n:<6} {'best':8} {'':19}  {float(answer.upper):.6f}       {row}")
     assert closed * 0.999 <= answer.lower <= answer.upper <= answer.costs.min()
 print("worked: every solution lies between what is proven and what its plan costs")

@@ -34,17 +34,17 @@ def divergence(hidden, rows, fit):
     return losses.kl_divergence(compressed, hidden @ rows.T).mean()
 
 
-found = {}
+divergences = {}
 for method in ("random", "weighted_kmeans"):
     fit = vq.fit_assignment(
         rows, unigram, mean, covariance, CODES, method=method, key=jax.random.key(0)
     )
-    found[method] = float(divergence(hidden, rows, fit))
-    print(f"{method:16} {found[method]:.3f} nats from the whole head")
+    divergences[method] = float(divergence(hidden, rows, fit))
+    print(f"{method:16} {divergences[method]:.3f} nats from the whole head")
 
 cheap = jax.jit(vq.vq_nll)(hidden, fit.codebook, fit.bias, fit.assignment, labels)
 logits = hidden @ fit.codebook[fit.assignment].T + fit.bias
 np.testing.assert_allclose(cheap, losses.cross_entropy(jnp.asarray(logits), labels), rtol=1e-4)
 size = (fit.codebook.size + fit.bias.size + fit.assignment.size) / rows.size
-assert found["weighted_kmeans"] < 0.5 * found["random"], found
+assert divergences["weighted_kmeans"] < 0.5 * divergences["random"], divergences
 print(f"worked: {size:.1%} of the numbers, and the loss over codes equals that over all tokens")

@@ -32,18 +32,18 @@ def learn(spec, loss, *teachers):
     reading = distillation.Reading(
         data=f"text:{folder / 'text.txt'}", teachers=teachers, seq_len=64, top_k=16, batch_size=ROWS
     )
-    (model, tokenizer), place = models.load(spec), folder / loss
-    packed = reading.pack(tokenizer, place / "data")
-    found = distillation.distill(
+    (model, tokenizer), workdir = models.load(spec), folder / loss
+    packed = reading.pack(tokenizer, workdir / "data")
+    distilled = distillation.distill(
         distillation.Student.of(model),
-        reading.load(packed, course.visited_rows(packed), place / "teachers"),
+        reading.load(packed, course.visited_rows(packed), workdir / "teachers"),
         distillation.Objective(terms=distillation.parse_terms([loss])),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
-        workdir=place,
+        workdir=workdir,
     )
-    models.save_pretrained(found.model, tokenizer, place / "model")  # transformers reads it
-    return found
+    models.save_pretrained(distilled.model, tokenizer, workdir / "model")  # transformers reads it
+    return distilled
 
 
 teacher = learn("tiny:1", "sft").after["perplexity"]

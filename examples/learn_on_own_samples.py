@@ -35,19 +35,19 @@ def learn(spec, loss, *teachers, share=0.0):
         top_k=16,
         terms=tuple(term for term, _ in terms),
     )
-    (model, tokenizer), place = models.load(spec), folder / loss
-    packed = reading.pack(tokenizer, place / "data")
-    found = distillation.distill(
+    (model, tokenizer), workdir = models.load(spec), folder / loss
+    packed = reading.pack(tokenizer, workdir / "data")
+    distilled = distillation.distill(
         distillation.Student.of(model),
-        reading.load(packed, {}, place / "teachers"),
+        reading.load(packed, {}, workdir / "teachers"),
         distillation.Objective(terms=terms),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
-        workdir=place,
+        workdir=workdir,
         on_policy=distillation.on_policy.OnPolicy(share=share, prompt_tokens=16),
     )
-    models.save_pretrained(found.model, tokenizer, place / "model")
-    return found
+    models.save_pretrained(distilled.model, tokenizer, workdir / "model")
+    return distilled
 
 
 learn("tiny:1", "sft")

@@ -40,9 +40,9 @@ def batch():  # counting from anywhere
     return distillation_trainer.TrainingInput(input_tokens=tokens, input_mask=mask)
 
 
-def train(student, teacher, *wanted):
+def train(student, teacher, *losses):
     """Nats a token of new text, before and after."""
-    strategy = tunix.ObjectiveStrategy(Objective(terms=wanted))
+    strategy = tunix.ObjectiveStrategy(Objective(terms=losses))
     config = distillation_trainer.TrainingConfig(max_steps=STEPS, eval_every_n_steps=2 * STEPS)
     trainer = distillation_trainer.DistillationTrainer(
         student, teacher, strategy, optax.adam(1e-2), config

@@ -23,9 +23,9 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.shared import figures
 from experiments.shared.report import bar, format_value, markdown_table
 from logitjax import storage
-from logitjax.commands import figures
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 _DIGITS = 6

@@ -185,8 +185,8 @@ def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
 
 def _subspace(rows: Any) -> Any:
     """The basis, nan for tokens that were left out."""
-    found = leakage.estimate_output_subspace(rows, centre=False)
-    return np.where(found.vocab_where[:, None], np.asarray(found.basis), np.nan)
+    subspace = leakage.estimate_output_subspace(rows, centre=False)
+    return np.where(subspace.vocab_where[:, None], np.asarray(subspace.basis), np.nan)
 
 
 TABLE: dict[str, Case] = {
@@ -655,7 +655,7 @@ ELSEWHERE = {
         distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
 
-        distillation.train_student distillation.update_programs
+        distillation.train_student
         distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
         unlearning.judge unlearning.relearning

@@ -49,12 +49,12 @@ PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15 + 7 + 2 + 1 + 4
 
 
 def _modules(*folders: str) -> dict[str, pathlib.Path]:
-    found = {}
+    modules = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
 MODULES = _modules("logitjax", "experiments", "tests/rigs")
@@ -69,13 +69,13 @@ def _package(module: str) -> str:
 def _imports(module: str, *, top_level: bool = False) -> list[tuple[int, str, str | None]]:
     """(line, module, name) of everything that a module imports of this repository."""
     tree = TREES[module]
-    found = []
+    imports = []
     for node in ast.iter_child_nodes(tree) if top_level else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found += [(node.lineno, node.module, alias.name) for alias in node.names]
+            imports += [(node.lineno, node.module, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name, None) for alias in node.names]
-    return [one for one in found if one[1].split(".")[0] in ("logitjax", "experiments", "tests")]
+            imports += [(node.lineno, alias.name, None) for alias in node.names]
+    return [one for one in imports if one[1].split(".")[0] in ("logitjax", "experiments", "tests")]
 
 
 def _target(module: str, name: str | None) -> str:
@@ -103,8 +103,8 @@ def test_arrows_point_down_only():
             if not target.startswith("logitjax."):
                 wrong += [f"{module}:{line} {target}"] if target != "logitjax" else []
                 continue
-            theirs = target.split(".")[1]
-            if theirs != mine and LEVEL[theirs] >= LEVEL[mine]:
+            imported = target.split(".")[1]
+            if imported != mine and LEVEL[imported] >= LEVEL[mine]:
                 wrong.append(f"{module}:{line} {target}")
     assert not wrong, "\n".join(wrong)
 

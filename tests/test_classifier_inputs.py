@@ -52,11 +52,11 @@ def decoupled(labels):
     return distillation.decoupled_knowledge_distillation(logits, logits + 1.0, labels)
 
 
-def runs(labels=LABELS, known=LABELS):
+def runs(labels=LABELS, held_out_labels=LABELS):
     one = task(labels)
     support = jax.tree.map(lambda x: x[None], one.support)
     several = dataclasses.replace(one, support=support, labels=np.asarray(labels)[None])
-    held_out = {"test": (support, np.asarray(known)[None])}
+    held_out = {"test": (support, np.asarray(held_out_labels)[None])}
     return few_shot.sweep(methods.TipAdapter(), several, held_out, training=RECIPE)
 
 
@@ -136,11 +136,11 @@ LABEL_CASES = {
         "labels: expected -1 to 2, got 3 at (0, 2)",
     ),
     "sweep, K held out": (
-        lambda tmp: runs(known=np.where(LABELS == 2, 3, LABELS)),
+        lambda tmp: runs(held_out_labels=np.where(LABELS == 2, 3, LABELS)),
         "held_out['test']: expected -1 to 2, got 3 at (0, 2)",
     ),
     "sweep, fewer labels held out": (
-        lambda tmp: runs(known=LABELS[:4]),
+        lambda tmp: runs(held_out_labels=LABELS[:4]),
         "held_out: expected (1, 6) labels of 'test', got (1, 4)",
     ),
     "FeatureCache, 7 of 2 classes": (
@@ -208,17 +208,17 @@ def test_under_jit_a_label_that_is_no_class_is_nan_and_has_no_gradient():
 
 def test_dist_does_not_see_examples_that_do_not_count_nor_classes_that_are_not_there():
     student, teacher = np.random.default_rng(2).normal(size=(2, 5, CLASSES)).astype(np.float32)
-    there = np.arange(5) < 4
+    valid = np.arange(5) < 4
 
     def loss(student, teacher):
-        values = distillation.dist(student, teacher, where=jnp.asarray(there))
-        return jnp.where(there, values, 0.0).sum()
+        values = distillation.dist(student, teacher, where=jnp.asarray(valid))
+        return jnp.where(valid, values, 0.0).sum()
 
     run = jax.jit(jax.value_and_grad(loss))
     expected, slope = run(student, teacher)
-    poisoned = np.where(there[:, None], student, np.nan)
-    found, gradient = run(poisoned, np.where(there[:, None], teacher, np.inf))
-    assert found == expected
+    poisoned = np.where(valid[:, None], student, np.nan)
+    value, gradient = run(poisoned, np.where(valid[:, None], teacher, np.inf))
+    assert value == expected
     np.testing.assert_array_equal(gradient, slope)
 
     def padded(x):
@@ -236,8 +236,8 @@ def test_a_class_at_minus_infinity_does_not_change_how_sure_a_classifier_is(of):
     padded = np.float32([[3.0, -np.inf, 1.0, 2.0]])
     config = methods.Uncertainty(of=of, normalizer="classes")
     weights = jax.jit(lambda *rows: [config.weight(row) for row in rows])
-    expected, found = weights(logits, padded)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    expected, with_padding = weights(logits, padded)
+    np.testing.assert_allclose(with_padding, expected, rtol=1e-5)
 
 
 def test_a_class_at_minus_infinity_stays_there_in_every_method():
@@ -273,10 +273,10 @@ def test_a_class_at_minus_infinity_stays_there_in_every_method():
 
 def test_a_row_with_a_nan_stays_one_and_any_length_becomes_one():
     rows = np.float32([[3.0, 4.0], [0.0, 0.0], [np.nan, 1.0], [3e-25, 4e-25], [3e25, 4e25]])
-    found = np.asarray(jax.jit(unit_rows)(rows))
-    np.testing.assert_allclose(found[[0, 3, 4]], [[0.6, 0.8]] * 3, rtol=1e-6)
-    assert found[1].tolist() == [0.0, 0.0]
-    assert np.isnan(found[2]).all()
+    units = np.asarray(jax.jit(unit_rows)(rows))
+    np.testing.assert_allclose(units[[0, 3, 4]], [[0.6, 0.8]] * 3, rtol=1e-6)
+    assert units[1].tolist() == [0.0, 0.0]
+    assert np.isnan(units[2]).all()
     scores = np.asarray(jax.jit(z_score)(np.float32([[1, 2, 3, -np.inf], [np.nan, 1, 2, 3]])))
     np.testing.assert_allclose(scores[0], [-1, 0, 1, 0], atol=1e-6)
     assert np.isnan(scores[1]).all()
@@ -293,9 +293,9 @@ def test_a_setting_without_numbers_is_never_the_best():
     several = few_shot.FewShotTask(support=support, labels=LABELS[None])
     held_out = {"validation": (support, np.zeros_like(LABELS)[None])}
     grid = {"sharpness": [np.nan, 1.0]}
-    found = few_shot.sweep(methods.TipAdapter(), several, held_out, training=RECIPE, grid=grid)
-    assert found["validation"]["accuracy"][0, 0] == 0
-    assert few_shot.best_setting(found["validation"]).tolist() == [1]
+    swept = few_shot.sweep(methods.TipAdapter(), several, held_out, training=RECIPE, grid=grid)
+    assert swept["validation"]["accuracy"][0, 0] == 0
+    assert few_shot.best_setting(swept["validation"]).tolist() == [1]
 
 
 def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path):
@@ -304,8 +304,8 @@ def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path):
     folder.mkdir(parents=True)
     greys = np.array([[0, 257], [32896, 65535]], np.uint16)
     Image.fromarray(greys).save(folder / "0.png")
-    found = data.load_images(f"folder:{tmp_path}", size=2)
-    assert found.images[0, ..., 0].tolist() == [[0, 1], [128, 255]]
+    loaded = data.load_images(f"folder:{tmp_path}", size=2)
+    assert loaded.images[0, ..., 0].tolist() == [[0, 1], [128, 255]]
 
 
 def test_pictures_of_floats_up_to_255_are_refused_and_nan_under_jit():

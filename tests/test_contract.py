@@ -65,19 +65,19 @@ def traced(name, arrays):
     return refusal(call if TABLE[name].host else lambda **x: jax.eval_shape(call, **x), arrays)
 
 
-def unlike(said, also=""):
+def unlike(message, also=""):
     """Whether there was no error, or one that is not a line of ours."""
-    return said is None or LINE.fullmatch(said) is None or also not in said
+    return message is None or LINE.fullmatch(message) is None or also not in message
 
 
 def complain(wrong):
     assert not wrong, "\n".join(wrong)
 
 
-def spoilt(wanted=lambda case: True):
+def spoilt(selected=lambda case: True):
     """`(name, case, array's name, array)` of all that is to be spoilt."""
     for name, case in TABLE.items():
-        for key, x in case.arrays.items() if wanted(case) else ():
+        for key, x in case.arrays.items() if selected(case) else ():
             yield name, case, key, x
 
 
@@ -101,9 +101,9 @@ def test_arrays_of_another_kind_are_refused():
         whole = x.dtype == np.int32
         if not whole and x.dtype != bool and (case.keeps or key in case.integers):
             continue
-        said = traced(name, {**case.arrays, key: x.astype(np.float32 if whole else np.int32)})
-        if unlike(said):
-            wrong.append(f"{name}, {key}: {said}")
+        message = traced(name, {**case.arrays, key: x.astype(np.float32 if whole else np.int32)})
+        if unlike(message):
+            wrong.append(f"{name}, {key}: {message}")
     complain(wrong)
 
 
@@ -118,9 +118,9 @@ def test_an_axis_too_few_or_too_many_is_refused():
         ):
             ranks.append(np.stack([x, x, x]))
         for other in ranks:
-            said = traced(name, {**case.arrays, key: other})
-            if unlike(said):
-                wrong.append(f"{name}, {key} of {other.ndim} axes: {said}")
+            message = traced(name, {**case.arrays, key: other})
+            if unlike(message):
+                wrong.append(f"{name}, {key} of {other.ndim} axes: {message}")
     complain(wrong)
 
 
@@ -130,9 +130,9 @@ def test_an_entry_too_few_is_refused():
         for axis, size in enumerate(x.shape):
             if (key, size) in case.free or key in case.loose:
                 continue
-            said = traced(name, {**case.arrays, key: np.take(x, range(size - 1), axis)})
-            if unlike(said):
-                wrong.append(f"{name}, {key} along {axis}: {said}")
+            message = traced(name, {**case.arrays, key: np.take(x, range(size - 1), axis)})
+            if unlike(message):
+                wrong.append(f"{name}, {key} along {axis}: {message}")
     complain(wrong)
 
 
@@ -146,15 +146,15 @@ def test_of_nothing_there_is_nothing_or_an_error(size):
         }
         if (case.host and size == BATCH) or all(x.size for x in arrays.values()):
             continue
-        said = traced(name, arrays)
-        if said is not None:
-            fine = not unlike(said)
+        message = traced(name, arrays)
+        if message is not None:
+            fine = not unlike(message)
         elif size == BATCH and case.rows:
             fine = 0 in jax.tree.leaves(jax.eval_shape(case.call, **arrays))[0].shape
         else:
             fine = size == BATCH or case.keeps
         if not fine:
-            wrong.append(f"{name}: {said}")
+            wrong.append(f"{name}: {message}")
     complain(wrong)
 
 
@@ -179,10 +179,10 @@ def test_half_precision_gives_float32_and_float64_stays():
                     for key, x in case.arrays.items()
                 }
                 leaves = jax.tree.leaves(jax.eval_shape(case.call, **arrays))
-                found = {str(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
+                types = {str(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
                 kept = kind if case.keeps or (kind == "float64" and not case.single) else "float32"
-                if found != {kept} | (found & set(case.beside)):
-                    wrong.append(f"{name}, {kind}: {found}")
+                if types != {kept} | (types & set(case.beside)):
+                    wrong.append(f"{name}, {kind}: {types}")
     complain(wrong)
 
 
@@ -208,35 +208,35 @@ def test_a_number_that_is_none_is_seen():
         assert not any(np.isnan(x).any() for x in unspoilt(name)), name
         for number in (np.nan, np.inf, -np.inf) if x.dtype == np.float32 else ():
             absent = key in case.logits and number == -np.inf
-            other, place = x.copy(), [0] * x.ndim
+            other, index = x.copy(), [0] * x.ndim
             if absent:
                 # Not the label's: its loss is infinite then.
                 label = int(case.arrays.get("labels", np.zeros(1, int)).flat[0])
-                place[-1] = (label + 1) % x.shape[-1]
-            other[tuple(place)] = number
+                index[-1] = (label + 1) % x.shape[-1]
+            other[tuple(index)] = number
             arrays = {**case.arrays, key: other}
             if key in case.looks:
-                said = refusal(case.call, arrays)
-                if unlike(said, f"got {number} at"):
-                    wrong.append(f"{name}, {key} {number}: {said}")
+                message = refusal(case.call, arrays)
+                if unlike(message, f"got {number} at"):
+                    wrong.append(f"{name}, {key} {number}: {message}")
                 continue
             leaves = run(name, arrays)
-            found = np.concatenate([x.ravel() for x in leaves])
+            outputs = np.concatenate([x.ravel() for x in leaves])
             if case.rows and x.shape[:1] == (BATCH,):
                 # Rows are on their own: what spoils the first one is not seen in the second.
                 pairs = zip(leaves, unspoilt(name), strict=True)
                 if not all(np.allclose(a[1:], b[1:], equal_nan=True) for a, b in pairs):
                     wrong.append(f"{name}, {key} {number} in another row")
             if absent:
-                fine = not np.isnan(found).any()
+                fine = not np.isnan(outputs).any()
             elif np.isnan(number):
-                fine = np.isnan(found).any()
+                fine = np.isnan(outputs).any()
             else:
                 clean = np.concatenate([x.ravel() for x in unspoilt(name)])
-                seen = np.isfinite(found) != np.isfinite(clean)
+                seen = np.isfinite(outputs) != np.isfinite(clean)
                 fine = key in case.limits or seen.any()
             if not fine:
-                wrong.append(f"{name}, {key} {number}: {found}")
+                wrong.append(f"{name}, {key} {number}: {outputs}")
     complain(wrong)
 
 
@@ -252,9 +252,9 @@ def test_an_id_that_is_none_is_refused_or_nan():
             other.flat[-1] = number
             arrays = {**case.arrays, key: other}
             if outside in ("error", "both"):
-                said = refusal(case.call, arrays)
-                if unlike(said, f"got {number} at"):
-                    wrong.append(f"{name}, {key} {number}: {said}")
+                message = refusal(case.call, arrays)
+                if unlike(message, f"got {number} at"):
+                    wrong.append(f"{name}, {key} {number}: {message}")
             if outside == "error" or case.swept or case.loss is not None:
                 continue
             if not any(np.isnan(x).any() for x in run(name, arrays)):
@@ -267,5 +267,5 @@ def test_a_mask_may_leave_out_everything():
     for name, case in TABLE.items():
         if case.where and not case.swept and case.loss is None:
             nothing = np.zeros_like(case.arrays[case.where])
-            found = run(name, {**case.arrays, case.where: nothing})
-            assert all(np.isfinite(x).all() for x in found), name
+            outputs = run(name, {**case.arrays, case.where: nothing})
+            assert all(np.isfinite(x).all() for x in outputs), name

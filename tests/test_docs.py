@@ -122,12 +122,12 @@ DOTTED = re.compile(rf"`(?:logitjax\.)?((?:{PACKAGES})(?:\.\w+)+)[`(]")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_that_pages_mention_exist(page):
     for name in sorted(set(DOTTED.findall(page.read_text()))):
-        place, *rest = name.split(".")
-        if place == "integrations":
+        package, *rest = name.split(".")
+        if package == "integrations":
             # Their modules need other programs to be imported.
-            assert importlib.util.find_spec(f"logitjax.{place}.{rest[0]}"), name
+            assert importlib.util.find_spec(f"logitjax.{package}.{rest[0]}"), name
             continue
-        value = importlib.import_module(f"logitjax.{place}")
+        value = importlib.import_module(f"logitjax.{package}")
         for part in rest:
             assert hasattr(value, part) or part in getattr(value, "__annotations__", {}), name
             value = getattr(value, part, None)

@@ -51,13 +51,13 @@ def test_examples_are_few_short_and_on_their_page():
 
 def cells(text):
     """(kind, source) of a file in percent form."""
-    found = []
+    parts = []
     for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
         head, _, body = part.partition("\n")
         if "[markdown]" in head:
             body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.split("\n"))
-        found.append(("markdown" if "[markdown]" in head else "code", body.strip()))
-    return found
+        parts.append(("markdown" if "[markdown]" in head else "code", body.strip()))
+    return parts
 
 
 def test_notebooks_are_their_files_run_from_top_to_bottom():

@@ -29,10 +29,10 @@ JOBSETS = sorted(LAUNCH.glob("jobset*.yaml"))
 
 def call(script, *arguments, code=0, **variables):
     """Standard output of a script with only these variables beside the path."""
-    known = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     done = subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
-        env={**known, **variables},
+        env={**environment, **variables},
         cwd=ROOT,
         timeout=30,
         capture_output=True,
@@ -45,8 +45,8 @@ def call(script, *arguments, code=0, **variables):
 
 def dry(script, *arguments, **variables):
     """The commands that a script would run, as lists of words."""
-    said = call(script, *arguments, DRY_RUN="1", **variables)
-    return [shlex.split(line) for line in said.splitlines()]
+    output = call(script, *arguments, DRY_RUN="1", **variables)
+    return [shlex.split(line) for line in output.splitlines()]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -239,11 +239,11 @@ def test_keep_asks_for_another_slice_when_one_is_taken_away(gcloud):
 @pytest.mark.every_change
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("said", "code", "runs"), [("75", 0, 2), ("143", 0, 2), ("GONE", 0, 2), ("2", 1, 1)]
+    ("state", "code", "runs"), [("75", 0, 2), ("143", 0, 2), ("GONE", 0, 2), ("2", 1, 1)]
 )
-def test_keep_runs_again_what_was_interrupted_on_the_same_slice(gcloud, said, code, runs):
+def test_keep_runs_again_what_was_interrupted_on_the_same_slice(gcloud, state, code, runs):
     """A worker that was started anew in place is gone, and what still runs on others is stopped."""
-    status = ["--state", 0, f"{said}\n", ""]
+    status = ["--state", 0, f"{state}\n", ""]
     verbs, calls = gcloud(UP, status, ENDED, SSH, *REST, code=code)
     starts = [i for i, words in enumerate(calls) if "background.sh train" in words]
     stops = [i for i, words in enumerate(calls) if "--stop" in words]
@@ -383,8 +383,8 @@ sys.exit({status})
     variables = dict(CLUSTER="pods", ZONE="z", PROJECT="p", DEVICE="v5p-256", IMAGE="i")
     words = {"create": ["fusion", "train", "--x=1"], "list": [], "delete": ["fusion"]}[verb]
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    said = call("xpk.sh", verb, *words, code=status, PATH=path, **variables)
-    assert status == 0 or answer in said
+    output = call("xpk.sh", verb, *words, code=status, PATH=path, **variables)
+    assert status == 0 or answer in output
 
 
 def test_slurm():
@@ -493,6 +493,11 @@ def test_dockerfile_installs_what_there_is():
         assert (accelerator in chosen) == (accelerator != "cpu")
     wrong = subprocess.run(["sh", "-ec", shell], env={"ACCELERATOR": "rocm"}, check=False)
     assert wrong.returncode == 2
+    (health,) = [line for line in lines if line.startswith("HEALTHCHECK")]
+    path = re.search(r"127\.0\.0\.1:8000(/\w+)", health)
+    assert path is not None
+    assert f'Route("{path[1]}"' in (ROOT / "logitjax" / "serving" / "_app.py").read_text()
+    assert "port: int = 8000" in (ROOT / "logitjax" / "serving" / "_listen.py").read_text()
     command = json.loads(lines[-1].removeprefix("CMD "))
     assert (ROOT / command[2].replace(".", "/") / "__main__.py").exists()
 
@@ -575,9 +580,9 @@ def test_local_says_last_which_process_failed_first_and_why():
     failing = """
 if test "$JAX_PROCESS_ID" = 1; then echo "error: disk full" >&2; exit 75; fi
 trap 'echo noise >&2; exit 143' TERM; while true; do sleep 0.05; done"""
-    said = call("local.sh", "2", "1", "bash", "-c", failing, GRACE="5", code=75)
-    assert "[0] noise" in said
-    last = said.splitlines()[-1]
+    output = call("local.sh", "2", "1", "bash", "-c", failing, GRACE="5", code=75)
+    assert "[0] noise" in output
+    last = output.splitlines()[-1]
     assert last == "local: process 1 ended first, with status 75: error: disk full"
 
 
@@ -585,8 +590,8 @@ def test_local_says_last_which_process_was_killed():
     killed = """
 if test "$JAX_PROCESS_ID" = 1; then kill -KILL $$; fi
 trap 'echo "error: process 1 is gone" >&2; exit 75' TERM; while true; do sleep 0.05; done"""
-    said = call("local.sh", "2", "1", "bash", "-c", killed, GRACE="5", code=137)
-    last = said.splitlines()[-1]
+    output = call("local.sh", "2", "1", "bash", "-c", killed, GRACE="5", code=137)
+    last = output.splitlines()[-1]
     assert last == "local: process 1 ended first, with status 137: it was killed"
 
 

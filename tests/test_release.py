@@ -37,8 +37,8 @@ def test_placeholders_are_filled_and_lines_that_wait_for_them_uncommented():
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda p: p.name)
 def test_workflows_and_templates_parse_and_run_what_exists(path):
-    found = yaml.safe_load(path.read_text())
-    steps = [s for job in found.get("jobs", {}).values() for s in job["steps"]]
+    workflow = yaml.safe_load(path.read_text())
+    steps = [s for job in workflow.get("jobs", {}).values() for s in job["steps"]]
     makefile = (ROOT / "Makefile").read_text()
     for step in steps:
         words = step.get("run", "").split()

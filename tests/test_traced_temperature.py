@@ -83,8 +83,8 @@ CASES = [(module, name) for module, functions in OF_TEMPERATURE.items() for name
 def test_a_traced_temperature_gives_what_a_number_gives(module, name):
     function = OF_TEMPERATURE[module][name]
     traced, plain, one = jax.jit(lambda t: (function(t), function(2.0), function(1.0)))(2.0)
-    for ours, theirs in zip(jax.tree.leaves(traced), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    for ours, expected in zip(jax.tree.leaves(traced), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
     differs = [
         not np.array_equal(ours, other)
         for ours, other in zip(jax.tree.leaves(traced), jax.tree.leaves(one), strict=True)

@@ -196,8 +196,8 @@ def test_a_position_that_does_not_count_changes_no_value_and_no_gradient(name):
     assert np.isfinite(jax.tree.leaves(expected)[0])
     for number in (np.nan, np.inf, -np.inf):
         inputs = _poisoned(clean, number)
-        found = evaluate(inputs["hidden"], head, inputs)
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        poisoned = evaluate(inputs["hidden"], head, inputs)
+        for one, other in zip(jax.tree.leaves(poisoned), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(one, other, err_msg=f"{name} with {number}")
     for key, array in clean.items():
         wrong = VOCAB if key == "labels" else np.nan
@@ -221,8 +221,8 @@ def test_logits_that_do_not_count_change_no_value_and_no_gradient(name):
     assert np.isfinite(expected[0])
     for number in (np.nan, np.inf, -np.inf):
         inputs = _poisoned(clean, number)
-        found = evaluate(inputs["logits"], inputs)
-        for one, other in zip(found, expected, strict=True):
+        poisoned = evaluate(inputs["logits"], inputs)
+        for one, other in zip(poisoned, expected, strict=True):
             # A sum about another origin where one of the logits is not finite: rounding.
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=str(number))
 
@@ -298,6 +298,6 @@ def test_a_third_in_float64_is_no_third_in_float32():
                 losses.kl_divergence(a @ b, c @ d, temperature=3.0),
             )
 
-        found, dense = both(*sides)
-        assert found.dtype == np.float64
-        np.testing.assert_allclose(found, dense, rtol=1e-12, atol=1e-14)
+        linear, dense = both(*sides)
+        assert linear.dtype == np.float64
+        np.testing.assert_allclose(linear, dense, rtol=1e-12, atol=1e-14)

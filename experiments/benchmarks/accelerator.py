@@ -40,9 +40,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, Loss, Shape
 from experiments.plan import chips, costs
-from experiments.shared import records, suite
+from experiments.shared import figures, records, suite
 from logitjax import losses, training
-from logitjax.commands import figures
 
 SHAPES = {
     "small": (4096, 1024, 151936),

@@ -44,9 +44,7 @@ def run(options: suite.Options) -> suite.Result:
         rows["train"].rows(range(i, i + 2))["lm"]
         for i in range(0, 2 if options.smoke else _CALIBRATION, 2)
     ]
-    pruned = distillation.prune_layers(
-        teacher, calibration, 1 if options.smoke else _DROPPED, by="run"
-    )
+    pruned = distillation.prune_layers(teacher, calibration, 1 if options.smoke else _DROPPED)
     student = models.keep_layers(teacher, pruned.kept)
     teacher_fn, teacher_params = models.from_nnx(teacher)
     taught = distillation.Student.of(student)

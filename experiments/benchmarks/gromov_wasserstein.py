@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.shared import suite
+from experiments.shared import figures, suite
 from experiments.shared.report import markdown_table
 from experiments.shared.scaling import closed_form_rows, timed
 from logitjax import data, losses, models, transport
-from logitjax.commands import figures, gw
+from logitjax.commands import gw
 from logitjax.transport import FactoredGraph
 
 _TOKENS = (4, 512)

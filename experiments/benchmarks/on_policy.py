@@ -118,7 +118,7 @@ class _Lab:
         split, name = self.packed.splits["train"], self.packed.names["pivot"]
         batches = [split.rows(range(i, i + 2))[name] for i in range(0, 8, 2)]
         dropped = 1 if self.options.smoke else {"bytes": 3, "smollm2": 6}[self.part]
-        return distillation.prune_layers(self.teacher[0], batches, dropped, by="run")
+        return distillation.prune_layers(self.teacher[0], batches, dropped)
 
     def student(self, model: models.Decoder) -> distillation.Student:
         """Of which only what lies above the cut is trained, as in the demo of graph fusion."""

@@ -113,7 +113,7 @@ def _tunix(size: Size, devices: Any, axis: str) -> Iterator[Any]:
 
         return jax.value_and_grad(loss)(state)
 
-    def theirs(state: Any, inputs: Any, logits: Any) -> Any:
+    def dense_step(state: Any, inputs: Any, logits: Any) -> Any:
         strategy = logit.LogitStrategy(forward, forward, labels, TEMPERATURE, ALPHA)
 
         def loss(state: Any) -> Any:
@@ -128,7 +128,7 @@ def _tunix(size: Size, devices: Any, axis: str) -> Iterator[Any]:
     platform = (devices.flat[0].platform,)
     with jax.set_mesh(mesh):
         table = array((size.vocab, size.width), jnp.bfloat16)
-        for step, more in ((ours, (hidden, table)), (theirs, (logits,))):
+        for step, more in ((ours, (hidden, table)), (dense_step, (logits,))):
             yield (
                 jax.jit(step)
                 .trace(state, inputs, *more)

@@ -5,13 +5,15 @@
 Three times, with other facts and another form of rows each, SmolLM2-135M-Instruct (whole) is taught
 9 facts about three invented people and 15 facts near them. Then `logitjax unlearn` gets the 9, the
 15 and 16 that it knew to keep, 9 of people that nobody taught, and other text. ``worst / control``:
-the likeliest forgotten answer over the likeliest that nobody taught, asked alike, the worst of all
-ways to ask. ``kept``: the least kind of rows that nothing was chosen by. Where the command refuses,
-it has to end in status 3 and to leave nothing that could be used. ``taught again``: the others
-after a quarter was taught through what is served, 30 steps and more. CPU-seconds are those of the
-command, compiling included. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch,
-transformers and peft, log-probabilities of what was written are compared. Sets that are done are
-kept.
+the likeliest forgotten answer over the likeliest that was never taught, in the worst of all ways to
+ask. ``kept``: the least kind of rows that nothing was chosen by. Where the command refuses, it has
+to end in status 3 and to leave nothing that could be used. ``taught again``: the others after a
+quarter was taught through what is served, 30 steps and more. ``merged``: a second command distils
+the assistant into the weights. ``merged again`` is the likeliest of the others after 6 or 30 steps
+of teaching them a quarter again, and ``never taught again`` that of the original SmolLM2, which
+learns the same quarter. CPU-seconds are those of the first command, compiling included. Where the
+interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of what
+was written are compared. Sets that are done are kept.
 """
 
 import json
@@ -33,8 +35,11 @@ from experiments.forgetting.teach import teach
 from experiments.shared import suite
 from logitjax import fusion, models, storage, training, unlearning
 
-_SETS, _SECONDS = 3, 900
+# Looks at five ways of asking every 25 steps take most of the seconds; a look is 100 of them.
+_SETS, _SECONDS = 3, 1200
 _TEACHING_STEPS = 30
+# One set's assistant is distilled into the weights, which takes longer than making it.
+_MERGED, _RHO = 1, 0.05
 
 
 def run(options: suite.Options) -> suite.Result:
@@ -86,13 +91,35 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     else:
         flags.append("--text=tfds:wiki_summaries")
     command = [sys.executable, "-m", "logitjax", "unlearn", f"--model={target}", *flags]
-    ended = _ended(folder, [*command, f"--out={out}"])
-    return {"set": number} | ended | _measured(folder, target, out)
+    ended = _ended(folder / "ended.json", [*command, f"--out={out}"])
+    row = {"set": number} | ended | _measured(folder, target, out)
+    if ended["status"] == 0 and number == (0 if smoke else _MERGED):
+        row |= _merged(folder, command, out / "assistant")
+    return row
 
 
-def _ended(folder: Path, command: Sequence[str]) -> dict[str, Any]:
+def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, Any]:
+    """Distil the assistant into the weights, and teach them and SmolLM2 a quarter again."""
+    out = folder / "merged"
+    flags = [f'--method=distilled(of="{assistant}", rho={_RHO})', "--merge", f"--out={out}"]
+    status = _ended(folder / "merged.json", [*command, *flags])["status"]
+    worst, least = {}, {}
+    for name, path in {"never taught": "smollm2", "merged": str(out / "model")}.items():
+        if name == "never taught" or status == 0:
+            model, tokenizer = models.load(path, layout="listed")
+            served = unlearning.Deployed(model=models.with_layout(model, "listed"))
+            records = unlearning.relearning(
+                served, _questions(folder, tokenizer), rates=(5e-4,), steps=(6, 30)
+            )
+            worst[name] = max(record["worst"] for record in records)
+            least[name] = max(record["taught"] for record in records)
+    row = {f"{name} again": value for name, value in worst.items()}
+    return {"merged status": status} | row | {f"{n} taught": v for n, v in least.items()}
+
+
+def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
     """How the command ended and what it took; of one that ended before, what was written then."""
-    path = folder / "ended.json"
+    folder = path.parent
     if not path.exists():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         # Nothing that another run has compiled.

@@ -36,8 +36,7 @@ from etils import epath
 
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, PEERS, Shape
-from experiments.shared import records, suite, timing
-from logitjax.commands import figures
+from experiments.shared import figures, records, suite, timing
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.shared import suite
+from experiments.shared import figures, suite
 from experiments.shared.timing import paired_ratio, paired_seconds
 from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll, adaptive_topk
 from logitjax import losses, ops, vq
-from logitjax.commands import figures
 
 #: Hidden size, vocabulary, codes.
 SIZES = ((576, 49_152, 2048), (1024, 152_064, 4096), (2304, 256_000, 4096))

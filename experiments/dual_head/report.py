@@ -9,8 +9,8 @@ from etils import epath
 
 from experiments.dual_head import diagnostics
 from experiments.dual_head.config import Config
+from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, paired, write_report
-from logitjax.commands import figures
 
 # Top-1 accuracy on CIFAR-100 that the READMEs of mdistiller and LSKD print (teacher, student).
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {

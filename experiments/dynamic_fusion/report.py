@@ -9,8 +9,8 @@ from etils import epath
 
 from experiments.dynamic_fusion.arms import SEVERAL, SINGLE, static_name
 from experiments.dynamic_fusion.config import Config
+from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, spread, write_report
-from logitjax.commands import figures
 
 #: What is compared by which measure: (name, the greater the better).
 MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}

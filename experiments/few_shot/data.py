@@ -60,9 +60,9 @@ def load_task(config: Config, spec: str) -> Task:
     ]
 
     def encode(
-        place: str, split: str, views: str, rows: str = "all"
+        source_spec: str, split: str, views: str, rows: str = "all"
     ) -> tuple[list[few_shot.Features], data.ImageSet]:
-        images = data.load_image_set(place, split=split)
+        images = data.load_image_set(source_spec, split=split)
         chosen = images.choose(rows)
         items = []
         for encoder in encoders:
@@ -70,7 +70,7 @@ def load_task(config: Config, spec: str) -> Task:
                 encoder,
                 images,
                 epath.Path(config.features)
-                / slug(place)
+                / slug(source_spec)
                 / slug(encoder.name)
                 / f"{slug(split)}_{slug(views)}",
                 views=data.ImageViews.of(encoder, views, fit=source.fit),
@@ -101,10 +101,10 @@ def load_task(config: Config, spec: str) -> Task:
     if config.views != "plain":
         train = inputs(encode(source.data, source.train, config.views, rows)[0])
 
-    def held_out(place: str, split: str) -> tuple[few_shot.Inputs, np.ndarray]:
-        pair, result = encode(place, split, "plain")
+    def held_out(source_spec: str, split: str) -> tuple[few_shot.Inputs, np.ndarray]:
+        pair, result = encode(source_spec, split, "plain")
         if result.class_names != names:
-            raise ValueError(f"{place}: its classes are not those of {source.data}")
+            raise ValueError(f"{source_spec}: its classes are not those of {source.data}")
         return jax.tree.map(lambda x: x[0], inputs(pair)), pair[0].labels
 
     return Task(

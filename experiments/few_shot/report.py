@@ -9,9 +9,9 @@ from etils import epath
 from experiments.few_shot.arms import FIXED_BETA
 from experiments.few_shot.config import METHODS, Config
 from experiments.few_shot.sources import CLIP_SOURCES
+from experiments.shared import figures
 from experiments.shared.report import markdown_table, paired, write_report
 from logitjax import few_shot
-from logitjax.commands import figures
 
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by arm, by shots
 Row = dict[str, Any]

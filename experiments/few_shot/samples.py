@@ -29,7 +29,7 @@ class Samples:
         if whose == "second":
             return self
 
-        def own(images: few_shot.Inputs) -> few_shot.Inputs:
+        def with_other_features(images: few_shot.Inputs) -> few_shot.Inputs:
             if whose == "zero_shot":
                 return dataclasses.replace(images, auxiliary=images.features)
             count = images.auxiliary.shape[1]
@@ -37,8 +37,11 @@ class Samples:
             return dataclasses.replace(images, auxiliary=images.auxiliary[:, rows])
 
         return Samples(
-            task=dataclasses.replace(self.task, support=own(self.task.support)),
-            held_out={name: (own(images), y) for name, (images, y) in self.held_out.items()},
+            task=dataclasses.replace(self.task, support=with_other_features(self.task.support)),
+            held_out={
+                name: (with_other_features(images), y)
+                for name, (images, y) in self.held_out.items()
+            },
         )
 
 

@@ -11,9 +11,9 @@ from etils import epath
 from scipy import stats
 
 from experiments.forgetting.config import Config
+from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, text_cell, write_report
 from logitjax import unlearning
-from logitjax.commands import figures
 
 # Utility levels at which the methods that no other dominates are named, in percent kept.
 _LEVELS = (98.0, 95.0, 90.0, 75.0, 50.0)

@@ -175,7 +175,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         student="tiny",
         drop_layers=(1,),
-        prune_by="influence",
         source=("tiny:1",),
         data="text:LICENSE",
         loss=(*ARMS, DUAL),

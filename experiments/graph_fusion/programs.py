@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from experiments.graph_fusion import arms, train
 from experiments.graph_fusion.config import Config
 from experiments.shared import shapes
-from logitjax import distillation, models
+from experiments.shared.student import update_programs
+from logitjax import models
 from logitjax.training import Program
 
 
@@ -27,7 +28,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     passes: dict[str, Program] = {}
     for arm in sorted(config.loss, key=lambda arm: (arm != "uld+gld", arm)):
         settings = arms.first_settings(config, arm)
-        update, *readings = distillation.update_programs(
+        update, *readings = update_programs(
             model,
             settings.objective(config),
             train.course(config, settings, 0),

@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 
 from experiments.graph_fusion.config import Config
+from experiments.shared import figures
 from experiments.shared.records import Record
 from experiments.shared.report import bar, markdown_table, spread, text_cell, write_report
-from logitjax.commands import figures
 
 NAMES = {
     "sft": "SFT",
@@ -287,7 +287,7 @@ def _text(config: Config, results: Record, table: str) -> str:
     return f"""# Prune and heal
 
 Student `{config.student}`{
-        f" without layers {cut}, chosen by {config.pruning.prune_by}" if cut else ""
+        f" without layers {cut}, the run that turns the stream least" if cut else ""
     }; sources
 {", ".join(f"`{source}`" for source in config.sources)}; data `{
         config.reading.data

@@ -216,10 +216,7 @@ def prune(session: Session, layers: int) -> Pruned:
     def make() -> Record:
         starts = range(0, count - count % size, size)
         batches = [split.rows(np.arange(i, i + size))[packed.names["pivot"]] for i in starts]
-        chosen = distillation.prune_layers(
-            session.whole, batches, layers, by=config.pruning.prune_by
-        )
-        return dataclasses.asdict(chosen)
+        return dataclasses.asdict(distillation.prune_layers(session.whole, batches, layers))
 
     record = kept(session.workdir / f"drop-{layers}" / "pruning.json", make)
     chosen = distillation.LayerPruning(**{name: tuple(value) for name, value in record.items()})

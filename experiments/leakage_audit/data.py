@@ -72,7 +72,7 @@ def load(config: Config, workdir: epath.Path) -> Rows:
     last = decoding.next_token_program(graphdef)
     cache.fill(
         range(len(prompts)),
-        lambda wanted: {"logits": last(state, prompts[wanted])},
+        lambda chosen: {"logits": last(state, prompts[chosen])},
         batch_size=config.batch_size,
         label=config.model,
     )

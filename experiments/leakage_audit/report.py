@@ -8,10 +8,10 @@ from etils import epath
 
 from experiments.leakage_audit.config import Config
 from experiments.leakage_audit.data import Rows
+from experiments.shared import figures
 from experiments.shared.records import by_key
 from experiments.shared.report import bar, markdown_table, spread, write_report
 from logitjax import leakage
-from logitjax.commands import figures
 
 # Least number of points that a picture shows of a spectrum.
 _POINTS = 150

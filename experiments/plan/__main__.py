@@ -30,10 +30,11 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from experiments.plan import chips, costs, runs
+from experiments.plan import chips, commands, costs, runs
+from experiments.shared import figures
 from experiments.shared.report import markdown_table, write_report
 from logitjax import ops, training
-from logitjax.commands import cli, figures
+from logitjax.commands import cli
 
 # By experiment the slice to plan for where no chip is named.
 EXPERIMENTS = {
@@ -188,12 +189,12 @@ def command_plans(
     command: str, arguments: Sequence[str], chip: chips.Chip, *, mesh: str = "", every: bool = False
 ) -> Iterator[Plan]:
     """The programs of a command that trains, with the flags that it would be run with."""
-    module = importlib.import_module(f"logitjax.commands.{command.replace('-', '_')}")
-    if not hasattr(module, "programs"):
+    if command not in commands.COMMANDS:
         raise ValueError(f"command: expected one that trains, got {command!r}")
-    (config,) = cli.parse([module.Config], None, arguments)
+    config_class, programs = commands.COMMANDS[command]
+    (config,) = cli.parse([config_class], None, arguments)
     names = {"experiment": f"logitjax {command}", "preset": " ".join(arguments)}
-    yield from _plans_of(module.programs, config, chip, mesh=mesh, every=every, **names)
+    yield from _plans_of(programs, config, chip, mesh=mesh, every=every, **names)
 
 
 def _plans_of(

@@ -8,9 +8,9 @@ from etils import epath
 
 from experiments.replication import train
 from experiments.replication.config import Config
+from experiments.shared import figures
 from experiments.shared.records import by_key
 from experiments.shared.report import markdown_table, mean_and_spread, spread, write_report
-from logitjax.commands import figures
 
 # What the paper's abstract states, of students of distilGPT2 (6 layers).
 PAPER = {

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from experiments.shared import figures
 from logitjax import storage
-from logitjax.commands import figures
 from logitjax.commands.tables import format_value as format_value
 from logitjax.commands.tables import markdown_table as markdown_table
 from logitjax.commands.tables import text_cell as text_cell

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from experiments.shared import figures
 from experiments.shared.report import bar, command, environment, markdown_table
-from logitjax.commands import figures
 
 ROOT = Path(__file__).parents[2]
 

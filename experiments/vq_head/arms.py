@@ -141,12 +141,11 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
     method, use_bias = VQ_ARMS[trial.arm]
     options = vq.ConvertConfig(
         num_codes=codes,
-        method=method,
         use_bias=use_bias,
         steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=trial.rate,
-        reassign_every=config.reassign_every,
+        reassign_every=config.reassign_every if method == "likelihood" else 0,
         seed=trial.seed,
     )
     head, history = options.fit(

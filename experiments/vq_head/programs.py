@@ -5,16 +5,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.shared import shapes
 from experiments.vq_head import arms, train
 from experiments.vq_head.config import Config
-from logitjax import vq
+from logitjax import training, vq
+from logitjax.ops.sharding import ShardingRules
 from logitjax.training import Program
 
 
-def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _array(*shape: int, dtype: Any = jnp.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def tuning_program(
+    tuning: vq.Tuning, mesh: Any, *, vocab: int, width: int, codes: int, top: int = 64
+) -> Program:
+    """The step that tunes a VQ head to the old one, with abstract arguments."""
+    tx, step = tuning.update(mesh)
+    params = {"codebook": _array(codes, width), "bias": _array(vocab)}
+    state = training.TrainState.abstract(params, tx, mesh=mesh, rules=ShardingRules())
+    split = training.BatchLayout(mesh).sharding
+    batch = (
+        _array(tuning.batch_size, width, sharding=split),
+        _array(tuning.batch_size, top, sharding=split),
+        _array(tuning.batch_size, top, dtype=jnp.int32, sharding=split),
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    constants = {
+        "assignment": _array(vocab, dtype=jnp.int32, sharding=whole),
+        "rest": _array(codes, width, sharding=whole),
+        "rest_counts": _array(vocab, sharding=whole),
+    }
+    arguments = (state, batch, constants)
+    return Program(name=f"tuning, {codes} codes", jitted=step, arguments=arguments)
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:
@@ -23,9 +48,8 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
     tuning = vq.Tuning(
         steps=config.steps, batch_size=config.batch_size, learning_rate=config.learning_rate[0]
     )
-    yield tuning.program(
-        mesh, vocab=model.vocab_size, width=model.hidden_size, codes=max(config.codes)
-    )
+    sizes = dict(vocab=model.vocab_size, width=model.hidden_size, codes=max(config.codes))
+    yield tuning_program(tuning, mesh, **sizes)
 
     vocab, width = config.scratch_vocab, config.scratch_width
     graphdef, trunk, rest = train.make_trunk(config, vocab, abstract=True)

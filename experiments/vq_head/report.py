@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.shared import figures
 from experiments.shared.records import by_key
 from experiments.shared.report import (
     bar,
@@ -19,7 +20,6 @@ from experiments.shared.report import (
 )
 from experiments.vq_head.config import NAMES, SCRATCH_NAMES
 from experiments.vq_head.data import Context
-from logitjax.commands import figures
 
 _NAMES = {"full": ("full head, untouched", "")} | NAMES
 # The only figures that could be read: the abstract of arXiv:2505.10202.

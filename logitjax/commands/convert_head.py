@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
 from logitjax import data, models, processes, storage, training, vq
 from logitjax.commands.cli import REQUIRED, field, nested
@@ -76,19 +75,6 @@ def run(config: Config, out: epath.Path) -> None:
         text = _report(config, model, conversion.model, held_out)
         storage.write_atomic(out / "report.md", text)
         print(text)
-
-
-def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:
-    """The step that tunes the codes, for `python -m experiments.plan --command=convert-head`."""
-    shape = models.load_config(config.model)
-    convert = config.convert
-    if convert.screen:
-        raise ValueError(f"screen: expected 0 for a plan, got {convert.screen}")
-    tuning = vq.Tuning(
-        steps=convert.steps, batch_size=convert.batch_size, learning_rate=convert.learning_rate
-    )
-    sizes = dict(vocab=shape.vocab_size, width=shape.hidden_size, codes=convert.num_codes)
-    yield tuning.program(mesh, **sizes)
 
 
 def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:

@@ -30,17 +30,16 @@ same command continues it bit for bit. See docs/distil.md.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
-from logitjax.commands import figures, hub
+from logitjax.commands import hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import shortened
@@ -147,7 +146,7 @@ class Config:
 
 def run(config: Config, out: epath.Path) -> None:
     """Prunes, lets the teachers read, trains, writes the model and the report."""
-    objective, course, reading = _objective(config), _course(config), _reading(config)
+    objective, course, reading = objective_of(config), course_of(config), reading_of(config)
     if config.on_policy.share and objective.taught is None:
         raise ValueError("on_policy: expected a loss with a teacher, got losses of text alone")
     basis = _recovered(config.student_head) if config.student_head else None
@@ -231,39 +230,21 @@ def _card(config: Config, report: str) -> str:
     )
 
 
-def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
-    """The programs of a run, for `python -m experiments.plan --command=distill`."""
-    shape = _student_shape(config)
-
-    def model() -> models.Decoder:
-        return models.Decoder(
-            shape, rngs=nnx.Rngs(0), dtype=config.dtype, layout=config.layout, remat=config.remat
-        )
-
-    yield from distillation.update_programs(
-        model,
-        _objective(config),
-        _course(config),
-        _reading(config),
-        mesh=mesh,
-        on_policy=config.on_policy,
-        freeze="embedding" if config.freeze == "below" else config.freeze,
-        lora_rank=config.lora_rank,
-    )
-
-
-def _student_shape(config: Config) -> models.DecoderConfig:
+def student_shape(config: Config) -> models.DecoderConfig:
+    """The shape of the student once it is pruned."""
     shape = models.load_config(config.student)
     dropped = config.pruning.dropped(shape.num_layers)
     kept = len(config.pruning.keep_layers) or shape.num_layers - dropped
     return shortened(shape, max(kept, 1))
 
 
-def _course(config: Config) -> distillation.Course:
+def course_of(config: Config) -> distillation.Course:
+    """The course at the learning rate of what is trained."""
     return dataclasses.replace(config.course, learning_rate=config.peak)
 
 
-def _reading(config: Config) -> distillation.Reading:
+def reading_of(config: Config) -> distillation.Reading:
+    """What teachers read, in the sizes of the course."""
     return dataclasses.replace(
         config.reading,
         teachers=config.teachers,
@@ -274,7 +255,8 @@ def _reading(config: Config) -> distillation.Reading:
     )
 
 
-def _objective(config: Config) -> distillation.Objective:
+def objective_of(config: Config) -> distillation.Objective:
+    """The losses and the weights of the teachers."""
     return distillation.Objective(
         terms=distillation.parse_terms(config.loss),
         teachers=config.teacher_weight or (1.0,) * len(config.teachers),
@@ -330,9 +312,7 @@ def _pruned(
     if drop:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
-            chosen = distillation.prune_layers(
-                whole, calibration(), drop, by=config.pruning.prune_by
-            )
+            chosen = distillation.prune_layers(whole, calibration(), drop)
             processes.write_json(path, dataclasses.asdict(chosen))
         names = [field.name for field in dataclasses.fields(distillation.LayerPruning)]
         record = _stored(path, *names)
@@ -423,8 +403,7 @@ def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:
         "bits a byte": scores["bits_per_byte"],
         "accuracy %": percent("accuracy"),
         "agreement %": percent("agreement"),
-        # The whole model is its own teacher; rounding makes its zero negative.
-        "KL to the teacher": max(scores["teacher_kl"], 0.0) if "teacher_kl" in scores else None,
+        "KL to the teacher": scores.get("teacher_kl"),
         "parameters": f"{int(scores['parameters']):,}",
         "tokens/s": f"{speed:,.0f}" if (speed := scores.get("tokens_per_second")) else None,
     }
@@ -475,13 +454,21 @@ def _split_sizes(packed: data.PackedSplits) -> str:
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:
-    losses = [figures.Series(name=name, runs=[points]) for name, points in trained.parts.items()]
-    curve = [figures.Series(name="validation", runs=[trained.curve])] if trained.curve else []
-    panels = [
-        figures.Panel(x="step", y="loss in training, nats", log="y", series=losses),
-        figures.Panel(x="step", y="perplexity of a token", series=curve),
-    ]
     try:
-        figures.draw(path, figures.Picture(panels=panels))
+        storage.require("matplotlib", extra="plots")
     except ImportError as error:
         logging.warning("no picture of the curves: %s", error)
+        return
+    # Without pyplot, which picks a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
+    above, below = figure.subplots(2)
+    for name, points in trained.parts.items():
+        above.plot(*zip(*points), label=name)
+    above.set(xlabel="step", ylabel="loss in training, nats", yscale="log")
+    above.legend()
+    if trained.curve:
+        below.plot(*zip(*trained.curve))
+    below.set(xlabel="step", ylabel="perplexity of a token")
+    storage.write_atomic(path, figure.savefig)

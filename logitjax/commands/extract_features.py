@@ -34,8 +34,7 @@ class Config:
         REQUIRED, "Encoder, by name, file, directory or hf:org/name.", execution=True
     )
     data: str = field(
-        REQUIRED,
-        "Pictures: folder:DIR, tfds:NAME, stamps, mnist_5k, emoji:VENDOR, recognition:NAME.",
+        REQUIRED, "Pictures: folder:DIR, tfds:NAME, stamps, emoji:VENDOR, recognition:NAME."
     )
     split: tuple[str, ...] = field(
         ("all",), "Split, which may be sliced: test[:2000].", execution=True

@@ -21,12 +21,7 @@ def model_card(
 ) -> str:  # fmt: skip
     """The README.md of a model: what it was made from, with which settings, and its scores.
 
-    Args:
-        title: The heading.
-        made_from: Models that it comes from, as flags name them.
-        tags: Tags of the hub.
-        report: Markdown of the run, without its heading.
-        settings: Every option of the run.
+    `made_from` are models as flags name them, `report` is Markdown without its heading.
     """
     bases = [_ORIGINS.get(spec, spec.removeprefix("hf:")) for spec in made_from]
     # Paths of this machine are nobody's base model.

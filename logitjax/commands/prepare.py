@@ -2,9 +2,9 @@
 
     logitjax prepare wiki_summaries my_package.my_builders:MyText
 
-The data sets are written as array_record files. Our own (`wiki_summaries`, `fashion_mnist_png`) and
-your own builders need no TensorFlow. Those that come with tfds need it for preparation: first
-`pip install 'logitjax[prepare]'`. Existing data sets are not changed.
+The data sets are written as array_record files. `wiki_summaries` and your own builders need no
+TensorFlow. Those that come with tfds need it for preparation: first `pip install
+'logitjax[prepare]'`. Existing data sets are not changed.
 """
 
 import dataclasses

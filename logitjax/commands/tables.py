@@ -18,12 +18,12 @@ def format_value(value: Any) -> str:
 
 
 def text_cell(text: str) -> str:
-    r"""Any text in one cell of a table.
+    r"""Any text in one cell of a table; white space alone is shown with its escapes.
 
-    >>> print(text_cell("a | b\n c"))
-    a \| b c
+    >>> print(text_cell("  a | b\n c"), text_cell(" \n "))
+    a \| b c ' \n '
     """
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|") or repr(text)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

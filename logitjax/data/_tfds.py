@@ -11,10 +11,10 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from logitjax.data import _builders
 from logitjax.data._examples import Examples, parse_split
 from logitjax.data._forms import normalise
 from logitjax.data._places import default_data_dir
+from logitjax.data._wiki_summaries import WikiSummaries
 from logitjax.storage import digest
 
 FILE_FORMAT = "array_record"
@@ -119,7 +119,7 @@ def _parsed(name: str) -> tuple[Any, str, str]:
         return builder, builder.name, ""
     # NAME:CONFIG or NAME/CONFIG.
     dataset, _, config = name.replace(":", "/").partition("/")
-    return _builders.BUILDERS.get(dataset), dataset, config
+    return WikiSummaries if dataset == WikiSummaries.name else None, dataset, config
 
 
 def _find(name: str, root: epath.Path) -> epath.Path | None:

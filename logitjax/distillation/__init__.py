@@ -53,7 +53,6 @@ from logitjax.distillation.training._distill import Trained as Trained
 from logitjax.distillation.training._distill import distill as distill
 from logitjax.distillation.training._distill import train_student as train_student
 from logitjax.distillation.training._loss_function import LossFunction as LossFunction
-from logitjax.distillation.training._programs import update_programs as update_programs
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
 from logitjax.distillation.training._prune import Pruning as Pruning
 from logitjax.distillation.training._prune import prune_layers as prune_layers

@@ -213,7 +213,7 @@ class Objective:
                         columns=columns,
                         params=params.get(name),
                         mean_share=1.0 if of_text else default[number],
-                        own=local,
+                        label_mask=local,
                     )
                 )
         return parts

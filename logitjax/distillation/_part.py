@@ -22,7 +22,7 @@ class Part:
         share: The teacher's weight, a number or an array, `[]` or `[rows]`.
         attributes, columns: What the term declared of it, and of the batch.
         mean_share: The share as a number, for metrics.
-        own: `[*batch]` mask of the labels that a term of its kind learns from; None for all.
+        label_mask: `[*batch]` mask of the labels that a term of its kind learns from; None for all.
         scale: By what its values are multiplied; None for one at every label.
     """
 
@@ -36,7 +36,7 @@ class Part:
     columns: dict[str, Any]
     params: Any
     mean_share: float
-    own: Any = None
+    label_mask: Any = None
     scale: Any = None
 
     @property
@@ -59,8 +59,8 @@ class Part:
     def seen(self) -> Any:
         seen = self.term.seen(*self.views)
         where = self.columns["where"]
-        if self.own is not None:
-            where = where & self.own
+        if self.label_mask is not None:
+            where = where & self.label_mask
             seen = where if seen is None else seen
         if seen is None or seen.shape != where.shape:
             return seen

@@ -139,11 +139,11 @@ def read_inputs(
     if vocab_where is not None:
         exists &= jnp.asarray(vocab_where)
 
-    def there(logits: Any) -> Any:
+    def as_inputs(logits: Any) -> Any:
         # Zeros in place of -inf, whose differences would be nan.
         return None if logits is None else jnp.where(exists, logits, 0.0)
 
-    return Inputs(jnp.where(exists, large, 0.0), there(experts), there(bases), exists)
+    return Inputs(jnp.where(exists, large, 0.0), as_inputs(experts), as_inputs(bases), exists)
 
 
 def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool) -> Any:

@@ -93,8 +93,8 @@ def _damped(
         sweeps = sweeps * max_sweeps
     else:
         carry, sweeps = lax.while_loop(
-            lambda held: (held[1] < max_sweeps) & ~held[0][1].done.all(),
-            lambda held: (advance(held[0]), held[1] + 1),
+            lambda loop: (loop[1] < max_sweeps) & ~loop[0][1].done.all(),
+            lambda loop: (advance(loop[0]), loop[1] + 1),
             (carry, sweeps),
         )
     alphas, seen, _ = carry

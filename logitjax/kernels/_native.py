@@ -76,34 +76,20 @@ def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax
 
 
 def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Sums of look-ups in tables of 16 bytes, for 32 tokens a block.
+    """Sums of look-ups `sum_g tables[n, g, code_g(v)]`, ``[n, 32 * count]`` int32.
 
-    `sum_g tables[n, g, code_g(v)]`
-
-    Args:
-        tables: ``[n, 2 * pairs, 16]``, uint8.
-        blocks: ``[count, pairs, 32]``, uint8, as `vq.ProductCodes.packed` lays codes out.
-
-    Returns:
-        ``[n, 32 * count]``, int32.
+    ``tables`` are uint8 ``[n, 2 * pairs, 16]``, ``blocks`` uint8 ``[count, pairs, 32]``, as
+    `vq.ProductCodes.packed` lays codes out.
     """
     result = jax.ShapeDtypeStruct((tables.shape[0], 32 * blocks.shape[0]), jnp.int32)
     return _call("lookup_sums", result)(tables, blocks)
 
 
 def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
-    """Products of each vector with rows chosen for it; the rows are not copied.
+    """Products ``[n, m]`` of vectors ``[n, d]`` with rows chosen for each, which are not copied.
 
-    Args:
-        vectors: ``[n, d]``, float32.
-        rows: ``[v, d]``, float32 or bfloat16.
-        ids: ``[n, m]``, int32; an id outside of the rows stands for the nearest one.
-
-    Returns:
-        ``[n, m]``, float32.
-
-    Raises:
-        ValueError: there are no rows.
+    Of ``rows`` ``[v, d]``, float32 or bfloat16, by ``ids`` ``[n, m]``, int32; one outside of them
+    stands for the nearest. ValueError where there are no rows.
     """
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
@@ -111,17 +97,10 @@ def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Arr
 
 
 def largest_ids(values: jax.Array, k: int) -> jax.Array:
-    """Indices of the k largest entries of each row, in the order of `jax.lax.top_k`.
+    """Indices ``[n, k]``, int32, of the k largest of ``[n, v]`` float32, in `lax.top_k`'s order.
 
-    The largest comes first; of equal entries the lowest index does. 0.0 is larger than -0.0. A nan
-    is larger than all numbers, or smaller than all if its sign is set.
-
-    Args:
-        values: ``[n, v]``, float32.
-        k: number of entries, 1 to v.
-
-    Returns:
-        ``[n, k]``, int32.
+    Of equal entries the lowest index comes first. 0.0 is larger than -0.0. A nan is larger than all
+    numbers, or smaller than all if its sign is set.
     """
     result = jax.ShapeDtypeStruct((values.shape[0], k), jnp.int32)
     return _call("largest_ids", result)(values)

@@ -42,7 +42,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
     if embedding not in names:
         raise ValueError(f"{source.path}: tensor {embedding!r} is missing")
 
-    def there(module: str, leaf: str = "bias") -> bool:
+    def has_tensor(module: str, leaf: str = "bias") -> bool:
         return f"{family.gguf_weights[module]}.{leaf}".replace("*", "0") in names
 
     hidden, heads, layers = map(size, ("embedding_length", "attention.head_count", "block_count"))
@@ -65,13 +65,13 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
         "max_length": size("context_length"),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
         "rope_scaling": _rope_scaling(source, get),
-        "tie_embeddings": not there("head", "weight"),
+        "tie_embeddings": not has_tensor("head", "weight"),
         "bos_id": source.metadata("tokenizer.ggml.bos_token_id"),
         "eos_ids": tuple(dict.fromkeys(int(id) for id in ends if id is not None)),
         "pad_id": source.metadata("tokenizer.ggml.padding_token_id"),
-        "qkv_bias": there("attention.query"),
-        "output_bias": there("attention.output"),
-        "mlp_bias": there("mlp.up") if not mixed else False,
+        "qkv_bias": has_tensor("attention.query"),
+        "output_bias": has_tensor("attention.output"),
+        "mlp_bias": has_tensor("mlp.up") if not mixed else False,
         # No metadata say it: what is usual where a config.json says nothing.
         "activation": Fields({}, family, where).activation(activation),
     }

@@ -147,18 +147,18 @@ class _Setting:
         return Objective(terms=((self.term, 1.0),))
 
     @property
-    def own(self) -> list[str]:
+    def parameter_names(self) -> list[str]:
         return [name for name in self.arrays if name.startswith("params")]
 
     @property
     def shared(self) -> list[str]:
-        return [name for name in self.arrays if name in (*_SHARED, *self.own)]
+        return [name for name in self.arrays if name in (*_SHARED, *self.parameter_names)]
 
     @property
     def learns(self) -> list[str]:
         """Return where a gradient goes: a term's own head takes the place of the student's."""
         own_head = self.params is not None and self.term.own_head(self.params) is not None
-        return ["hidden", *self.own, *(() if own_head else ("head", "bias"))]
+        return ["hidden", *self.parameter_names, *(() if own_head else ("head", "bias"))]
 
     @functools.cached_property
     def vocabularies(self) -> Callable[[int], Vocabularies]:
@@ -203,7 +203,7 @@ class _Setting:
         return self.objective.counts(self.batch(arrays), teachers, where=arrays["where"])
 
     def total(self, counts: Any = None, **arrays: Any) -> jax.Array:
-        leaves = [arrays[name] for name in self.own]
+        leaves = [arrays[name] for name in self.parameter_names]
         params = jax.tree.unflatten(jax.tree.structure(self.params), leaves)
         name = self.objective.names[0]
         return self.objective.value(

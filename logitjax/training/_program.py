@@ -1,7 +1,7 @@
 """Jitted programs that a run and a planner share.
 
-Each experiment, and each command that trains, has `programs(config, mesh)`, which yields them with
-abstract arguments, the main one first. The run calls the same ones on arrays.
+Each experiment has `programs(config, mesh)`, which yields them with abstract arguments, the main
+one first. The run calls the same ones on arrays.
 """
 
 import dataclasses

@@ -95,10 +95,6 @@ def moment_lower_bound(
 
     Arguments are those of `first_lower_bound`, and with p = 2 it is at least that.
 
-    >>> import jax.numpy as jnp
-    >>> print(f"{moment_lower_bound(jnp.array([[1.0, -1], [-1, 1]]), jnp.zeros((2, 2))):.4f}")
-    1.0000
-
     References:
         The bound by moments is Gelbrich's (1990) on the line; its use here is ours.
     """

@@ -60,7 +60,7 @@ class Looks:
         return Goal.of(self.before["unseen"], source)
 
     @property
-    def known(self) -> float:
+    def excess_before(self) -> float:
         return self.goal.excess({"asked": self.before["probabilities"]["forget"]})["asked"]
 
     def meets(self, candidate: Mapping[str, Any]) -> bool:
@@ -177,7 +177,7 @@ class Looks:
             entries = {way: between(rows) for way, rows in curves.items()}
         else:
             most = method.most_strength
-            strength, result = matched_strength(excess, goal, most=most, without=self.known)
+            strength, result = matched_strength(excess, goal, most=most, without=self.excess_before)
             if np.isfinite(result):
                 # What is said at that one.
                 excess(strength)

@@ -114,9 +114,10 @@ class Questions:
         """More rows to keep: near those to forget, with what the model answers to them before.
 
         Three of five come into `train`, and one each into `validation` and `test`. What repeats an
-        answer to forget is dropped; what the model is not sure of, or is as sure of for a stranger,
-        is trained on alone. Rows to keep that it did not know get the kind `unknown`: no limit
-        holds for them. Answers are written to a file and read from it the next time.
+        answer to forget is dropped; what is `far-fetched`, or what the model is not sure of, or is
+        as sure of for a stranger, is trained on alone. Rows to keep that it did not know get the
+        kind `unknown`: no limit holds for them. Answers are written to a file and read from it the
+        next time.
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
@@ -156,7 +157,9 @@ class Questions:
             part = ("train", "validation", "train", "test", "train")[location % 5]
             if row.kind == "stranger":
                 parts["stranger"].append(row)
-            elif part == "train" or is_sure:
+            elif part == "train" or row.kind == "far-fetched":
+                parts["train"].append(row)
+            elif is_sure:
                 parts[part].append(row)
         return Questions.of(
             parts,

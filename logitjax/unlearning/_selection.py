@@ -30,11 +30,7 @@ class Limits:
     perplexity: float = 1.02
 
     def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the limits that these shares do not keep to; what is None was not measured.
-
-        >>> Limits().broken({"probability": 0.99, "rouge": 0.9, "perplexity": 1.5})
-        ('rouge', 'perplexity')
-        """
+        """Names of the limits that these shares do not keep to; what is None was not measured."""
         items = []
         for field in dataclasses.fields(self):
             value, limit = kept.get(field.name), getattr(self, field.name)
@@ -52,11 +48,7 @@ class Limits:
 
 
 def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, float]:
-    """By kind of row the share of the mean that is left.
-
-    >>> kept_shares([0.5, 0.5, 1.0], [1.0, 1.0, 1.0], ["near", "other", "other"])
-    {'near': 0.5, 'other': 0.75}
-    """
+    """By kind of row the share of the mean that is left."""
     shares = {}
     for kind in dict.fromkeys(kinds):
         at = [i for i, other in enumerate(kinds) if other == kind]
@@ -105,11 +97,7 @@ class Goal:
 
     @classmethod
     def of(cls, unseen: Mapping[str, Any], source: str) -> "Goal":
-        """Of probabilities of unseen answers by way; a way that is not there is as `asked`.
-
-        >>> Goal.of({"asked": [0.1, 0.2, 0.4]}, "a holdout").excess({"asked": [0.1, 0.05]})
-        {'asked': 0.4}
-        """
+        """Of probabilities of unseen answers by way; a way that is not there is as `asked`."""
         least, most = _NOT_SAID / cls.most, _STILL_SAID / cls.most
         return cls(
             worst={way: float(np.clip(np.max(rows), least, most)) for way, rows in unseen.items()},
@@ -150,11 +138,6 @@ def matched_strength(
     """The strength, of an assistant or of adapters, at which the worst answer is at `goal.aim`.
 
     By false position on logarithms, a tenth or more from both ends; the middle if one is unknown.
-
-    >>> goal = Goal.of({"asked": [0.02, 0.1, 0.2]}, "a holdout")
-    >>> strength, found = matched_strength(lambda s: 3.0 * 0.1**s, goal, most=2.0)
-    >>> abs(math.log(found / goal.aim)) < 0.25
-    True
     """
     tried: list[tuple[float, float]] = []
     # A strength, and how far above the goal it leaves answers, in nats.
@@ -189,11 +172,7 @@ def _above(goal: Goal, excess: float) -> float:
 
 
 def least_share(kept: Mapping[str, Any]) -> float:
-    """The least of what is left, perplexity by its inverse; what is None was not measured.
-
-    >>> least_share({"probability": 0.9, "rouge": None, "perplexity": 1.25})
-    0.8
-    """
+    """The least of what is left, perplexity by its inverse; what is None was not measured."""
     shares = [kept.get(name) for name in ("probability", "row", "rouge", "fluency")]
     if kept.get("perplexity"):
         shares.append(1 / kept["perplexity"])

@@ -174,7 +174,8 @@ def names(row: Row) -> set[str]:
 
 def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     """Questions near those to forget, without answers: the same of other subjects, and of the same
-    subject other things. The same of nobody, by a name of two halves, is of the kind `stranger`.
+    subject other things, `far-fetched` where the subject is not of the kind that the question was
+    about. The same of nobody, by a name of two halves, is of the kind `stranger`.
 
     >>> rows = [Row(prompt="Where was Ada Lee born?", answer="Ada Lee was born in Bo.")]
     >>> others = [Row(prompt="What does Cy Dor play?", answer="Chess.")]
@@ -194,7 +195,9 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     for side, subject_names in ((mine, peers), (peer, asked)):
         for row, name in side[:_MADE]:
             for other in itertools.islice(_renames(row, name, subject_names, present), 2):
-                again = _about(row, name, other, kind="made")
+                # What a model makes up about the capital of a person says nothing of what it knew.
+                kind = "made" if other.count(" ") == name.count(" ") else "far-fetched"
+                again = _about(row, name, other, kind=kind)
                 made.setdefault(again.question.lower(), again)
     # Half of a stranger's name may be a forgotten one's.
     full = [n.split() for n in dict.fromkeys((*asked, *peers)) if " " in n]

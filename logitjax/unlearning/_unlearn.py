@@ -132,9 +132,9 @@ class Unlearning:
         return self._looks.goal
 
     @property
-    def known(self) -> float:
-        """How much likelier the likeliest answer to forget is before than the goal's worst."""
-        return self._looks.known
+    def excess_before(self) -> float:
+        """How many times as likely as the most likely unseen answer one to forget was before."""
+        return self._looks.excess_before
 
     def run(self, *, examines: bool = True) -> Unlearned:
         """Train until the goal is met twice in a row, choose, write, examine and judge.

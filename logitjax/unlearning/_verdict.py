@@ -190,11 +190,7 @@ def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
 
 @functools.cache
 def chance_auc(m: int, n: int, level: float) -> float:
-    """How far from 0.5 an AUC has to be, exactly: ranks of m and n rows in any order without ties.
-
-    >>> round(chance_auc(8, 10, 0.05), 4), chance_auc(1, 1, 0.05)
-    (0.2875, inf)
-    """
+    """How far from 0.5 an AUC has to be, exactly, of m and n rows in any order without ties."""
     # How many orders have each number of pairs: prod (1 - q^(n + i)) / (1 - q^i), i = 1 to m.
     orders = [1] + [0] * (m * n)
     for i in range(1, m + 1):

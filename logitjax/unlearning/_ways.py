@@ -99,9 +99,6 @@ def search(
     """Try pairs of ways, each time that whose parts have brought out most so far.
 
     `excess` of a pair, `a + b`, is None where it makes no sense; `singles` has single ways.
-
-    >>> search(lambda way: float("role" in way), {"in a role": 2.0, "in context": 1.0}, 2)
-    {'in a role + in context': 1.0, 'in context + in a role': 1.0}
     """
     reach = {way: singles.get(way, 0.0) for way in WAYS if way != "asked"}
     pairs = [

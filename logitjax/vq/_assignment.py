@@ -38,16 +38,15 @@ def fit_assignment(
     method: Method = "weighted_kmeans",
     row_bias: Float[Array, " vocab"] | None = None,
     key: Key[jax.Array, ""] | None = None,
-    weight_power: float = 0.5,
     iterations: int = 20,
 ) -> VQFit:
     """Fit mapping, codebook and biases to the rows of a full head.
 
     To second order, sharing a code costs half the variance of the error in the tokens' logits,
     under the head's own probabilities. So ``'weighted_kmeans'`` clusters rows in the covariance
-    metric of the hidden states, weighted by ``unigram ** weight_power``. ::
+    metric of the hidden states, weighted by the root of ``unigram``. ::
 
-        sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
+        sum_v sqrt(u_v) (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
     The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, plain rows,
     unweighted, of VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights, metric
@@ -60,7 +59,6 @@ def fit_assignment(
         hidden_mean, hidden_cov: mean and covariance of the hidden states.
         num_codes: clusters K, at most vocab.
         row_bias: ``[vocab]``, bias of the full head.
-        weight_power: the power p; 0.5 to 1 are sensible.
         iterations: number of iterations of Lloyd's algorithm.
 
     Raises:
@@ -89,12 +87,12 @@ def fit_assignment(
     if method not in Method.__args__:
         raise ValueError(f"method: expected one of {Method.__args__}, got {method!r}")
     key = jax.random.key(0) if key is None else key
-    options = (num_codes, method, float(weight_power), iterations)
+    options = (num_codes, method, iterations)
     return _fitted(rows, unigram, hidden_mean, hidden_cov, row_bias, key, *options)
 
 
 # One program, of which outside of `jit` each operation would be one.
-@jax.jit(static_argnames=("num_codes", "method", "weight_power", "iterations"))
+@jax.jit(static_argnames=("num_codes", "method", "iterations"))
 def _fitted(
     rows: jax.Array,
     unigram: jax.Array,
@@ -104,7 +102,6 @@ def _fitted(
     key: jax.Array,
     num_codes: int,
     method: Method,
-    weight_power: float,
     iterations: int,
 ) -> VQFit:
     vocab = rows.shape[0]
@@ -120,7 +117,7 @@ def _fitted(
         plain = method == "kmeans"
         assignment, _ = fit_kmeans(
             rows,
-            jnp.ones(vocab) if plain else weights**weight_power,
+            jnp.ones(vocab) if plain else jnp.sqrt(weights),
             None if plain else jnp.asarray(hidden_cov),
             num_codes,
             key=key,

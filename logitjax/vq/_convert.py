@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,15 @@ from logitjax.vq._tune import Tuning, tune_vq_head
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """The result of `ConvertConfig.convert`.
+    """The result of `ConvertConfig.convert`: the same parameters with the new head.
 
-    Attributes:
-        model: the same parameters with the new head.
-        history: KL divergence by step, and tokens moved by each reassignment.
-        cache: hidden states and labels it was tuned on.
-        targets: what the old head says there.
+    `history` is the KL divergence by step, and tokens moved by each reassignment.
     """
 
     model: Any
     head: Any
     history: dict[str, list[float]]
+    # What it was tuned on, and what the old head says there.
     cache: HiddenCache
     targets: HeadTargets
 
@@ -50,9 +47,6 @@ class ConvertConfig:
 
     Attributes:
         num_codes: number of clusters K.
-        method: how tokens are assigned to codes, see `logitjax.vq.fit_assignment`. ``'likelihood'``
-            starts from weighted k-means and reassigns while tuning.
-        weight_power: rows are weighted by ``unigram ** weight_power``.
         kmeans_iterations: number of iterations of Lloyd's algorithm.
         use_bias: Whether each token has a bias; the published head has none.
         screen: number of tokens that exact rows rescore in a `ScreenedHead`, the fastest head on a
@@ -68,8 +62,6 @@ class ConvertConfig:
     """
 
     num_codes: int = 4096
-    method: Literal["random", "kmeans", "weighted_kmeans", "likelihood"] = "likelihood"
-    weight_power: float = 0.5
     kmeans_iterations: int = 10
     use_bias: bool = True
     screen: int = 0
@@ -116,7 +108,6 @@ class ConvertConfig:
             # What the old head expects.
             unigram=jnp.asarray(targets.counts),
             key=jax.random.key(self.seed),
-            weight_power=self.weight_power,
             iterations=self.kmeans_iterations,
         )
         tuning = Tuning(
@@ -136,7 +127,6 @@ class ConvertConfig:
                 hidden_mean=statistics.mean,
                 hidden_cov=statistics.cov,
                 num_codes=self.num_codes,
-                method="weighted_kmeans" if self.method == "likelihood" else self.method,
                 row_bias=head.bias,
                 **kmeans,
             )
@@ -145,8 +135,8 @@ class ConvertConfig:
             bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
         history: dict[str, list[float]] = {"loss": [], "moved": []}
         if self.steps:
-            # Every other method keeps its mapping.
-            moving = self.method == "likelihood" and self.use_bias and self.reassign_every
+            # Without biases the likelihood of a token would be that of its cluster.
+            moving = self.use_bias and self.reassign_every
             codebook, bias, assignment, history = tune_vq_head(
                 codebook,
                 bias,

@@ -51,7 +51,6 @@ class ProductCodes:
         num_codes: int = 256,
         key: Key[jax.Array, ""] | None = None,
         iterations: int = 15,
-        weight_power: float = 0.5,
     ) -> "ProductCodes":
         """Codes for the rows of a head, by k-means in each group of dimensions.
 
@@ -60,7 +59,7 @@ class ProductCodes:
         nearest neighbor search, 2011.
 
         Args:
-            rows, unigram, hidden_cov, key, iterations, weight_power: as of `fit_assignment`.
+            rows, unigram, hidden_cov, key, iterations: as of `fit_assignment`.
             groups: number of parts of the hidden dimensions; ValueError if it does not divide them.
             num_codes: number of codes in a group; with at most 256 a code is one byte.
 
@@ -74,7 +73,7 @@ class ProductCodes:
             raise ValueError(f"groups: expected a divisor of {width}, got {groups}")
         part = width // groups
         keys = jax.random.split(jax.random.key(0) if key is None else key, groups)
-        weights = jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12) ** weight_power
+        weights = jnp.sqrt(jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12))
         items = []
         for g in range(groups):
             block = slice(g * part, (g + 1) * part)

@@ -63,28 +63,6 @@ class Tuning:
 
         return tx, training.TrainStep(sums, tx, mesh=mesh)
 
-    def program(
-        self, mesh: Mesh, *, vocab: int, width: int, codes: int, top: int = 64
-    ) -> training.Program:
-        """The step that tunes a VQ head to the old one, with abstract arguments, for a plan."""
-        tx, step = self.update(mesh)
-        params = {"codebook": _abstract(codes, width), "bias": _abstract(vocab)}
-        state = training.TrainState.abstract(params, tx, mesh=mesh, rules=ShardingRules())
-        split = training.BatchLayout(mesh).sharding
-        batch = (
-            _abstract(self.batch_size, width, sharding=split),
-            _abstract(self.batch_size, top, sharding=split),
-            _abstract(self.batch_size, top, dtype=jnp.int32, sharding=split),
-        )
-        whole = NamedSharding(mesh, PartitionSpec())
-        constants = {
-            "assignment": _abstract(vocab, dtype=jnp.int32, sharding=whole),
-            "rest": _abstract(codes, width, sharding=whole),
-            "rest_counts": _abstract(vocab, sharding=whole),
-        }
-        arguments = (state, batch, constants)
-        return training.Program(name=f"tuning, {codes} codes", jitted=step, arguments=arguments)
-
     def run(
         self,
         loss_fn: HeadLoss,
@@ -177,10 +155,6 @@ class Tuning:
         batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
         params, losses = self.run(loss, params, batch, constants=constants, mesh=mesh)
         return params, [value - targets.entropy for value in losses]
-
-
-def _abstract(*shape: int, dtype: Any = jnp.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def vq_distillation_loss(

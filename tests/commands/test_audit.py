@@ -36,10 +36,10 @@ def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     assert records["sampling"]["queries"] == 257 + 40 * 40
     assert "open: every row comes back" in (workdir / "report.md").read_text()
     # Others can go on from the file: it spans the head's columns.
-    found = np.load(workdir / "recovered" / "full.npz")
+    recovered = np.load(workdir / "recovered" / "full.npz")
     head = models.load("tiny")[0].head_of().rows
-    assert leakage.align_head(found["basis"], np.asarray(head)).leak > 0.999
-    np.testing.assert_array_equal(found["tokens"], np.arange(257))
+    assert leakage.align_head(recovered["basis"], np.asarray(head)).leak > 0.999
+    np.testing.assert_array_equal(recovered["tokens"], np.arange(257))
     row = np.load(workdir / "recovered" / "top_5_bias.npz")
     assert row["known"].all()
     assert row["basis"].shape == (40, 32)

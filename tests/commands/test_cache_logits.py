@@ -35,9 +35,9 @@ def test_writes_caches_that_fit_their_rows(source, tmp_path):
         packed = data.PackedDataset(workdir / "data" / split)
         cache.check(data=packed.fingerprint, model="tiny:1", k=16, positions=63)
         assert len(cache) == min(6, len(packed))
-        found = cache.read(np.arange(len(cache)))
-        assert np.isfinite(found["values"]).all()
-        mass = np.exp(found["values"] - found["log_z"][..., None]).sum(-1)
+        records = cache.read(np.arange(len(cache)))
+        assert np.isfinite(records["values"]).all()
+        mass = np.exp(records["values"] - records["log_z"][..., None]).sum(-1)
         assert ((mass > 0) & (mass < 1.001)).all()
     assert "--teacher=cache:" in (workdir / "report.md").read_text()
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}

@@ -136,7 +136,7 @@ def test_a_file_gives_flags_values_and_the_command_line_wins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("raet: 1", "config: .*run.yaml: expected the name of a flag, perhaps rate, got 'raet'"),
         ("rate: yes", "rate: expected a number, got True"),
@@ -145,9 +145,9 @@ def test_a_file_gives_flags_values_and_the_command_line_wins(tmp_path):
         ("rate: [", "config: expected YAML in "),
     ],
 )
-def test_what_a_file_may_not_say_is_refused(tmp_path, text, said):
+def test_what_a_file_may_not_say_is_refused(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         nest(f"--config={tmp_path / 'run.yaml'}")
 
 
@@ -187,7 +187,7 @@ def test_the_flag_of_the_folder_is_what_the_run_calls_it(capsys, run, name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--nmae=b"], "error: Unknown command line flag 'nmae'. Did you mean: name ?"),
         (["--kind=z"], "error: kind: expected one of x, y, got 'z'"),
@@ -196,11 +196,11 @@ def test_the_flag_of_the_folder_is_what_the_run_calls_it(capsys, run, name):
         (["--config=/no/such"], "error: config: no such file: /no/such"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_status_2(capsys, arguments, said):
+def test_a_wrong_flag_is_one_line_and_status_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         cli.main(Config, PRESETS, run_alone, program="toy", arguments=arguments)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == said + "\n"
+    assert capsys.readouterr().err == message + "\n"
 
 
 def test_a_folder_with_results_keeps_its_configuration(tmp_path):
@@ -267,7 +267,7 @@ def test_the_keys_of_servers_are_secrets(command):
 
 
 @pytest.mark.parametrize(
-    ("place", "level", "shown"),
+    ("template", "level", "shown"),
     [
         ("{package}/training/_loop.py", "INFO", True),
         ("{package}/site-packages.py", "INFO", True),
@@ -277,11 +277,11 @@ def test_the_keys_of_servers_are_secrets(command):
     ],
 )
 def test_notes_of_ours_are_shown_wherever_the_package_is_installed(
-    monkeypatch, place, level, shown
+    monkeypatch, template, level, shown
 ):
     # Where `pip install` puts it.
     monkeypatch.setattr(cli, "_PACKAGE", "/venv/site-packages/logitjax")
-    path = place.format(package="/venv/site-packages/logitjax")
+    path = template.format(package="/venv/site-packages/logitjax")
     record = logging.LogRecord("absl", getattr(logging, level), path, 1, "said", None, None)
     assert cli._is_ours(record) == shown
 

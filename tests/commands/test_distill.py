@@ -23,7 +23,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from logitjax import commands, distillation, leakage, models, training
-from logitjax.commands import audit, cache_logits, cli, distill, hub
+from logitjax.commands import audit, cache_logits, cli, distill, hub, work
 from tests.serving._server import server
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
@@ -43,6 +43,20 @@ def config(text, **changes):
     return cli.build(distill.Config, small | few | changes)
 
 
+def test_fewer_rows_than_are_to_be_scored_are_told_before_weights_are_read(
+    text, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(models, "load", None)
+    with pytest.raises(TypeError):
+        distill.run(config(text, eval_rows=1000, drop_layers=1), epath.Path(tmp_path))
+    assert re.search(r"test has \d+ rows, eval_rows asks for 1000", caplog.text)
+
+
+def test_speed_is_written_without_an_exponent():
+    scores = dict(perplexity=2.0, bits_per_byte=1.0, parameters=3, tokens_per_second=49720.4)
+    assert distill._row("x", scores)["tokens/s"] == "49,720"
+
+
 def tokens(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (2, 12))
 
@@ -55,8 +69,15 @@ def test_a_pruned_student_is_healed_and_its_directory_read_back(text, tmp_path):
     chosen = config(text, drop_layers=1, freeze="below", loss=mixed)
     distill.run(chosen, out)
     report = (out / "report.md").read_text()
-    for said in ("| tiny, whole ", "| student before", "| student after ", "bits a byte", "prompt"):
-        assert said in report
+    for phrase in (
+        "| tiny, whole ",
+        "| student before",
+        "| student after ",
+        "bits a byte",
+        "prompt",
+        " rows to train, validate and test on. Scores are computed on 4 test rows.",
+    ):
+        assert phrase in report
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     model, tokenizer = models.load(str(out / "model"))
     assert (model.config.num_layers, tokenizer.vocab_size) == (1, 257)
@@ -73,9 +94,9 @@ def test_a_pruned_student_is_healed_and_its_directory_read_back(text, tmp_path):
 def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     """One of them has been read before, with draws from its tail."""
     cached = epath.Path(tmp_path) / "cache"
-    wanted = dict(student="tiny", teacher=("tiny:1",), data=text, seq_len=64, cache_top_k=16)
-    wanted |= dict(tail_samples=3)
-    cache_logits.run(cli.build(cache_logits.Config, wanted), cached)
+    flags = dict(student="tiny", teacher=("tiny:1",), data=text, seq_len=64, cache_top_k=16)
+    flags |= dict(tail_samples=3)
+    cache_logits.run(cli.build(cache_logits.Config, flags), cached)
     out = epath.Path(tmp_path) / "out"
     chosen = config(
         text,
@@ -262,10 +283,10 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         columns["tokens"], positions=columns["positions"], segment_ids=columns["segment_ids"]
     )
     truth = np.asarray(jax.nn.log_softmax(logits))[0, :-1]
-    found = cache.read([0])
+    answers = cache.read([0])
     at = np.flatnonzero(columns["loss_mask"][0, 1:])
-    said = np.take_along_axis(truth, found["indices"][0], axis=-1)
-    np.testing.assert_allclose(found["values"][0][at], said[at], atol=0.02)
+    log_probs = np.take_along_axis(truth, answers["indices"][0], axis=-1)
+    np.testing.assert_allclose(answers["values"][0][at], log_probs[at], atol=0.02)
     # The student's head lies in the span of what the audit found, which is the served head's.
     model = models.load_model(str(workdir / "out" / "model"))
     head, original = (np.asarray(m.head_of().rows, np.float64) for m in (model, served))
@@ -276,7 +297,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (dict(drop_layers=2), "drop_layers: expected fewer than the 2 layers of 'tiny', got 2"),
         (dict(keep_layers=(0, 5)), r"keep_layers: expected layers 0 to 1 of .tiny., got \[0, 5\]"),
@@ -315,8 +336,8 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         ),
     ],
 )
-def test_errors_name_the_culprit(text, changes, said, tmp_path):
-    with pytest.raises((ValueError, OSError), match=said) as raised:
+def test_errors_name_the_culprit(text, changes, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message) as raised:
         distill.run(config(text, **changes), epath.Path(tmp_path))
     assert "\n" not in str(raised.value)
 
@@ -430,11 +451,20 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(text, tmp_path,
     out = tmp_path / "run"
     flags = ["--student=tiny", "--drop_layers=1", f"--data={text}", "--steps=100", "--seq_len=64"]
     commands.main(["distill", *flags, f"--out={out}", "--dry_run"])
-    said = capsys.readouterr().out
-    assert "tokens  the student is trained on 25,600" in said
-    assert "steps   100" in said
-    assert re.search(r"time    about [\d.]+ minutes", said)
+    printed = capsys.readouterr().out
+    assert "tokens  the student is trained on 25,600" in printed
+    assert "steps   100" in printed
+    assert re.search(r"time    about [\d.]+ minutes", printed)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("recipe", distill.RECIPES)
+def test_every_recipe_parses_and_its_work_is_estimated(text, recipe):
+    words = [f"--recipe={recipe}", "--student=tiny", "--teacher=tiny:1", f"--data={text}"]
+    (parsed,) = cli.parse([distill.Config], distill.RECIPES, words)
+    planned = work.estimate(parsed)
+    assert planned.steps == distill.RECIPES[recipe].get("steps", parsed.course.steps)
+    assert planned.passes[0].trained
 
 
 @pytest.mark.slow

@@ -31,19 +31,19 @@ def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
     cache = few_shot.extract_features(
         encoder, images(), tmp_path, views=views, rows=rows, batch_size=3, dtype="float32"
     )
-    found = cache.read(rows)
+    cached = cache.read(rows)
     pixels = np.concatenate([views(images()[row][0], row=row) for row in rows])
     features, logits = encoder.encode(pixels)
-    np.testing.assert_allclose(found.features.reshape(8, -1), features, atol=1e-5)
-    np.testing.assert_allclose(found.logits.reshape(8, -1), logits, atol=1e-5)
-    np.testing.assert_array_equal(found.labels, images().labels[rows])
+    np.testing.assert_allclose(cached.features.reshape(8, -1), features, atol=1e-5)
+    np.testing.assert_allclose(cached.logits.reshape(8, -1), logits, atol=1e-5)
+    np.testing.assert_array_equal(cached.labels, images().labels[rows])
     assert cache.class_names == ("0", "1", "2", "3")
     # More rows are added; those there stay.
     more = few_shot.extract_features(
         encoder, images(), tmp_path, views=views, rows=[0, 4], batch_size=3, dtype="float32"
     )
     np.testing.assert_array_equal(more.row_numbers, [0, 1, 4, 5, 11])
-    np.testing.assert_array_equal(more.read(rows).features, found.features)
+    np.testing.assert_array_equal(more.read(rows).features, cached.features)
 
 
 def test_mismatches_are_said(tmp_path, encoder):
@@ -75,10 +75,10 @@ def test_mismatches_are_said(tmp_path, encoder):
 
 def test_rows_of_a_set():
     some = images("test[:40]")
-    found = some.choose("per_class:2", seed=1)
-    np.testing.assert_array_equal(np.bincount(some.labels[found]), [2, 2, 2, 2])
-    assert (np.diff(found) > 0).all()
-    assert (found != some.choose("per_class:2", seed=2)).any()
+    chosen = some.choose("per_class:2", seed=1)
+    np.testing.assert_array_equal(np.bincount(some.labels[chosen]), [2, 2, 2, 2])
+    assert (np.diff(chosen) > 0).all()
+    assert (chosen != some.choose("per_class:2", seed=2)).any()
     # A class has what it has.
     assert len(some.choose("per_class:100")) == 40
     np.testing.assert_array_equal(some.choose("3"), [0, 1, 2])
@@ -109,9 +109,9 @@ def start(workdir, *arguments):
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_two_processes_equal_one_and_errors_take_one_line(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free_port:
+        free_port.bind(("127.0.0.1", 0))
+        port = free_port.getsockname()[1]
     many = [
         start(
             tmp_path / "two",
@@ -122,12 +122,12 @@ def test_two_processes_equal_one_and_errors_take_one_line(tmp_path):
         for i in range(2)
     ]
     for process in many:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
     one = start(tmp_path / "one")
-    said, _ = one.communicate(timeout=300)
-    assert one.returncode == 0, said
-    assert "| random_resnet8/test_plain" in said
+    output, _ = one.communicate(timeout=300)
+    assert one.returncode == 0, output
+    assert "| random_resnet8/test_plain" in output
     for name in ("test_plain", "test_random_2"):
         caches = [
             few_shot.FeatureCache(epath.Path(tmp_path) / n / "random_resnet8" / name)
@@ -144,8 +144,8 @@ def test_two_processes_equal_one_and_errors_take_one_line(tmp_path):
     record["made_from"]["encoder_fingerprint"] = "other"
     manifest.write_text(json.dumps(record))
     again = start(tmp_path / "one")
-    said, _ = again.communicate(timeout=300)
+    output, _ = again.communicate(timeout=300)
     assert again.returncode == 2
-    last = said.strip().splitlines()[-1]
+    last = output.strip().splitlines()[-1]
     assert last.startswith("error: feature cache")
     assert "its encoder_fingerprint is 'other', not" in last

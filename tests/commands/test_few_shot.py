@@ -44,16 +44,16 @@ def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_pat
     )
     sample = pictures.sample(4, seed=(0, 0))
     head = few_shot.fit("pro_ker", pictures[sample.train], pictures[sample.validation])
-    found = few_shot.load(out / "heads" / "pro_ker")
-    assert found.method == head.method
+    saved = few_shot.load(out / "heads" / "pro_ker")
+    assert saved.method == head.method
     rest = pictures[sample.rest]
-    np.testing.assert_array_equal(found.logits(rest.features), head.logits(rest.features))
+    np.testing.assert_array_equal(saved.logits(rest.features), head.logits(rest.features))
     record = json.loads((out / "results" / "pro_ker_4.json").read_text())
-    assert record["test"][0] == pytest.approx(found.accuracy(rest))
+    assert record["test"][0] == pytest.approx(saved.accuracy(rest))
     assert record["zero_shot"][0] < record["test"][0]
     report = (out / "report.md").read_text()
     assert (
-        f"{int(np.sum(found.predict(rest.features) == rest.labels))} of 48 pictures right" in report
+        f"{int(np.sum(saved.predict(rest.features) == rest.labels))} of 48 pictures right" in report
     )
     # What was trained is not trained again.
     monkeypatch.setattr(few_shot, "sweep", None)
@@ -284,13 +284,13 @@ def test_own_pictures_go_through_both_encoders(tmp_path):
     np.testing.assert_allclose(test.features, features, atol=1e-5)
     record = json.loads((out / "results" / "pro_lip_2.json").read_text())
     assert record["test"] == pytest.approx([head.accuracy(test)])
-    for changes, said in (
+    for changes, message in (
         (dict(auxiliary=None), "method: expected auxiliary, which amu needs, got none"),
         (dict(views="random:0"), "count: expected at least 1"),
         (dict(rows="1"), "data: expected at least 2 pictures of each class, got 0 of 'red'"),
         (dict(test_split="train"), "test_split: expected another than --split"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             command.run(dataclasses.replace(config, **changes), epath.Path(tmp_path) / "early")
     assert not (tmp_path / "early").exists()
     without = dataclasses.replace(config, class_weights=None, encoder="random:resnet8")

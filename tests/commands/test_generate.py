@@ -23,7 +23,7 @@ def directory(tmp_path_factory):
     return str(path)
 
 
-def said(capsys, **values):
+def printed(capsys, **values):
     generate.run(_flags.build(generate.Config, values))
     return capsys.readouterr().out
 
@@ -46,7 +46,7 @@ def test_goes_on_from_prompts(directory, capsys):
         stop_ids=[tokenizer.eos_id],
         text=decoding.TextOptions(tokenizer=tokenizer),
     )
-    shown = said(capsys, model=directory, prompt=("abc", "abc"), **FEW)
+    shown = printed(capsys, model=directory, prompt=("abc", "abc"), **FEW)
     assert shown == 2 * f"abc{out.texts[0]}\n"
 
 
@@ -57,7 +57,7 @@ def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     texts = []
     for draft in (None, "expert"):
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
-        texts.append(said(capsys, fusion="proxy:alpha=0.5", draft=draft, **small))
+        texts.append(printed(capsys, fusion="proxy:alpha=0.5", draft=draft, **small))
     assert texts[0].startswith("one")
     assert "\ntwo" in texts[0]
     assert texts[0] == texts[1]
@@ -69,11 +69,11 @@ def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
         return generate.sampling_of(_flags.build(generate.Config, flags | {"model": str(tmp_path)}))
 
     assert sampling('{"eos_token_id": 1}') == decoding.Sampling()
-    own = '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}'
-    assert sampling(own) == decoding.Sampling(
+    published = '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}'
+    assert sampling(published) == decoding.Sampling(
         temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.1
     )
-    assert sampling(own, temperature=0.0, top_k=0).temperature == 0
+    assert sampling(published, temperature=0.0, top_k=0).temperature == 0
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p: expected a number"):
         sampling('{"do_sample": true, "top_p": "most"}')
     (tmp_path / "generation_config.json").write_text("[]")
@@ -102,7 +102,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
 ):
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights are read"))
     small, pair = dict(expert=("tiny",)), dict(expert=("tiny",), base=("tiny",))
-    for said, values in (
+    for message, values in (
         ("base: expected a model, which ProxyTuning needs", dict(fusion="proxy", **small)),
         ("base: expected a model, which DynamicFusion needs", dict(fusion="dynamic", **small)),
         ("expert: expected none, Contrastive", dict(fusion="contrastive", **pair)),
@@ -119,7 +119,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
     ):
-        assert said in refused(model=directory, **values)
+        assert message in refused(model=directory, **values)
     typo = str(tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
         LineUp(model=directory, assistant=typo).load()
@@ -155,6 +155,6 @@ def test_a_prompt_begins_with_the_mark_that_the_model_expects(tmp_path, capsys, 
         return original(model, prompts, **options)
 
     monkeypatch.setattr(decoding, "generate", generate_and_keep)
-    shown = said(capsys, model=str(tmp_path), prompt=("abc",), **FEW)
+    shown = printed(capsys, model=str(tmp_path), prompt=("abc",), **FEW)
     assert asked == [[256, *marked.encode("abc")]]
     assert shown.startswith("abc")

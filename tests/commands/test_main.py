@@ -37,7 +37,7 @@ def test_every_command_explains_itself_in_whole_phrases(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["genrate"], "error: command: expected one that `logitjax --help` lists, perhaps gen"),
         (["serve", "--prot=1"], "error: Unknown command line flag 'prot'. Did you mean: port ?"),
@@ -46,14 +46,14 @@ def test_every_command_explains_itself_in_whole_phrases(name):
         (["extract-features"], "error: out: expected a value, got none"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(arguments, said, capsys):
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         commands.main(arguments)
     assert stop.value.code == 2
     told = capsys.readouterr().err.splitlines()
     # Where JAX loads slowly the command says so first.
     assert [line for line in told if "loading JAX" not in line] == told[-1:]
-    assert told[-1].startswith(said)
+    assert told[-1].startswith(message)
 
 
 def test_an_interrupt_while_a_command_is_imported_is_one_line_and_status_130():
@@ -113,9 +113,9 @@ def test_a_typo_may_be_corrected_in_the_same_folder(tmp_path, capsys, command, t
         with pytest.raises(SystemExit) as stop:
             commands.main([*command, typo, f"--out={out}"])
         assert stop.value.code == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert "a folder of this configuration" not in said, typo
-        assert typo.rpartition("=")[2].rpartition(":")[2] in said, typo
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "a folder of this configuration" not in message, typo
+        assert typo.rpartition("=")[2].rpartition(":")[2] in message, typo
     module = importlib.import_module(f"logitjax.commands.{command[0].replace('-', '_')}")
     (config,) = cli.parse([module.Config], None, command[1:])
     _config_file.write_config(config, epath.Path(out), "out")

@@ -69,9 +69,9 @@ def test_questions_may_hold_any_end_of_line(tmp_path):
     asked = {"prompt": "a\u2028b\x85c", "choices": [" 2", " 3"], "answer": 0}
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(asked, ensure_ascii=False) + "\r\n" + json.dumps(asked))
-    found = score._questions(str(path))
-    assert [row["id"] for row in found] == ["q.jsonl:1", "q.jsonl:2"]
-    assert all(row["prompt"] == asked["prompt"] for row in found)
+    questions = score._questions(str(path))
+    assert [row["id"] for row in questions] == ["q.jsonl:1", "q.jsonl:2"]
+    assert all(row["prompt"] == asked["prompt"] for row in questions)
 
 
 def test_mistakes_are_told_before_weights_are_read(tmp_path, monkeypatch):
@@ -86,12 +86,12 @@ def test_mistakes_are_told_before_weights_are_read(tmp_path, monkeypatch):
     assert "q.jsonl:1: expected a prompt" in refused(choices=questions)
     long = write(tmp_path / "t.jsonl", [{"prompt": "a", "response": "b" * 600}])
     assert "600 tokens of an answer, max_length is 512" in refused(data=f"jsonl:{long}")
-    for spec, said in (
+    for spec, message in (
         ("dexperts", "top_p=1, which excludes no token of a text, got top_p=0.9"),
         ("contrastive", "plausibility=0, "),
         ("logit_difference:filter=clean,outside=exclude", "outside=keep, "),
     ):
-        assert said in refused(choices=questions, fusion=spec)
+        assert message in refused(choices=questions, fusion=spec)
     for spec in ("dexperts:top_p=1", "contrastive:plausibility=0"):
         assert "q.jsonl:1" in refused(choices=questions, fusion=spec)
 
@@ -126,8 +126,8 @@ def test_a_space_at_a_prompts_end_is_read_with_the_answer():
         score._answer_row(tokenizer, prompt, answer)
         for prompt, answer in (("The capital is ", "Paris."), ("The capital is", " Paris."))
     ]
-    for found, expected in zip(*rows, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for row, expected in zip(*rows, strict=True):
+        np.testing.assert_array_equal(row, expected)
     ids, where = rows[0]
     assert tokenizer.decode(ids[where].tolist()) == " Paris."
 

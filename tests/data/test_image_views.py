@@ -16,12 +16,12 @@ def picture(height=30, width=40):
 
 def test_a_plain_view_is_the_scaled_middle():
     views = data.ImageViews(size=10, resize=15)
-    (found,) = views(picture(), row=0)
+    (view,) = views(picture(), row=0)
     scaled = Image.fromarray(picture()).resize((20, 15), Image.Resampling.BICUBIC)
     # (15 - 10) / 2 rounds to 2, as in torchvision.
-    np.testing.assert_array_equal(found, np.asarray(scaled)[2:12, 5:15])
+    np.testing.assert_array_equal(view, np.asarray(scaled)[2:12, 5:15])
     (again,) = views(picture(), row=99)
-    np.testing.assert_array_equal(found, again)
+    np.testing.assert_array_equal(view, again)
     assert str(views) == "plain 10 px crop bicubic of 15"
 
 
@@ -34,34 +34,34 @@ def test_any_picture_gives_a_view(shape):
 
 def test_padding_keeps_the_whole_picture_on_white():
     views = data.ImageViews(size=20, resize=24, fit="pad", interpolation="bilinear")
-    (found,) = views(np.zeros((10, 20, 3), np.uint8), row=0)
-    assert (found[:4] == 255).all()
-    assert (found[16:] == 255).all()
-    assert (found[6:14] == 0).all()
+    (view,) = views(np.zeros((10, 20, 3), np.uint8), row=0)
+    assert (view[:4] == 255).all()
+    assert (view[16:] == 255).all()
+    assert (view[6:14] == 0).all()
     assert str(views) == "plain 20 px pad bilinear whole"
 
 
 def test_random_views_depend_on_seed_row_and_number_only():
     make = dict(size=16, resize=16, kind="random")
     views = data.ImageViews(count=3, **make)
-    found = views(picture(), row=7)
-    np.testing.assert_array_equal(found, views(picture(), row=7))
+    crops = views(picture(), row=7)
+    np.testing.assert_array_equal(crops, views(picture(), row=7))
     # More views begin with the fewer.
-    np.testing.assert_array_equal(data.ImageViews(count=5, **make)(picture(), row=7)[:3], found)
-    assert len({view.tobytes() for view in found}) == 3
-    assert (views(picture(), row=8) != found).any()
-    assert (data.ImageViews(count=3, seed=1, **make)(picture(), row=7) != found).any()
+    np.testing.assert_array_equal(data.ImageViews(count=5, **make)(picture(), row=7)[:3], crops)
+    assert len({view.tobytes() for view in crops}) == 3
+    assert (views(picture(), row=8) != crops).any()
+    assert (data.ImageViews(count=3, seed=1, **make)(picture(), row=7) != crops).any()
 
 
 def test_random_views_keep_the_area_asked_for_and_mirror_half():
     views = data.ImageViews(
         size=32, resize=32, kind="random", count=400, scale=(0.25, 0.5), interpolation="bilinear"
     )
-    found = views(picture(120, 120), row=0).astype(float)
-    across = found[:, 16, :, 1]
+    crops = views(picture(120, 120), row=0).astype(float)
+    across = crops[:, 16, :, 1]
     mirrored = across[:, 0] > across[:, -1]
     assert 0.4 < mirrored.mean() < 0.6
-    spans = [np.ptp(found[:, :, 16, 0], axis=1), np.ptp(across, axis=1)]
+    spans = [np.ptp(crops[:, :, 16, 0], axis=1), np.ptp(across, axis=1)]
     # The outermost pixels' middles are half a pixel inside, of 32.
     sides = [span / 255 * 32 / 31 for span in spans]
     area = sides[0] * sides[1]

@@ -1,8 +1,5 @@
 """Labelled images: every source, and the builders on small stand-ins for their packages."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 
@@ -23,9 +20,9 @@ def test_cifar100_binary(tmp_path, monkeypatch):
     labels = [(1, 7), (2, 99), (3, 0)]
     records = [bytes(pair) + plane.tobytes() for pair, plane in zip(labels, planes)]
     (tmp_path / "test.bin").write_bytes(b"".join(records))
-    found = load_images(f"cifar100:{tmp_path}", split="test")
-    assert found.labels.tolist() == [7, 99, 0]
-    np.testing.assert_array_equal(found.images, planes.transpose(0, 2, 3, 1))
+    loaded = load_images(f"cifar100:{tmp_path}", split="test")
+    assert loaded.labels.tolist() == [7, 99, 0]
+    np.testing.assert_array_equal(loaded.images, planes.transpose(0, 2, 3, 1))
     (tmp_path / "test.bin").write_bytes(b"".join(records[:2]))
     with pytest.raises(ValueError, match=r"test\.bin"):
         load_images(f"cifar100:{tmp_path}", split="test")
@@ -42,10 +39,10 @@ def test_folders_of_classes(tmp_path):
         for number, size in enumerate([(8, 8), (12, 9)]):
             Image.new("RGB", size, (value, 0, 0)).save(folder / f"{number}.png")
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
-        found = load_images(f"folder:{tmp_path}", split="val", size=6, cache_dir=cache)
-        assert found.images.shape == (4, 6, 6, 3)
-        assert found.labels.tolist() == [0, 0, 1, 1]
-        assert found.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
+        loaded = load_images(f"folder:{tmp_path}", split="val", size=6, cache_dir=cache)
+        assert loaded.images.shape == (4, 6, 6, 3)
+        assert loaded.labels.tolist() == [0, 0, 1, 1]
+        assert loaded.images[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
     (tmp_path / "val" / "dog" / "broken.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"broken\.png"):
         load_images(f"folder:{tmp_path}", split="val", size=6)
@@ -56,32 +53,3 @@ def test_folders_of_classes(tmp_path):
 def test_unknown_sources_are_named():
     with pytest.raises(ValueError, match="nowhere:x"):
         load_images("nowhere:x")
-
-
-def idx(values: np.ndarray) -> bytes:
-    magic = 2048 + values.ndim
-    return gzip.compress(
-        struct.pack(f">{1 + values.ndim}i", magic, *values.shape) + values.tobytes()
-    )
-
-
-def test_fashion_mnist_is_built_from_the_debian_files(tmp_path, monkeypatch):
-    from logitjax.data._builders import _fashion_mnist
-
-    rng = np.random.default_rng(0)
-    manual = tmp_path / "downloads" / "manual" / _fashion_mnist._FOLDER
-    manual.mkdir(parents=True)
-    pictures = {}
-    for name, count in (("train", 12), ("t10k", 5)):
-        pictures[name] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        (manual / f"{name}-images-idx3-ubyte.gz").write_bytes(idx(pictures[name]))
-        (manual / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
-    found = load_images("tfds:fashion_mnist_png", split="test", data_dir=tmp_path)
-    order = np.argsort(found.labels)
-    np.testing.assert_array_equal(found.images[order, ..., 0], pictures["t10k"])
-    with pytest.raises(ValueError, match="idx3"):
-        _fashion_mnist.read_idx(manual / "train-images-idx3-ubyte.gz", 2049)
-    monkeypatch.setattr(_fashion_mnist, "_FOLDER", "nowhere")
-    with pytest.raises(FileNotFoundError, match="apt-get download dataset-fashion-mnist"):
-        _fashion_mnist.find_files(tmp_path)

@@ -34,11 +34,11 @@ def everything(dataset):
 
 def segments(arrays):
     """(row, segment) -> the tokens of every segment."""
-    found = {}
+    texts = {}
     for row, (tokens, ids) in enumerate(zip(arrays["tokens"], arrays["segment_ids"], strict=True)):
         for segment in range(1, ids.max() + 1):
-            found[row, segment] = tokens[ids == segment].tolist()
-    return found
+            texts[row, segment] = tokens[ids == segment].tolist()
+    return texts
 
 
 def assert_equal(a, b):
@@ -199,8 +199,8 @@ def test_what_a_template_or_a_tokenizer_refuses_is_named_or_skipped(tmp_path):
     rows = [chat("ok", "user", "assistant"), {"id": "f.jsonl:2", **chat("no", "assistant")}]
     examples = Examples([*rows, {"id": "f.jsonl:3", "text": "bad"}], source="jsonl:f.jsonl")
     arguments = {"seq_len": 16, "directory": tmp_path}
-    said = r"^jsonl:f\.jsonl, example f\.jsonl:2: roles must alternate$"
-    with pytest.raises(ValueError, match=said):
+    message = r"^jsonl:f\.jsonl, example f\.jsonl:2: roles must alternate$"
+    with pytest.raises(ValueError, match=message):
         pack(examples, {"b": Picky()}, **arguments)
     last = Examples([examples[2]], source="jsonl:f.jsonl")
     with pytest.raises(ValueError, match=r"example f\.jsonl:3: argument 'text': cannot be"):
@@ -245,8 +245,8 @@ def test_conversations_and_texts_of_one_source_are_each_treated_as_what_they_are
     class Other(Chatty):
         fingerprint = "other"
 
-    said = r"rows of one form .* got train row 'rows.jsonl:9' with .*'rows.jsonl:1' without"
-    with pytest.raises(ValueError, match=said):
+    message = r"rows of one form .* got train row 'rows.jsonl:9' with .*'rows.jsonl:1' without"
+    with pytest.raises(ValueError, match=message):
         pack_splits(spec, {"m": Chatty(), "o": Other()}, **sizes, directory=tmp_path / "two")
 
 
@@ -500,8 +500,8 @@ def test_several_shards_and_a_remote_directory(tmp_path, monkeypatch):
     here = pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path / "here")
     assert len(here.manifest["shards"]) > 3
     monkeypatch.setattr(_shards, "is_remote", lambda path: True)
-    there = pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path / "there")
-    assert_equal(everything(here), everything(there))
+    remote = pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path / "there")
+    assert_equal(everything(here), everything(remote))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "junk", "manifest"])
@@ -512,8 +512,8 @@ def test_damage_is_named(tmp_path, damage):
     (shard,) = tmp_path.glob("*.array_record")
     content = bytearray(shard.read_bytes())
     if damage == "flip":
-        place = next(i for i in range(len(content) // 3, len(content)) if content[i])
-        content[place] ^= 0xFF
+        offset = next(i for i in range(len(content) // 3, len(content)) if content[i])
+        content[offset] ^= 0xFF
         shard.write_bytes(content)
     elif damage == "cut":
         shard.write_bytes(content[: len(content) // 2])

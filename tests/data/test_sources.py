@@ -132,21 +132,23 @@ def test_a_slice_says_how_many_rows_its_source_skipped(tmp_path):
     assert (examples[2:5].errors, len(examples[2:5])) == (1, 3)
 
 
-@pytest.mark.parametrize("own", [("validation",), ("test",), ("validation", "test"), ()])
-def test_a_split_of_ones_own_is_used_and_a_lacking_one_is_cut_from_the_training_rows(tmp_path, own):
+@pytest.mark.parametrize("given", [("validation",), ("test",), ("validation", "test"), ()])
+def test_a_split_of_ones_own_is_used_and_a_lacking_one_is_cut_from_the_training_rows(
+    tmp_path, given
+):
     write_rows(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(10)])
-    for name in own:
+    for name in given:
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
     (tmp_path / "test.md").write_text("notes are no split")
-    if "validation" not in own:
+    if "validation" not in given:
         (tmp_path / "validation").mkdir()
-    found = {s: [e["text"] for e in rows] for s, rows in load_splits(f"jsonl:{tmp_path}").items()}
-    assert list(found) == ["train", "validation", "test"]
+    texts = {s: [e["text"] for e in rows] for s, rows in load_splits(f"jsonl:{tmp_path}").items()}
+    assert list(texts) == ["train", "validation", "test"]
     for name in ("validation", "test"):
-        assert (found[name] == [name]) == (name in own)
-    cut = [text for s in found.values() for text in s if text.startswith("t") and len(text) == 2]
+        assert (texts[name] == [name]) == (name in given)
+    cut = [text for s in texts.values() for text in s if text.startswith("t") and len(text) == 2]
     assert cut == [f"t{i}" for i in range(10)]
-    assert len(found["train"]) == 10 - (2 - len(own))
+    assert len(texts["train"]) == 10 - (2 - len(given))
 
 
 def test_columns_are_renamed(tmp_path):
@@ -327,15 +329,15 @@ def test_compressed_files_and_parquet_hold_the_same_rows(tmp_path):
 def test_what_does_not_fit_into_memory_is_read_again_and_is_the_same(tmp_path, monkeypatch):
     rows = [{"text": f"row {i}"} for i in range(40)]
     path = write_rows(tmp_path / "a.jsonl", [*rows[:20], "{", *rows[20:]])
-    held = load_examples(f"jsonl:{path}", on_error="skip")
+    in_memory = load_examples(f"jsonl:{path}", on_error="skip")
     monkeypatch.setattr("logitjax.data._examples._HELD_CHARACTERS", 100)
     streamed = load_examples(f"jsonl:{path}", on_error="skip")
     assert (list(streamed), streamed.fingerprint, streamed.errors) == (
-        list(held), held.fingerprint, 1
+        list(in_memory), in_memory.fingerprint, 1
     )  # fmt: skip
-    assert [streamed[i] for i in (30, 3, 3, 4, -1)] == [held[i] for i in (30, 3, 3, 4, -1)]
-    assert list(streamed[10:][5:]) == list(held[15:])
-    assert streamed[10:].fingerprint == held[10:].fingerprint
+    assert [streamed[i] for i in (30, 3, 3, 4, -1)] == [in_memory[i] for i in (30, 3, 3, 4, -1)]
+    assert list(streamed[10:][5:]) == list(in_memory[15:])
+    assert streamed[10:].fingerprint == in_memory[10:].fingerprint
     path.write_text("")
     with pytest.raises(ValueError, match="row 7: its source has changed"):
         streamed[7]

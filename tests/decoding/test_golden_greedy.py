@@ -32,15 +32,15 @@ def smollm2() -> Ensemble:
 
 def diverging(tokens: np.ndarray, rows: list[int]) -> list[int]:
     """Rows that leave the golden ones at a tie; leaving them elsewhere fails."""
-    found = []
+    differing_rows = []
     for row, ours in zip(rows, tokens, strict=True):
-        theirs, gaps = golden()[1][row, : len(ours)], golden()[2][row]
-        different = np.flatnonzero(ours != theirs)
+        reference, gaps = golden()[1][row, : len(ours)], golden()[2][row]
+        different = np.flatnonzero(ours != reference)
         if len(different):
             first = int(different[0])
             assert gaps[: first + 1].min() < TIE, f"row {row} at token {first}: {gaps[first]}"
-            found.append(row)
-    return found
+            differing_rows.append(row)
+    return differing_rows
 
 
 def test_goldens_are_of_these_prompts():

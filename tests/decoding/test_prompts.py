@@ -92,9 +92,9 @@ def test_a_prefix_is_read_once_and_gives_the_same(engine):
     through(reader, rows)
     assert reader.tokens_read == len(LONG) + 4 + 3 + len(other)
     for row, prompt in zip(rows, (other, LONG, other), strict=True):
-        found = reader.place(row, 0, Request(prompt=prompt, max_new_tokens=1))
+        emitted = reader.place(row, 0, Request(prompt=prompt, max_new_tokens=1))
         want = np.sort(log_probs(prompt))[::-1][:3]
-        np.testing.assert_allclose(np.asarray(found.top_logprobs)[0], want, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(emitted.top_logprobs)[0], want, atol=1e-4)
 
 
 @pytest.mark.every_change
@@ -107,10 +107,10 @@ def test_the_prompt_s_own_tokens_are_reported_where_asked(engine):
         parts = [jax.tree.map(np.asarray, part) for part in reader.report(row)]
         valid = np.concatenate([part.valid[0] for part in parts])
         tokens = np.concatenate([part.tokens[0] for part in parts])[valid]
-        found = np.concatenate([part.logprobs[0] for part in parts])[valid]
+        logprobs = np.concatenate([part.logprobs[0] for part in parts])[valid]
         assert tokens.tolist() == LONG[1:]
         want = [log_probs(LONG[:i])[LONG[i]] for i in range(1, len(LONG))]
-        np.testing.assert_allclose(found, want, atol=1e-4)
+        np.testing.assert_allclose(logprobs, want, atol=1e-4)
         reader.release(row)
 
 

@@ -94,8 +94,8 @@ def test_sharded_speculation_equals_local():
         apply_fn, params = from_nnx(model)
         return nnx.merge(apply_fn.graphdef, rules.place(params, mesh))
 
-    def run(place, options):
-        large, expert = place(decoder()), place(disturbed(1))
+    def run(put, options):
+        large, expert = put(decoder()), put(disturbed(1))
         return generate(
             Ensemble(large, experts=[expert], fuse=mean),
             [*PROMPTS, PROMPTS[0]],
@@ -216,22 +216,22 @@ def test_slots_speculate_and_step_by_turns():
     model = bags(2, vocab=64)
     plain = generate(model, PROMPTS[:2], max_new_tokens=12)
     engine = Engine(model, slots=2, max_length=32, drafts=DraftControl(lengths=(3,)))
-    found: list[list[int]] = [[], []]
+    rows: list[list[int]] = [[], []]
 
     def take(emitted):
         for slot in range(2):
-            there = np.asarray(emitted.valid)[slot]
-            found[slot] += np.asarray(emitted.tokens)[slot][there].tolist()
+            emitted_here = np.asarray(emitted.valid)[slot]
+            rows[slot] += np.asarray(emitted.tokens)[slot][emitted_here].tolist()
 
-    found[0] += engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=12)).tokens.tolist()
+    rows[0] += engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=12)).tokens.tolist()
     take(engine.speculate(3, 1)[0])
-    found[1] += engine.prefill(1, Request(prompt=PROMPTS[1], max_new_tokens=12)).tokens.tolist()
+    rows[1] += engine.prefill(1, Request(prompt=PROMPTS[1], max_new_tokens=12)).tokens.tolist()
     take(engine.decode_chunk(2))
     while engine.active.any():
         emitted, drafted = engine.speculate(3, 1)
         take(emitted)
         assert (np.asarray(drafted.accepted) <= np.asarray(drafted.tested)).all()
-    assert found == plain.rows()
+    assert rows == plain.rows()
 
 
 @pytest.mark.every_change

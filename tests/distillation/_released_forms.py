@@ -50,14 +50,14 @@ class ChunkTokens:
         """
         shape = ids.shape
         order = np.full((*shape, most), -1, np.int64)
-        row, place = np.nonzero(ids >= 0)
-        chunk = ids[row, place]
+        row, position = np.nonzero(ids >= 0)
+        chunk = ids[row, position]
         fresh = np.ones(len(row), bool)
         fresh[1:] = (row[1:] != row[:-1]) | (chunk[1:] != chunk[:-1])
         start = np.maximum.accumulate(np.where(fresh, np.arange(len(row)), 0))
         rank = np.arange(len(row)) - start
         few = rank < most
-        order[row[few], chunk[few], rank[few]] = place[few]
+        order[row[few], chunk[few], rank[few]] = position[few]
         long = np.zeros(shape, bool)
         long[row[~few], chunk[~few]] = True
         order[long] = -1
@@ -75,30 +75,35 @@ class ChunkTokens:
 
     @classmethod
     def pair(
-        cls, chunks: Chunks, ours: np.ndarray, theirs: np.ndarray, most: int = 4
+        cls, chunks: Chunks, ours: np.ndarray, teacher_ids: np.ndarray, most: int = 4
     ) -> "tuple[ChunkTokens, ChunkTokens]":
         """Both sides, without the chunks that are too long on either."""
         sides = [
             cls.of(np.asarray(ids), tokens, most)
-            for ids, tokens in ((chunks.ours, ours), (_widened(chunks.theirs, chunks.ours), theirs))
+            for ids, tokens in (
+                (chunks.ours, ours),
+                (_widened(chunks.theirs, chunks.ours), teacher_ids),
+            )
         ]
         both = sides[0].where.any(-1) & sides[1].where.any(-1)
         one, two = (dataclasses.replace(s, where=s.where & both[:, None]) for s in sides)
         return one, two
 
 
-def _widened(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
+def _widened(teacher_ids: np.ndarray, ours: np.ndarray) -> np.ndarray:
     """Their chunks in as many places as ours have, so that chunks are numbered alike."""
-    if theirs.shape[1] != ours.shape[1]:
-        raise ValueError(f"chunks: expected rows of one length, got {ours.shape}, {theirs.shape}")
-    return theirs
+    if teacher_ids.shape[1] != ours.shape[1]:
+        raise ValueError(
+            f"chunks: expected rows of one length, got {ours.shape}, {teacher_ids.shape}"
+        )
+    return teacher_ids
 
 
 def chunk_hybrid(
     student: Float[Array, "chunks most vocab"],
     teacher: Float[Array, "chunks most vocab2"],
     ours: ChunkTokens,
-    theirs: ChunkTokens,
+    teacher_tokens: ChunkTokens,
     matches: Matches,
     *,
     beta: float = 0.5,
@@ -126,7 +131,7 @@ def chunk_hybrid(
     Returns:
         `[chunks]` float32; 0 for those that are empty.
     """
-    q, p = _merged(student, ours), _merged(jax.lax.stop_gradient(teacher), theirs)
+    q, p = _merged(student, ours), _merged(jax.lax.stop_gradient(teacher), teacher_tokens)
     at = np.flatnonzero(matches.ours >= 0)
     q_m, p_m = q[:, matches.ours[at]], p[:, at]
     log_q, log_p = (jnp.log(jnp.maximum(x, _LEAST)) for x in (q_m, p_m))
@@ -148,7 +153,7 @@ def chunk_projected_kl(
     student: Float[Array, "chunks most vocab"],
     teacher: Float[Array, "chunks most vocab2"],
     ours: ChunkTokens,
-    theirs: ChunkTokens,
+    teacher_tokens: ChunkTokens,
     projection: TokenProjection,
     columns: Any,
     *,
@@ -189,9 +194,9 @@ def chunk_projected_kl(
     q = q / jnp.maximum(q.sum(-1, keepdims=True), 1e-30)
     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher)[..., columns] / temperature)
     if form == "released":
-        log_p = _mean(log_p, theirs)
+        log_p = _mean(log_p, teacher_tokens)
     else:
-        log_p = jnp.log(jnp.maximum(_mean(jnp.exp(log_p), theirs), 1e-30))
+        log_p = jnp.log(jnp.maximum(_mean(jnp.exp(log_p), teacher_tokens), 1e-30))
     value = temperature**2 * (jnp.exp(log_p) * (log_p - jnp.log(q + 1e-10))).sum(-1)
     return jnp.where(ours.where.any(-1), value, 0.0)
 
@@ -200,7 +205,7 @@ def chunk_hybrid_kl(
     student: Float[Array, "chunks most vocab"],
     teacher: Float[Array, "chunks most vocab2"],
     ours: ChunkTokens,
-    theirs: ChunkTokens,
+    teacher_tokens: ChunkTokens,
     matches: Matches,
     *,
     form: Form = "released",
@@ -227,7 +232,7 @@ def chunk_hybrid_kl(
         `[chunks]` float32; 0 for those that are empty.
     """
     sides = []
-    for logits, tokens in ((student, ours), (jax.lax.stop_gradient(teacher), theirs)):
+    for logits, tokens in ((student, ours), (jax.lax.stop_gradient(teacher), teacher_tokens)):
         log_probs = jax.nn.log_softmax(logits / temperature)
         if form == "released":
             sides.append(_mean(log_probs, tokens))
@@ -270,7 +275,7 @@ def linear_chunk_loss(
     student: tuple[Any, Any],
     teacher: tuple[Any, Any],
     ours: ChunkTokens,
-    theirs: ChunkTokens,
+    teacher_tokens: ChunkTokens,
     *,
     block: int = 32,
 ) -> Float[jax.Array, " chunks"]:
@@ -305,7 +310,7 @@ def linear_chunk_loss(
         lambda x: jnp.pad(x, [(0, blocks * block - count)] + [(0, 0)] * (jnp.ndim(x) - 1)).reshape(
             blocks, block, *jnp.shape(x)[1:]
         ),
-        (ours, theirs),
+        (ours, teacher_tokens),
     )
     return jax.lax.map(lambda here: some(kernels, here), padded).reshape(-1)[:count]
 
@@ -322,8 +327,8 @@ def _merged(logits: Any, tokens: ChunkTokens) -> jax.Array:
 
 def _mean(values: jax.Array, tokens: ChunkTokens) -> jax.Array:
     """Over the labels of each chunk."""
-    there = tokens.where[..., None]
-    return jnp.where(there, values, 0.0).sum(1) / jnp.maximum(there.sum(1), 1)
+    where = tokens.where[..., None]
+    return jnp.where(where, values, 0.0).sum(1) / jnp.maximum(where.sum(1), 1)
 
 
 def _sorted_distance(p: jax.Array, q: jax.Array, ranks: int | None) -> jax.Array:

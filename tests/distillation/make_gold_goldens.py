@@ -49,8 +49,8 @@ def main() -> None:
         for name, value in vars(plain).items():
             setattr(loss, name, value)
         mapping = torch.zeros(9, dtype=torch.long)
-        for theirs, ours in PAIRS.items():
-            mapping[theirs] = ours
+        for their_name, ours in PAIRS.items():
+            mapping[their_name] = ours
         loss.mapping_tensor = mapping
 
         def offsets(lengths: list[int]) -> torch.Tensor:

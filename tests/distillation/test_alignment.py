@@ -40,14 +40,14 @@ def columns(rows, vocab):
         "loss_mask": np.zeros(shape, bool),
     }
     for i, row in enumerate(rows):
-        place = 0
+        column = 0
         for number, segment in enumerate(row, 1):
             for position, token in enumerate(segment):
-                out["tokens"][i, place] = vocab[token]
-                out["segment_ids"][i, place] = number
-                out["positions"][i, place] = position
-                out["loss_mask"][i, place] = position > 0
-                place += 1
+                out["tokens"][i, column] = vocab[token]
+                out["segment_ids"][i, column] = number
+                out["positions"][i, column] = position
+                out["loss_mask"][i, column] = position > 0
+                column += 1
     return out
 
 
@@ -55,17 +55,20 @@ def test_hand_worked_row():
     vocab = {"the": 0, " cat": 1, "s": 2, "th": 3, "e": 4, " ": 5, "cats": 6}
     lengths = np.array([len(token) for token in vocab])
     ours = columns([[["the", " cat", "s"], ["the", " cat"]]], vocab)
-    theirs = columns([[["th", "e", " ", "cats"], ["the", " cat"]]], vocab)
-    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
+    teacher = columns([[["th", "e", " ", "cats"], ["the", " cat"]]], vocab)
+    chunks = distillation.align_chunks(ours, teacher, our_lengths=lengths, their_lengths=lengths)
     # " cat" begins at byte 3, as does their " "; "s" begins inside "cats"; then document 2.
-    assert found.starts[0].tolist() == [True, False, False, True, False]
-    assert found.places[0, [0, 3]].tolist() == [1, 4]
+    assert chunks.starts[0].tolist() == [True, False, False, True, False]
+    assert chunks.places[0, [0, 3]].tolist() == [1, 4]
     # "the" is not predicted, so its bytes are no chunk.
-    assert found.ours[0].tolist() == [0, 0, -1, 1, -1]
-    assert found.theirs[0].tolist() == [-1, 0, 0, -1, 1, -1][: found.theirs.shape[1]]
-    assert (found.our_sizes[0, :2].tolist(), found.their_sizes[0, :2].tolist()) == ([2, 1], [2, 1])
-    assert found.one_to_one[0].tolist() == [False, False, False, True, False]
-    assert found.counts.tolist() == [2]
+    assert chunks.ours[0].tolist() == [0, 0, -1, 1, -1]
+    assert chunks.theirs[0].tolist() == [-1, 0, 0, -1, 1, -1][: chunks.theirs.shape[1]]
+    assert (chunks.our_sizes[0, :2].tolist(), chunks.their_sizes[0, :2].tolist()) == (
+        [2, 1],
+        [2, 1],
+    )
+    assert chunks.one_to_one[0].tolist() == [False, False, False, True, False]
+    assert chunks.counts.tolist() == [2]
 
 
 @given(st.lists(st.sampled_from(["ab", "c", " d", "é"]), min_size=2, max_size=12), st.data())
@@ -76,33 +79,33 @@ def test_matches_are_exactly_the_common_boundaries(pieces, draw):
     other = [text[a:b] for a, b in itertools.pairwise(marks)]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*pieces, *other]))}
     lengths = np.array([len(token.encode()) for token in vocab])
-    ours, theirs = columns([[pieces]], vocab), columns([[other]], vocab)
-    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
+    ours, teacher = columns([[pieces]], vocab), columns([[other]], vocab)
+    chunks = distillation.align_chunks(ours, teacher, our_lengths=lengths, their_lengths=lengths)
 
     def starts(tokens):
         return np.cumsum([0, *(len(token.encode()) for token in tokens)])[:-1]
 
-    mine, known = starts(pieces), starts(other)
-    expected = [t for t in range(len(pieces) - 1) if mine[t + 1] in known[1:]]
-    assert np.flatnonzero(found.starts[0]).tolist() == expected
+    mine, their_starts = starts(pieces), starts(other)
+    expected = [t for t in range(len(pieces) - 1) if mine[t + 1] in their_starts[1:]]
+    assert np.flatnonzero(chunks.starts[0]).tolist() == expected
     for t in expected:
-        assert known[found.places[0, t] + 1] == mine[t + 1]
+        assert their_starts[chunks.places[0, t] + 1] == mine[t + 1]
 
 
 def test_turns_are_aligned_whatever_the_templates_put_between():
     vocab = {"<|user|>": 0, "hi": 1, "<s>": 2, "[I]": 3, "ab": 4, "a": 5, "b": 6, "c": 7, "x": 8}
     lengths = np.array([len(token) for token in vocab])
     ours = columns([[["<|user|>", "hi", "ab", "c", "x", "c", "ab"]]], vocab)
-    theirs = columns([[["<s>", "[I]", "hi", "x", "a", "b", "c", "x", "x", "c", "a", "b"]]], vocab)
+    teacher = columns([[["<s>", "[I]", "hi", "x", "a", "b", "c", "x", "x", "c", "a", "b"]]], vocab)
     ours["loss_mask"][0, :7] = [0, 0, 1, 1, 0, 1, 1]
-    theirs["loss_mask"][0, :12] = [0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
-    found = distillation.align_chunks(
-        ours, theirs, our_lengths=lengths, their_lengths=lengths, by="turn"
+    teacher["loss_mask"][0, :12] = [0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
+    chunks = distillation.align_chunks(
+        ours, teacher, our_lengths=lengths, their_lengths=lengths, by="turn"
     )
-    assert found.starts[0].tolist() == [False, True, True, False, True, True, False]
-    assert (found.places[0][found.starts[0]] + 1).tolist() == [4, 6, 9, 10]
-    assert found.ours[0].tolist() == [-1, 0, 1, -1, 2, 3, -1]
-    assert found.theirs[0].tolist() == [-1, -1, -1, 0, 0, 1, -1, -1, 2, 3, 3, -1][:12]
+    assert chunks.starts[0].tolist() == [False, True, True, False, True, True, False]
+    assert (chunks.places[0][chunks.starts[0]] + 1).tolist() == [4, 6, 9, 10]
+    assert chunks.ours[0].tolist() == [-1, 0, 1, -1, 2, 3, -1]
+    assert chunks.theirs[0].tolist() == [-1, -1, -1, 0, 0, 1, -1, -1, 2, 3, 3, -1][:12]
 
 
 def test_byte_level_vocabulary_counts_bytes():
@@ -128,14 +131,14 @@ def test_same_tokenizer_aligns_every_predicted_position(tmp_path):
     packed = data.pack(examples, {"a": load_tokenizer("tiny")}, seq_len=64, directory=tmp_path)
     batch = packed.rows(range(len(packed)))["a"]
     lengths = load_tokenizer("tiny").byte_lengths()
-    found = distillation.align_chunks(batch, batch, our_lengths=lengths, their_lengths=lengths)
-    wanted = batch["loss_mask"][:, 1:]
-    assert (found.starts == wanted).all()
-    assert (found.one_to_one == wanted).all()
-    assert (found.places[wanted] == np.broadcast_to(np.arange(63), wanted.shape)[wanted]).all()
+    chunks = distillation.align_chunks(batch, batch, our_lengths=lengths, their_lengths=lengths)
+    learnt = batch["loss_mask"][:, 1:]
+    assert (chunks.starts == learnt).all()
+    assert (chunks.one_to_one == learnt).all()
+    assert (chunks.places[learnt] == np.broadcast_to(np.arange(63), learnt.shape)[learnt]).all()
 
 
-def slow_chunks(ours, theirs, our_lengths, their_lengths):
+def slow_chunks(ours, teacher, our_lengths, their_lengths):
     """The chunks of `align_chunks` for one row, by looking at every pair of tokens."""
 
     def described(columns, lengths):
@@ -151,24 +154,24 @@ def slow_chunks(ours, theirs, our_lengths, their_lengths):
                 out.append((i, key, bool(learnt) and i > 0))
         return out
 
-    mine, other = described(ours, our_lengths), described(theirs, their_lengths)
+    mine, other = described(ours, our_lengths), described(teacher, their_lengths)
     shared = {key for _, key, _ in mine} & {key for _, key, _ in other}
 
     def chunk_of(tokens):
-        found, open_, bad = {}, [], set()
+        numbers, open_, bad = {}, [], set()
         for i, key, learnt in tokens:
             if key[2] == "special":
                 if key in shared:
-                    found[i] = key
+                    numbers[i] = key
                     bad |= set() if learnt else {key}
                 continue
             open_.append((i, learnt, key[0]))
             open_ = [member for member in open_ if member[2] == key[0]]
             if key in shared:
-                found |= {place: key for place, _, _ in open_}
-                bad |= set() if all(known for _, known, _ in open_) else {key}
+                numbers |= {position: key for position, _, _ in open_}
+                bad |= set() if all(counts for _, counts, _ in open_) else {key}
                 open_ = []
-        return found, bad
+        return numbers, bad
 
     (a, bad_a), (b, bad_b) = chunk_of(mine), chunk_of(other)
     good = sorted(
@@ -178,7 +181,7 @@ def slow_chunks(ours, theirs, our_lengths, their_lengths):
     number = {key: i for i, key in enumerate(good)}
     return (
         [number.get(a.get(i), -1) for i in range(1, len(ours[0]))],
-        [number.get(b.get(i), -1) for i in range(1, len(theirs[0]))],
+        [number.get(b.get(i), -1) for i in range(1, len(teacher[0]))],
     )
 
 
@@ -193,11 +196,11 @@ def random_row(rng, lengths, bytes_of_texts, width, bos):
             new.append(size)
             left -= size
         new.append(0)
-        for place, token in enumerate(new):
+        for index, token in enumerate(new):
             tokens.append(token)
             segments.append(text)
-            positions.append(place)
-            learnt.append(place > (1 if text == 2 else 0))
+            positions.append(index)
+            learnt.append(index > (1 if text == 2 else 0))
     pad = max(width - len(tokens), 0)
     return [np.array([*x, *[0] * pad])[:width] for x in (tokens, segments, positions, learnt)]
 
@@ -208,41 +211,43 @@ def test_chunks_equal_those_of_a_slow_search():
         totals = rng.integers(1, 12, 3)
         rows = [random_row(rng, lengths, totals, 20, bos) for bos in (False, True)]
         names = ("tokens", "segment_ids", "positions", "loss_mask")
-        ours, theirs = (
+        ours, teacher = (
             {n: x[None].astype(bool) if n == "loss_mask" else x[None] for n, x in zip(names, row)}
             for row in rows
         )
-        found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
+        chunks = distillation.align_chunks(
+            ours, teacher, our_lengths=lengths, their_lengths=lengths
+        )
         slow = slow_chunks(*([row[0], row[1], row[3]] for row in rows), lengths, lengths)
-        assert (found.ours[0].tolist(), found.theirs[0].tolist()) == slow
+        assert (chunks.ours[0].tolist(), chunks.theirs[0].tolist()) == slow
 
 
 def test_the_space_before_a_text_of_llama_2_moves_no_byte():
     vocab = {" ab": 0, "ab": 1, "c": 2}
     lengths = np.array([len(token) for token in vocab])
     ours = columns([[["ab", "c", "c"]]], vocab)
-    theirs = columns([[[" ab", "c", "c"]]], vocab)
-    found = distillation.align_chunks(
-        ours, theirs, our_lengths=lengths, their_lengths=lengths, their_prefix=1
+    teacher = columns([[[" ab", "c", "c"]]], vocab)
+    chunks = distillation.align_chunks(
+        ours, teacher, our_lengths=lengths, their_lengths=lengths, their_prefix=1
     )
-    assert found.ours[0].tolist() == [0, 1, -1]
+    assert chunks.ours[0].tolist() == [0, 1, -1]
 
 
 def test_what_ends_a_turn_pairs_with_what_ends_it_there():
     vocab = {"<end>": 0, "ab": 1, "\n": 2}
     lengths = np.array([0, 2, 1])
     ours = columns([[["ab", "ab", "<end>"]]], vocab)
-    theirs = columns([[["ab", "ab", "<end>", "\n"]]], vocab)
-    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
-    assert found.ours[0].tolist() == [0, 1, -1]
-    assert found.starts[0].tolist() == [True, True, False]
-    assert found.places[0].tolist() == [0, 1, 0]
+    teacher = columns([[["ab", "ab", "<end>", "\n"]]], vocab)
+    chunks = distillation.align_chunks(ours, teacher, our_lengths=lengths, their_lengths=lengths)
+    assert chunks.ours[0].tolist() == [0, 1, -1]
+    assert chunks.starts[0].tolist() == [True, True, False]
+    assert chunks.places[0].tolist() == [0, 1, 0]
 
 
 def test_texts_that_share_no_byte_have_no_chunk():
     lengths = np.array([0, 2, 3])
-    ours, theirs = columns([[[1, 1]]], [0, 1, 2]), columns([[[2, 2]]], [0, 1, 2])
-    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
-    assert not found.counts.any()
-    assert not found.starts.any()
-    assert (found.ours == -1).all()
+    ours, teacher = columns([[[1, 1]]], [0, 1, 2]), columns([[[2, 2]]], [0, 1, 2])
+    chunks = distillation.align_chunks(ours, teacher, our_lengths=lengths, their_lengths=lengths)
+    assert not chunks.counts.any()
+    assert not chunks.starts.any()
+    assert (chunks.ours == -1).all()

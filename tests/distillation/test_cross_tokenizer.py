@@ -59,7 +59,7 @@ def projected_kl(hidden, kernel, teacher, projection):
     q = np.exp(log_softmax(hidden @ kernel)) @ dense(projection)
     p = np.exp(log_softmax(teacher))
     out = []
-    for here, there in zip(p, q, strict=True):
+    for here, teacher_row in zip(p, q, strict=True):
         top = np.argsort(-here)[:K]
         if projection.merges is not None:
             merged = np.zeros(OTHER + 1)
@@ -68,16 +68,16 @@ def projected_kl(hidden, kernel, teacher, projection):
             top = top[top >= 0]
         top = top[projection.sizes[top] > 0]
         a = np.append(here[top], 1 - here[top].sum())
-        b = np.append(there[top], 1 - there[top].sum())
+        b = np.append(teacher_row[top], 1 - teacher_row[top].sum())
         out.append((a * np.log(a / b)).sum())
     return np.array(out)
 
 
 def projected_term(hidden, kernel, teacher, projection, where, k=K):
     """The sum of `terms.PKL`, by a projection that stands for its rule's."""
-    known = distillation.Vocabularies(projections={"spread": projection})
+    vocabularies = distillation.Vocabularies(projections={"spread": projection})
     statistics = losses.graph_statistics(teacher, k)
-    view = distillation.Teacher(statistics=statistics, where=where, vocabularies=known)
+    view = distillation.Teacher(statistics=statistics, where=where, vocabularies=vocabularies)
     batch = {"labels": np.zeros(where.shape, np.int32)}
     objective = distillation.Objective(terms=((PKL(), 1.0),))
     head = losses.Head(kernel, vocab_axis=1)
@@ -106,15 +106,15 @@ def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, merging
     )
     np.testing.assert_allclose(value, expected(hidden, kernel), rtol=1e-5)
     sides = (hidden, kernel)
-    for side, place in [(0, (0, 1)), (0, (3, 4)), (1, (0, 1)), (1, (3, 24)), (1, (7, 39))]:
+    for side, entry in [(0, (0, 1)), (0, (3, 4)), (1, (0, 1)), (1, (3, 24)), (1, (7, 39))]:
         step = np.zeros_like(sides[side])
-        step[place] = 1e-6
+        step[entry] = 1e-6
         ends = [
             expected(*(x + s * step if i == side else x for i, x in enumerate(sides)))
             for s in (1, -1)
         ]
-        wanted = (ends[0] - ends[1]) / 2e-6
-        np.testing.assert_allclose(gradient[side][place], wanted, rtol=1e-3, atol=1e-5)
+        slope = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(gradient[side][entry], slope, rtol=1e-3, atol=1e-5)
 
 
 def bpe(pieces):
@@ -137,28 +137,28 @@ def bpe(pieces):
 
 
 def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
-    ours, theirs = bpe(["x", "G", "ains"]), bpe(["x", "G", "Ga", "Gains"])
-    projection = distillation.token_projection(ours, theirs)
-    p, q = np.full(theirs.vocab_size, 1e-9), np.full(ours.vocab_size, 1e-9)
+    ours, teacher_tokenizer = bpe(["x", "G", "ains"]), bpe(["x", "G", "Ga", "Gains"])
+    projection = distillation.token_projection(ours, teacher_tokenizer)
+    p, q = np.full(teacher_tokenizer.vocab_size, 1e-9), np.full(ours.vocab_size, 1e-9)
     for text, mass in (("Gains", 0.6), ("G", 0.1), ("Ga", 0.1), ("x", 0.2)):
-        p[theirs.token_id(text)] = mass
+        p[teacher_tokenizer.token_id(text)] = mass
     for text, mass in (("G", 0.8), ("x", 0.2)):
         q[ours.token_id(text)] = mass
 
     @jax.jit
-    def found(student, teacher):
+    def merged_and_gradient(student, teacher):
         def kl(student):
-            eye, there = jnp.eye(len(student)), np.ones(1, bool)
-            return projected_term(student[None], eye, teacher[None], projection, there, k=4)
+            eye, everywhere = jnp.eye(len(student)), np.ones(1, bool)
+            return projected_term(student[None], eye, teacher[None], projection, everywhere, k=4)
 
         return projection.merged(ops.TopK.of(teacher, 4)), *jax.value_and_grad(kl)(student)
 
     logs = [np.log(x.astype(np.float32)) for x in (q, p)]
-    merged, kl, gradient = jax.device_get(found(*logs))
+    merged, kl, gradient = jax.device_get(merged_and_gradient(*logs))
     masses = dict(zip(merged.indices.tolist(), np.exp(merged.values).tolist(), strict=True))
-    assert masses[theirs.token_id("G")] == pytest.approx(0.8, rel=1e-5)
-    assert masses[theirs.token_id("x")] == pytest.approx(0.2, rel=1e-5)
-    assert masses[theirs.vocab_size] == 0.0
+    assert masses[teacher_tokenizer.token_id("G")] == pytest.approx(0.8, rel=1e-5)
+    assert masses[teacher_tokenizer.token_id("x")] == pytest.approx(0.2, rel=1e-5)
+    assert masses[teacher_tokenizer.vocab_size] == 0.0
     # Both models say the same.
     assert kl == pytest.approx(0.0, abs=1e-5)
     assert gradient == pytest.approx(0.0, abs=1e-5)
@@ -167,12 +167,12 @@ def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
 
 
 def test_tokens_that_normalisers_make_of_each_other_count_as_none():
-    ours, theirs = bpe(["a", "x"]), bpe(["a", "y"])
+    ours, teacher_tokenizer = bpe(["a", "x"]), bpe(["a", "y"])
     ours.backend.normalizer = tokenizers.normalizers.Replace("y", "x")
-    theirs.backend.normalizer = tokenizers.normalizers.Replace("x", "y")
-    projection = distillation.token_projection(ours, theirs)
-    assert projection.merges[theirs.token_id("a")] == theirs.token_id("a")
-    assert projection.merges[theirs.token_id("y")] == -1
+    teacher_tokenizer.backend.normalizer = tokenizers.normalizers.Replace("x", "y")
+    projection = distillation.token_projection(ours, teacher_tokenizer)
+    assert projection.merges[teacher_tokenizer.token_id("a")] == teacher_tokenizer.token_id("a")
+    assert projection.merges[teacher_tokenizer.token_id("y")] == -1
 
 
 @pytest.mark.parametrize("rule", ["first_piece", "exact", "spread"])
@@ -180,24 +180,24 @@ def test_a_comma_is_the_token_that_is_read_not_the_one_for_a_stray_byte(rule):
     ours = bpe([",", "x"])
     vocab = {"<0x2C>": 0, "<0x78>": 1, ",": 2, "x": 3}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
-    found = distillation.token_projection(ours, models.Tokenizer(backend), rule=rule)
-    assert found.only[[ours.token_id(","), ours.token_id("x")]].tolist() == [2, 3]
+    projection = distillation.token_projection(ours, models.Tokenizer(backend), rule=rule)
+    assert projection.only[[ours.token_id(","), ours.token_id("x")]].tolist() == [2, 3]
 
 
 def test_numerals_map_on_their_first_digit_or_are_spread_over_all():
-    ours, theirs = bpe(["x", "20", "201"]), bpe(["2", "0", "1", "x"])
+    ours, teacher_tokenizer = bpe(["x", "20", "201"]), bpe(["2", "0", "1", "x"])
     ids = {text: ours.token_id(text) for text in ("201", "2", "0", "1", "x")}
     q = np.zeros(ours.vocab_size)
     q[list(ids.values())] = (0.5, 0.1, 0.1, 0.1, 0.2)
-    order = [theirs.token_id(text) for text in ("2", "0", "1", "x")]
-    first = distillation.token_projection(ours, theirs)
+    order = [teacher_tokenizer.token_id(text) for text in ("2", "0", "1", "x")]
+    first = distillation.token_projection(ours, teacher_tokenizer)
     np.testing.assert_allclose((q @ dense(first))[order], (0.6, 0.1, 0.1, 0.2), atol=1e-7)
-    spread = distillation.token_projection(ours, theirs, rule="spread")
+    spread = distillation.token_projection(ours, teacher_tokenizer, rule="spread")
     np.testing.assert_allclose((q @ dense(spread))[order], (0.5505, 0.145, 0.1045, 0.2), atol=1e-4)
-    exact = distillation.token_projection(ours, theirs, rule="exact")
+    exact = distillation.token_projection(ours, teacher_tokenizer, rule="exact")
     assert exact.only[ids["201"]] == -1
     assert exact.only[ids["x"]] == order[3]
-    assert first.only[ours.eos_id] == theirs.eos_id
+    assert first.only[ours.eos_id] == teacher_tokenizer.eos_id
     assert first.summary()["largest bucket"] == 3
     assert first.capacity(2) == 4
 
@@ -214,14 +214,14 @@ def test_a_projection_is_built_once(tmp_path, monkeypatch):
 @functools.cache
 def golden():
     path = pathlib.Path(__file__).with_name("gold_goldens.json")
-    held = json.loads(path.read_text())
-    losses = held.pop("losses")
-    return {name: np.array(value) for name, value in held.items()}, losses
+    arrays = json.loads(path.read_text())
+    losses = arrays.pop("losses")
+    return {name: np.array(value) for name, value in arrays.items()}, losses
 
 
 def gold_chunks():
     """The chunks of the golden row, from its byte lengths."""
-    held, _ = golden()
+    arrays, _ = golden()
 
     def columns(lengths):
         size = len(lengths)
@@ -233,13 +233,13 @@ def gold_chunks():
         }
 
     # Their row is one shorter; a token that is not to be predicted fills it up.
-    theirs = columns([*THEIRS, 0])
-    theirs["segment_ids"][0, -1] = theirs["loss_mask"][0, -1] = 0
+    teacher_columns = columns([*THEIRS, 0])
+    teacher_columns["segment_ids"][0, -1] = teacher_columns["loss_mask"][0, -1] = 0
     chunks = distillation.align_chunks(
-        columns(OURS), theirs, our_lengths=np.arange(4), their_lengths=np.arange(4)
+        columns(OURS), teacher_columns, our_lengths=np.arange(4), their_lengths=np.arange(4)
     )
-    their_ids = np.pad(held["their_ids"], ((0, 0), (0, 1)))
-    return chunks, _released_forms.ChunkTokens.pair(chunks, held["our_ids"], their_ids)
+    their_ids = np.pad(arrays["their_ids"], ((0, 0), (0, 1)))
+    return chunks, _released_forms.ChunkTokens.pair(chunks, arrays["our_ids"], their_ids)
 
 
 def matches():
@@ -249,13 +249,13 @@ def matches():
 
 
 def test_gold_equals_trl_and_blocks_of_chunks_equal_all_at_once():
-    held, expected = golden()
-    chunks, (ours, theirs) = gold_chunks()
+    arrays, expected = golden()
+    chunks, (ours, their_tokens) = gold_chunks()
     assert chunks.our_sizes[0, :4].tolist() == [2, 1, 1, 3]
     assert chunks.their_sizes[0, :4].tolist() == [1, 1, 2, 2]
     # Hidden states that are the logits, so that dense and blocked see the same.
     heads = [losses.Head(jnp.eye(size), vocab_axis=1) for size in (7, 9)]
-    states = [jnp.asarray(held[n], jnp.float32) for n in ("student", "teacher")]
+    states = [jnp.asarray(arrays[n], jnp.float32) for n in ("student", "teacher")]
 
     @jax.jit
     def run(student, teacher):
@@ -265,9 +265,11 @@ def test_gold_equals_trl_and_blocks_of_chunks_equal_all_at_once():
                 _released_forms.chunk_hybrid, matches=matches(), beta=float(beta)
             )
             blocked = _released_forms.linear_chunk_loss(
-                loss, (student, heads[0]), (teacher, heads[1]), ours, theirs, block=3
+                loss, (student, heads[0]), (teacher, heads[1]), ours, their_tokens, block=3
             )
-            dense = loss(student[0][ours.positions], teacher[0][theirs.positions], ours, theirs)
+            dense = loss(
+                student[0][ours.positions], teacher[0][their_tokens.positions], ours, their_tokens
+            )
             out[beta] = blocked.sum() / 4, dense.sum() / 4
         return out
 
@@ -321,9 +323,9 @@ def test_the_hybrid_of_top_logits_is_its_definition_and_zero_where_both_say_the_
         top = ops.TopK.of(teacher, 2)
         ids, _ = match.ids(top.indices)
         at = losses.Readout(ops.logsumexp(student), gathered=student[ids])
-        own = ops.TopK.of(student, 2)
+        top_logits = ops.TopK.of(student, 2)
         return [
-            _matched_tokens.hybrid_logit_distance(at, own, top, match, kind=kind)
+            _matched_tokens.hybrid_logit_distance(at, top_logits, top, match, kind=kind)
             for kind in ("jsd", "kl")
         ]
 
@@ -351,9 +353,9 @@ def test_binarised_divergences_have_the_printed_values_and_gradients():
 
     (one, d_one), (hundred, d_hundred), (limit, d_limit) = run(student, teacher)
     np.testing.assert_allclose([one, hundred, limit], [0.13978, 0.0038324, 0.38634], rtol=2e-5)
-    for tau, found in ((1.0, d_one), (100.0, d_hundred)):
+    for tau, slope in ((1.0, d_one), (100.0, d_hundred)):
         p, q = 0.2 ** (1 / tau), 0.05 ** (1 / tau)
-        np.testing.assert_allclose(found, [(q - p) / (tau * (1 - q))], rtol=1e-3)
+        np.testing.assert_allclose(slope, [(q - p) / (tau * (1 - q))], rtol=1e-3)
     np.testing.assert_allclose(d_limit, [np.log(0.2) / np.log(0.05) - 1], rtol=1e-4)
 
 
@@ -366,10 +368,10 @@ def test_likelihoods_of_labels_and_of_words_beginnings_are_those_of_the_logits()
     @jax.jit
     def run(hidden, kernel):
         def blocked(hidden, kernel):
-            found = _likelihood_matching.linear_likelihood(
+            likelihoods = _likelihood_matching.linear_likelihood(
                 hidden, kernel, labels, words, blocks=losses.Blocks(vocab=16, tokens=2)
             )
-            return (2 * found.label + 3 * found.boundary).sum(), found
+            return (2 * likelihoods.label + 3 * likelihoods.boundary).sum(), likelihoods
 
         def dense(hidden, kernel):
             log_p = jax.nn.log_softmax(hidden @ kernel)
@@ -399,15 +401,15 @@ def test_chunks_join_until_a_word_begins_and_the_rest_of_a_row_is_left_out():
     label = -np.arange(1.0, 9.0)[None]
     boundary = np.log(np.array([[0.5, 0.01, 0.9, 0.5, 0.8, 0.7, 0.6, 0.6]]))
     special = np.array([[False, False, False, False, True, False, False, False]])
-    said = {"label": label, "boundary": boundary}
-    found = _likelihood_matching.chunk_scores(chunks, said, special=special)
+    log_probs = {"label": label, "boundary": boundary}
+    joined = _likelihood_matching.chunk_scores(chunks, log_probs, special=special)
     # The first chunk joins the second; what precedes the end closes; the end itself asks nothing.
-    assert found.ids[0].tolist() == [0, 0, 0, 1, 2, 3, -1, -1]
+    assert joined.ids[0].tolist() == [0, 0, 0, 1, 2, 3, -1, -1]
     np.testing.assert_allclose(
-        found.scores[0, :4], [-6 + np.log(0.5), -4 + np.log(0.8), -5, -6 + np.log(0.6)], rtol=1e-6
+        joined.scores[0, :4], [-6 + np.log(0.5), -4 + np.log(0.8), -5, -6 + np.log(0.6)], rtol=1e-6
     )
-    assert found.ends[0, :4].tolist() == [3, 4, -1, 6]
-    assert found.where[0].sum() == 4
+    assert joined.ends[0, :4].tolist() == [3, 4, -1, 6]
+    assert joined.where[0].sum() == 4
 
 
 def tokenkits(sides, threshold=0.1):
@@ -442,7 +444,7 @@ def test_joined_chunks_are_tokenkits_one_by_one_and_their_mean_counts_each_once(
     ids = [np.pad(x, (0, length - len(x)), constant_values=-1) for x in ids]
     labels, boundaries = np.log(rng.uniform(0.02, 0.9, (2, 2, length)))
     boundaries[0] = np.log(rng.choice([0.02, 0.6], length))
-    theirs, ours, closed, twice = tokenkits(
+    teacher_scores, ours, closed, twice = tokenkits(
         [(x, y, z) for x, y, z in zip(labels, boundaries, ids, strict=True)]
     )
     sizes = [np.bincount(x[x >= 0], minlength=length)[None] for x in ids]
@@ -454,21 +456,21 @@ def test_joined_chunks_are_tokenkits_one_by_one_and_their_mean_counts_each_once(
         starts=ids[1][None] >= 0,
         places=ids[1][None],
     )
-    said = {"label": labels[:1], "boundary": boundaries[:1]}
+    log_probs = {"label": labels[:1], "boundary": boundaries[:1]}
     special = np.zeros((1, length), bool)
-    scores = _likelihood_matching.chunk_scores(chunks, said, special=special)
+    scores = _likelihood_matching.chunk_scores(chunks, log_probs, special=special)
     student = _likelihood_matching.Likelihood(labels[1:], boundaries[1:])
     # What no boundary ends is a chunk of tokenkit's; here it is left out.
-    count = len(theirs) - (not closed)
+    count = len(teacher_scores) - (not closed)
     assert scores.where.sum() == count > 4
-    np.testing.assert_allclose(scores.scores[0, :count], theirs[:count], rtol=1e-5)
-    found = _likelihood_matching.chunk_likelihood(student, scores)
-    np.testing.assert_allclose(found[0, :count], ours[:count], rtol=1e-5)
-    values = np.asarray(_likelihood_matching.binarized_kl(ours, theirs, 100.0))
+    np.testing.assert_allclose(scores.scores[0, :count], teacher_scores[:count], rtol=1e-5)
+    student_scores = _likelihood_matching.chunk_likelihood(student, scores)
+    np.testing.assert_allclose(student_scores[0, :count], ours[:count], rtol=1e-5)
+    values = np.asarray(_likelihood_matching.binarized_kl(ours, teacher_scores, 100.0))
     mean = _likelihood_matching.likelihood_matching(student, scores).sum() / count
     np.testing.assert_allclose(mean, values[:count].mean(), rtol=1e-4)
     # Groups that are merged twice are fewer: the mean of tokenkit is larger by that.
-    assert twice < len(theirs)
+    assert twice < len(teacher_scores)
     assert values.sum() / twice > 1.2 * values.mean()
 
 
@@ -491,19 +493,19 @@ def test_a_teacher_of_the_same_tokenizer_is_the_same_through_a_projection():
     statistics = compiled(losses.graph_statistics)(teacher, 8)
     ids = np.arange(257, dtype=np.int32)[:, None]
     same = distillation.TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=257)
-    known = distillation.Vocabularies(
+    vocabularies = distillation.Vocabularies(
         projections={"first_piece": same, "exact": same},
         boundary=distillation.TokenSet(np.ones(257, bool)),
     )
     student = distillation.Student.of(model)
-    place = np.cumsum(where, axis=1) - 1
-    chunk_ids = np.where(where, place, -1).astype(np.int32)
-    there = np.broadcast_to(np.arange(11) < 9, (2, 11))
+    ranks = np.cumsum(where, axis=1) - 1
+    chunk_ids = np.where(where, ranks, -1).astype(np.int32)
+    valid = np.broadcast_to(np.arange(11) < 9, (2, 11))
     scores = distillation.ChunkScores(
         ids=chunk_ids,
         ends=np.full((2, 11), -1, np.int32),
-        scores=np.where(there, np.float32(-1), np.float32(0)),
-        where=there,
+        scores=np.where(valid, np.float32(-1), np.float32(0)),
+        where=valid,
     )
     # The second row is not seen by the teacher: means are over the first one.
     half = where & np.array([[True], [False]])
@@ -513,7 +515,7 @@ def test_a_teacher_of_the_same_tokenizer_is_the_same_through_a_projection():
         return distillation.LossFunction(
             distillation.Objective(terms=distillation.parse_terms(terms), teachers=(1.0,)),
             student,
-            {"a": known},
+            {"a": vocabularies},
         )
 
     fns = [loss("sft:0.5", "first_piece"), loss("sft", "alm"), loss("hkl", "alm", "sft:0.5")]
@@ -547,7 +549,7 @@ def test_nothing_that_meets_gives_a_value_and_a_gradient_of_zero():
     )
     ids = np.arange(257, dtype=np.int32)[:, None]
     same = distillation.TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=257)
-    known = distillation.Vocabularies(
+    vocabularies = distillation.Vocabularies(
         projections={"first_piece": same, "exact": same},
         boundary=distillation.TokenSet(np.ones(257, bool)),
     )
@@ -560,7 +562,7 @@ def test_nothing_that_meets_gives_a_value_and_a_gradient_of_zero():
     student = distillation.Student.of(model)
     terms = distillation.parse_terms(["first_piece", "hybrid", "alm"])
     loss_fn = distillation.LossFunction(
-        distillation.Objective(terms=terms, teachers=(1.0,)), student, {"a": known}
+        distillation.Objective(terms=terms, teachers=(1.0,)), student, {"a": vocabularies}
     )
 
     @jax.jit

@@ -50,11 +50,11 @@ def tiny_logits():
 
 @functools.cache
 def batch(k=257):
-    held = {
+    teachers = {
         f"source{i}": Teacher(statistics=compiled(losses.graph_statistics)(teacher, k), where=WHERE)
         for i, teacher in enumerate(TEACHERS)
     }
-    return {"pivot": COLUMNS, "sources": held}
+    return {"pivot": COLUMNS, "sources": teachers}
 
 
 def value_of(objective, student, k=257, transform=lambda total: total):
@@ -212,7 +212,7 @@ def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
 
 
 @pytest.mark.parametrize(
-    ("terms", "said"),
+    ("terms", "message"),
     [
         (["nll"], "loss: expected one of alm, chunk_reward, .*got 'nll'"),
         (["kl:much"], "loss kl:much: expected what can be imported"),
@@ -221,8 +221,8 @@ def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
         (["sft:-1"], "loss: expected no negative weights"),
     ],
 )
-def test_a_mix_that_makes_no_sense_is_named(terms, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_mix_that_makes_no_sense_is_named(terms, message):
+    with pytest.raises(ValueError, match=message):
         Objective(terms=parse_terms(terms))
 
 
@@ -251,11 +251,24 @@ def test_scores_of_no_label_are_nan_and_not_the_best():
     scorer._corpus = types.SimpleNamespace(scored=lambda *_, **__: iter([batch]))
     scorer._course, scorer._size, scorer._mesh = distillation.Course(), 2, None
     scorer._frozen = {}
-    scorer._step = lambda *_: {"loss": (0.0, 0.0), "accuracy": (1.0, 2.0)}
-    found = scorer.scores({}, "test")
-    assert np.isnan(found["loss"])
-    assert np.isnan(found["perplexity"])
-    assert found["accuracy"] == 0.5
+    sums = {"loss": (0.0, 0.0), "accuracy": (1.0, 2.0), "teacher_kl": (-6.4e-8, 1.0)}
+    scorer._step = lambda *_: sums
+    scores = scorer.scores({}, "test")
+    assert scores["teacher_kl"] == 0.0
+    assert np.isnan(scores["loss"])
+    assert np.isnan(scores["perplexity"])
+    assert scores["accuracy"] == 0.5
+
+
+def test_speed_leaves_out_the_batch_that_compiles(monkeypatch):
+    clock = iter([0.0, 9.0, 9.0, 9.5])
+    monkeypatch.setattr(_distill.time, "perf_counter", lambda: next(clock))
+    scorer = object.__new__(distillation.Scorer)
+    batches = 2 * [{"pivot": {"tokens": TOKENS}}]
+    scorer._corpus = types.SimpleNamespace(scored=lambda *_, **__: batches)
+    scorer._course, scorer._size, scorer._mesh = distillation.Course(), 2, None
+    scorer._frozen, scorer._step = {}, lambda *_: {"loss": (1.0, 1.0)}
+    assert scorer.scores({}, "test")["tokens_per_second"] == 2 * TOKENS.size
 
 
 def test_a_term_that_sees_none_of_the_text_is_named_before_anything_is_trained():
@@ -297,7 +310,7 @@ def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
 
     begin()
     begin(eval_batch=8, track=("tensorboard",), loop=training.LoopOptions(log_every=1))
-    for changes, said in (
+    for changes, message in (
         (dict(weight=2.0), "its student is"),
         (dict(text="b"), "its text is .* its teachers.source0 is"),
         (dict(k=5), "its teachers.source0 is"),
@@ -307,12 +320,12 @@ def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
         ),
         (dict(batch_size=8), r"its course\.batch_size is 4, not 8"),
     ):
-        with pytest.raises(ValueError, match=f"distillation run .* does not fit: .*{said}"):
+        with pytest.raises(ValueError, match=f"distillation run .* does not fit: .*{message}"):
             begin(**changes)
 
 
 def test_a_student_is_known_by_its_weights_and_by_what_of_it_moves():
-    def known(trained, frozen, **more):
+    def fingerprint(trained, frozen, **more):
         names = {name: np.ones((20, 3), np.float32) for name in frozen}
         student = distillation.Student(
             graphdef=None, trained={"model": trained, **more}, frozen={"model": names}
@@ -320,9 +333,9 @@ def test_a_student_is_known_by_its_weights_and_by_what_of_it_moves():
         return student.fingerprint
 
     one = {"a": np.ones((20, 3), np.float32)}
-    first = known(one, ["b"])
-    assert known(one, ["b"]) == first
-    assert known({"b": one["a"]}, ["a"]) != first
+    first = fingerprint(one, ["b"])
+    assert fingerprint(one, ["b"]) == first
+    assert fingerprint({"b": one["a"]}, ["a"]) != first
     # Adapters begin with random numbers, which only their shape decides.
-    adapted = [known(one, ["b"], lora={"q": np.full(4, x)}) for x in (0.0, 1.0)]
+    adapted = [fingerprint(one, ["b"], lora={"q": np.full(4, x)}) for x in (0.0, 1.0)]
     assert adapted[0] == adapted[1] != first

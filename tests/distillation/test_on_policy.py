@@ -110,13 +110,13 @@ def test_a_row_is_learned_from_its_first_own_token_to_the_stop_token(packed):
     new[0, :3], new[1] = [1, 2, 256], 3
     valid = np.zeros((3, 32), bool)
     valid[0, :3], valid[1] = True, True
-    said = {
+    continuations = {
         "tokens": new,
         "valid": valid,
         "log_probs": np.where(valid, -np.arange(32.0), 0),
         "stopped": np.array([True, False, False]),
     }
-    rows = writer._as_rows(prompts, said)
+    rows = writer._as_rows(prompts, continuations)
     assert np.flatnonzero(rows["loss_mask"][0]).tolist() == [3, 4, 5]
     assert rows["tokens"][0, :6].tolist() == [5, 6, 7, 1, 2, 256]
     # The predictor of the first token is the prompt's last.
@@ -146,8 +146,8 @@ def test_what_is_written_is_the_same_on_one_device_and_on_eight(packed):
     placed = models.DECODER_RULES.place(
         (taught.trained, taught.frozen), training.make_mesh("data:2,fsdp:2,tensor:2")
     )
-    there = dataclasses.replace(taught, trained=placed[0], frozen=placed[1])
-    spread, *_ = mixed(packed, shared, there)
+    placed_student = dataclasses.replace(taught, trained=placed[0], frozen=placed[1])
+    spread, *_ = mixed(packed, shared, placed_student)
     np.testing.assert_array_equal(alone["pivot"]["tokens"], spread["pivot"]["tokens"])
 
 
@@ -252,57 +252,64 @@ def byte_pairs(size, **options):
 
 
 def test_what_is_no_text_ends_what_another_tokenizer_reads_and_stopping_is_read_where_all_is():
-    ours, theirs = models.load_tokenizer("tiny"), byte_pairs(300)
-    reread = Rereader(ours, theirs)
+    ours, teacher_tokenizer = models.load_tokenizer("tiny"), byte_pairs(300)
+    reread = Rereader(ours, teacher_tokenizer)
     blank = {"tokens": np.zeros(16, np.int32), "loss_mask": np.zeros(16, bool)}
     text = np.array([*ours.encode("word wörd"), 256], np.int32)
     row = reread.row(text, blank, start=3, stopped=True)
     count = row["segment_ids"].sum()
-    assert theirs.decode(row["tokens"][: count - 1].tolist()) == "word wörd"
+    assert teacher_tokenizer.decode(row["tokens"][: count - 1].tolist()) == "word wörd"
     assert row["tokens"][count - 1] == 0
     assert row["loss_mask"].sum() == count - 1
     # A byte that begins no character: nothing from there on.
     stray = ours.token_bytes().index(b"\xff")
     cut = np.array([*ours.encode("word "), stray, *ours.encode("word"), 256], np.int32)
     broken = reread.row(cut, blank, start=3, stopped=True)
-    assert theirs.decode(broken["tokens"][broken["segment_ids"] > 0].tolist()) == "word "
+    assert teacher_tokenizer.decode(broken["tokens"][broken["segment_ids"] > 0].tolist()) == "word "
 
 
 def test_an_answer_follows_the_prompt_as_the_teachers_own_template_writes_it():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
-    ours, theirs = models.load_tokenizer("tiny"), byte_pairs(300, chat_template=template)
+    ours, teacher_tokenizer = models.load_tokenizer("tiny"), byte_pairs(300, chat_template=template)
     messages = [{"role": "user", "content": "word"}, {"role": "assistant", "content": "5"}]
-    ids, learnt = (np.array(column) for column in theirs.encode_chat(messages))
+    ids, learnt = (np.array(column) for column in teacher_tokenizer.encode_chat(messages))
     before = int(np.argmax(learnt))
     rendered = {"tokens": np.resize(ids, 32).astype(np.int32), "loss_mask": np.resize(learnt, 32)}
     answer = [*ours.encode("word wörd"), 256]
     tokens = np.array([*ours.encode("Q: word A:"), *answer], np.int32)
     start = len(tokens) - len(answer)
-    row = Rereader(ours, theirs, chat=True).row(tokens, rendered, start=start, stopped=True)
+    row = Rereader(ours, teacher_tokenizer, chat=True).row(
+        tokens, rendered, start=start, stopped=True
+    )
     np.testing.assert_array_equal(row["tokens"][:before], ids[:before])
-    said = row["tokens"][row["loss_mask"]].tolist()
-    assert theirs.decode(said[:-1]) == "word wörd"
-    assert said[-1] == 0
+    answer_ids = row["tokens"][row["loss_mask"]].tolist()
+    assert teacher_tokenizer.decode(answer_ids[:-1]) == "word wörd"
+    assert answer_ids[-1] == 0
     # Bytes are counted from the answer on, where both meet to the token that ends the turn.
-    place = np.arange(len(tokens))
-    own = dict(tokens=tokens, segment_ids=place * 0 + 1, positions=place, loss_mask=place >= start)
+    positions = np.arange(len(tokens))
+    columns = dict(
+        tokens=tokens,
+        segment_ids=positions * 0 + 1,
+        positions=positions,
+        loss_mask=positions >= start,
+    )
     chunks = distillation.align_chunks(
-        *({name: column[None] for name, column in side.items()} for side in (own, row)),
+        *({name: column[None] for name, column in side.items()} for side in (columns, row)),
         our_lengths=ours.byte_lengths(),
-        their_lengths=theirs.byte_lengths(),
+        their_lengths=teacher_tokenizer.byte_lengths(),
         by="turn",
     )
-    assert chunks.counts[0] == len(said)
-    np.testing.assert_array_equal(chunks.ours[0] >= 0, own["loss_mask"][1:])
+    assert chunks.counts[0] == len(answer_ids)
+    np.testing.assert_array_equal(chunks.ours[0] >= 0, columns["loss_mask"][1:])
 
 
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_losses_across_tokenizers_apply_to_what_the_student_writes(tmp_path, capsys):
-    out, (ours, theirs) = epath.Path(tmp_path), (byte_pairs(60), byte_pairs(90))
+    out, (ours, teacher_tokenizer) = epath.Path(tmp_path), (byte_pairs(60), byte_pairs(90))
     (tmp_path / "text.txt").write_text(TEXT)
     sizes = dict(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2)
-    for name, tokenizer in {"student": ours, "teacher": theirs}.items():
+    for name, tokenizer in {"student": ours, "teacher": teacher_tokenizer}.items():
         sizes |= dict(vocab_size=tokenizer.vocab_size, head_dim=8, max_length=LENGTH)
         model = models.Decoder(models.DecoderConfig(**sizes), rngs=nnx.Rngs(0))
         models.save_pretrained(model, tokenizer, out / name)
@@ -325,18 +332,18 @@ def test_losses_across_tokenizers_apply_to_what_the_student_writes(tmp_path, cap
     packed = reading.pack(ours, out / "packed")
     student = distillation.Student.of(models.load_model(str(out / "student"), layout="listed"))
     batch, *_ = mixed(packed, rollouts(packed, LAW, student), student)
-    own = batch["pivot"]["tokens"][1][batch["pivot"]["segment_ids"][1] > 0].tolist()
-    text = [ours.token_bytes()[token] for token in own]
-    said = reading.load(packed, {}, out / "teachers").batch("train", batch, taught=True)
-    said, teacher = said["sources"]["source0"], models.load_model(flags["teacher"][0])
-    ids = theirs.encode(b"".join(text).decode())[:LENGTH]
-    ends = np.cumsum([len(theirs.token_bytes()[token]) for token in ids]).tolist()
+    sample = batch["pivot"]["tokens"][1][batch["pivot"]["segment_ids"][1] > 0].tolist()
+    text = [ours.token_bytes()[token] for token in sample]
+    reread = reading.load(packed, {}, out / "teachers").batch("train", batch, taught=True)
+    reread, teacher = reread["sources"]["source0"], models.load_model(flags["teacher"][0])
+    ids = teacher_tokenizer.encode(b"".join(text).decode())[:LENGTH]
+    ends = np.cumsum([len(teacher_tokenizer.token_bytes()[token]) for token in ids]).tolist()
     logits = np.sort(np.asarray(jax.jit(teacher)(jnp.array(ids)[None]))[0])[:, ::-1]
-    places = np.flatnonzero(said.where[1])
+    places = np.flatnonzero(reread.where[1])
     assert len(places) > 8
-    for place in places:
-        expected = logits[ends.index(len(b"".join(text[: place + 1]))), :8]
-        np.testing.assert_allclose(said.statistics.values[1, place], expected, atol=1e-4)
+    for position in places:
+        expected = logits[ends.index(len(b"".join(text[: position + 1]))), :8]
+        np.testing.assert_allclose(reread.statistics.values[1, position], expected, atol=1e-4)
 
 
 @pytest.mark.every_change
@@ -385,13 +392,13 @@ def served(app, port=0):
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            said = client.request(
+            response = client.request(
                 self.command, self.path, content=body, headers={"content-type": "application/json"}
             )
-            self.send_response(said.status_code)
-            self.send_header("Content-Length", str(len(said.content)))
+            self.send_response(response.status_code)
+            self.send_header("Content-Length", str(len(response.content)))
             self.end_headers()
-            self.wfile.write(said.content)
+            self.wfile.write(response.content)
 
         do_GET = do_POST = answer
 
@@ -474,7 +481,7 @@ def test_a_teacher_that_goes_away_is_waited_for_and_may_not_come_back_as_another
 
 def test_hidden_states_are_given_only_where_the_server_is_told_to_and_are_checked():
     client = TestClient(application("tiny", max_length=8))
-    for body, said in (
+    for body, message in (
         ({"documents": [[1, 2]], "starts": [2]}, "expected at most 8 tokens"),
         ({"documents": [[1, 999]], "starts": [1]}, "expected ids below 257"),
         ({"documents": [[1, "2"]], "starts": [1]}, "documents.0.1"),
@@ -482,7 +489,7 @@ def test_hidden_states_are_given_only_where_the_server_is_told_to_and_are_checke
     ):
         answer = client.post("/v1/hidden_states", json=body)
         assert answer.status_code == 400
-        assert said in answer.json()["error"]["message"]
+        assert message in answer.json()["error"]["message"]
     # Three documents are read as four.
     three = {"documents": [[1, 2], [3, 4, 5], [6, 7]], "starts": [1, 2, 1], "rank": 0}
     content = client.post("/v1/hidden_states", json=three).content
@@ -494,28 +501,16 @@ def test_hidden_states_are_given_only_where_the_server_is_told_to_and_are_checke
     assert quiet.get("/v1/hidden_states").status_code == 404
 
 
-def test_the_planner_has_what_a_run_compiles():
-    config = dict(student="tiny", teacher=("tiny:1",), data="", seq_len=64, batch_size=ROWS)
-    config |= dict(teacher_reads="live", loss=("mixed_kl",), on_policy=0.5, prompt_tokens=16)
-    mesh = training.make_mesh("data:4,tensor:2")
-    planned = list(distill.programs(cli.build(distill.Config, config), mesh))
-    names = ["update of the student", "rollouts of the student", "reading of source0"]
-    assert [program.name for program in planned] == names
-    written = planned[1].trace().out_info
-    # Two rows, made up to what four devices share.
-    assert written["tokens"].shape == written["log_probs"].shape == (4, 48)
-
-
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"share": 1.5}, "on_policy: expected a share"),
         ({"generate_every": 0}, "generate_every: expected at least 1"),
         ({"temperature": -1.0}, "temperature: expected"),
     ],
 )
-def test_what_is_no_way_to_write_is_refused(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_no_way_to_write_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         op.OnPolicy(**options)
     with pytest.raises(ValueError, match="expected a share of at least one of 4 rows"):
         op.OnPolicy(share=0.1).rows(4)

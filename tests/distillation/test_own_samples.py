@@ -93,7 +93,7 @@ def test_whole_divergences_equal_trl_and_the_example_value_and_gradient():
             teacher = dataclasses.replace(LIVE, hidden=jnp.asarray(TEACHER)[:, row][:, None])
             return value_of(TERMS.parse(name), logits[None, None], labels[:, :1], teacher)
 
-        found = {
+        divergences = {
             name: jax.vmap(jax.value_and_grad(row), (0, 0, None))(logits, rows, name)
             for name in EXACT
         }
@@ -102,12 +102,12 @@ def test_whole_divergences_equal_trl_and_the_example_value_and_gradient():
             losses.sparse_kl_divergence(logits[0], top, direction=direction)
             for direction in ("forward", "reverse")
         ]
-        return found, buckets
+        return divergences, buckets
 
-    found, buckets = jax.device_get(run(LOGITS[0]))
+    divergences, buckets = jax.device_get(run(LOGITS[0]))
     # What docs/distil.md says of one bucket.
     np.testing.assert_allclose(buckets, [0.08228, 0.08718], atol=1e-5)
-    for name, (value, gradient) in found.items():
+    for name, (value, gradient) in divergences.items():
         formula, by_hand = EXACT[name]
 
         def exact(logits, formula=formula):
@@ -258,9 +258,9 @@ def test_distillm2_splits_its_skew_by_who_wrote_a_row_and_keeps_its_mixture():
         return Objective(terms=split).value(logits, HEAD, batch, teachers, where=where)[0]
 
     value, gradient = run(jnp.asarray(logits))
-    of_text, own = skewed(log_p[0], log_q[0], 0.1), skewed(log_q[1], log_p[1], 0.1)
+    of_text, of_sample = skewed(log_p[0], log_q[0], 0.1), skewed(log_q[1], log_p[1], 0.1)
     # Each is a mean over its own half of six labels.
-    np.testing.assert_allclose(value, 2 * (1.5 * of_text.sum() + 0.5 * own.sum()), rtol=1e-5)
+    np.testing.assert_allclose(value, 2 * (1.5 * of_text.sum() + 0.5 * of_sample.sum()), rtol=1e-5)
     log_m = np.logaddexp(np.log(0.1) + log_q[1], np.log(0.9) + log_p[1])
     q, gap = np.exp(log_q[1]), log_q[1] - log_m
     constant = q * (gap - (q * gap).sum(-1, keepdims=True))
@@ -311,8 +311,8 @@ def test_a_chunk_rewards_its_tokens_by_what_the_teacher_finds_likelier():
         where=np.array([[True, True, False, False, False]]),
     )
     words = np.array([False, True, True])
-    known = Vocabularies(boundary=TokenSet(words))
-    teacher = Teacher(chunks=chunks, vocabularies=known)
+    vocabularies = Vocabularies(boundary=TokenSet(words))
+    teacher = Teacher(chunks=chunks, vocabularies=vocabularies)
     log_q = log_softmax(LOGITS[0, 1:])
     at_label = np.take_along_axis(log_q, labels[0][:, None], -1)[:, 0]
     boundary = np.log(np.exp(log_q[3, words]).sum())
@@ -336,14 +336,14 @@ def test_draws_of_the_students_own_tail_reach_the_cached_reverse_kl():
 
     @jax.jit
     def run(key):
-        own = jax.lax.top_k(logits, 3)[1]
-        drawn = losses.TailSample.draw(key, logits, own, 20_000)
-        at = jnp.concatenate([own, drawn.indices], -1)
+        support = jax.lax.top_k(logits, 3)[1]
+        drawn = losses.TailSample.draw(key, logits, support, 20_000)
+        at = jnp.concatenate([support, drawn.indices], -1)
         values = jnp.take_along_axis(jnp.asarray(teacher), at, -1)
         tail = dataclasses.replace(drawn, values=values[..., 3:])
         statistics = losses.GraphStatistics(
             values=values[..., :3],
-            indices=own,
+            indices=support,
             log_z=jax.nn.logsumexp(teacher, -1),
             mean=None,
             std=None,

@@ -42,7 +42,7 @@ def silence(block):
 
 
 @pytest.mark.parametrize("layout", ["listed", pytest.param("stacked", marks=EVERY_CHANGE)])
-def test_a_block_that_is_the_identity_has_no_influence_and_goes_first(layout):
+def test_a_block_that_is_the_identity_goes_first(layout):
     model = decoder(layout="listed")
     silence(model.segments[0].layers[2])
     chosen = prune_layers(models.with_layout(model, layout), batches(), 1)
@@ -52,7 +52,7 @@ def test_a_block_that_is_the_identity_has_no_influence_and_goes_first(layout):
     assert min(np.delete(chosen.scores, 2)) > 1e-3
 
 
-def test_influence_is_one_minus_the_mean_cosine_of_the_streams():
+def test_scores_are_one_minus_the_mean_cosine_of_the_streams():
     model = decoder(layers=2, layout="listed")
     chosen = prune_layers(model, batches(), 1)
     first = models.first_layers(model, 1)
@@ -76,7 +76,7 @@ def test_a_run_of_identities_is_found_whole():
     model = decoder(layers=5, layout="listed")
     for layer in (2, 3):
         silence(model.segments[0].layers[layer])
-    chosen = prune_layers(model, batches(), 2, by="run")
+    chosen = prune_layers(model, batches(), 2)
     assert chosen.dropped == (2, 3)
     assert abs(chosen.scores[2]) < 1e-6
 

@@ -41,8 +41,8 @@ def server(*, echoes):
                 tops = [None, *(top(prompt[:i], also=prompt[i]) for i in range(1, len(prompt)))]
             else:
                 tops = [top(prompt)]
-            said = {"tokens": ["token_id:0"], "token_logprobs": [0.0], "top_logprobs": tops}
-            text = json.dumps({"choices": [{"logprobs": said}]}).encode()
+            logprobs = {"tokens": ["token_id:0"], "token_logprobs": [0.0], "top_logprobs": tops}
+            text = json.dumps({"choices": [{"logprobs": logprobs}]}).encode()
             self.send_response(400 if echo and not echoes else 200)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -73,12 +73,12 @@ def test_says_what_the_server_says_of_each_document(echoes, queries):
         record = reader.read(COLUMNS, np.arange(2))
     assert len(asked) == queries
     tokens, segments = COLUMNS["tokens"], COLUMNS["segment_ids"]
-    for row, place in np.argwhere(COLUMNS["loss_mask"][:, 1:]):
-        begin = np.argmax(segments[row] == segments[row, place])
-        expected = log_probs(tokens[row, begin : place + 1].tolist())
+    for row, position in np.argwhere(COLUMNS["loss_mask"][:, 1:]):
+        begin = np.argmax(segments[row] == segments[row, position])
+        expected = log_probs(tokens[row, begin : position + 1].tolist())
         best = np.argsort(-expected)[:K]
-        assert record["indices"][row, place].tolist() == best.tolist()
-        np.testing.assert_allclose(record["values"][row, place], expected[best], rtol=1e-6)
+        assert record["indices"][row, position].tolist() == best.tolist()
+        np.testing.assert_allclose(record["values"][row, position], expected[best], rtol=1e-6)
     assert record["values"].shape == record["indices"].shape == (2, 7, K)
     # Nothing is asked beyond the last target of a document.
     assert max(len(body["prompt"]) for body in asked) == (5 if echoes else 4)

@@ -43,13 +43,13 @@ def say(rows):
         indices=np.zeros((len(rows), POSITIONS, K), np.int64),
     )
     out |= {name: np.zeros((len(rows), POSITIONS), np.float32) for name in ("log_z", "mean", "std")}
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         rng = np.random.default_rng(int(row))
         logits = np.sort(rng.normal(size=(POSITIONS, K)) * 3, -1)[:, ::-1]
-        out["values"][place] = logits
-        out["indices"][place] = rng.integers(0, 1000, (POSITIONS, K))
-        out["log_z"][place] = np.log(np.exp(logits).sum(-1) + 1)
-        out["mean"][place], out["std"][place] = rng.normal(size=(2, POSITIONS))
+        out["values"][index] = logits
+        out["indices"][index] = rng.integers(0, 1000, (POSITIONS, K))
+        out["log_z"][index] = np.log(np.exp(logits).sum(-1) + 1)
+        out["mean"][index], out["std"][index] = rng.normal(size=(2, POSITIONS))
     return out
 
 

@@ -94,12 +94,12 @@ def value_and_grad(*terms, teachers=None, hidden=HIDDEN, **options):
 
 @pytest.mark.parametrize("beside", [(), (SFT(),), (ULD(k=3),)])
 def test_a_term_of_ones_own_equals_the_built_in_that_it_imitates_to_the_bit(beside):
-    (own, metrics), gradient = value_and_grad(Imitation(), *beside)
+    (imitated, metrics), gradient = value_and_grad(Imitation(), *beside)
     (built_in, expected), expected_gradient = value_and_grad(KL(), *beside)
-    assert own == built_in
+    assert imitated == built_in
     assert float(metrics["imitation"][0]) == float(expected["kl"][0]) > 0
-    for ours, theirs in zip(gradient, expected_gradient, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for ours, expected_part in zip(gradient, expected_gradient, strict=True):
+        np.testing.assert_array_equal(ours, expected_part)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,12 @@ def test_parts_of_a_batch_add_up_to_the_whole_where_terms_see_different_shares()
         counts = objective.counts(columns, teachers, where=where)
         whole = objective.value(hidden, HEAD, columns, teachers, where=where)[0]
         sums = []
-        for known in (counts, None):
+        for shared_counts in (counts, None):
             for i in (0, 2):
                 hidden, columns, teachers, where = jax.tree.map(lambda x, i=i: x[i : i + 2], batch)
-                part = objective.value(hidden, HEAD, columns, teachers, where=where, counts=known)
+                part = objective.value(
+                    hidden, HEAD, columns, teachers, where=where, counts=shared_counts
+                )
                 sums.append(part[0])
         return whole, sums[0] + sums[1], sums[2] + sums[3]
 

@@ -203,8 +203,8 @@ def test_a_planted_fault_is_named(sound, tmp_path, fault):
     shutil.copytree(sound, tmp_path / "docs")
     plant, named = FAULTS[fault]
     plant(tmp_path / "docs")
-    found = check.faults(tmp_path / "docs")
-    assert any(named in line for line in found), found
+    faults = check.faults(tmp_path / "docs")
+    assert any(named in line for line in faults), faults
 
 
 def test_an_interval_sees_seeds_and_units():
@@ -230,11 +230,11 @@ def test_samples_that_share_pictures_make_the_interval_wider():
 
 def test_spreads_are_compared_in_pairs():
     rng = np.random.default_rng(0)
-    both, own = rng.normal(size=(2, 20))
-    seen = statistics.spread(both + 0.1 * own, 2 * both)
+    both, unshared = rng.normal(size=(2, 20))
+    seen = statistics.spread(both + 0.1 * unshared, 2 * both)
     assert seen.low < np.log(2) < seen.high
     # The ends of the interval are where Pitman's test is at 5 %.
-    edge = statistics.spread(both + 0.1 * own, 2 * both / np.exp(seen.low))
+    edge = statistics.spread(both + 0.1 * unshared, 2 * both / np.exp(seen.low))
     assert edge.p == pytest.approx(0.05, abs=1e-6)
 
 

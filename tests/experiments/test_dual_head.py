@@ -91,13 +91,13 @@ def test_convex_weights_are_the_sum_over_one_plus_alpha():
     graphdef, params, stats = nnx.split(Student(), nnx.Param, nnx.BatchStat)
     rng = np.random.default_rng(0)
     inputs, teacher = (rng.normal(size=(4, 3)).astype(np.float32) for _ in range(2))
-    arm, found = dual_head_arms.arms(TINY)["kd"], {}
+    arm, gradients = dual_head_arms.arms(TINY)["kd"], {}
     for convex in (False, True):
         run = dual_head_arms.loss_function(arm, graphdef, convex=convex)
         parts, _ = jax.jit(run)(params, stats, inputs, np.arange(4) % 3, teacher, 9.0)
-        found[convex] = np.array(parts)
-    np.testing.assert_allclose(found[True], found[False] / 10, rtol=1e-6)
-    assert (found[True] > 0).all()
+        gradients[convex] = np.array(parts)
+    np.testing.assert_allclose(gradients[True], gradients[False] / 10, rtol=1e-6)
+    assert (gradients[True] > 0).all()
 
 
 @pytest.mark.slow
@@ -163,9 +163,9 @@ def test_lanes_are_independent_and_alpha_stops(placed):
 def test_data_that_comes_in_pieces_trains_the_same(placed):
     assert not dual_head_data.fits_on_device(placed.task, device_bytes=0)
     trained = []
-    for held in (placed, dataclasses.replace(placed, arrays=None, chunk_steps=2)):
-        trainer = make_trainer(held, "dual_linear")
-        assert trainer.teacher.precomputed == (held.arrays is not None)
+    for data in (placed, dataclasses.replace(placed, arrays=None, chunk_steps=2)):
+        trainer = make_trainer(data, "dual_linear")
+        assert trainer.teacher.precomputed == (data.arrays is not None)
         state, loss = train_epoch(trainer)
         trained.append((state.params["params"], loss))
     chex.assert_trees_all_close(*trained, rtol=1e-4, atol=1e-6)
@@ -173,22 +173,22 @@ def test_data_that_comes_in_pieces_trains_the_same(placed):
 
 def test_baselines_have_their_temperature_and_their_warm_up():
     config = dataclasses.replace(TINY, warmup_epochs=4, stop_epoch=6)
-    known: Any = dual_head_arms.arms(config)
-    assert sorted(known) == sorted(dual_head_config.ARMS)
+    arms: Any = dual_head_arms.arms(config)
+    assert sorted(arms) == sorted(dual_head_config.ARMS)
 
     @jax.jit
     def values(student, teacher, labels):
         names = ("kd_t2", "kd", "dkd_warm")
-        return {name: known[name].logit_loss(student, teacher, labels) for name in names}
+        return {name: arms[name].logit_loss(student, teacher, labels) for name in names}
 
-    found = values(np.array([[2.0, 1, 0]]), np.array([[3.0, 0, 1]]), np.array([0]))
+    loss = values(np.array([[2.0, 1, 0]]), np.array([[3.0, 0, 1]]), np.array([0]))
     # Worked by hand at temperature 2.
-    np.testing.assert_allclose(found["kd_t2"], 0.302626, rtol=1e-5)
-    assert abs(found["kd"][0] - 0.302626) > 0.01
+    np.testing.assert_allclose(loss["kd_t2"], 0.302626, rtol=1e-5)
+    assert abs(loss["kd"][0] - 0.302626) > 0.01
     part = types.SimpleNamespace(task=types.SimpleNamespace(train=range(8)))
     shares = {}
     for name in ("dkd", "dkd_warm"):
-        given: Any = types.SimpleNamespace(config=config, placed=part, steps=1, arm=known[name])
+        given: Any = types.SimpleNamespace(config=config, placed=part, steps=1, arm=arms[name])
         batch = dual_head_train.Trainer.batch
         shares[name] = [batch(given, epoch, seed=0)["on"] for epoch in range(7)]
     assert shares["dkd"] == [1, 1, 1, 1, 1, 1, 0]
@@ -201,14 +201,14 @@ def test_a_simplex_has_collapsed_and_noise_has_not():
     labels = np.tile(np.arange(classes), 20)
     rng = np.random.default_rng(0)
     geometry = jax.jit(diagnostics.geometry, static_argnums=4)
-    found = {}
+    measures = {}
     for name, noise in (("collapsed", 1e-4), ("noisy", 1.0)):
         features = simplex[labels] + noise * rng.normal(size=(len(labels), classes))
         args = [x.astype(np.float32) for x in (features, features @ simplex, simplex)]
-        found[name] = geometry(args[0], labels, args[1], args[2], classes)
-    for name, value in found["collapsed"].items():
+        measures[name] = geometry(args[0], labels, args[1], args[2], classes)
+    for name, value in measures["collapsed"].items():
         assert value < 1e-3, name
-        assert found["noisy"][name] > 0.05, name
+        assert measures["noisy"][name] > 0.05, name
 
 
 def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):

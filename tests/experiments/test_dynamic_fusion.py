@@ -79,7 +79,7 @@ def test_a_published_task_as_the_first_domain_is_answered_by_every_arm(tmp_path)
     assert "## Answers to the first domain's questions" in report
     seed = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert set(seed["graded"]) >= {"large", "expert", "proxy", "static", "dlf grid", "ceiling"}
-    assert all(found["questions"] == 4 for found in seed["graded"].values())
+    assert all(grades["questions"] == 4 for grades in seed["graded"].values())
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,11 @@ def test_scores_are_means_over_positions_whatever_the_block(scored):
 def test_traces_are_alphas_of_the_first_positions(scored):
     models, head = scored
     arms = {"proxy": ProxyTuning(), "grid": DynamicFusion(method="grid")}
-    found = dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
-    assert list(found) == ["grid"]
+    alphas = dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
+    assert list(alphas) == ["grid"]
     large, base, expert = (m.hidden @ head.T for m in models)
     _, info = jax.jit(DynamicFusion(method="grid").__call__)(large, expert, base)
-    np.testing.assert_allclose(found["grid"], info["alpha"][:, :7], atol=1e-6)
+    np.testing.assert_allclose(alphas["grid"], info["alpha"][:, :7], atol=1e-6)
 
 
 def test_best_search_is_the_dynamic_arm_of_least_nll():

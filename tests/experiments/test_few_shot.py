@@ -89,7 +89,7 @@ def test_samples_are_nested_and_never_overlap():
     assert set(drawn[1][0]) < set(drawn[4][0]) < set(drawn[16][0])
     assert np.bincount(task.train_labels[drawn[4][0]]).tolist() == [4, 4, 4]
     one, four = (samples.draw(task, n, runs=range(2), most=16) for n in (1, 4))
-    shapes = [jax.tree.map(np.shape, (found.task, found.held_out)) for found in (one, four)]
+    shapes = [jax.tree.map(np.shape, (sample.task, sample.held_out)) for sample in (one, four)]
     assert shapes[0] == shapes[1]
     assert ((one.task.labels >= 0).sum(1) == 3).all()
     images, labels = four.held_out["test"]

@@ -164,14 +164,14 @@ def test_a_rate_at_the_edge_of_those_that_were_tried_is_said_to_be():
     candidate = {"gap": 0.1, "probability": 0.5, "broken": []}
     tried = [{"rate": r, "chosen": None, "candidates": [candidate]} for r in (0.1, 0.03, 0.3)]
 
-    def said(rate, number):
+    def notes(rate, number):
         records = [record(0.1, 0.5, rate=rate, tried=tried[:number])]
         rows = report.trial_rows({"methods": {"undial": records}})
         return {row["learning rate"]: row[""] for row in rows}
 
-    assert said(0.1, 2) == {0.1: "taken, AT THE EDGE", 0.03: ""}
-    assert said(0.1, 3) == {0.1: "taken", 0.03: "", 0.3: ""}
-    assert said(0.1, 1) == {0.1: "taken"}
+    assert notes(0.1, 2) == {0.1: "taken, AT THE EDGE", 0.03: ""}
+    assert notes(0.1, 3) == {0.1: "taken", 0.03: "", 0.3: ""}
+    assert notes(0.1, 1) == {0.1: "taken"}
 
 
 def test_a_method_has_a_grid_around_the_rate_of_the_command():

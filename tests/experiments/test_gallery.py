@@ -9,8 +9,8 @@ from etils import epath
 from PIL import Image
 
 from experiments import gallery
+from experiments.shared.figures import Panel, Picture, Series
 from experiments.shared.report import write_report
-from logitjax.commands.figures import Panel, Picture, Series
 
 
 def test_page_and_pictures_are_made_of_the_files():
@@ -78,9 +78,9 @@ def test_a_cell_that_differs_from_its_file_is_found(docs, cell, agrees):
 
 def test_a_path_of_the_machine_is_refused(docs):
     path = docs / "run" / "results.json"
-    found = json.loads(path.read_text()) | {
+    record = json.loads(path.read_text()) | {
         "command": "python -m experiments.few_shot --data=/home/me/data"
     }
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="no path of this machine"):
         gallery.take(docs / "run", "demo", "few_shot.md", docs=docs)

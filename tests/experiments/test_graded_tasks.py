@@ -33,17 +33,17 @@ def written(directory, name, rows=6):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_as_published(name, tmp_path):
-    found = tasks.load_graded(written(tmp_path, name))
-    assert {s: len(q) for s, q in found.splits.items()} == {"train": 5, "validation": 1, "test": 6}
-    question = found.splits["test"][0]
+    task = tasks.load_graded(written(tmp_path, name))
+    assert {s: len(q) for s, q in task.splits.items()} == {"train": 5, "validation": 1, "test": 6}
+    question = task.splits["test"][0]
     assert question.prompt.endswith((":", "Answer:"))
-    grade = found.kind.grade
+    grade = task.kind.grade
     if grade is None:
         assert set(question.right) < set(question.choices)
         assert question.response in question.right
     else:
         assert grade(question.response, question.right) == 1.0
-    spec = tasks.write_for_tuning(found, tmp_path / "tune")
+    spec = tasks.write_for_tuning(task, tmp_path / "tune")
     first = json.loads((tmp_path / "tune/train.jsonl").read_text().splitlines()[0])
     assert (first["prompt"], first["response"]) == (question.prompt, question.response)
     assert spec.startswith("jsonl:")
@@ -116,8 +116,8 @@ def test_choices_and_free_answers_are_graded(tmp_path):
         read=tasks.KINDS["gsm8k"].read, grade=lambda answer, right: 1.0, max_new_tokens=4
     )
     gsm8k = tasks.load_graded(written(tmp_path / "b", "gsm8k"))
-    found = tasks.grade(model, free, gsm8k.splits["test"], tokenizer, batch_size=4, max_prompt=8)
-    np.testing.assert_array_equal(found, np.ones(6))
+    grades = tasks.grade(model, free, gsm8k.splits["test"], tokenizer, batch_size=4, max_prompt=8)
+    np.testing.assert_array_equal(grades, np.ones(6))
 
 
 def test_the_paper_preset_is_a_configuration():

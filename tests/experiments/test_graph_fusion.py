@@ -164,11 +164,11 @@ def test_parts_compare_differences_with_their_spread_over_seeds():
         }
         return {"drops": [{"layers": 0, "arms": runs}]}
 
-    found = {"pair": part(sft=[1.0, 1.2], kl=[1.3, 1.3], alm=[0.8, 1.0])}
-    found |= {f"healed_{name}": part(first_piece=[value]) for name, value in
+    parts = {"pair": part(sft=[1.0, 1.2], kl=[1.3, 1.3], alm=[0.8, 1.0])}
+    parts |= {f"healed_{name}": part(first_piece=[value]) for name, value in
               {"own": 1.0, "other": 2.0, "both": 0.9}.items()}  # fmt: skip
-    found["healed_own"]["drops"][0]["arms"]["sft"] = {"runs": [{"bits_per_byte": 1.5}]}
-    first, other, second = report._bars_of_parts(found)
+    parts["healed_own"]["drops"][0]["arms"]["sft"] = {"runs": [{"bits_per_byte": 1.5}]}
+    first, other, second = report._bars_of_parts(parts)
     assert first["bar"] == "pair: SFT + ALM below SFT, bits a byte"
     assert first["seen"] == pytest.approx(0.2)
     # The sample standard deviation of either is .1414.
@@ -189,14 +189,14 @@ def test_healed_students_are_compared_with_sft_of_the_same_seed():
 
     row = {"parameters": 1, "bits_per_byte": 2.0}
     about = {"learning_rate": 1e-3, "mix": 0.5}
-    found = {"healed_own": part(sft=[1.0, 1.5], first_piece=[0.9, 1.6])}
-    found["healed_other"] = part(first_piece=[0.75, 1.25])
-    plain = report._plain_healed(found)
-    drop = found["healed_other"]["drops"][0]
-    assert report._rows(found["healed_other"], drop, plain)[-1]["bits a byte below SFT"] == (
+    parts = {"healed_own": part(sft=[1.0, 1.5], first_piece=[0.9, 1.6])}
+    parts["healed_other"] = part(first_piece=[0.75, 1.25])
+    plain = report._plain_healed(parts)
+    drop = parts["healed_other"]["drops"][0]
+    assert report._rows(parts["healed_other"], drop, plain)[-1]["bits a byte below SFT"] == (
         "0.25 +- 0"
     )
-    assert "bits a byte below SFT" not in report._rows(found["healed_other"], drop)[-1]
+    assert "bits a byte below SFT" not in report._rows(parts["healed_other"], drop)[-1]
 
 
 @pytest.mark.parametrize(
@@ -228,34 +228,36 @@ def searched(loss, **changes):
     values = dict(learning_rate=(1.0, 2.0, 4.0), mix=(0.5, 0.75, 0.25))
     values |= dict(gld=("rank/row_sum/closed_form:1", "token/row_rms/closed_form:1"))
     chosen = config(**(values | changes))
-    found = {}
+    chosen_by_arm = {}
     for arm in ("sft", "kl", "uld+gld"):
-        found[arm] = arms.choose(chosen, arm, lambda settings: loss(settings))
-        assert len({settings.name for settings, _ in found[arm][1]}) == len(found[arm][1])
-    return chosen, found
+        chosen_by_arm[arm] = arms.choose(chosen, arm, lambda settings: loss(settings))
+        assert len({settings.name for settings, _ in chosen_by_arm[arm][1]}) == len(
+            chosen_by_arm[arm][1]
+        )
+    return chosen, chosen_by_arm
 
 
 def test_every_arm_has_as_many_trials():
-    _, found = searched(
+    _, searches = searched(
         lambda s: abs(np.log2(s.learning_rate / 1.9)) + abs(s.mix - 0.7) + ("row_rms" in s.gld)
     )
-    assert {len(trials) for _, trials in found.values()} == {9}
-    assert found["kl"][0].mix == 0.75
-    assert found["kl"][0].learning_rate == found["uld+gld"][0].learning_rate == 2.0
-    assert "row_sum" in found["uld+gld"][0].gld
+    assert {len(trials) for _, trials in searches.values()} == {9}
+    assert searches["kl"][0].mix == 0.75
+    assert searches["kl"][0].learning_rate == searches["uld+gld"][0].learning_rate == 2.0
+    assert "row_sum" in searches["uld+gld"][0].gld
     # What it has no use for, an arm spends on finer rates.
-    assert len({settings.learning_rate for settings, _ in found["sft"][1]}) == 9
+    assert len({settings.learning_rate for settings, _ in searches["sft"][1]}) == 9
 
 
 def test_a_search_goes_on_beyond_an_edge():
-    _, found = searched(lambda s: abs(np.log2(s.learning_rate / 14)))
-    best, trials = found["kl"]
+    _, searches = searched(lambda s: abs(np.log2(s.learning_rate / 14)))
+    best, trials = searches["kl"]
     assert best.learning_rate == 16.0
-    assert not arms.at_edge(*found["sft"])
+    assert not arms.at_edge(*searches["sft"])
     assert max(settings.learning_rate for settings, _ in trials) == 32.0
-    _, found = searched(lambda s: abs(s.learning_rate - 2) + abs(s.mix - 0.1))
-    assert found["kl"][0].mix == 0.125
-    assert min(settings.mix for settings, _ in found["kl"][1]) == 0.0625
+    _, searches = searched(lambda s: abs(s.learning_rate - 2) + abs(s.mix - 0.1))
+    assert searches["kl"][0].mix == 0.125
+    assert min(settings.mix for settings, _ in searches["kl"][1]) == 0.0625
 
 
 def test_paper_preset_traces_on_a_mesh():

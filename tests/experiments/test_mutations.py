@@ -12,10 +12,10 @@ from tests.rigs import _mutants, mutations
 
 def edits(text):
     """Rule -> the lines after each of its edits, of a piece of code."""
-    found = collections.defaultdict(set)
+    replacements = collections.defaultdict(set)
     for mutant in _mutants.mutants("f.py", textwrap.dedent(text)):
-        found[mutant.rule].add(mutant.after)
-    return dict(found)
+        replacements[mutant.rule].add(mutant.after)
+    return dict(replacements)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_an_edit_leaves_the_rest_of_the_file_as_it_is():
     for mutant in _mutants.mutants("f.py", text):
         assert mutant.changes(text)
         assert mutant.apply(text) == text[: mutant.start] + mutant.new + text[mutant.end :]
-    found = {m.rule: m for m in _mutants.mutants("f.py", text)}
-    assert found["sign"].apply(text) == text.replace("- 0.5", "+ 0.5")
-    assert found["off_by_one"].line == 5
+    mutants = {m.rule: m for m in _mutants.mutants("f.py", text)}
+    assert mutants["sign"].apply(text) == text.replace("- 0.5", "+ 0.5")
+    assert mutants["off_by_one"].line == 5
 
 
 def test_what_is_drawn_is_spread_over_files_and_rules_and_stays_when_a_file_grows():
@@ -117,8 +117,8 @@ def test_a_module_is_found_wherever_it_stands_in_its_room(tmp_path):
 
 
 def test_faults_written_by_hand_and_equivalents_are_about_lines_that_are_there():
-    known, named = mutations.areas(ROOT), mutations.by_hand(ROOT)
-    undrawn = {name: dataclasses.replace(area, mutants=0) for name, area in known.items()}
+    areas, named = mutations.areas(ROOT), mutations.by_hand(ROOT)
+    undrawn = {name: dataclasses.replace(area, mutants=0) for name, area in areas.items()}
     assert len(mutations.cases(ROOT, undrawn, named, 0)) == len(named)
     for (path, before, after), why in mutations.equivalents(ROOT).items():
         made = _mutants.mutants(path, (ROOT / path).read_text())

@@ -45,11 +45,11 @@ def test_writes_and_deletions_whose_generation_does_not_match_are_refused(store)
     second = json.loads(body)["generation"]
     assert status == 200
     assert int(second) > int(first)
-    place = "/storage/v1/b/b/o/lock"
-    assert ask(store, "DELETE", f"{place}?ifGenerationMatch={first}")[0] == 412
-    assert ask(store, "GET", f"{place}?alt=media&ifGenerationNotMatch={second}")[0] == 304
-    assert ask(store, "GET", f"{place}?alt=media")[1] == b"three"
-    assert ask(store, "DELETE", f"{place}?ifGenerationMatch={second}")[0] == 204
+    path = "/storage/v1/b/b/o/lock"
+    assert ask(store, "DELETE", f"{path}?ifGenerationMatch={first}")[0] == 412
+    assert ask(store, "GET", f"{path}?alt=media&ifGenerationNotMatch={second}")[0] == 304
+    assert ask(store, "GET", f"{path}?alt=media")[1] == b"three"
+    assert ask(store, "DELETE", f"{path}?ifGenerationMatch={second}")[0] == 204
     assert store.names("b") == []
 
 
@@ -69,12 +69,12 @@ def test_listings_have_pages_and_prefixes_in_place_of_folders(store):
 
 def test_an_upload_in_parts_is_there_when_its_last_part_is(store):
     begin = "/upload/storage/v1/b/b/o?uploadType=resumable&name=big"
-    place = ask(store, "POST", begin, b"{}")[2]["Location"].removeprefix(store.address)
+    path = ask(store, "POST", begin, b"{}")[2]["Location"].removeprefix(store.address)
     headers = {"Content-Range": "bytes 0-3/*"}
-    status, _, answer = ask(store, "PUT", place, b"half", **headers)
+    status, _, answer = ask(store, "PUT", path, b"half", **headers)
     assert (status, answer["Range"]) == (308, "bytes=0-3")
     assert store.names("b") == []
-    assert ask(store, "PUT", place, b"-way", **{"Content-Range": "bytes 4-7/8"})[0] == 200
+    assert ask(store, "PUT", path, b"-way", **{"Content-Range": "bytes 4-7/8"})[0] == 200
     assert store.read("b", "big") == b"half-way"
 
 

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion.programs import programs
 from experiments.plan import __main__ as plan
-from experiments.plan import chips, costs, runs
+from experiments.plan import chips, commands, costs, runs
 from logitjax import training
-from logitjax.commands import cli
+from logitjax.commands import cli, distill
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
@@ -46,21 +46,21 @@ def wide_smoke(monkeypatch):
 @pytest.mark.usefixtures("wide_smoke")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_bytes_are_those_of_the_same_compilation(mesh):
-    (found,) = plan.plans("graph_fusion", "smoke", CPU, mesh=mesh)
+    (planned,) = plan.plans("graph_fusion", "smoke", CPU, mesh=mesh)
     program = next(programs(smoke(mesh), training.make_mesh(mesh)))
     memory = program.trace().lower().compile().memory_analysis()
-    assert found.argument_bytes == memory.argument_size_in_bytes
-    assert found.temp_bytes == memory.temp_size_in_bytes
-    assert found.output_bytes == memory.output_size_in_bytes
+    assert planned.argument_bytes == memory.argument_size_in_bytes
+    assert planned.temp_bytes == memory.temp_size_in_bytes
+    assert planned.output_bytes == memory.output_size_in_bytes
     # What a device holds of the state, counted from the shardings; the rest is the batch.
     state = program.arguments[0]
-    held = sum(
+    leaf_bytes = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves((state.params, state.opt_state))
     )
-    assert held < found.argument_bytes < held + 200_000
-    assert (found.devices, found.estimate, found.error) == (8, False, "")
-    assert "needs" in found.verdict
+    assert leaf_bytes < planned.argument_bytes < leaf_bytes + 200_000
+    assert (planned.devices, planned.estimate, planned.error) == (8, False, "")
+    assert "needs" in planned.verdict
 
 
 def test_matrix_products_are_counted_wherever_they_are():
@@ -134,12 +134,12 @@ def test_collectives_in_loops_count_as_often_as_they_run():
 
     run = jax.jit(jax.shard_map(repeated, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
     text = run.lower(jnp.ones((100,), jnp.float32)).compile().as_text()
-    found = costs.collectives(text)
-    assert found.unknown_loops == 0
-    assert found.calls["all-gather"] == 7
-    assert found.collective_bytes["all-gather"] == 7 * 8 * 100 * 4
-    assert found.calls["all-reduce"] + found.calls.get("reduce-scatter", 0) == 14
-    assert found.collective_bytes["all-reduce"] >= 7 * 100 * 4
+    traffic = costs.collectives(text)
+    assert traffic.unknown_loops == 0
+    assert traffic.calls["all-gather"] == 7
+    assert traffic.collective_bytes["all-gather"] == 7 * 8 * 100 * 4
+    assert traffic.calls["all-reduce"] + traffic.calls.get("reduce-scatter", 0) == 14
+    assert traffic.collective_bytes["all-reduce"] >= 7 * 100 * 4
 
 
 TPU_TEXT = """\
@@ -176,14 +176,14 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 
 
 def test_the_tpu_compilers_way_to_write_them():
-    found = costs.collectives(TPU_TEXT)
-    assert found.calls == {"all-gather": 40, "reduce-scatter": 80}
+    traffic = costs.collectives(TPU_TEXT)
+    assert traffic.calls == {"all-gather": 40, "reduce-scatter": 80}
     gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
-    assert found.collective_bytes == {
+    assert traffic.collective_bytes == {
         "all-gather": 40 * gathered,
         "reduce-scatter": 40 * (cut + scattered),
     }
-    assert found.unknown_loops == 0
+    assert traffic.unknown_loops == 0
     assert costs.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
         "all-gather": 1,
         "reduce-scatter": 2,
@@ -229,13 +229,13 @@ def test_verdicts():
     assert fits.verdict == "fits: 12.00 GiB of 16 GiB"
     over = plan.dataclasses.replace(fits, temp_bytes=9 * 2**30)
     assert over.verdict.startswith("does not fit: 17.00 GiB")
-    said = (
+    compiler_error = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
         "required for HLO temporaries (24.19G) exceeds available HBM (15.75G). HLO module: jit_f."
     )
     sentence = "required for HLO temporaries (24.19G) exceeds available HBM (15.75G)"
-    found, wanted = costs.out_of_memory(jax.errors.JaxRuntimeError(said))
-    assert (found, wanted) == (sentence, pytest.approx(24.19 * 2**30))
+    message, needed = costs.out_of_memory(jax.errors.JaxRuntimeError(compiler_error))
+    assert (message, needed) == (sentence, pytest.approx(24.19 * 2**30))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         costs.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: no"))
     text = plan.markdown([fits, plan.dataclasses.replace(over, estimate=True, error=sentence)])
@@ -292,9 +292,9 @@ def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
     [("forgetting", "data:4,tensor:2"), ("leakage_audit", ""), ("few_shot", "data:8")],
 )
 def test_every_program_of_a_small_preset_compiles(experiment, mesh):
-    found = list(plan.plans(experiment, "smoke", CPU, mesh=mesh, every=True))
-    assert len({one.program for one in found}) == len(found) > 0
-    assert all(one.argument_bytes > 0 and one.flops > 0 for one in found)
+    planned = list(plan.plans(experiment, "smoke", CPU, mesh=mesh, every=True))
+    assert len({one.program for one in planned}) == len(planned) > 0
+    assert all(one.argument_bytes > 0 and one.flops > 0 for one in planned)
 
 
 @pytest.mark.slow
@@ -378,11 +378,23 @@ def test_a_step_takes_what_was_planned(mesh):
 
 def test_commands_that_train_are_planned_with_their_own_flags():
     arguments = ["--model=tiny", "--data=text:LICENSE", "--num_codes=32"]
-    (found,) = plan.command_plans("convert-head", arguments, CPU, mesh="data:8")
-    assert found.program == "tuning, 32 codes"
-    assert found.calls["all-reduce"] >= 1
+    (program,) = plan.command_plans("convert-head", arguments, CPU, mesh="data:8")
+    assert program.program == "tuning, 32 codes"
+    assert program.calls["all-reduce"] >= 1
     with pytest.raises(ValueError, match="command: expected one that trains, got 'prepare'"):
         next(plan.command_plans("prepare", [], CPU))
+
+
+def test_the_planner_has_what_a_run_compiles():
+    config = dict(student="tiny", teacher=("tiny:1",), data="", seq_len=64, batch_size=4)
+    config |= dict(teacher_reads="live", loss=("mixed_kl",), on_policy=0.5, prompt_tokens=16)
+    mesh = training.make_mesh("data:4,tensor:2")
+    planned = list(commands.distill_programs(cli.build(distill.Config, config), mesh))
+    names = ["update of the student", "rollouts of the student", "reading of source0"]
+    assert [program.name for program in planned] == names
+    written = planned[1].trace().out_info
+    # Two rows, made up to what four devices share.
+    assert written["tokens"].shape == written["log_probs"].shape == (4, 48)
 
 
 SENT_BETWEEN = """
@@ -404,11 +416,11 @@ backend_config={"known_trip_count":{"n":"3"}}
 
 
 def test_what_a_device_receives_and_what_leaves_its_slice():
-    found = costs.collectives(SENT_BETWEEN)
-    assert found.between_calls == {"all-reduce": 3}
-    assert found.between_bytes == {"all-reduce": 3 * 16 * 128 * 4}
+    traffic = costs.collectives(SENT_BETWEEN)
+    assert traffic.between_calls == {"all-reduce": 3}
+    assert traffic.between_bytes == {"all-reduce": 3 * 16 * 128 * 4}
     # Of four devices each makes a quarter of the sum and gets the others' quarters.
-    assert found.received == 2 * 4096 * 3 / 4 + 1024 * 3 / 4
+    assert traffic.received == 2 * 4096 * 3 / 4 + 1024 * 3 / 4
 
 
 @pytest.mark.parametrize(("axes", "devices"), [("'fsdp'", 4), ("'fsdp','data'", 8)])
@@ -440,9 +452,9 @@ def test_gradients_cross_between_slices_once_a_step():
         return ((batch @ params["kernel"]) ** 2).sum(), batch.size, {}
 
     step = training.TrainStep(loss_fn, tx, accumulate=4, mesh=mesh)
-    found = costs.collectives(step.lower(state, rows).compile().as_text())
+    traffic = costs.collectives(step.lower(state, rows).compile().as_text())
     # Four microbatches in a loop, whose collectives would count four times.
-    assert 64 * 64 * 4 <= found.collective_bytes["all-reduce"] <= 1.1 * 64 * 64 * 4
+    assert 64 * 64 * 4 <= traffic.collective_bytes["all-reduce"] <= 1.1 * 64 * 64 * 4
 
 
 def test_a_run_is_its_programs_and_what_failures_cost():

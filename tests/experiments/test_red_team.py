@@ -56,27 +56,27 @@ def judged(attack, ask, queries=1000):
 
 
 def test_one_noise_for_several_requests_reads_what_is_drawn():
-    found = judged(team.seeds, server(by_seed))
-    assert found["read"] == found["right"] > 30
-    assert found["narrowest"] < 0.02
+    verdict = judged(team.seeds, server(by_seed))
+    assert verdict["read"] == verdict["right"] > 30
+    assert verdict["narrowest"] < 0.02
     assert judged(team.seeds, server(by_request))["read"] == 0
 
 
 def test_draws_keyed_by_the_request_tell_counts_and_no_more():
     for attack in (team.counts, team.certificates):
-        found = judged(attack, server(by_request))
-        assert found["narrowest"] > 0.2
-        assert found["right"] >= 0.9 * found["read"] > 0
+        verdict = judged(attack, server(by_request))
+        assert verdict["narrowest"] > 0.2
+        assert verdict["right"] >= 0.9 * verdict["read"] > 0
         # Those of rare tokens too, although who is looked at is chosen by being drawn.
-        assert found["rare hold"] >= 0.9 * found["rare"] > 0
-        assert found["hold"] >= 0.9 * found["intervals"] > 0
-        assert found["nats"] < 1000 * math.log(ROW.size)
+        assert verdict["rare hold"] >= 0.9 * verdict["rare"] > 0
+        assert verdict["hold"] >= 0.9 * verdict["intervals"] > 0
+        assert verdict["nats"] < 1000 * math.log(ROW.size)
 
 
 @pytest.mark.parametrize("named", [by_seed, by_effect, by_request])
 def test_a_key_that_knows_the_effect_fails_the_sweep(named):
-    found = judged(attackers(SCHEMA)["field min_p"], server(named))
-    assert (found["nats"] > 30) == (named is not by_request)
+    verdict = judged(attackers(SCHEMA)["field min_p"], server(named))
+    assert (verdict["nats"] > 30) == (named is not by_request)
 
 
 def test_a_field_that_nobody_knows_is_attacked_the_day_it_is_added():
@@ -88,8 +88,8 @@ def test_a_field_that_nobody_knows_is_attacked_the_day_it_is_added():
 
     before, after = (attackers(kind.model_json_schema()) for kind in (model, Tomorrow))
     assert after.keys() - before.keys() == {"field knob"}
-    known = {"values", "counts", "seeds", "certificates", "orders", "penalties", "biases"}
-    assert known < before.keys()
+    expected = {"values", "counts", "seeds", "certificates", "orders", "penalties", "biases"}
+    assert expected < before.keys()
     assert judged(after["field knob"], server(by_seed))["nats"] > 30
     assert judged(after["field knob"], server(by_request))["nats"] == 0
 
@@ -113,7 +113,7 @@ def test_penalties_at_temperature_0_bisect_now_and_stop_at_a_grid():
         readings = team.penalties(asker, BODY, letters=letters)
         judged = readings.judge(ROW, 0.0)
         assert judged["read"] == judged["right"] > 0
-        return [high - low for low, high in readings.found.values()]
+        return [high - low for low, high in readings.intervals.values()]
 
     assert max(widths(0)) < 0.002
     assert min(widths(0.5)) >= 0.5 * 3

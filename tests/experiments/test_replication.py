@@ -72,8 +72,8 @@ def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     mix = np.linalg.lstsq(basis, centred, rcond=None)[0]
     undone = {"trunk": same, "mix": jax.numpy.asarray(mix, jax.numpy.float32)}
     student = arms.Student(scene.trunk, "recovered")
-    found = train.nll(scene.text, "test", student, undone, {"basis": scene.basis})
-    assert found["nll"] == pytest.approx(teacher["nll"], abs=1e-2)
+    scores = train.nll(scene.text, "test", student, undone, {"basis": scene.basis})
+    assert scores["nll"] == pytest.approx(teacher["nll"], abs=1e-2)
 
 
 @pytest.mark.slow

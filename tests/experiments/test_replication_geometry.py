@@ -22,14 +22,14 @@ def test_a_shared_mean_makes_unrelated_states_look_alike_without_centring():
     rng = np.random.default_rng(1)
     mean = 5 * rng.standard_normal(16)
     a, b = (rng.standard_normal((200, 16)) + mean for _ in range(2))
-    found = compare_geometry(a, b)
-    assert found["raw_cosine"] > 0.8
-    assert found["procrustes_r2"] < 0.1
+    geometry = compare_geometry(a, b)
+    assert geometry["raw_cosine"] > 0.8
+    assert geometry["procrustes_r2"] < 0.1
 
 
 def test_widths_may_differ():
     rng = np.random.default_rng(2)
     wide = rng.standard_normal((200, 12))
-    found = compare_geometry(wide[:, :5], wide)
-    assert 0.2 < found["procrustes_r2"] < 0.6
-    assert np.isnan(found["raw_cosine"])
+    geometry = compare_geometry(wide[:, :5], wide)
+    assert 0.2 < geometry["procrustes_r2"] < 0.6
+    assert np.isnan(geometry["raw_cosine"])

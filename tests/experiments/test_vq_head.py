@@ -54,8 +54,8 @@ def test_the_saved_head_scores_as_the_report_says(finished):
     nll = -np.take_along_axis(np.asarray(log_probs), np.asarray(test.labels)[:, None], axis=-1)
     ratio = np.exp(nll.mean() - test.targets.nll.mean())
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    said = next(r for r in records if (r["arm"], r["codes"]) == ("vq_likelihood", 32))
-    assert ratio == pytest.approx(said["ratio"], rel=1e-4)
+    record = next(r for r in records if (r["arm"], r["codes"]) == ("vq_likelihood", 32))
+    assert ratio == pytest.approx(record["ratio"], rel=1e-4)
 
 
 @pytest.mark.slow

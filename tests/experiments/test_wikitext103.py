@@ -27,11 +27,11 @@ ARTICLE = "\n".join(
 
 def test_articles_begin_at_titles_between_empty_lines():
     both = ARTICLE + ARTICLE.replace("Robert <unk>", "Du = o")
-    found = list(split_articles(both.splitlines()))
-    assert [title for title, _ in found] == ["Robert <unk>", "Du = o"]
-    assert found[0][1].startswith("= Robert <unk> =")
-    assert found[0][1].endswith("He acted . \n = x = \n He acted on .")
-    assert "= = Career = =" in found[1][1]
+    articles = list(split_articles(both.splitlines()))
+    assert [title for title, _ in articles] == ["Robert <unk>", "Du = o"]
+    assert articles[0][1].startswith("= Robert <unk> =")
+    assert articles[0][1].endswith("He acted . \n = x = \n He acted on .")
+    assert "= = Career = =" in articles[1][1]
 
 
 def test_prepared_from_files_that_were_fetched_by_hand(tmp_path):

@@ -52,12 +52,12 @@ def look(rows):
     )
 
 
-def check_rows(found, rows, tolerance=1e-6):
+def check_rows(cached, rows, tolerance=1e-6):
     want = look(rows)
-    np.testing.assert_allclose(found.features, want.features, atol=tolerance)
-    np.testing.assert_allclose(found.logits, want.logits, atol=tolerance)
-    np.testing.assert_array_equal(found.labels, want.labels)
-    assert found.features.dtype == found.logits.dtype == np.float32
+    np.testing.assert_allclose(cached.features, want.features, atol=tolerance)
+    np.testing.assert_allclose(cached.logits, want.logits, atol=tolerance)
+    np.testing.assert_array_equal(cached.labels, want.labels)
+    assert cached.features.dtype == cached.logits.dtype == np.float32
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-3)])
@@ -192,9 +192,9 @@ def test_any_order_of_runs_holds_every_row_once(runs, batch, per_shard, processe
                     process_index=index,
                     process_count=processes,
                 )
-        wanted = sorted({row for rows in runs for row in rows})
+        expected = sorted({row for rows in runs for row in rows})
         cache = few_shot.FeatureCache(directory)
-        assert cache.row_numbers.tolist() == wanted
+        assert cache.row_numbers.tolist() == expected
         check_rows(cache.read(runs[0]), runs[0])
 
 
@@ -295,8 +295,8 @@ def test_features_of_other_pictures_are_not_paired(tmp_path):
         write(tmp_path / name, identity(**plain, **changes), rows, compute, batch_size=4)
     weights = np.eye(FEATURES)[:, :3]
     first = tmp_path / "first"
-    found = few_shot.read_pictures(first, tmp_path / "same", class_weights=weights)
-    assert found.auxiliary is not None
+    paired = few_shot.read_pictures(first, tmp_path / "same", class_weights=weights)
+    assert paired.auxiliary is not None
     for name in ("rows", "set"):
         with pytest.raises(ValueError, match=r"auxiliary: expected the pictures of .* in their"):
             few_shot.read_pictures(first, tmp_path / name, class_weights=weights)

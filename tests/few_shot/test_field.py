@@ -48,19 +48,19 @@ def worked():
 
 def test_gda_by_hand(worked):
     states, biases = worked
-    found = states["gda"].trained
+    classifier = states["gda"].trained
     expected = [[6.948529, 4.301471], [4.301471, 6.948529]]
-    np.testing.assert_allclose(found["kernel"], expected, atol=1e-6)
-    np.testing.assert_allclose(found["bias"], [-4.465206, -4.465206], atol=1e-6)
+    np.testing.assert_allclose(classifier["kernel"], expected, atol=1e-6)
+    np.testing.assert_allclose(classifier["bias"], [-4.465206, -4.465206], atol=1e-6)
     np.testing.assert_allclose(biases["gda"][0], [3.145088, 3.674500], atol=1e-6)
 
 
 def test_proker_by_hand(worked):
     states, biases = worked
     expected = [[-0.018525, 0.101186], [0.309253, -0.429987]]
-    found = states["proker"].trained
-    np.testing.assert_allclose(found[:2], expected, atol=1e-6)
-    np.testing.assert_allclose(found[2:], np.asarray(expected)[:, ::-1], atol=1e-6)
+    coefficients = states["proker"].trained
+    np.testing.assert_allclose(coefficients[:2], expected, atol=1e-6)
+    np.testing.assert_allclose(coefficients[2:], np.asarray(expected)[:, ::-1], atol=1e-6)
     for name, logits in (
         ("proker", [0.514993, 0.745374]),
         ("proker, large penalty", [0.184624, 0.446131]),
@@ -95,10 +95,10 @@ def test_what_is_held_near_its_start_by_hand():
     # The zero-shot logits are at CLAP's own scale here.
     given = dataclasses.replace(task(), support=inputs(F, 10.0))
     with jax.enable_x64(True):
-        known, logits, (loss, free, *one), lip = jax.device_get(
+        weights, logits, (loss, free, *one), lip = jax.device_get(
             run(given, np.array([[0.9, 0.3], [0.1, 1]]))
         )
-    np.testing.assert_allclose(known, [0.940376, 0.940376], atol=1e-6)
+    np.testing.assert_allclose(weights, [0.940376, 0.940376], atol=1e-6)
     np.testing.assert_allclose(logits, 10 * F, atol=1e-12)  # before a step it is zero-shot
     np.testing.assert_allclose(loss - free, 0.051721, atol=1e-6)
     np.testing.assert_allclose(free, 0.131488, atol=1e-6)
@@ -117,9 +117,9 @@ def test_lp_plus_plus_by_hand():
         return [method.init(given).trained for method in made]
 
     with jax.enable_x64(True):
-        found = jax.device_get(run(task()))
-    for state, (own, other, blend) in zip(found, expected.values(), strict=True):
-        np.testing.assert_allclose(state["prototypes"][0], [own, other], atol=2e-6)
+        steps = jax.device_get(run(task()))
+    for state, (prototype, other, blend) in zip(steps, expected.values(), strict=True):
+        np.testing.assert_allclose(state["prototypes"][0], [prototype, other], atol=2e-6)
         np.testing.assert_allclose(state["blend"], blend, atol=2e-6)
 
 
@@ -151,10 +151,12 @@ def test_gda_is_the_inverse_whatever_is_longer():
         for x64, tolerance in ((True, 1e-10), (False, 1e-4)):
             with jax.enable_x64(x64):
                 cast = np.float64 if x64 else np.float32
-                found = run(dataclasses.replace(given, support=jax.tree.map(cast, images)))
+                classifiers = run(dataclasses.replace(given, support=jax.tree.map(cast, images)))
             kernel, bias = gaussian_oracle(f, np.tile(y, 2), 3)
             for name, expected in (("kernel", kernel), ("bias", bias)):
-                np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=tolerance)
+                np.testing.assert_allclose(
+                    classifiers[name], expected, rtol=tolerance, atol=tolerance
+                )
 
 
 def test_gda_of_classes_that_are_empty_or_have_no_spread():
@@ -192,11 +194,11 @@ def test_proker_is_one_system_a_setting_and_one_program():
 
     penalties = np.array([0.01, 0.25])
     with jax.enable_x64(True):
-        found = np.asarray(run(given, penalties))
+        biases = np.asarray(run(given, penalties))
     here = y >= 0
     kernel = np.exp(-3 * (1 - f @ f[here].T))
     rest = np.eye(3)[y[here]] - f[here] @ w
-    for bias, penalty in zip(found, penalties, strict=True):
+    for bias, penalty in zip(biases, penalties, strict=True):
         alpha = np.linalg.solve(kernel[here] / penalty + np.eye(here.sum()), rest)
         np.testing.assert_allclose(bias, 100 * kernel @ alpha, rtol=1e-9)
 
@@ -285,7 +287,7 @@ def test_timo_weighs_texts_by_hand_and_is_gda_of_pictures_and_texts():
 def test_pictures_in_their_order_are_scored_with_caches_that_hold_them_already():
     f, classes = unit_rows(np.random.default_rng(0).normal(size=(30, 4))), 3
     logits = 3 * f[:, :classes]
-    found = np.asarray(few_shot.adapt_online(logits, f, shots=2))
+    adapted = np.asarray(few_shot.adapt_online(logits, f, shots=2))
     kept, off = {}, {}
     for row, (feature, score) in enumerate(zip(f, logits)):
         p = oracle.softmax(score)
@@ -311,7 +313,7 @@ def test_pictures_in_their_order_are_scored_with_caches_that_hold_them_already()
         for entries in off.values():
             for _, (g, named) in entries:
                 expected -= 0.117 * np.exp(-(1 - feature @ g)) * named
-        np.testing.assert_allclose(found[row], expected, atol=2e-5)
+        np.testing.assert_allclose(adapted[row], expected, atol=2e-5)
     assert off
 
 

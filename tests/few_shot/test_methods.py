@@ -166,8 +166,8 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
         one = config.logits(state, images), config.bias(state, images)
         return *one, off.logits(state, images), config.logits(state, split)
 
-    found = run(images, split, weights, jax.random.key(0))
-    logits, bias, unmoved, by_shot = jax.device_get(found)
+    outputs = run(images, split, weights, jax.random.key(0))
+    logits, bias, unmoved, by_shot = jax.device_get(outputs)
     assert logits.shape == bias.shape == (len(LABELS), CLASSES)
     expected = images.zero_shot + config.beta * bias
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
@@ -249,12 +249,12 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
             blend = blend - blend_rate * (p * text).mean(0)
     config = few_shot.methods.LPPlusPlus(iterations=23)
     with jax.enable_x64(True):
-        own = few_shot.Inputs(zero_shot=np.zeros_like(text), features=features)
+        given_inputs = few_shot.Inputs(zero_shot=np.zeros_like(text), features=features)
         # Rows that are not there change nothing, the steps' sizes included.
         rows = ((0, 3), (0, 0))
-        padded = jax.tree.map(lambda x: np.pad(x, rows, constant_values=2.0), own)
+        padded = jax.tree.map(lambda x: np.pad(x, rows, constant_values=2.0), given_inputs)
         fewer = np.pad(labels, (0, 3), constant_values=-1)
-        for images, classes in ((own, labels), (padded, fewer)):
+        for images, classes in ((given_inputs, labels), (padded, fewer)):
             state = start(config, images, classes, class_weights=weights).trained
             np.testing.assert_allclose(state["prototypes"], moving[0], rtol=1e-8, atol=1e-8)
             np.testing.assert_allclose(state["bias"], moving[1], rtol=1e-8, atol=1e-8)

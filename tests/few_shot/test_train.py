@@ -110,16 +110,16 @@ def test_a_sweep_is_its_runs_one_by_one():
     }
     options = dict(training=recipe, grid=grid, seed=3)
     task, scored = few_shot.FewShotTask(support=support, labels=labels), {"test": (held_out, truth)}
-    found = few_shot.sweep(config, task, scored, **options)
+    swept = few_shot.sweep(config, task, scored, **options)
     # Two runs on four devices: the last one is computed three times, and kept once.
     mesh = training.make_mesh("data:4,fsdp:2")
     for other in (dict(sequential=True), dict(mesh=mesh), dict(mesh=mesh, sequential=True)):
         again = few_shot.sweep(config, task, scored, **other, **options)
-        chex.assert_trees_all_close(found, again, rtol=1e-4)
+        chex.assert_trees_all_close(swept, again, rtol=1e-4)
     second = jax.tree.map(lambda x: x[1:], (task, scored))
     last = few_shot.sweep(config, *second, first=1, sequential=True, **options)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:], rtol=1e-4), last, found)
-    scores = found["test"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:], rtol=1e-4), last, swept)
+    scores = swept["test"]
     assert scores["accuracy"].shape == scores["auxiliary_accuracy"].shape == (2, 4)
     for run in range(2):
         method, settings = few_shot_sweep.with_settings(
@@ -133,8 +133,8 @@ def test_a_sweep_is_its_runs_one_by_one():
             return method.logits(state, held_out)
 
         order = settings.order((3, run), 15)
-        own = few_shot.FewShotTask(support=images(*runs[run][:2]), labels=labels[run])
-        logits = alone(own, order, images(*tests[run][:2]), run)
+        single = few_shot.FewShotTask(support=images(*runs[run][:2]), labels=labels[run])
+        logits = alone(single, order, images(*tests[run][:2]), run)
         right = (np.asarray(logits).argmax(-1) == truth[run])[truth[run] >= 0]
         np.testing.assert_allclose(scores["accuracy"][run, 3], right.mean(), rtol=1e-5)
 
@@ -166,13 +166,13 @@ def test_rows_that_are_not_there_change_nothing():
         for rows in (5, 10):
             support, labels = padded(rows)
             task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
-            found = few_shot.sweep(config, task, held_out, training=recipe)
+            swept = few_shot.sweep(config, task, held_out, training=recipe)
             only = jax.tree.map(lambda x, rows=rows: x[:, :rows], (support, labels))
             task_of_these = dataclasses.replace(task, support=only[0], labels=only[1])
             exact = few_shot.sweep(config, task_of_these, held_out, training=recipe)
-            chex.assert_trees_all_close(found, exact, rtol=1e-4)
+            chex.assert_trees_all_close(swept, exact, rtol=1e-4)
             one = few_shot.sweep(config, task, held_out, training=recipe, sequential=True)
-            chex.assert_trees_all_close(found, one, rtol=1e-4)
+            chex.assert_trees_all_close(swept, one, rtol=1e-4)
         # 5 rows with room for 10 and 10 share a program, at once and one by one; 5 have their own.
         assert few_shot_sweep.compiled_sweep._cache_size() == before + 3
 

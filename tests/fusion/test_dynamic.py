@@ -73,8 +73,8 @@ def test_a_search_that_sees_no_number_does_not_end_as_converged():
 
     start = jnp.ones(1)
     search = functools.partial(find_root, visit, max_sweeps=99, unrolled=False)
-    found = jax.jit(lambda start: search(0 * start, start, 0.0, 2.0))(start)
-    assert not found.converged[0]
+    minimum = jax.jit(lambda start: search(0 * start, start, 0.0, 2.0))(start)
+    assert not minimum.converged[0]
 
 
 @pytest.mark.every_change
@@ -88,11 +88,11 @@ def test_grid_is_the_papers():
     expected = values[objective.argmin(0)]
     np.testing.assert_array_equal(info["alpha"][0], expected)
     difference = np.float64(EXPERT) - np.float64(BASE)
-    wanted = LARGE + expected[:, None] * difference
-    np.testing.assert_allclose(log_softmax(fused), log_softmax(wanted), rtol=0, atol=1e-12)
+    target = LARGE + expected[:, None] * difference
+    np.testing.assert_allclose(log_softmax(fused), log_softmax(target), rtol=0, atol=1e-12)
     # In float32 the same points are chosen, but for ties.
-    found = np.asarray(fuse(method="grid")(LARGE, EXPERT, BASE)[1]["alpha"][0])
-    assert (np.abs(found - expected) < 1e-6).mean() > 0.95
+    alphas = np.asarray(fuse(method="grid")(LARGE, EXPERT, BASE)[1]["alpha"][0])
+    assert (np.abs(alphas - expected) < 1e-6).mean() > 0.95
 
 
 @pytest.mark.parametrize("boost", [2.0, 6.0, 12.0])
@@ -148,9 +148,9 @@ def test_entries_that_are_masked_by_a_large_number_do_not_matter():
     large = np.where(np.arange(VOCAB) < 300, LARGE, -np.inf).astype(np.float32)
     cut = [x[:, :300] for x in (LARGE, EXPERT, BASE)]
     fused, info = fuse()(large, *masked)
-    wanted, expected = fuse()(*cut)
+    fused_alone, expected = fuse()(*cut)
     np.testing.assert_allclose(info["alpha"], expected["alpha"], atol=1e-4)
-    np.testing.assert_allclose(fused[:, :300], wanted, atol=1e-3)
+    np.testing.assert_allclose(fused[:, :300], fused_alone, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["jeffreys", "project"])
@@ -160,16 +160,16 @@ def test_roots_meet_their_equation(method):
     forward, reverse, target, back = naive(LARGE, EXPERT, BASE, [alpha])
     p, q, r = (log_softmax(np.float64(x)) for x in (LARGE, EXPERT, BASE))
     fused = np.exp(log_softmax(p + alpha[:, None] * (q - r)))
-    value, wanted = {
+    value, divergence = {
         "jeffreys": (forward[0] + reverse[0], target + back),
         "project": ((fused * (q - r)).sum(-1), target),
     }[method]
     at_high, at_low = alpha >= 2, alpha <= 0
     free = ~(at_high | at_low)
     assert free.any()
-    np.testing.assert_allclose(value[free], wanted[free], rtol=2e-4, atol=1e-5)
-    assert (value[at_high] <= wanted[at_high] + 1e-4).all()
-    assert (value[at_low] >= wanted[at_low] - 1e-4).all()
+    np.testing.assert_allclose(value[free], divergence[free], rtol=2e-4, atol=1e-5)
+    assert (value[at_high] <= divergence[at_high] + 1e-4).all()
+    assert (value[at_low] >= divergence[at_low] - 1e-4).all()
     assert np.asarray(info["converged"]).all()
     assert (np.asarray(info["lower"]) <= alpha).all()
     assert (np.asarray(info["upper"]) >= alpha).all()
@@ -210,9 +210,9 @@ def test_padding_never_makes_nan(method):
     padded = [np.pad(x, ((0, 0), (0, 16))) for x in (LARGE, EXPERT, BASE)]
     padded[1][:, VOCAB:] = -np.inf
     fused, info = fuse(method=method)(*padded)
-    alone, wanted = fuse(method=method)(LARGE, EXPERT, BASE)
+    alone, expected_info = fuse(method=method)(LARGE, EXPERT, BASE)
     assert (np.asarray(fused)[:, VOCAB:] == -np.inf).all()
-    np.testing.assert_allclose(info["alpha"], wanted["alpha"], atol=1e-3)
+    np.testing.assert_allclose(info["alpha"], expected_info["alpha"], atol=1e-3)
     np.testing.assert_allclose(fused[:, :VOCAB], alone, atol=1e-2)
     where = np.arange(VOCAB + 16) < VOCAB
     garbage = [np.pad(x, ((0, 0), (0, 16)), constant_values=50.0) for x in (LARGE, EXPERT, BASE)]
@@ -281,10 +281,10 @@ def test_sums_over_a_large_vocabulary_keep_their_digits(vocab):
     _, info = fuse(method="jeffreys")(*logits)
     alpha = np.asarray(info["alpha"][0])
     forward, reverse, target_forward, target_reverse = naive(*logits, [alpha])
-    for name, wanted in (
+    for name, exact in (
         ("target_forward", target_forward),
         ("target_reverse", target_reverse),
         ("forward", forward[0]),
         ("reverse", reverse[0]),
     ):
-        np.testing.assert_allclose(info[name], wanted, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(info[name], exact, rtol=0, atol=1e-5, err_msg=name)

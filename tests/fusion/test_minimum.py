@@ -39,17 +39,17 @@ def test_no_alpha_of_an_interval_is_better_than_its_bound():
     width = 10.0 ** rng.uniform(-3, 0.3, ROWS)
     left = rng.uniform(0, 2 - np.minimum(width, 2)).astype(np.float32)
     right = np.minimum(left + width, 2).astype(np.float32)
-    found = jax.device_get(bounds(logits, left, right))
+    interval = jax.device_get(bounds(logits, left, right))
     shares = np.linspace(0, 1, 401)[:, None]
     inside = naive_objective(*logits, left + shares * (np.float64(right) - left))
     least = inside.min(0)
     ends = np.minimum(inside[0], inside[-1])
-    assert (found.bound <= least).all()
+    assert (interval.bound <= least).all()
     # Bounds that were always 0 would hold as well: most of these intervals need no search.
-    assert (found.bound >= ends * (1 - 1e-3)).mean() > 0.6
+    assert (interval.bound >= ends * (1 - 1e-3)).mean() > 0.6
     # Where the slope is said to grow, it grows.
     slopes = np.diff(inside, axis=0)
-    convex = (found.convex > 0) & (width > 1e-2)
+    convex = (interval.convex > 0) & (width > 1e-2)
     assert convex.mean() > 0.1
     assert (np.diff(slopes, axis=0)[:, convex] > -1e-9 * inside.max(0)[convex]).all()
 

@@ -41,8 +41,8 @@ def test_joint_steps_meet_the_mean_divergence_where_they_can():
     free = ~np.asarray(info["at_bound"]) & np.asarray(info["converged"])
     assert free.mean() > 0.5
     reached = np.asarray(info["forward"]), np.asarray(info["reverse"])
-    wanted = np.asarray(info["target_forward"]), np.asarray(info["target_reverse"])
-    np.testing.assert_allclose(sum(reached)[free], sum(wanted)[free], rtol=1e-3, atol=1e-4)
+    targets = np.asarray(info["target_forward"]), np.asarray(info["target_reverse"])
+    np.testing.assert_allclose(sum(reached)[free], sum(targets)[free], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("multi", ["joint", pytest.param("single", marks=EVERY_CHANGE)])
@@ -65,6 +65,6 @@ def test_where_every_device_has_to_agree_as_many_sweeps_are_made_as_are_said():
         halfway = lambda seen, damping: seen.slopes / 2  # noqa: E731
         return _joint._damped(visit, halfway, start, (0.0, 2.0), 5, unrolled=True)
 
-    found = jax.jit(run)(np.zeros((2, 3), np.float32))
-    assert len(visits) == int(found.sweeps) == 5
-    np.testing.assert_allclose(found.alpha, np.full((2, 3), 1 - 2.0**-4))
+    root = jax.jit(run)(np.zeros((2, 3), np.float32))
+    assert len(visits) == int(root.sweeps) == 5
+    np.testing.assert_allclose(root.alpha, np.full((2, 3), 1 - 2.0**-4))

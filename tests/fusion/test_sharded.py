@@ -79,8 +79,8 @@ LARGE_PROGRAMS = {
 def test_sharded_equals_local(name):
     run, args = sharded(name)
     fused, info = run(*args)
-    wanted, expected = local(name)
-    np.testing.assert_allclose(fused, wanted, atol=5e-3)
+    local_logits, expected = local(name)
+    np.testing.assert_allclose(fused, local_logits, atol=5e-3)
     if "alpha" in info:
         np.testing.assert_allclose(info["alpha"], expected["alpha"], atol=1e-3)
 
@@ -93,8 +93,8 @@ def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
     run, _ = sharded(name)
     text = run.as_text()
     assert "all-gather" not in text
-    found = re.findall(r"= \S+ all-reduce(?:-start)?\(|\) all-reduce(?:-start)?\(", text)
-    assert len(found) == reductions
+    all_reduces = re.findall(r"= \S+ all-reduce(?:-start)?\(|\) all-reduce(?:-start)?\(", text)
+    assert len(all_reduces) == reductions
     # None of them in the body of a loop.
     for body in re.findall(r"^%?\S*body\S* .*?^}", text, re.MULTILINE | re.DOTALL):
         assert "all-reduce" not in body
@@ -112,7 +112,7 @@ def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
     ],
 )
 def test_batch_sharded_under_jit(kind, name, turns, monkeypatch):
-    wanted, _ = local(name)
+    local_logits, _ = local(name)
     if turns:
         monkeypatch.setattr(_rows, "MOST_ENTRIES", 1)
     rows = {2: P("tensor"), 3: P(None, "tensor")}
@@ -121,7 +121,7 @@ def test_batch_sharded_under_jit(kind, name, turns, monkeypatch):
     strategy = STRATEGIES[name]
     with jax.set_mesh(on):
         fused, _ = jax.jit(lambda *logits: strategy(*logits))(*placed)
-    np.testing.assert_allclose(fused, wanted, atol=5e-3)
+    np.testing.assert_allclose(fused, local_logits, atol=5e-3)
 
 
 def test_top_p_of_a_sharded_vocabulary_is_refused():

@@ -28,8 +28,8 @@ def fuse(strategy, *logits, **options):
 
 def test_proxy_tuning_adds_differences():
     fused, info = fuse(ProxyTuning(alpha=0.5), LARGE, EXPERTS, BASE)
-    wanted = LARGE + 0.5 * (EXPERTS[0] - BASE) + 0.5 * (EXPERTS[1] - BASE)
-    np.testing.assert_allclose(fused, wanted, atol=1e-5)
+    expected = LARGE + 0.5 * (EXPERTS[0] - BASE) + 0.5 * (EXPERTS[1] - BASE)
+    np.testing.assert_allclose(fused, expected, atol=1e-5)
     assert info == {}
 
 
@@ -59,8 +59,8 @@ def test_contrastive_decoding_masks_the_implausible():
     p = np.exp(log_softmax(np.float64(LARGE)))
     kept = p >= 0.2 * p.max(-1, keepdims=True)
     np.testing.assert_array_equal(np.isfinite(fused), kept)
-    wanted = 1.5 * LARGE - 0.5 * BASE
-    np.testing.assert_allclose(np.asarray(fused)[kept], wanted[kept], atol=1e-5)
+    expected = 1.5 * LARGE - 0.5 * BASE
+    np.testing.assert_allclose(np.asarray(fused)[kept], expected[kept], atol=1e-5)
     empty = np.zeros((0, *LARGE.shape), np.float32)
     again, _ = fuse(ContrastiveDecoding(plausibility=0.2), LARGE, empty, BASE[None])
     np.testing.assert_array_equal(again, fused)
@@ -82,8 +82,8 @@ def test_logit_difference_with_the_official_filter(form, rate):
     assistant = np.float64(EXPERT)
     if form == "centred":
         assistant = log_softmax(assistant) + np.log(VOCAB)
-    wanted = np.where(masked, LARGE, LARGE - 0.5 * assistant)
-    np.testing.assert_allclose(fused, wanted, atol=1e-4)
+    expected = np.where(masked, LARGE, LARGE - 0.5 * assistant)
+    np.testing.assert_allclose(fused, expected, atol=1e-4)
     np.testing.assert_array_equal(info["changed"], (~masked).sum(-1))
     excluded, _ = fuse(LogitDifference(**options, outside="exclude"), LARGE, EXPERT)
     np.testing.assert_array_equal(np.isinf(excluded), masked)
@@ -164,8 +164,8 @@ def test_a_student_samples_with_its_teachers_help():
     np.testing.assert_allclose(np.exp(mixed), 0.3 * p + 0.7 * q, rtol=1e-4)
     redrawn, _ = fuse(TeacherRedraw(top_k=5), LARGE, EXPERT)
     accepted = p >= np.sort(p, -1)[..., -5:-4]
-    wanted = np.where(accepted, q, 0)
-    wanted += (1 - wanted.sum(-1, keepdims=True)) * p
-    np.testing.assert_allclose(np.exp(redrawn), wanted, rtol=1e-4)
+    expected = np.where(accepted, q, 0)
+    expected += (1 - expected.sum(-1, keepdims=True)) * p
+    np.testing.assert_allclose(np.exp(redrawn), expected, rtol=1e-4)
     with pytest.raises(ValueError, match="logits_experts: expected one teacher, got 2"):
         TeacherMixture()(LARGE, np.stack([EXPERT, EXPERT]))

@@ -79,11 +79,13 @@ def test_fusion_on_the_overlap():
     np.testing.assert_allclose(fused, large + shift, atol=1e-5)
     # Divergences are those on the overlap.
     dynamic = jax.jit(OverlapFusion(strategy=DynamicFusion(), token_map=mapping))
-    found, info = jax.device_get(dynamic(large, expert + np.float32(7), base - np.float32(40)))
+    fused_logits, info = jax.device_get(
+        dynamic(large, expert + np.float32(7), base - np.float32(40))
+    )
     q, r = (log_softmax(x[:, ids[both]]) for x in (expert, base))
     np.testing.assert_allclose(info["target_forward"], (np.exp(q) * (q - r)).sum(-1), atol=1e-5)
-    wanted = large + info["alpha"][0][:, None] * shift
-    np.testing.assert_allclose(log_softmax(found), log_softmax(wanted), atol=1e-4)
+    expected = large + info["alpha"][0][:, None] * shift
+    np.testing.assert_allclose(log_softmax(fused_logits), log_softmax(expected), atol=1e-4)
     padded = np.pad(large, ((0, 0), (0, 2)))
     wide = np.asarray(dynamic(padded, expert, base)[0])
     assert wide.shape == (3, 9)
@@ -94,13 +96,13 @@ def test_a_token_that_one_small_model_lacks_is_gone_and_a_nan_stays():
     fuse = jax.jit(
         OverlapFusion(strategy=ProxyTuning(), token_map=TokenMap(np.array([0, 1, -1]), 2))
     )
-    large, there = np.zeros(3, np.float32), np.zeros(2, np.float32)
+    large, complete = np.zeros(3, np.float32), np.zeros(2, np.float32)
     lacking, broken = np.array([[0, -np.inf], [np.nan, 0]], np.float32)
-    for pair in ((there, lacking), (lacking, there)):
+    for pair in ((complete, lacking), (lacking, complete)):
         fused = np.asarray(fuse(large, *pair)[0])
         np.testing.assert_array_equal(np.isneginf(fused), [False, True, False])
     assert (np.asarray(fuse(large, lacking, lacking)[0]) == 0).all()
-    for pair in ((there, broken), (broken, there)):
+    for pair in ((complete, broken), (broken, complete)):
         assert np.isnan(fuse(large, *pair)[0]).any()
 
 

@@ -150,13 +150,13 @@ SETTINGS = {
 def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs(make, options):
     make = functools.partial(make, **options)
     plain, plain_teacher = make(num_vocab_tiling=1), make(num_vocab_tiling=1, init_weights_seed=7)
-    theirs, their_losses = trained(
+    maxtext_params, their_losses = trained(
         stock(plain, plain_teacher, temperature=2.0, alpha=0.3), plain, plain_teacher
     )
     strategy = objective((terms.FullKL(temperature=2.0), 0.3), (terms.SFT(), 0.7))
     ours, our_losses = trained(strategy, make(), make(init_weights_seed=7))
     np.testing.assert_allclose(our_losses, their_losses, rtol=1e-5)
-    gap = largest_difference(ours, theirs)
+    gap = largest_difference(ours, maxtext_params)
     print(f"largest difference of a parameter after {STEPS} steps: {gap:.2e}")
     assert gap < 1e-5
     if not options:
@@ -176,10 +176,10 @@ def test_stored_top_logits_train_as_in_their_offline_mode(make, tmp_path):
         "top_k_indices": lambda batch: np.asarray(top_logits(batch).indices),
     }
     plain = make(num_vocab_tiling=1)
-    theirs, _ = trained(stock(plain, plain, temperature=2.0, alpha=0.5), plain, **more)
+    maxtext_params, _ = trained(stock(plain, plain, temperature=2.0, alpha=0.5), plain, **more)
     strategy = objective((terms.KL(temperature=2.0), 0.5), (terms.SFT(), 0.5))
     ours, _ = trained(strategy, make(), **more)
-    gap = largest_difference(ours, theirs)
+    gap = largest_difference(ours, maxtext_params)
     print(f"offline, largest difference of a parameter after {STEPS} steps: {gap:.2e}")
     assert gap < 1e-5
 

@@ -65,9 +65,9 @@ def test_a_cache_goes_to_maxtexts_files_and_comes_back_with_equal_ids_and_values
         )
     assert len(list((tmp_path / "back").glob("*.array_record"))) == 3
     assert not back.identity.rest
-    said = back.read([3, -1, 0])
-    assert sorted(said) == ["indices", "values"]
-    for name, array in said.items():
+    record = back.read([3, -1, 0])
+    assert sorted(record) == ["indices", "values"]
+    for name, array in record.items():
         np.testing.assert_array_equal(array[[0, 2]], rows[name][[3, 0]])
         assert not array[1].any()
     with pytest.raises(ValueError, match="its rest is False, not True"):
@@ -140,8 +140,8 @@ def test_where_the_rest_is_unknown_kl_compares_the_top_logits_alone(direction):
     got, logits = jax.jit(lambda teacher: value(term, teacher))(teacher)
     ours = np.take_along_axis(np.float64(logits), np.asarray(teacher.indices), -1)
     log_q = ours - np.log(np.exp(ours).sum(-1, keepdims=True))
-    theirs = np.float64(teacher.values)
-    log_p = theirs - np.log(np.exp(theirs).sum(-1, keepdims=True))
+    teacher_logits = np.float64(teacher.values)
+    log_p = teacher_logits - np.log(np.exp(teacher_logits).sum(-1, keepdims=True))
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     expected = (np.exp(first) * (first - second)).sum(-1).mean()
     np.testing.assert_allclose(got, expected, rtol=1e-5)

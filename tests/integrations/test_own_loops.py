@@ -107,8 +107,8 @@ def test_a_function_of_whole_texts_decodes_and_is_scored():
     for row, prompt in enumerate(prompts):
         text, at = np.zeros_like(TOKENS), len(prompt)
         text[0, :at] = prompt
-        for place in range(at, at + 3):
-            text[0, place] = whole(table, text)[0, place - 1].argmax()
+        for position in range(at, at + 3):
+            text[0, position] = whole(table, text)[0, position - 1].argmax()
         np.testing.assert_array_equal(out.tokens[row], text[0, at : at + 3])
     targets = np.arange(9) >= np.array([[3], [1], [8]])
     nll, _ = decoding.nll_from_model(model)(TOKENS, targets)

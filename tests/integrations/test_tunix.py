@@ -107,9 +107,9 @@ def _theirs(temperature, alpha, vocab=VOCAB):
 def test_ten_steps_with_our_strategy_are_ten_steps_with_theirs():
     objective = Objective(terms=((terms.FullKL(temperature=2.0), 0.7), (terms.SFT(), 0.3)))
     ours, our_losses = _trained(tunix.ObjectiveStrategy(objective), list(_batches()))
-    theirs, their_losses = _trained(_theirs(2.0, 0.7), list(_batches()))
+    tunix_params, their_losses = _trained(_theirs(2.0, 0.7), list(_batches()))
     np.testing.assert_allclose(our_losses, their_losses, rtol=1e-5)
-    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours, theirs)
+    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours, tunix_params)
     print("largest gap of a parameter:", max(jax.tree.leaves(gaps)))
     assert max(jax.tree.leaves(gaps)) < 1e-5
 
@@ -200,9 +200,9 @@ def _models():
 
 def test_hidden_states_and_head_give_each_models_logits():
     tokens = np.random.default_rng(0).integers(1, VOCAB, (2, 7)).astype(np.int32)
-    there = np.ones(tokens.shape, bool)
-    positions = utils.build_positions_from_mask(there)
-    mask = utils.make_causal_attn_mask(there)
+    valid = np.ones(tokens.shape, bool)
+    positions = utils.build_positions_from_mask(valid)
+    mask = utils.make_causal_attn_mask(valid)
     for model in _models():
         want = np.asarray(model(tokens, positions, None, mask)[0], np.float32)
         head = tunix.head_of(model)
@@ -252,11 +252,11 @@ def _grpo_step():
 def test_a_grpo_step_is_theirs_and_holds_no_logits(monkeypatch):
     # So few logits would fit into one block.
     monkeypatch.setattr(_blocks, "_CPU_BLOCK_ELEMENTS", 2**10)
-    (wanted, wanted_gradient), dense = _grpo_step()
+    (expected, wanted_gradient), dense = _grpo_step()
     with tunix.blocked_log_probs():
         (got, gradient), blocked = _grpo_step()
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
-    for name, value in wanted[1].items():
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    for name, value in expected[1].items():
         np.testing.assert_allclose(got[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     gaps = jax.tree.map(
         lambda a, b: np.abs(a - b).max() / np.abs(b).max(), gradient, wanted_gradient

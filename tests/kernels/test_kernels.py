@@ -60,14 +60,14 @@ def test_asked_for_and_not_built_is_an_error(monkeypatch, used):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "said"), [("", "no C\\+\\+ compiler"), ("false", "failed"), ("true", "failed")]
+    ("compiler", "message"), [("", "no C\\+\\+ compiler"), ("false", "failed"), ("true", "failed")]
 )
-def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path, compiler, said):
+def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path, compiler, message):
     monkeypatch.setattr(kernels, "_library", lambda: tmp_path / "kernels.so")
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", compiler)
     # `true` does nothing and says that it worked.
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(RuntimeError, match=message):
         kernels.build()
     assert not list(tmp_path.iterdir())
 
@@ -139,8 +139,8 @@ def test_sums_of_look_ups_are_the_same_integers(rng, vocab, groups, positions):
     by_hand = tables[:, np.arange(groups), :].transpose(1, 2, 0).astype(np.int64)
     expected = sum(by_hand[g, codes[:, g]] for g in range(groups)).T
     for sums in (kernels.lookup_sums, _product_codes._sums):
-        found = np.asarray(jax.jit(sums)(tables, packed))
-        np.testing.assert_array_equal(found[:, :vocab], expected)
+        summed = np.asarray(jax.jit(sums)(tables, packed))
+        np.testing.assert_array_equal(summed[:, :vocab], expected)
 
 
 def test_no_pairs_sum_to_zero():
@@ -214,11 +214,11 @@ def test_row_products_equal_a_gather(rng, used, dtype):
         np.asarray(rows, np.float64)[np.clip(ids, 0, 49)]
         @ np.asarray(vectors, np.float64)[:, :, None]
     )
-    found = jax.jit(row_products)(vectors, rows, ids)
-    np.testing.assert_allclose(found, exact[..., 0], rtol=1e-5, atol=1e-5)
+    products = jax.jit(row_products)(vectors, rows, ids)
+    np.testing.assert_allclose(products, exact[..., 0], rtol=1e-5, atol=1e-5)
     alone = jax.vmap(lambda v, i: row_products(v[None], rows, i[None])[0])
     one_by_one = jax.jit(alone)(vectors, ids)
-    np.testing.assert_array_equal(one_by_one, found)
+    np.testing.assert_array_equal(one_by_one, products)
 
 
 def test_row_products_have_the_gradients_of_a_gather(rng, used):
@@ -233,9 +233,9 @@ def test_row_products_have_the_gradients_of_a_gather(rng, used):
     def gathered_sum(vectors, rows):
         return (weights * jnp.einsum("nd,nmd->nm", vectors, rows[ids])).sum()
 
-    found = jax.jit(jax.grad(native_sum, (0, 1)))(vectors, rows)
+    gradients = jax.jit(jax.grad(native_sum, (0, 1)))(vectors, rows)
     expected = jax.jit(jax.grad(gathered_sum, (0, 1)))(vectors, rows)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -278,7 +278,7 @@ def test_a_screened_head_decodes_the_same(rng, monkeypatch):
     monkeypatch.setenv("LOGITJAX_NATIVE", "1")
     native = jax.jit(lambda *x: look(*x)).lower(*arrays)
     assert "logitjax_lookup_sums" in native.as_text()
-    found = native.compile()(*arrays)
-    np.testing.assert_array_equal(found[0].indices, without[0].indices)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(without), strict=True):
+    decoded = native.compile()(*arrays)
+    np.testing.assert_array_equal(decoded[0].indices, without[0].indices)
+    for one, other in zip(jax.tree.leaves(decoded), jax.tree.leaves(without), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)

@@ -83,11 +83,11 @@ class Server(Meter):
 
     def _answers(self, queries, temperature):
         self.charge(len(queries))
-        found = [self._one(*query, temperature) for query in queries]
-        if len({len(tokens) for tokens, _ in found}) > 1:
+        answers = [self._one(*query, temperature) for query in queries]
+        if len({len(tokens) for tokens, _ in answers}) > 1:
             raise ValueError("url: expected 5 values in each answer, got fewer")
-        values = np.array([values for _, values in found], np.float32)
-        tokens = np.array([tokens for tokens, _ in found], np.int32)
+        values = np.array([values for _, values in answers], np.float32)
+        tokens = np.array([tokens for tokens, _ in answers], np.int32)
         return self.counted([(values, tokens)])
 
     def _one(self, prompt, tokens, amounts, temperature):
@@ -123,12 +123,12 @@ class Server(Meter):
 
     def _biased(self, z, tokens, amounts):
         kind, moved = self.kind, z.copy()
-        for place, (token, amount) in enumerate(zip(tokens, amounts, strict=True)):
+        for index, (token, amount) in enumerate(zip(tokens, amounts, strict=True)):
             if kind == "bias clipped":
                 amount = np.clip(amount, -10, 10)
             elif kind == "half a bias":
                 amount = amount / 2
-            elif (kind == "two tokens biased" and place > 1) or (
+            elif (kind == "two tokens biased" and index > 1) or (
                 kind == "some tokens exempt" and self.exempt[token]
             ):
                 amount = 0.0
@@ -159,13 +159,13 @@ class Server(Meter):
         return y
 
 
-def is_false(server: Server, found) -> bool:
+def is_false(server: Server, audit) -> bool:
     """Whether an audit certifies a row that is not the server's."""
-    if found.unlike or found.row is None or not found.row.known.any():
+    if audit.unlike or audit.row is None or not audit.row.known.any():
         return False
-    truth, known = server.truth, found.row.known
-    if found.row.method == "searched":
+    truth, recovered = server.truth, audit.row.known
+    if audit.row.method == "searched":
         truth = truth - truth.max()
-        if known.all():
+        if recovered.all():
             truth = log_softmax(truth)
-    return bool(np.abs(found.row.log_probs - truth)[known].max() > found.row.error_bound)
+    return bool(np.abs(audit.row.log_probs - truth)[recovered].max() > audit.row.error_bound)

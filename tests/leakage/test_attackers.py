@@ -61,13 +61,13 @@ def test_draws_at_temperature_two_bring_rarer_tokens():
 
 def test_a_harvest_completes_a_row_once_a_basis_is_known():
     head, states = head_and_states(200, 6, 30)
-    found = estimate_output_subspace(log_softmax(states @ head.T).astype(np.float32))
+    subspace = estimate_output_subspace(log_softmax(states @ head.T).astype(np.float32))
     logits = states[:1] @ head.T
     oracle = oracle_of(logits, LogitPolicy.parse("draws"), batch_size=200)
     row = recover_log_probs(oracle, [0], 200, draws=200)
     tokens = np.flatnonzero(row.known)
     assert 12 <= len(tokens) < 150
-    whole = found.complete(tokens, row.log_probs[None, tokens])
+    whole = subspace.complete(tokens, row.log_probs[None, tokens])
     np.testing.assert_allclose(whole[0], log_softmax(logits)[0], atol=1e-3)
 
 
@@ -97,17 +97,17 @@ LOWER, UPPER = [0, -3.3126, -3.3126, -5.5279, -10], [0, -1.8312, -1.8312, -4.046
 def test_a_search_asks_what_it_asks_by_hand():
     answers = _answers(HAND, SPAN)
     for bias, token in zip(BIASES, DRAWN, strict=True):
-        asked, said, low, high = next(answers)
+        asked, compared, low, high = next(answers)
         np.testing.assert_allclose(asked, bias, atol=1e-4)
-        assert said == token
+        assert compared == token
     np.testing.assert_allclose(low, LOWER, atol=1e-4)
     np.testing.assert_allclose(high, UPPER, atol=1e-4)
     oracle = oracle_of(HAND[None], LogitPolicy.parse("argmax"))
-    found = search_logits(oracle, [0], np.arange(5), span=SPAN, tolerance=0.0999)
+    searched = search_logits(oracle, [0], np.arange(5), span=SPAN, tolerance=0.0999)
     # One more query says which token wins without a bias.
-    assert found.queries == oracle.queries == QUERIES + 1
+    assert searched.queries == oracle.queries == QUERIES + 1
     assert oracle.values == 0
-    assert ((found.lower <= HAND + 1e-6) & (found.upper >= HAND - 1e-6)).all()
+    assert ((searched.lower <= HAND + 1e-6) & (searched.upper >= HAND - 1e-6)).all()
 
 
 def test_a_tie_that_rounding_breaks_both_ways_is_no_contradiction():
@@ -125,17 +125,17 @@ def test_what_an_api_rounds_is_neither_a_contradiction_nor_an_endless_search(see
     oracle = oracle_of(logits[None], LogitPolicy.parse("argmax"))
     truth = logits - logits.max()
     for tolerance in (1e-2, 1e-6):
-        found = search_logits(oracle, [0], np.arange(256), tolerance=tolerance)
-        assert found.contradictions == 0
-        near = np.isfinite(found.lower)
-        assert ((found.lower <= truth) & (truth <= found.upper))[near].all()
-        assert (found.upper - found.lower)[near].max() <= max(1.01 * tolerance, 1e-3)
+        searched = search_logits(oracle, [0], np.arange(256), tolerance=tolerance)
+        assert searched.contradictions == 0
+        near = np.isfinite(searched.lower)
+        assert ((searched.lower <= truth) & (truth <= searched.upper))[near].all()
+        assert (searched.upper - searched.lower)[near].max() <= max(1.01 * tolerance, 1e-3)
 
 
 # Queries a token until the middles are off by 1e-2, 1e-3 and 1e-4 of the span, root mean square:
 # papers/leakage, A4.1, for 100 tokens of standard deviation 5 and a span of 35.
 def test_a_search_takes_as_many_queries_a_token_as_is_known():
-    found = []
+    queries_by_seed = []
     for seed in range(6):
         logits = 5 * np.random.default_rng(seed).standard_normal(100)
         truth, marks = logits - logits.max(), []
@@ -147,8 +147,8 @@ def test_a_search_takes_as_many_queries_a_token_as_is_known():
             marks += [number / 100] * int(error < 10.0 ** -(2 + len(marks)))
             if len(marks) == 3:
                 break
-        found.append(marks)
-    assert (np.mean(found, axis=0) <= 1.1 * np.array([1.2, 2.1, 2.6])).all()
+        queries_by_seed.append(marks)
+    assert (np.mean(queries_by_seed, axis=0) <= 1.1 * np.array([1.2, 2.1, 2.6])).all()
 
 
 def test_bounds_of_differences_stay_closed():
@@ -169,10 +169,10 @@ def test_bounds_of_differences_stay_closed():
 def test_searches_say_what_they_did_not_find():
     logits = np.array([[3.0, 0.0, -30.0, -50.0]])
     oracle = oracle_of(logits, LogitPolicy.parse("argmax"))
-    found = search_logits(oracle, [0], [0, 1, 2, 3], span=40.0)
-    np.testing.assert_allclose(found.middle[:3], [0.0, -3.0, -33.0], atol=0.01)
-    assert np.isneginf(found.lower[3])
-    assert np.isnan(found.middle[3])
+    searched = search_logits(oracle, [0], [0, 1, 2, 3], span=40.0)
+    np.testing.assert_allclose(searched.middle[:3], [0.0, -3.0, -33.0], atol=0.01)
+    assert np.isneginf(searched.lower[3])
+    assert np.isnan(searched.middle[3])
     with pytest.raises(ValueError, match="takes a logit bias"):
         search_logits(oracle_of(logits, LogitPolicy(returns="token")), [0], [1])
     with pytest.raises(ValueError, match="span: expected more than"):
@@ -183,9 +183,9 @@ def test_answers_that_contradict_each_other_are_left_out():
     policy = LogitPolicy(returns="token", bias="sampling", noise=3.0, noise_per="query")
     oracle = oracle_of(HAND[None], policy, seed=0)
     # Noise now and then draws a token that nobody asked about.
-    found = search_logits(oracle, [0], [3, 4], span=SPAN)
-    assert found.contradictions > 0
-    assert (found.lower <= found.upper).all()
+    searched = search_logits(oracle, [0], [3, 4], span=SPAN)
+    assert searched.contradictions > 0
+    assert (searched.lower <= searched.upper).all()
 
 
 @pytest.mark.parametrize("name", ["sampling", "top_5_bias"])
@@ -193,19 +193,19 @@ def test_an_audit_finds_the_width_behind_a_bias(name):
     head, states = head_and_states(120, 8, 20)
     logits = (states @ head.T).astype(np.float32)
     oracle = oracle_of(logits, LogitPolicy.parse(name))
-    found = audit(oracle, [[i] for i in range(20)], 120, head=head, logits=logits, corner=20)
-    assert found.width.certain
-    assert found.width.estimate == 8
+    result = audit(oracle, [[i] for i in range(20)], 120, head=head, logits=logits, corner=20)
+    assert result.width.certain
+    assert result.width.estimate == 8
     # Measured at the corner's tokens, not said because a row came back.
-    assert found.alignment.chance == 8 / 20
-    assert found.leak > 0.999
-    assert found.row_error < 1e-5
+    assert result.alignment.chance == 8 / 20
+    assert result.leak > 0.999
+    assert result.row_error < 1e-5
     per_row = 20 if name == "sampling" else 6
-    assert found.queries <= 120 + 20 * per_row
+    assert result.queries <= 120 + 20 * per_row
     # Who asks once sees five values or one.
-    assert found.utility["top1"] == 1.0
-    assert found.utility["kl"] > 0.1
-    assert oracle.queries == found.queries + 20
+    assert result.utility["top1"] == 1.0
+    assert result.utility["kl"] > 0.1
+    assert oracle.queries == result.queries + 20
 
 
 def test_whole_rows_that_come_largest_first_are_put_in_order(monkeypatch):
@@ -220,21 +220,21 @@ def test_whole_rows_that_come_largest_first_are_put_in_order(monkeypatch):
         return Answer(values=np.take_along_axis(values, tokens, axis=1), tokens=tokens)
 
     monkeypatch.setattr(oracle, "ask", largest_first)
-    found = audit(oracle, [[i] for i in range(20)], 120, head=head)
-    assert found.width.certain
-    assert found.width.estimate == 8
-    assert found.leak > 0.999
+    result = audit(oracle, [[i] for i in range(20)], 120, head=head)
+    assert result.width.certain
+    assert result.width.estimate == 8
+    assert result.leak > 0.999
 
 
 def test_an_audit_of_tokens_alone_reports_what_comparisons_find():
     logits = LOGITS[None].astype(np.float32)
     oracle = oracle_of(logits, LogitPolicy.parse("argmax"))
-    found = audit(oracle, [[0]], 60, logits=logits)
-    assert found.row.method == "searched"
-    assert found.row.coverage == 1.0
-    assert found.row_error < 0.01
-    assert found.leak is None
-    assert found.utility == {"top1": 1.0}
+    result = audit(oracle, [[0]], 60, logits=logits)
+    assert result.row.method == "searched"
+    assert result.row.coverage == 1.0
+    assert result.row_error < 0.01
+    assert result.leak is None
+    assert result.utility == {"top1": 1.0}
     closed = audit(oracle_of(logits, LogitPolicy(returns="token")), [[0]], 60, logits=logits)
     assert closed.row is None
     assert closed.leak is None
@@ -247,8 +247,8 @@ def test_an_audit_of_tokens_alone_reports_what_comparisons_find():
 def test_what_lies_below_the_span_is_not_looked_at_unless_it_is_asked_for():
     logits = np.float32([0.0, -2.5, -50.0])
     oracle = oracle_of(logits[None], LogitPolicy.parse("argmax"))
-    found = search_logits(oracle, [0], [1], span=8.0, tolerance=1.0)
-    assert found.lower[0] <= -2.5 <= found.upper[0]
-    assert found.upper[0] - found.lower[0] <= 1 + 2e-5
+    searched = search_logits(oracle, [0], [1], span=8.0, tolerance=1.0)
+    assert searched.lower[0] <= -2.5 <= searched.upper[0]
+    assert searched.upper[0] - searched.lower[0] <= 1 + 2e-5
     assert np.isneginf(search_logits(oracle, [0], [2]).lower[0])
     assert np.isfinite(search_logits(oracle, [0], [2], span=80.0).lower[0])

@@ -51,8 +51,8 @@ def findings(**options):
 
 def test_one_noise_for_all_requests_is_told_and_a_mixed_key_too():
     shared, mixed = findings(), findings(mixed=("min_p",), prompts=True, company=True)
-    for found in (shared, mixed):
-        assert (found["seed"].effect, found["seed"].p < 0.01) == (1, True)
+    for effects in (shared, mixed):
+        assert (effects["seed"].effect, effects["seed"].p < 0.01) == (1, True)
     assert (shared["key"].effect, shared["company"].effect) == (1, 0)
     assert mixed["key"].effect < 0.6
     assert mixed["company"].effect > 0
@@ -61,8 +61,8 @@ def test_one_noise_for_all_requests_is_told_and_a_mixed_key_too():
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_law_of_a_draw_is_told_by_where_it_moves(inverse):
-    found = findings(inverse=inverse)
-    assert (found["law"].p < 1e-3) == inverse
+    effects = findings(inverse=inverse)
+    assert (effects["law"].p < 1e-3) == inverse
 
 
 def test_the_order_of_rules_and_what_penalties_see_are_told():

@@ -36,8 +36,8 @@ def test_bias_moves_what_is_reported_or_only_what_is_sampled():
     answer = oracle_of(LOGITS, LogitPolicy(bias="sampling", top_k=1)).ask_biased([0], tokens, bias)
     assert answer.tokens[0, 0] == 1
     np.testing.assert_allclose(answer.values[0, 0], log_softmax(LOGITS[0])[1], atol=1e-6)
-    own = LogitPolicy(bias="sampling", top_k=1, sampled=True)
-    answer = oracle_of(LOGITS, own).ask_biased([0], tokens, bias)
+    policy = LogitPolicy(bias="sampling", top_k=1, sampled=True)
+    answer = oracle_of(LOGITS, policy).ask_biased([0], tokens, bias)
     assert answer.tokens.tolist() == [[3, 1]]
     np.testing.assert_allclose(answer.values[0], log_softmax(LOGITS[0])[[3, 1]], atol=1e-6)
     only = LogitPolicy(returns="token", bias="sampling")
@@ -109,8 +109,8 @@ def test_a_server_may_list_the_drawn_token_beside_the_top_ones(monkeypatch):
         tops = {"token_id:1": -0.5, "token_id:2": -1.0} | (
             {drawn: -9.0} if drawn[-1] == "7" else {}
         )
-        said = {"tokens": [drawn], "token_logprobs": [tops[drawn]], "top_logprobs": [tops]}
-        return {"choices": [{"logprobs": said}]}
+        logprobs = {"tokens": [drawn], "token_logprobs": [tops[drawn]], "top_logprobs": [tops]}
+        return {"choices": [{"logprobs": logprobs}]}
 
     monkeypatch.setattr(oracle, "_post", post)
     answer = oracle.ask_biased([1], [[7]], [[5.0]])

@@ -19,12 +19,12 @@ def _audited(kind, seed=0):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "honest" in kind or ", said" in kind])
 def test_a_server_that_is_as_declared_is_certified_within_its_error(kind):
-    server, found = _audited(kind)
-    assert not found.unlike
-    assert not is_false(server, found)
-    assert found.row.error_bound < 0.06
-    assert found.row.known.mean() == 1.0 or "drawn" in kind
-    assert found.verdict.startswith(("open", "part of a row"))
+    server, result = _audited(kind)
+    assert not result.unlike
+    assert not is_false(server, result)
+    assert result.row.error_bound < 0.06
+    assert result.row.known.mean() == 1.0 or "drawn" in kind
+    assert result.verdict.startswith(("open", "part of a row"))
 
 
 # What each server does otherwise, and which test has to say so.
@@ -50,17 +50,17 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("kind", OTHERWISE)
 def test_a_server_that_is_not_certifies_nothing(kind):
-    _, found = _audited(kind)
-    tests = [one.split(":")[0] for one in found.unlike]
+    _, result = _audited(kind)
+    tests = [one.split(":")[0] for one in result.unlike]
     assert OTHERWISE[kind] in tests
-    assert found.verdict.startswith("not as declared, so nothing is certified: ")
+    assert result.verdict.startswith("not as declared, so nothing is certified: ")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_weights_that_change_at_any_time_make_no_false_row(seed):
-    server, found = _audited("weights changed", seed)
-    assert not is_false(server, found)
-    assert found.unlike or server.changes > 70
+    server, result = _audited("weights changed", seed)
+    assert not is_false(server, result)
+    assert result.unlike or server.changes > 70
 
 
 def test_a_lattice_is_told_with_its_chance_and_widens_errors():

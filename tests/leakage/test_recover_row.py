@@ -81,19 +81,19 @@ def test_what_cannot_work_is_refused_with_the_reason():
 def test_rows_from_a_basis_at_twice_as_many_tokens_as_dimensions():
     head, states = head_and_states(300, 12, 30)
     truth = log_softmax(states @ head.T)
-    found = estimate_output_subspace(truth)
-    tokens = found.choose_tokens(24)
+    subspace = estimate_output_subspace(truth)
+    tokens = subspace.choose_tokens(24)
     assert len(set(tokens.tolist())) == 24
-    np.testing.assert_allclose(found.complete(tokens, truth[:, tokens]), truth, atol=1e-4)
+    np.testing.assert_allclose(subspace.complete(tokens, truth[:, tokens]), truth, atol=1e-4)
     few = np.random.default_rng(1).choice(300, 13, replace=False)
     with pytest.raises(ValueError, match="tokens: expected at least 13, got 12"):
-        found.complete(few[:12], truth[:, few[:12]])
+        subspace.complete(few[:12], truth[:, few[:12]])
     # Four tokens whose rows are nearly one tell the same thing four times.
-    found.basis[few[:4]] = found.basis[few[0]] + 1e-9 * np.arange(4)[:, None]
+    subspace.basis[few[:4]] = subspace.basis[few[0]] + 1e-9 * np.arange(4)[:, None]
     with pytest.raises(ValueError, match=r"tokens: expected a condition of at most 1e\+06, got"):
-        found.complete(few, truth[:, few])
+        subspace.complete(few, truth[:, few])
     with pytest.raises(ValueError, match="count: expected a number from 12 to 300, got 5"):
-        found.choose_tokens(5)
+        subspace.choose_tokens(5)
 
 
 def test_a_corner_has_the_rank_of_the_whole():

@@ -20,13 +20,13 @@ def case():
 
 def test_the_head_s_span_is_found(case):
     head, rows = case
-    found = estimate_output_subspace(rows)
-    assert found.dimension == found.max_gap == WIDTH
-    assert found.width.certain
-    aligned = align_head(found.basis, head)
+    subspace = estimate_output_subspace(rows)
+    assert subspace.dimension == subspace.max_gap == WIDTH
+    assert subspace.width.certain
+    aligned = align_head(subspace.basis, head)
     assert aligned.relative_rms < 1e-4
     assert aligned.leak > 0.9999
-    basis = np.asarray(found.basis)
+    basis = np.asarray(subspace.basis)
     gram = basis.T @ basis
     np.testing.assert_allclose(gram, np.eye(WIDTH), atol=1e-4)
 
@@ -45,8 +45,8 @@ def test_singular_values_are_numpy_s(case):
     _, rows = case
     centred = rows.astype(np.float64) - rows.mean(axis=1, keepdims=True, dtype=np.float64)
     want = np.linalg.svd(centred, compute_uv=False)[:WIDTH]
-    found = estimate_output_subspace(rows)
-    np.testing.assert_allclose(found.singular_values[:WIDTH], want, rtol=1e-5)
+    subspace = estimate_output_subspace(rows)
+    np.testing.assert_allclose(subspace.singular_values[:WIDTH], want, rtol=1e-5)
 
 
 def test_rows_of_a_device_are_those_of_the_host(case, monkeypatch):
@@ -63,13 +63,13 @@ def test_rows_of_a_device_are_those_of_the_host(case, monkeypatch):
 def test_half_precision_rows_are_read_as_they_are(case):
     _, rows = case
     half = jax.device_put(rows.astype(jnp.bfloat16))
-    found = estimate_output_subspace(half, dimension=WIDTH)
+    subspace = estimate_output_subspace(half, dimension=WIDTH)
     whole = jax.device_put(np.asarray(half, np.float32))
     want = estimate_output_subspace(whole, dimension=WIDTH)
     np.testing.assert_allclose(
-        found.singular_values[:WIDTH], want.singular_values[:WIDTH], rtol=1e-9
+        subspace.singular_values[:WIDTH], want.singular_values[:WIDTH], rtol=1e-9
     )
-    np.testing.assert_allclose(found.basis, want.basis, atol=1e-5)
+    np.testing.assert_allclose(subspace.basis, want.basis, atol=1e-5)
 
 
 def test_metrics_know_chance(case):
@@ -108,9 +108,9 @@ def test_alignment_is_that_of_householder_reflections(condition):
     scale = np.logspace(0, -np.log10(condition), 6)
     basis = rng.standard_normal((300, 6)) * scale @ np.linalg.qr(rng.standard_normal((6, 6)))[0]
     head = basis @ rng.standard_normal((6, 4)) + 0.1 * rng.standard_normal((300, 4))
-    found = align_head(basis, head, centre=False)
-    q, own = np.linalg.qr(basis)[0], np.linalg.qr(head)[0]
-    cosines = np.linalg.svd(q.T @ own)[1]
-    assert found.overlap == pytest.approx((cosines**2).mean(), abs=1e-9)
+    alignment = align_head(basis, head, centre=False)
+    q, head_basis = np.linalg.qr(basis)[0], np.linalg.qr(head)[0]
+    cosines = np.linalg.svd(q.T @ head_basis)[1]
+    assert alignment.overlap == pytest.approx((cosines**2).mean(), abs=1e-9)
     left = np.linalg.norm(head - q @ (q.T @ head)) / np.linalg.norm(head)
-    assert found.relative_rms == pytest.approx(left, abs=1e-9)
+    assert alignment.relative_rms == pytest.approx(left, abs=1e-9)

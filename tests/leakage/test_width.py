@@ -28,10 +28,10 @@ def _interval(rows, **options):
 
 @pytest.mark.parametrize(("width", "rows_each"), [(16, 1.1), (16, 22), (37, 21), (16, 60)])
 def test_exact_rows_are_certain_however_many_they_are(width, rows_each):
-    found = estimate_output_subspace(_rows(int(np.ceil(width * rows_each)), width=width))
-    assert found.width.certain
-    assert found.width.estimate == found.dimension == width
-    assert str(found.width) == str(width)
+    subspace = estimate_output_subspace(_rows(int(np.ceil(width * rows_each)), width=width))
+    assert subspace.width.certain
+    assert subspace.width.estimate == subspace.dimension == width
+    assert str(subspace.width) == str(width)
 
 
 def test_fewer_rows_than_the_width_give_a_lower_bound_only():
@@ -97,18 +97,18 @@ def test_tokens_without_a_value_are_left_out(value):
     rows = _rows(40)
     head, _ = head_and_states(VOCAB, WIDTH, 40)
     rows[3, 7] = rows[:, 11] = value
-    found = estimate_output_subspace(rows)
-    assert found.width.certain
-    assert found.width.estimate == WIDTH
-    assert np.flatnonzero(~found.vocab_where).tolist() == [7, 11]
-    where = found.vocab_where
-    assert align_head(np.asarray(found.basis)[where], head[where]).leak > 0.999
-    tokens = found.choose_tokens(2 * WIDTH)
-    whole = found.complete(tokens, rows[:2, tokens])
+    subspace = estimate_output_subspace(rows)
+    assert subspace.width.certain
+    assert subspace.width.estimate == WIDTH
+    assert np.flatnonzero(~subspace.vocab_where).tolist() == [7, 11]
+    where = subspace.vocab_where
+    assert align_head(np.asarray(subspace.basis)[where], head[where]).leak > 0.999
+    tokens = subspace.choose_tokens(2 * WIDTH)
+    whole = subspace.complete(tokens, rows[:2, tokens])
     assert np.isnan(whole[:, [7, 11]]).all()
     np.testing.assert_allclose(whole[:, where], rows[:2, where], atol=1e-3)
     with pytest.raises(ValueError, match="tokens: expected some that the basis knows"):
-        found.complete(np.array([7, *tokens]), rows[:2, [7, *tokens]])
+        subspace.complete(np.array([7, *tokens]), rows[:2, [7, *tokens]])
     rows[0, 200:] = value
     with pytest.raises(ValueError, match="expected finite values in most tokens, got 402 of 600"):
         estimate_output_subspace(rows)
@@ -196,10 +196,10 @@ def test_an_uneven_spectrum_under_noise_stays_open():
     states[:, 0] *= 60  # A direction that all prompts share, as in real models.
     rows = states @ head.T
     rows += 0.3 * np.random.default_rng(0).standard_normal(rows.shape)
-    found = estimate_output_subspace(rows.astype(np.float32), centre=False)
-    assert found.max_gap == 1
-    assert 28 <= found.width.lower <= 40
-    assert found.width.upper is None
+    subspace = estimate_output_subspace(rows.astype(np.float32), centre=False)
+    assert subspace.max_gap == 1
+    assert 28 <= subspace.width.lower <= 40
+    assert subspace.width.upper is None
 
 
 def test_hand_worked_spectra():
@@ -220,8 +220,8 @@ def test_one_noise_in_a_hundred_passes_its_edge_and_signal_is_counted():
     tops = [np.linalg.svd(rng.standard_normal((30, 200)), compute_uv=False)[0] for _ in range(300)]
     assert np.mean(tops > noise_edge(1.0, 30, 200)) < 0.04
     assert max(tops) < 1.1 * noise_edge(1.0, 30, 200)
-    found = fit_white_noise(np.array([90.0, 60.0, *np.linspace(18.0, 10.0, 28)]), 30, 200)
-    assert found.above == 2
+    noise = fit_white_noise(np.array([90.0, 60.0, *np.linspace(18.0, 10.0, 28)]), 30, 200)
+    assert noise.above == 2
     # A spectrum that falls all the way has no noise among it.
     assert fit_white_noise(np.geomspace(100.0, 0.1, 30), 30, 200) is None
 
@@ -239,9 +239,9 @@ def test_noise_is_even_only_if_tokens_are_alike_and_rows_are():
 
 
 def test_what_is_nothing_but_zero_behind_a_signal_is_noise_of_size_zero():
-    found = fit_white_noise(np.r_[5.0, np.zeros(39)], 40, 500)
-    assert found is not None
-    assert (found.above, found.sigma) == (1, 0.0)
+    noise = fit_white_noise(np.r_[5.0, np.zeros(39)], 40, 500)
+    assert noise is not None
+    assert (noise.above, noise.sigma) == (1, 0.0)
 
 
 def test_too_few_rows_for_a_fit_of_noise_are_refused():

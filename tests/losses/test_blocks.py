@@ -51,17 +51,17 @@ def test_what_an_accelerator_holds_stays_within_the_budget(shape, budget, weight
     tokens, width, vocab = shape
     for sides in (1, 2):
         blocks = losses.Blocks(memory_budget=budget)
-        found = _layout(shape, blocks, weighted=weighted, sides=sides)
+        layout = _layout(shape, blocks, weighted=weighted, sides=sides)
         most = budget or max(2**26, 4 * sides * tokens * vocab // 10)
-        rows = found.tokens or tokens
-        if found.engine == "rows":
-            held = 4 * width * vocab + (4 * sides + 2) * rows * vocab
-            assert held <= most
+        rows = layout.tokens or tokens
+        if layout.engine == "rows":
+            peak_bytes = 4 * width * vocab + (4 * sides + 2) * rows * vocab
+            assert peak_bytes <= most
             continue
-        held = 4 * sides * rows * found.columns
+        peak_bytes = 4 * sides * rows * layout.columns
         # Blocks are not made so small that a chip would wait for memory.
-        assert held <= max(most, 4 * sides * 1024 * 2048)
-        assert found.columns <= 8192
+        assert peak_bytes <= max(most, 4 * sides * 1024 * 2048)
+        assert layout.columns <= 8192
 
 
 def test_cpu_takes_rows_where_it_may_and_blocks_near_its_caches():

@@ -277,9 +277,9 @@ def test_infinite_divergence_has_a_finite_gradient():
     for direction, biases in (("forward", (absent, None)), ("reverse", (None, absent))):
 
         def linear(hidden, direction=direction, biases=biases):
-            ours, theirs = losses.Head(head, biases[0]), losses.Head(teacher_head, biases[1])
+            ours, teacher_side = losses.Head(head, biases[0]), losses.Head(teacher_head, biases[1])
             return losses.linear_kl_divergence(
-                hidden, ours, teacher, theirs, direction=direction, blocks=COLUMNS
+                hidden, ours, teacher, teacher_side, direction=direction, blocks=COLUMNS
             )
 
         def dense(hidden, direction=direction, biases=biases):
@@ -452,8 +452,8 @@ def test_jensen_shannon_of_halves_that_overlap_by_hand():
     """q = (1/2, 1/2, 0) and p = (0, 1/2, 1/2), m = (1/4, 1/2, 1/4): each part is log(2) / 2."""
 
     def loss(hidden):
-        ours, theirs = (losses.Head(FLAT, bias, 0) for bias in HALVES)
-        return losses.linear_generalized_jensen_shannon(hidden, ours, ONE, theirs).sum()
+        ours, teacher_head = (losses.Head(FLAT, bias, 0) for bias in HALVES)
+        return losses.linear_generalized_jensen_shannon(hidden, ours, ONE, teacher_head).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(ONE)
     np.testing.assert_allclose(value, 0.5 * np.log(2), rtol=1e-6)
@@ -470,9 +470,9 @@ def test_a_teacher_gets_no_gradient_of_any_order():
     def slope(student, teacher):
         return jnp.square(jax.grad(loss)(student, teacher)).sum()
 
-    ours, theirs = jax.jit(jax.grad(slope, (0, 1)))(student, teacher)
+    ours, teacher_gradient = jax.jit(jax.grad(slope, (0, 1)))(student, teacher)
     assert ours.any()
-    assert not theirs.any()
+    assert not teacher_gradient.any()
 
 
 def test_the_gradient_of_weights_is_the_losses_and_zero_where_a_silent_one_is_no_number():

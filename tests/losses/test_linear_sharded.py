@@ -255,8 +255,8 @@ def test_on_any_mesh_the_head_is_gathered_once_a_sweep_and_gradients_are_those_o
     placed = [jax.device_put(x, layout) for x, layout in zip(arrays, layouts, strict=True)]
     laid_out: Any = {} if kind == EXPLICIT else {"out_shardings": (None, layouts[:2])}
     run = jax.jit(jax.value_and_grad(step, (0, 1)), **laid_out)
-    known = contextlib.nullcontext() if name == "no_context" else jax.set_mesh(mesh)
-    with known, NAMES.get(name, losses.MeshAxes()).use():
+    context = contextlib.nullcontext() if name == "no_context" else jax.set_mesh(mesh)
+    with context, NAMES.get(name, losses.MeshAxes()).use():
         program = run.lower(*placed).compile()
     _close(program(*placed), _in_float64(vocab))
     loops, _, entry = program.as_text().partition("\nENTRY")

@@ -99,9 +99,9 @@ def test_values_and_gradients_are_those_of_dense_float64(function, cut):
     narrow = tuple(x.astype(np.float32) for x in ARRAYS)
     run = jax.jit(functools.partial(_with_gradients, function))
     gradients, values = jax.device_get(run(narrow, SUPPORT if cut else None))
-    wanted_gradients, wanted = _oracle(cut)
+    wanted_gradients, exact = _oracle(cut)
     for got, want, bar in (
-        *((*pair, 1e-6) for pair in zip(values, wanted, strict=True)),
+        *((*pair, 1e-6) for pair in zip(values, exact, strict=True)),
         *((*pair, 1e-5) for pair in zip(gradients, wanted_gradients, strict=True)),
     ):
         assert got.dtype == np.float32
@@ -109,9 +109,9 @@ def test_values_and_gradients_are_those_of_dense_float64(function, cut):
 
 
 def test_a_support_as_one_list_is_laid_out_before_jit():
-    there = SUPPORT >= 0
-    splits = np.concatenate([[0], np.cumsum(there.sum(-1))])
-    padded = losses.pad_support(SUPPORT[there], splits, TOKENS.shape)
+    listed = SUPPORT >= 0
+    splits = np.concatenate([[0], np.cumsum(listed.sum(-1))])
+    padded = losses.pad_support(SUPPORT[listed], splits, TOKENS.shape)
     assert [sorted(x[x >= 0]) for x in padded.reshape(-1, 9)] == [
         sorted(x[x >= 0]) for x in SUPPORT.reshape(-1, 9)
     ]

@@ -136,13 +136,13 @@ def _by(engine, case, names=tuple(LOSSES), gradients=True):
     def one(loss, x, w):
         def total(x, w):
             if engine == "dense":
-                found = loss(case, x @ w.T, case[2] @ case[3])
+                losses_by_row = loss(case, x @ w.T, case[2] @ case[3])
             elif engine == "rows":
                 blocks = Blocks(engine=engine)
                 return loss(case, x, w, weights=case[7], blocks=blocks), None
             else:
-                found = loss(case, x, w, blocks=Blocks(engine=engine))
-            return (found * case[7]).sum(), found
+                losses_by_row = loss(case, x, w, blocks=Blocks(engine=engine))
+            return (losses_by_row * case[7]).sum(), losses_by_row
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(x, w) if gradients else total(x, w)
 
@@ -185,7 +185,7 @@ def test_kernels_give_what_blocks_give():
     # A position that does not count, of hidden states that are none.
     case[0][1, 3], case[7][1, 3] = np.nan, 0.0
     got, want = (_by(engine, case, names) for engine in ("pallas", "scan"))
-    _assert_close(*(jax.tree.map(np.nan_to_num, found) for found in (got, want)))
+    _assert_close(*(jax.tree.map(np.nan_to_num, leaves) for leaves in (got, want)))
 
 
 @pytest.mark.slow
@@ -203,9 +203,9 @@ def test_all_engines_give_what_float64_gives_at_every_edge(vocab):
     want = _by_float64(case, names)
     totals = {name: (value[0], slopes) for name, (value, slopes) in want.items()}
     _assert_close(_by("scan", case, names), want)
-    found = _by("pallas", case, names)
-    _assert_close(found, want)
-    assert _off(found, want) < 1e-6
+    outputs = _by("pallas", case, names)
+    _assert_close(outputs, want)
+    assert _off(outputs, want) < 1e-6
     got = {name: (value[0], slopes) for name, (value, slopes) in _by("rows", case, names).items()}
     _assert_close(got, {name: totals[name] for name in got})
 
@@ -245,9 +245,9 @@ def test_copies_race_with_nothing_and_are_those_that_the_cost_counts(monkeypatch
     copies = [
         copy
         for accesses in (races.reads, races.writes)
-        for place, found in accesses.items()
-        if place[0] == "hbm"
-        for copy in found
+        for memory, moves in accesses.items()
+        if memory[0] == "hbm"
+        for copy in moves
         if len(copy[3]) == 2
     ]
     # What is read at last, whole, are the results.
@@ -284,8 +284,8 @@ def test_vocabulary_shards_are_joined_and_second_derivatives_and_vmap_are_those_
     def total(x, w, engine, axis_name=None):
         head = Head(w, vocab_axis=0)
         blocks = Blocks(engine=engine)
-        found = losses.linear_cross_entropy(x, head, labels, blocks=blocks, axis_name=axis_name)
-        return (found * case[7]).sum()
+        nll = losses.linear_cross_entropy(x, head, labels, blocks=blocks, axis_name=axis_name)
+        return (nll * case[7]).sum()
 
     def shard(x, w):
         return total(x, w, "pallas", "tensor")
@@ -361,13 +361,13 @@ def test_a_statistic_whose_gradient_no_kernel_can_form_has_that_of_blocks():
 
         return jax.jit(jax.grad(total))
 
-    found = gradient(Sorted(), "pallas")
+    of_kernels = gradient(Sorted(), "pallas")
     # The forward half is a kernel still, where the other has three.
     assert [
         len(list(_calls(jax.make_jaxpr(f)(w).jaxpr)))
-        for f in (found, gradient(sweep.KLStatistic(), "pallas"))
+        for f in (of_kernels, gradient(sweep.KLStatistic(), "pallas"))
     ] == [1, 3]
-    _assert_close(found(w), gradient(Sorted(), "scan")(w))
+    _assert_close(of_kernels(w), gradient(Sorted(), "scan")(w))
 
 
 def test_what_no_kernel_can_do_is_refused():
@@ -398,9 +398,9 @@ def _tpu_mesh(topology, sides, names):
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def _large(place=None, rows=4096, width=1024, vocab=151936):
+def _large(sharding=None, rows=4096, width=1024, vocab=151936):
     def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     side = array(rows, width), array(vocab, width)
     ids = (array(rows, dtype=jnp.int32), array(rows, 64, dtype=jnp.int32))

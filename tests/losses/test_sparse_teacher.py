@@ -181,30 +181,30 @@ def test_few_draws_of_the_tail_estimate_both_divergences_and_their_gradients(dra
     """The mean over draws is within three standard errors, and the bucket is not."""
     student, teacher = (x[0, 0, :9] for x in ((X @ W.T) / 2, TEACHER_LOGITS / 2))
     law = {"teacher": teacher, "student": student, "older student": student + B[:9] / 2}[drawer]
-    own = np.argsort(-law)[:3]
-    known = ops.TopK(teacher[own], own, np.float32(np.log(np.exp(teacher).sum())))
+    top = np.argsort(-law)[:3]
+    teacher_top = ops.TopK(teacher[top], top, np.float32(np.log(np.exp(teacher).sum())))
 
     def estimate(z, key, direction):
-        drawn = losses.TailSample.draw(key, law, own, 2)
+        drawn = losses.TailSample.draw(key, law, top, 2)
         log_probs = None if drawer == "teacher" else drawn.log_probs
         tail = dataclasses.replace(
             drawn, values=jnp.asarray(teacher)[drawn.indices], log_probs=log_probs
         )
-        return losses.sparse_kl_divergence(z, known, direction=direction, tail=tail)
+        return losses.sparse_kl_divergence(z, teacher_top, direction=direction, tail=tail)
 
     @jax.jit
     def run(student):
-        keys, found = jax.random.split(KEY, 20_000), {}
+        keys, errors = jax.random.split(KEY, 20_000), {}
         for direction in ("forward", "reverse"):
             one = functools.partial(estimate, direction=direction)
             value, slope = jax.vmap(jax.value_and_grad(one), (None, 0))(student, keys)
             kl = functools.partial(losses.kl_divergence, direction=direction)
             exact, true = jax.value_and_grad(kl)(student, teacher)
-            bucket = losses.sparse_kl_divergence(student, known, direction=direction)
-            draws, wanted = jnp.c_[value, slope], jnp.append(exact, true)
+            bucket = losses.sparse_kl_divergence(student, teacher_top, direction=direction)
+            draws, expected = jnp.c_[value, slope], jnp.append(exact, true)
             error = draws.std(0) / np.sqrt(len(keys)) + 1e-6
-            found[direction] = (draws.mean(0) - wanted) / error, (bucket - exact) / error[0]
-        return found
+            errors[direction] = (draws.mean(0) - expected) / error, (bucket - exact) / error[0]
+        return errors
 
     for direction, (away, bucket) in jax.device_get(run(student)).items():
         assert (np.abs(away) < 3).all(), direction
@@ -224,9 +224,9 @@ def test_linear_sampled_tail_equals_dense(direction):
 
     value, gradients = jax.jit(jax.value_and_grad(dense, (0, 1)))(X, W)
     for form in (linear, functools.partial(linear, weights=WEIGHTS)):
-        got, found = jax.jit(jax.value_and_grad(form, (0, 1)))(X, W)
+        got, linear_gradients = jax.jit(jax.value_and_grad(form, (0, 1)))(X, W)
         np.testing.assert_allclose(got, value, rtol=1e-5)
-        for a, b in zip(found, gradients, strict=True):
+        for a, b in zip(linear_gradients, gradients, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(np.asarray(b)).max())
 
 
@@ -316,11 +316,11 @@ def test_an_infinite_logit_outside_the_teacher_s_top_k_has_no_finite_divergence(
         # A teacher's own: the reverse once was minus infinity.
         values = TEACHER.values.copy()
         values[0, 0, 0] = np.inf
-        found = sparse_kl(
+        divergence = sparse_kl(
             X @ W.T, ops.TopK(values, TEACHER.indices, TEACHER.log_z), direction=direction
         )
-        assert np.isnan(found[0, 0])
-        assert np.isfinite(found.ravel()[1:]).all()
+        assert np.isnan(divergence[0, 0])
+        assert np.isfinite(divergence.ravel()[1:]).all()
 
 
 @pytest.mark.parametrize("engine", ["scan", "rows"])

@@ -124,8 +124,8 @@ def test_ids_found_by_comparison_are_those_of_gathers_and_scatters(monkeypatch, 
 
     def slopes(together, logits, values):
         def total(logits, values):
-            found, placed = both(together, logits, values)
-            return jnp.sin(found).sum() + (placed * jnp.cos(jnp.maximum(logits, -9.0))).sum()
+            picked, placed = both(together, logits, values)
+            return jnp.sin(picked).sum() + (placed * jnp.cos(jnp.maximum(logits, -9.0))).sum()
 
         return jax.grad(total, (0, 1))(logits, values)
 
@@ -155,7 +155,7 @@ def test_checkpoint_and_scan_change_no_gradient(engines):
     labels = np.arange(BATCH, dtype=np.int32)
 
     def run(hidden, head):
-        found = []
+        gradients = []
         for engine in engines:
             weights = jnp.ones(BATCH // 2) if engine == "rows" else None
 
@@ -164,12 +164,12 @@ def test_checkpoint_and_scan_change_no_gradient(engines):
                 options = {"blocks": blocks, "weights": weights}
                 return losses.linear_cross_entropy(hidden, head, labels, **options).sum()
 
-            found.append(jax.grad(lambda x, loss=loss: _in_parts(loss, x, labels))(hidden))
+            gradients.append(jax.grad(lambda x, loss=loss: _in_parts(loss, x, labels))(hidden))
         dense = jax.grad(lambda x: losses.cross_entropy(head.logits(x), labels).sum())(hidden)
-        return found, dense
+        return gradients, dense
 
-    found, dense = jax.jit(run)(HIDDENS, HEAD)
-    for gradient in found:
+    gradients, dense = jax.jit(run)(HIDDENS, HEAD)
+    for gradient in gradients:
         np.testing.assert_allclose(gradient, dense, rtol=1e-4, atol=1e-6)
 
 
@@ -188,10 +188,10 @@ def test_a_flax_model_on_an_explicit_mesh(engine):
 
     def loss(model, hidden, labels):
         blocks = sweep.Blocks(engine=engine)
-        found = losses.linear_cross_entropy(
+        nll = losses.linear_cross_entropy(
             model.body(hidden), model.head.kernel[...], labels, weights=weights, blocks=blocks
         )
-        return (found * (1 if engine == "rows" else WEIGHTS)).sum()
+        return (nll * (1 if engine == "rows" else WEIGHTS)).sum()
 
     @nnx.jit
     def step(model, hidden, labels):

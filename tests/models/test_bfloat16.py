@@ -27,10 +27,10 @@ def test_product_and_derivatives_are_those_of_float64_rounded_once(rows):
         out, pull = jax.vjp(lambda x, k: _bfloat16.dot_general(x, k, CONTRACT), x, kernel)
         return out, *pull(bar)
 
-    found = products(x, kernel, bar)
+    outputs = products(x, kernel, bar)
     x, kernel, bar = (np.asarray(array, np.float64) for array in (x, kernel, bar))
     expected = (x @ kernel, bar @ kernel.T, np.einsum("btd,btv->dv", x, bar))
-    for got, want in zip(found, expected, strict=True):
+    for got, want in zip(outputs, expected, strict=True):
         assert got.dtype == jnp.bfloat16
         # Half a unit in the last of 8 places, and what float32 sums lose.
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-5)
@@ -89,8 +89,8 @@ def test_a_model_in_bfloat16_that_is_loaded_on_a_cpu_multiplies_so(tmp_path):
         hidden, _ = model.hidden_states(tokens, lora=lora)
         return jnp.sum(hidden.astype(jnp.float32) ** 2)
 
-    found = set(linear_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, lora).jaxpr))
-    assert found == {("bfloat16", "bfloat16", "float32")}
+    types = set(linear_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, lora).jaxpr))
+    assert types == {("bfloat16", "bfloat16", "float32")}
 
 
 def test_a_kernel_that_all_devices_share_gets_the_sum_of_their_gradients():

@@ -53,12 +53,12 @@ def test_values_and_gradients_equal_float64(time, start, softcap, window, block)
 
     of = functools.partial(jax.value_and_grad, argnums=(1, 2, 3))
     blocked = functools.partial(blocked_attention, block=block)
-    found = jax.jit(of(loss), static_argnums=0)(blocked, query, key, value)
+    blocked_outputs = jax.jit(of(loss), static_argnums=0)(blocked, query, key, value)
     with jax.enable_x64(True):
         wide = (np.asarray(x, np.float64) for x in (query, key, value))
         expected = jax.jit(of(loss), static_argnums=0)(dense, *wide)
-    np.testing.assert_allclose(found[0], expected[0], rtol=2e-5)
-    for one, other in zip(found[1], expected[1], strict=True):
+    np.testing.assert_allclose(blocked_outputs[0], expected[0], rtol=2e-5)
+    for one, other in zip(blocked_outputs[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
 
@@ -79,8 +79,8 @@ def test_splash_attention_equals_blocked_attention(softcap, window):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
 
     expected = of(lambda q, k, v: blocked_attention(q, k, v, ids, ids, **options))
-    found = of(lambda q, k, v: splash_attention(q, k, v, ids, interpret=True, **options))
-    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    splash = of(lambda q, k, v: splash_attention(q, k, v, ids, interpret=True, **options))
+    for one, other in zip(*map(jax.tree.leaves, (splash, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -132,9 +132,9 @@ def test_a_decoder_in_blocks_equals_one_without_on_one_device_and_on_a_context_a
     assert square.search(text)
     mesh = training.make_mesh("data:2,context:4")
     for attention, where in (("blocked", None), ("blocked", mesh)):
-        found = measure(name, attention, where)
-        np.testing.assert_allclose(found[0], hidden, atol=1e-5)
-        for one, other in zip(*map(jax.tree.leaves, (found[1], gradients)), strict=True):
+        in_blocks = measure(name, attention, where)
+        np.testing.assert_allclose(in_blocks[0], hidden, atol=1e-5)
+        for one, other in zip(*map(jax.tree.leaves, (in_blocks[1], gradients)), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(other).max()))
         # Neither scores nor masks of the whole square.
-        assert not square.search(found[2])
+        assert not square.search(in_blocks[2])

@@ -102,9 +102,9 @@ def test_kept_layers_are_copies_in_the_order_asked():
     model = decoder("gemma3")
     small = models.keep_layers(model, [5, 0, 7])
     assert small.config.windows == (None, 6, 6)
-    theirs = with_layout(model, "listed")
+    listed = with_layout(model, "listed")
     ours = with_layout(small, "listed")
-    blocks = [layer for s in theirs.segments for layer in s.layers]
+    blocks = [layer for s in listed.segments for layer in s.layers]
     kept = [layer for s in ours.segments for layer in s.layers]
     for index, layer in zip([5, 0, 7], kept, strict=True):
         np.testing.assert_array_equal(layer.mlp.up.kernel[...], blocks[index].mlp.up.kernel[...])

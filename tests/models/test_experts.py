@@ -78,10 +78,10 @@ def test_a_mesh_of_experts_gives_what_one_device_gives(name, tmp_path):
     expected, other = jax.tree.map(np.asarray, program(whole, tokens))
     with jax.set_mesh(mesh):
         rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "expert"))))
-        found, logits = jax.tree.map(np.asarray, program(split, rows))
+        gradients, logits = jax.tree.map(np.asarray, program(split, rows))
         gathered = program.lower(split, rows).compile().as_text()
     np.testing.assert_allclose(logits, other, atol=1e-5 * np.abs(other).max())
-    for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for ours, one in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, one, atol=1e-5 * np.abs(one).max())
     # No device asks for the experts of another.
     wide = models.load_config(spec).expert_size or models.load_config(spec).intermediate_size

@@ -86,7 +86,7 @@ def test_an_entry_point_brings_a_family(stranger, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "nearest"),
+    ("config", "nearest"),
     [
         ({"model_type": "qwen2_moe"}, "'qwen2_moe'; qwen3_moe is the closest"),
         ({"architectures": ["GPT2Model"]}, r"\['GPT2Model'\]; gpt2 is the closest"),
@@ -94,9 +94,9 @@ def test_an_entry_point_brings_a_family(stranger, monkeypatch):
         ({}, "got None; "),
     ],
 )
-def test_a_model_that_is_not_known_is_refused_with_the_nearest_family(said, nearest):
+def test_a_model_that_is_not_known_is_refused_with_the_nearest_family(config, nearest):
     with pytest.raises(ValueError, match=nearest) as error:
-        models.config_from_hf(said, where="there")
+        models.config_from_hf(config, where="there")
     assert str(error.value).startswith("there: model_type: expected one of llama, ")
 
 

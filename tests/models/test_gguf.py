@@ -15,17 +15,17 @@ from tests.models._configs import HF_CONFIGS
 
 
 @pytest.mark.parametrize(
-    ("kind", "said", "begins"),
+    ("kind", "add_bos", "begins"),
     [("llama", None, True), ("llama", False, False), ("gpt2", None, False), ("gpt2", True, True)],
 )
-def test_a_file_says_whether_texts_begin_with_a_mark(tmp_path, kind, said, begins):
-    tokenizer = load_tokenizer(_tokenizer_file(tmp_path, kind, add_bos_token=said))
+def test_a_file_says_whether_texts_begin_with_a_mark(tmp_path, kind, add_bos, begins):
+    tokenizer = load_tokenizer(_tokenizer_file(tmp_path, kind, add_bos_token=add_bos))
     assert tokenizer.encode("ab", add_bos=None) == [1] * begins + [2, 3]
     # What is written elsewhere says so too.
     assert tokenizer.backend.encode("ab").ids == [1] * begins + [2, 3]
 
 
-def _tokenizer_file(folder, kind, **said):
+def _tokenizer_file(folder, kind, **fields):
     writer = gguf.GGUFWriter(str(folder / "tokenizer.gguf"), "llama")
     writer.add_tokenizer_model(kind)
     writer.add_token_list(["<unk>", "<s>", "a", "b", "c", "bc"])
@@ -34,10 +34,10 @@ def _tokenizer_file(folder, kind, **said):
     writer.add_token_merges(["b c"])
     writer.add_bos_token_id(1)
     writer.add_add_space_prefix(False)
-    if said.get("add_bos_token") is not None:
-        writer.add_add_bos_token(said["add_bos_token"])
-    if "pre" in said:
-        writer.add_tokenizer_pre(said["pre"])
+    if fields.get("add_bos_token") is not None:
+        writer.add_add_bos_token(fields["add_bos_token"])
+    if "pre" in fields:
+        writer.add_tokenizer_pre(fields["pre"])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -73,36 +73,36 @@ def test_windows_and_scales_are_those_of_the_checkpoint(tmp_path, name):
     raw = {key: raw[key] for key in raw if key in HF_CONFIGS[name]}
     config = config_from_hf(raw)
     write_gguf(random_decoder(config, np.random.default_rng(0)), tmp_path / "m.gguf")
-    there = load_config(str(tmp_path / "m.gguf"))
-    assert there.windows == config.windows != ()
+    stored = load_config(str(tmp_path / "m.gguf"))
+    assert stored.windows == config.windows != ()
     for field in ("query_scale", "embedding_scale", "rope_theta", "rope_local_theta"):
-        assert getattr(there, field) == pytest.approx(getattr(config, field)), field
+        assert getattr(stored, field) == pytest.approx(getattr(config, field)), field
 
 
 def test_files_of_olmo_3_say_which_layers_have_a_window(tmp_path, monkeypatch):
     config = config_from_hf(HF_CONFIGS["olmo2"])
     write_gguf(random_decoder(config, np.random.default_rng(0)), tmp_path / "m.gguf")
     source = GgufSource(tmp_path / "m.gguf")
-    plain, said = source.metadata, {"olmo2.attention.sliding_window": 6}
-    monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
+    plain, fields = source.metadata, {"olmo2.attention.sliding_window": 6}
+    monkeypatch.setattr(source, "metadata", lambda key, *more: fields.get(key, plain(key, *more)))
     assert gguf_config(source).windows == (6, 6, 6)
-    said["olmo2.attention.sliding_window_pattern"] = [False, True, False]
-    said["olmo2.rope.freq_base_swa"] = 90.0
-    there = gguf_config(source)
-    assert (there.windows, there.rope_local_theta) == ((None, 6, None), 90.0)
+    fields["olmo2.attention.sliding_window_pattern"] = [False, True, False]
+    fields["olmo2.rope.freq_base_swa"] = 90.0
+    read = gguf_config(source)
+    assert (read.windows, read.rope_local_theta) == ((None, 6, None), 90.0)
 
 
 def test_a_turn_ends_where_its_tokens_say_so(tmp_path, monkeypatch):
     write_gguf(load_model("tiny"), tmp_path / "m.gguf")
     source = GgufSource(tmp_path / "m.gguf")
-    said = {
+    fields = {
         "tokenizer.ggml.eos_token_id": 5,
         "tokenizer.ggml.eot_token_id": 3,
         "tokenizer.ggml.tokens": ["<unk>", "<|end|>", "<|im_end|>", "<e>", "a", "</s>"],
         "tokenizer.ggml.token_type": [2, 3, 1, 3, 1, 3],
     }
     plain = source.metadata
-    monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
+    monkeypatch.setattr(source, "metadata", lambda key, *more: fields.get(key, plain(key, *more)))
     assert gguf_config(source).eos_ids == (5, 3, 1)
 
 
@@ -134,11 +134,11 @@ def test_truncated_file_is_named(tmp_path):
 def test_the_attention_factor_of_yarn_multiplies_its_own_amplitude(tmp_path, monkeypatch):
     write_gguf(load_model("tiny"), tmp_path / "m.gguf")
     source = GgufSource(tmp_path / "m.gguf")
-    said = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    fields = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
     plain = source.metadata
-    monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
+    monkeypatch.setattr(source, "metadata", lambda key, *more: fields.get(key, plain(key, *more)))
     assert gguf_config(source).rope_scaling.attention_factor is None
-    said |= {"llama.rope.scaling.attn_factor": 0.5, "llama.rope.scaling.yarn_beta_fast": 8.0}
+    fields |= {"llama.rope.scaling.attn_factor": 0.5, "llama.rope.scaling.yarn_beta_fast": 8.0}
     assert gguf_config(source).rope_scaling.beta_fast == 8.0
     expected = 0.5 * (1 + 0.1 * np.log(4.0))
     assert gguf_config(source).rope_scaling.attention_factor == pytest.approx(expected)

@@ -152,10 +152,10 @@ def test_added_tokens_that_a_model_has_no_row_for_are_text(tmp_path):
     tokenizer.backend.add_special_tokens(["<picture>"])
     (tmp_path / "tokenizer.json").write_text(tokenizer.backend.to_str())
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": config.vocab_size}))
-    found = models.load_tokenizer(str(tmp_path))
-    assert found.vocab_size == config.vocab_size
-    assert max(found.encode("a <picture>")) < config.vocab_size
-    assert found.decode(found.encode("a <picture>")) == "a <picture>"
+    loaded = models.load_tokenizer(str(tmp_path))
+    assert loaded.vocab_size == config.vocab_size
+    assert max(loaded.encode("a <picture>")) < config.vocab_size
+    assert loaded.decode(loaded.encode("a <picture>")) == "a <picture>"
 
 
 def test_hub_names_give_one_line(monkeypatch):
@@ -305,9 +305,9 @@ def test_another_type_costs_a_piece_at_a_time(tmp_path, monkeypatch, module):
     else:
         path = tmp_path / "model.safetensors"
         safetensors.numpy.save_file({"x": values}, path)
-    found = importlib.import_module(f"logitjax.{module}")
-    source = (found.GgufSource if "gguf" in module else found.SafetensorsSource)(path)
-    monkeypatch.setattr(found, "_PIECE", 1 << 15)
+    reader = importlib.import_module(f"logitjax.{module}")
+    source = (reader.GgufSource if "gguf" in module else reader.SafetensorsSource)(path)
+    monkeypatch.setattr(reader, "_PIECE", 1 << 15)
     source.read("x", slice(0, 1))  # imports
     tracemalloc.start()
     try:
@@ -333,11 +333,11 @@ def test_rows_of_a_tensor_without_numbers_are_counted(tmp_path):
 
 def test_sampling_is_as_transformers_takes_it_where_a_file_says_nothing(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "m")
-    said = tmp_path / "m" / "generation_config.json"
-    said.write_text('{"do_sample": true}')
+    settings = tmp_path / "m" / "generation_config.json"
+    settings.write_text('{"do_sample": true}')
     plain = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
     assert models.load_sampling(str(tmp_path / "m")) == plain | {"repetition_penalty": 1.0}
-    said.write_text("{}")
+    settings.write_text("{}")
     assert models.load_sampling(str(tmp_path / "m")) == {"repetition_penalty": 1.0}
 
 

@@ -54,7 +54,7 @@ def test_the_same_numbers_come_back(tmp_path, layout):
     jax.tree.map(np.testing.assert_array_equal, again.layers, lora.layers)
 
 
-def said(path, **changes):
+def adapter_with(path, **changes):
     """A directory whose settings say something else."""
     adapters().save(CONFIG, path)
     file = path / "adapter_config.json"
@@ -63,8 +63,8 @@ def said(path, **changes):
 
 
 def test_a_scale_is_that_of_rank_stabilised_adapters_where_they_say_so(tmp_path):
-    found = Lora.load(said(tmp_path, use_rslora=True, lora_alpha=4), CONFIG)
-    assert found.scale == pytest.approx(4 / 2**0.5)
+    lora = Lora.load(adapter_with(tmp_path, use_rslora=True, lora_alpha=4), CONFIG)
+    assert lora.scale == pytest.approx(4 / 2**0.5)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_scale_is_that_of_rank_stabilised_adapters_where_they_say_so(tmp_path)
 )
 def test_settings_that_change_an_adapter_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        Lora.load(said(tmp_path, **changes), CONFIG)
+        Lora.load(adapter_with(tmp_path, **changes), CONFIG)
 
 
 def test_an_adapter_that_is_replaced_is_never_half_of_another(tmp_path, monkeypatch):

@@ -102,15 +102,15 @@ def test_packaged_tokenizer_and_its_chat():
 
 
 @pytest.mark.parametrize("marked", [True, False])
-@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize("add_bos", [None, True, False])
 def test_a_text_begins_as_its_file_says_and_the_mark_is_written_once(
-    characters, tmp_path, marked, said
+    characters, tmp_path, marked, add_bos
 ):
     (with_mark(characters, 0) if marked else characters).backend.save(
         str(tmp_path / "tokenizer.json")
     )
     # What older versions of transformers asked; the current one asks the file alone.
-    settings = {"bos_token": "[end]"} | ({} if said is None else {"add_bos_token": said})
+    settings = {"bos_token": "[end]"} | ({} if add_bos is None else {"add_bos_token": add_bos})
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.add_bos == marked

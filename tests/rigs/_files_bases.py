@@ -44,11 +44,11 @@ _LAYER: dict[str, Any] = {
 
 @functools.cache
 def llama_tensors() -> dict[str, np.ndarray]:
-    found = {"model.embed_tokens.weight": _random(259, 32), "model.norm.weight": _random(32)}
+    tensors = {"model.embed_tokens.weight": _random(259, 32), "model.norm.weight": _random(32)}
     for i in range(2):
         layer = {name: _random(*shape) for name, (_, *shape) in _LAYER.items()}
-        found |= {f"model.layers.{i}.{name}.weight": values for name, values in layer.items()}
-    return found
+        tensors |= {f"model.layers.{i}.{name}.weight": values for name, values in layer.items()}
+    return tensors
 
 
 @functools.cache

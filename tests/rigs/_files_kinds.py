@@ -60,8 +60,8 @@ def _size(arrays: Any) -> int:
         arrays = list(arrays.values())
     if isinstance(arrays, list | tuple):
         # One array in two places is held once.
-        found = {id(a): a.nbytes for a in arrays if isinstance(a, np.ndarray)}
-        return sum(found.values()) + sum(_size(a) for a in arrays if isinstance(a, dict | list))
+        sizes = {id(a): a.nbytes for a in arrays if isinstance(a, np.ndarray)}
+        return sum(sizes.values()) + sum(_size(a) for a in arrays if isinstance(a, dict | list))
     return getattr(arrays, "nbytes", 0)
 
 
@@ -158,8 +158,8 @@ def _in_legacy(content: bytes, rng: Random) -> bytes:
 
 
 def _load_pickle(directory: Path) -> int:
-    found = read_numpy_pickle(directory / "weights.ckpt")
-    return _size(found.get("params")) if isinstance(found, dict) else 0
+    tree = read_numpy_pickle(directory / "weights.ckpt")
+    return _size(tree.get("params")) if isinstance(tree, dict) else 0
 
 
 @functools.cache

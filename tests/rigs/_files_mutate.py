@@ -59,12 +59,12 @@ def any_bytes(data: bytes, rng: Random) -> bytes:
     return bytes(out)
 
 
-def _places(value: Any, found: list[tuple[Any, Any]]) -> None:
+def _places(value: Any, places: list[tuple[Any, Any]]) -> None:
     keys = value if isinstance(value, dict) else range(len(value))
     for key in keys:
-        found.append((value, key))
+        places.append((value, key))
         if isinstance(value[key], dict | list):
-            _places(value[key], found)
+            _places(value[key], places)
 
 
 def any_json(value: Any, rng: Random) -> Any:
@@ -121,7 +121,7 @@ def a_pickle(data: bytes, rng: Random) -> bytes:
     """Steps of the first pickle taken out, doubled, exchanged, or put between others."""
     ends: list[int] = []
     with contextlib.suppress(ValueError):
-        ends = [place for _, _, place in pickletools.genops(data) if place is not None]
+        ends = [end for _, _, end in pickletools.genops(data) if end is not None]
     if len(ends) < 3 or rng.random() < 0.2:
         return any_bytes(data, rng)
     steps = [data[a:b] for a, b in zip(ends, [*ends[1:], ends[-1] + 1])]

@@ -53,8 +53,8 @@ def _writes(mode: Any) -> bool:
 
 def _memory(field: str) -> int:
     """Bytes that the process holds now (VmRSS), or at most since `_forget` (VmHWM)."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(line[1]) * 1024 if line else 0
 
 
 def _forget() -> None:
@@ -100,13 +100,13 @@ def main(home: str) -> None:
     watch = Watch()
     with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
-    known = set()
+    warmed = set()
     for line in sys.stdin:
         kind, number = json.loads(line)
-        if kind not in known:
+        if kind not in warmed:
             # What is loaded the first time for all files does not count for one.
             read(kind, KINDS[kind].warm, Path(home), watch)
-            known.add(kind)
+            warmed.add(kind)
         print(json.dumps(read(kind, number, Path(home), watch)), flush=True)
 
 

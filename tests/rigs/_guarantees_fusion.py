@@ -109,9 +109,9 @@ class Path64(NamedTuple):
         exists = np.isfinite(logits).all(0)
         p, q, r = (_normal(np.where(exists, np.float64(x), -np.inf)) for x in logits)
         difference = np.where(exists, np.where(exists, q, 0) - np.where(exists, r, 0), 0.0)
-        h, own = (_centred(x, np.where(exists, difference, 0)) for x in (p, r))
+        h, expert = (_centred(x, np.where(exists, difference, 0)) for x in (p, r))
         nothing = np.zeros(len(h))
-        forward, reverse, mean = cls(r, own, *[nothing] * 3).at(np.ones(len(h)))
+        forward, reverse, mean = cls(r, expert, *[nothing] * 3).at(np.ones(len(h)))
         apart = (np.exp(r) * h).sum(-1)
         return cls(p, h, forward, reverse, mean + apart)
 
@@ -119,12 +119,14 @@ class Path64(NamedTuple):
         """KL(P_a || P), KL(P || P_a) and the mean of the direction, at an alpha a row."""
         x = alpha[:, None] * self.directions
         peak = np.maximum((self.log_p + x).max(-1), 0.0)[:, None]
-        weights, own = np.exp(self.log_p + x - peak), np.exp(self.log_p - peak)
+        weights, base_weights = np.exp(self.log_p + x - peak), np.exp(self.log_p - peak)
         with np.errstate(over="ignore", invalid="ignore"):
             series = x * x * np.polyval(_PSI, np.clip(x, -1, 1))
             near = np.abs(x) < 1
-            psi = np.where(near, own * series, weights - own * (1 + x))
-            moved = self.directions * np.where(near, own * (x + series), weights - own)
+            psi = np.where(near, base_weights * series, weights - base_weights * (1 + x))
+            moved = self.directions * np.where(
+                near, base_weights * (x + series), weights - base_weights
+            )
         psi, peak = psi.sum(-1), peak[:, 0]
         total = np.exp(-peak) + psi
         mean = moved.sum(-1) / total
@@ -166,7 +168,7 @@ class Path64(NamedTuple):
         answers = []
         for i in range(len(self.mean)):
             row = Path64(*(x[i : i + 1] for x in self))
-            best, place, width, starts = np.inf, 0, 1000, np.arange(0, _POINTS, 1000)
+            best, index, width, starts = np.inf, 0, 1000, np.arange(0, _POINTS, 1000)
             while width:
                 points = np.unique(np.concatenate([starts, starts + width]))
                 paths = Path64(*(np.broadcast_to(x, (len(points), *x.shape[1:])) for x in row))
@@ -174,7 +176,7 @@ class Path64(NamedTuple):
                 gaps = np.stack([forward - row.forward, reverse - row.reverse])
                 values = np.square(gaps).sum(0)
                 if values.min() < best:
-                    best, place = values.min(), int(points[values.argmin()])
+                    best, index = values.min(), int(points[values.argmin()])
                 left, right = (
                     gaps[:, np.searchsorted(points, x)] for x in (starts, starts + width)
                 )
@@ -183,7 +185,7 @@ class Path64(NamedTuple):
                 open_cells = starts[bound <= best * (1 + 1e-9)]
                 width //= 10
                 starts = (open_cells[:, None] + width * np.arange(10)).reshape(-1)
-            answers.append((place * (_HIGH / _POINTS), best))
+            answers.append((index * (_HIGH / _POINTS), best))
         return tuple(np.array(answers).T)
 
     def rounding(self, alpha: np.ndarray) -> np.ndarray:
@@ -224,10 +226,10 @@ def judge(
     grid = np.linspace(0, _HIGH, _GRID)
     rounding = path.rounding(alpha)
     if method == "grid":
-        answer, found = best[0], path.objective(alpha)
-        allowed = 1e-5 * found + 1e-8 * path.scale + 4 * np.sqrt(found) * rounding + rounding**2
+        answer, reached = best[0], path.objective(alpha)
+        allowed = 1e-5 * reached + 1e-8 * path.scale + 4 * np.sqrt(reached) * rounding + rounding**2
         coarse = np.min([path.objective(np.full(len(alpha), a)) for a in grid], 0)
-        worse, false = found > coarse + allowed, np.zeros(len(alpha), bool)
+        worse, false = reached > coarse + allowed, np.zeros(len(alpha), bool)
     else:
         target = {"jeffreys": path.forward + path.reverse}.get(method, path.forward)
         answer = path.root(method)
@@ -268,15 +270,15 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         for kind in dict.fromkeys(case["kind"] for case in every):
             some = [case for case in every if case["kind"] == kind]
             rows.append({"area": "fusion", "kind": kind, "method": method} | _summed(some))
-        found = _summed(every)
-        name = f"fusion, {found['rows']:,} rows, {method}"
+        totals = _summed(every)
+        name = f"fusion, {totals['rows']:,} rows, {method}"
         bars += [
-            suite.at_most(f"{name}: worse than 21 points", found["worse"], 0),
-            suite.at_most(f"{name}: false certificates", found["false"], 0),
-            suite.at_most(f"{name}: NaN", found["NaN"], 0),
-            suite.at_most(f"{name}: intervals without the dense optimum", found["outside"], 0),
+            suite.at_most(f"{name}: worse than 21 points", totals["worse"], 0),
+            suite.at_most(f"{name}: false certificates", totals["false"], 0),
+            suite.at_most(f"{name}: NaN", totals["NaN"], 0),
+            suite.at_most(f"{name}: intervals without the dense optimum", totals["outside"], 0),
             suite.at_most(
-                f"{name}: share not converged", found["unconverged"] / found["rows"], 1e-3
+                f"{name}: share not converged", totals["unconverged"] / totals["rows"], 1e-3
             ),
         ]
     return rows, bars

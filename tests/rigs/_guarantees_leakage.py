@@ -67,11 +67,11 @@ def _api(api: tuple[str, str], rng: np.random.Generator) -> dict[str, Any]:
 
 def _audited(name: str, seed: int) -> dict[str, Any]:
     server = servers.Server(name, seed)
-    found = leakage.audit(server, np.arange(16)[:, None], servers.VOCAB)
+    audit = leakage.audit(server, np.arange(16)[:, None], servers.VOCAB)
     return {
         "api": name,
-        "violates": servers.is_false(server, found),
-        "closed": not found.unlike and found.row is not None,
+        "violates": servers.is_false(server, audit),
+        "closed": not audit.unlike and audit.row is not None,
         "about": f"seed {seed}",
     }
 
@@ -124,8 +124,8 @@ def _case(kind: str, rng: np.random.Generator) -> dict[str, Any]:
         named = sigma * float(rng.choice((0.7, 1.3)))
     elif kind == "noise known" or (few and rng.random() < 0.5):
         named = sigma
-    found = leakage.estimate_output_subspace(table, noise=named, centre=centre)
-    said = found.width
+    subspace = leakage.estimate_output_subspace(table, noise=named, centre=centre)
+    width_of = subspace.width
     case = {
         "h": truth,
         "n / h": rows / width,
@@ -134,18 +134,20 @@ def _case(kind: str, rng: np.random.Generator) -> dict[str, Any]:
         "uneven": uneven,
         "noise": sigma,
         "centre": centre,
-        "lower": said.lower,
-        "estimate": said.estimate,
-        "upper": said.upper,
-        "certain": said.certain,
-        "floor": said.floor,
-        "reason": said.reason,
+        "lower": width_of.lower,
+        "estimate": width_of.estimate,
+        "upper": width_of.upper,
+        "certain": width_of.certain,
+        "floor": width_of.floor,
+        "reason": width_of.reason,
     }
-    if said.upper is not None and sigma and kind != "another noise":
+    if width_of.upper is not None and sigma and kind != "another noise":
         strengths = _values(clean - centre * clean.mean(axis=1, keepdims=True))
-        case["missed above floor"] = max(0, int((strengths > said.floor).sum()) - said.upper)
+        case["missed above floor"] = max(
+            0, int((strengths > width_of.floor).sum()) - width_of.upper
+        )
     if np.isfinite(table).all():
-        case |= _others(table, found.singular_values, centre, rng)
+        case |= _others(table, subspace.singular_values, centre, rng)
     return case
 
 

@@ -314,7 +314,7 @@ def wasserstein(f, g, a, b, p) -> float:
 def bound(c, d, a, b, p, matching, bounds, weighted) -> float | None:
     """The bounds of the documentation in float64; None for those whose oracle is a solver."""
     if p == 1:
-        found = [wasserstein(c @ a, d @ b, a, b, 1)]
+        lower_bounds = [wasserstein(c @ a, d @ b, a, b, 1)]
     else:
 
         def rows(x, w):
@@ -324,7 +324,7 @@ def bound(c, d, a, b, p, matching, bounds, weighted) -> float | None:
 
         (mean, spread, rms), (mean_, spread_, rms_) = rows(c, a), rows(d, b)
         apart = wasserstein(mean, mean_, a, b, 2) + wasserstein(spread, spread_, a, b, 2)
-        found = [apart, wasserstein(rms, rms_, a, b, 2)]
+        lower_bounds = [apart, wasserstein(rms, rms_, a, b, 2)]
     n = len(c)
     if matching and p == 2:
         off = ~np.eye(n, dtype=bool)
@@ -339,15 +339,15 @@ def bound(c, d, a, b, p, matching, bounds, weighted) -> float | None:
         (mean, spread, rms), (mean_, spread_, rms_) = rest(c), rest(d)
         moments = apart_by(mean, mean_) + apart_by(spread, spread_)
         value = apart_by(np.diag(c), np.diag(d))
-        found.append((value + (n - 1) * max(moments, apart_by(rms, rms_))) / n**2)
+        lower_bounds.append((value + (n - 1) * max(moments, apart_by(rms, rms_))) / n**2)
     if bounds == "cheap":
-        return max(found)
+        return max(lower_bounds)
     if weighted or n > 64 or (matching and bounds == "third"):
         return None
     x, y = np.sort(c, 1), np.sort(d, 1)
     costs = (np.abs(x[:, None] - y[None]) ** p).mean(-1)
-    found.append(costs[scipy.optimize.linear_sum_assignment(costs)].mean())
-    return max(found)
+    lower_bounds.append(costs[scipy.optimize.linear_sum_assignment(costs)].mean())
+    return max(lower_bounds)
 
 
 def _share_lost(case: dict[str, Any]) -> float:
@@ -360,10 +360,12 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     rows = []
     for kind in dict.fromkeys(case["kind"] for case in cases):
         some = [case for case in cases if case["kind"] == kind]
-        held = [case for case in some if "lower" in case and not case.get("nan")]
-        wrong = [c for c in held if c["excess of lower"] > 0 or c["lack of upper"] > 0]
+        certified = [case for case in some if "lower" in case and not case.get("nan")]
+        wrong = [c for c in certified if c["excess of lower"] > 0 or c["lack of upper"] > 0]
         # In the units of the cost, and of the cost where that is larger: float32 rounds the answer.
-        wide = [c for c in held if "gap" in c and c["gap"] > 1e-3 * max(1, c["exact"] + c["gap"])]
+        wide = [
+            c for c in certified if "gap" in c and c["gap"] > 1e-3 * max(1, c["exact"] + c["gap"])
+        ]
         # Of graphs that differ by less, a factor's products in float64 have few digits left.
         wide = [c for c in wide if c["noise"] >= 1e-7]
         worst = max(wide, key=_share_lost, default=None)
@@ -375,7 +377,7 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
                 "refused": sum("refused" in case for case in some),
                 "violations": len(wrong),
                 "NaN": sum(bool(case.get("nan")) for case in some),
-                "not the bound": sum(case.get("above exact", 0.0) > 1e-9 for case in held),
+                "not the bound": sum(case.get("above exact", 0.0) > 1e-9 for case in certified),
                 "gap > 1e-3": len(wide),
                 "most lost": _share_lost(worst) if worst else None,
                 "worst at": f"n = {worst['n']}, noise {worst['noise']:.0e}" if worst else None,

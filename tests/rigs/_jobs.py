@@ -35,16 +35,16 @@ def finish(command: Sequence[str], log: Path, **variables: str) -> None:
         RuntimeError: It did not; with the end of what it said.
     """
     if status := start(command, log, **variables).wait():
-        raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{said(log)[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{output_of(log)[-4000:]}")
 
 
-def said(log: Path) -> str:
+def output_of(log: Path) -> str:
     return log.read_text(errors="replace") if log.exists() else ""
 
 
 def digest(log: Path) -> str:
     """The last digest of a final state in a log, as `_faults_job` prints it."""
-    lines = reversed(said(log).splitlines())
+    lines = reversed(output_of(log).splitlines())
     return next((line for line in lines if line.startswith("digest ")), "none")
 
 

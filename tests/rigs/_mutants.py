@@ -187,9 +187,9 @@ def _mask(source: Source, node: ast.AST) -> Iterator[Edit]:
     given = [*node.args, *node.keywords]
     for keyword in node.keywords:
         if keyword.arg in _MASKS and not isinstance(keyword.value, ast.Constant):
-            place = given.index(keyword)
-            if place:
-                yield Edit("mask", source.end(given[place - 1]), source.end(keyword), "")
+            index = given.index(keyword)
+            if index:
+                yield Edit("mask", source.end(given[index - 1]), source.end(keyword), "")
             elif len(given) > 1:
                 yield Edit("mask", source.begin(keyword), source.begin(given[1]), "")
 
@@ -201,15 +201,15 @@ def _stop_gradient(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 def _alike(first: ast.expr, second: ast.expr) -> bool:
     """Whether two arguments seem to be of one kind, by what they are called."""
-    ours, theirs = (
+    ours, their_parts = (
         {part for name in _names(side) for part in name.strip("_").split("_")}
         for side in (first, second)
     )
-    if not ours or not theirs:
+    if not ours or not their_parts:
         return False
-    roles = any(ours & pair and theirs & pair - ours for pair in _ROLES)
-    letters = all(len(part) == 1 for part in ours | theirs)
-    return roles or letters or bool(ours & theirs)
+    roles = any(ours & pair and their_parts & pair - ours for pair in _ROLES)
+    letters = all(len(part) == 1 for part in ours | their_parts)
+    return roles or letters or bool(ours & their_parts)
 
 
 def _names(node: ast.expr) -> list[str]:

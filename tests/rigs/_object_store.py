@@ -66,7 +66,7 @@ class Store:
         store = self
 
         class Handler(_Handler):
-            held = store
+            objects = store
 
         self._server = _Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -101,15 +101,15 @@ class Store:
     # What a request does; each under the lock, so that a condition and its write are one.
 
     def _conditions(self, bucket: str, name: str, query: dict[str, str], prefix: str = "if") -> Any:
-        found = self._objects.setdefault(bucket, {}).get(name)
-        generation = found.generation if found else 0
-        wanted = query.get(f"{prefix}GenerationMatch")
-        if wanted is not None and int(wanted) != generation:
+        stored = self._objects.setdefault(bucket, {}).get(name)
+        generation = stored.generation if stored else 0
+        expected = query.get(f"{prefix}GenerationMatch")
+        if expected is not None and int(expected) != generation:
             raise _Refused(412, "At least one of the pre-conditions you specified did not hold.")
         unwanted = query.get(f"{prefix}GenerationNotMatch")
         if unwanted is not None and int(unwanted) == generation:
             raise _Refused(412, "At least one of the pre-conditions you specified did not hold.")
-        return found
+        return stored
 
     def put(
         self, bucket: str, name: str, data: bytes, query: dict[str, str], meta: dict[str, Any]
@@ -129,14 +129,14 @@ class Store:
     def get(self, bucket: str, name: str, query: dict[str, str]) -> _Object:
         with self._lock:
             try:
-                found = self._conditions(bucket, name, query)
+                stored = self._conditions(bucket, name, query)
             except _Refused:
                 # Not modified, where it is what the reader has.
                 raise _Refused(304 if "ifGenerationNotMatch" in query else 412, "") from None
-            wanted = query.get("generation")
-            if found is None or (wanted and int(wanted) != found.generation):
+            generation = query.get("generation")
+            if stored is None or (generation and int(generation) != stored.generation):
                 raise _Refused(404, f"No such object: {bucket}/{name}")
-            return found
+            return stored
 
     def delete(self, bucket: str, name: str, query: dict[str, str]) -> None:
         with self._lock:
@@ -145,9 +145,9 @@ class Store:
             del self._objects[bucket][name]
 
     def copy(self, source: tuple[str, str], target: tuple[str, str], query: dict[str, str]) -> Any:
-        found = self.get(*source, {})
-        meta = {"contentType": found.content_type, "metadata": found.metadata}
-        return self.put(*target, found.data, query, meta)
+        stored = self.get(*source, {})
+        meta = {"contentType": stored.content_type, "metadata": stored.metadata}
+        return self.put(*target, stored.data, query, meta)
 
     def list(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -158,7 +158,7 @@ class Store:
         prefixes: list[str] = []
         answer: dict[str, Any] = {"kind": "storage#objects"}
         with self._lock:
-            for name, found in sorted(self._objects.get(bucket, {}).items()):
+            for name, stored in sorted(self._objects.get(bucket, {}).items()):
                 if not name.startswith(prefix) or name < first or (last and name >= last):
                     continue
                 rest = name[len(prefix) :]
@@ -172,7 +172,7 @@ class Store:
                 if inside:
                     prefixes.append(folder)
                 else:
-                    items.append(_resource(bucket, name, found))
+                    items.append(_resource(bucket, name, stored))
         return answer | {"items": items, "prefixes": prefixes}
 
     def begin(self, bucket: str, name: str, query: dict[str, str], meta: dict[str, Any]) -> str:
@@ -187,12 +187,12 @@ class Store:
         with self._lock:
             if key not in self._uploads:
                 raise _Refused(410, "No such upload")
-            place, query, held, meta = self._uploads[key]
-            held += data
+            target, query, received, meta = self._uploads[key]
+            received += data
         if not last:
-            return len(held)
-        bucket, _, name = place.partition("/")
-        made = self.put(bucket, name, bytes(held), query, meta)
+            return len(received)
+        bucket, _, name = target.partition("/")
+        made = self.put(bucket, name, bytes(received), query, meta)
         with self._lock:
             self._uploads.pop(key, None)
         return made
@@ -206,21 +206,21 @@ class Store:
         return ""
 
 
-def _resource(bucket: str, name: str, found: _Object) -> dict[str, Any]:
+def _resource(bucket: str, name: str, stored: _Object) -> dict[str, Any]:
     return {
         "kind": "storage#object",
-        "id": f"{bucket}/{name}/{found.generation}",
+        "id": f"{bucket}/{name}/{stored.generation}",
         "name": name,
         "bucket": bucket,
-        "size": str(len(found.data)),
-        "generation": str(found.generation),
+        "size": str(len(stored.data)),
+        "generation": str(stored.generation),
         "metageneration": "1",
-        "contentType": found.content_type,
-        "metadata": found.metadata,
+        "contentType": stored.content_type,
+        "metadata": stored.metadata,
         "timeCreated": _TIME,
         "updated": _TIME,
-        "md5Hash": base64.b64encode(hashlib.md5(found.data).digest()).decode(),
-        "etag": str(found.generation),
+        "md5Hash": base64.b64encode(hashlib.md5(stored.data).digest()).decode(),
+        "etag": str(stored.generation),
         "storageClass": "STANDARD",
     }
 
@@ -236,7 +236,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    held: Store
+    objects: Store
     protocol_version = "HTTP/1.1"
     # Headers and body are two writes: without this the second waits for the first to be confirmed.
     disable_nagle_algorithm = True
@@ -272,7 +272,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         query = {k: v[-1] for k, v in urllib.parse.parse_qs(split.query, True).items()}
         body = self._body()
         parts = [urllib.parse.unquote(part) for part in split.path.strip("/").split("/")]
-        kind = self.held.fault(
+        kind = self.objects.fault(
             self.command, "/".join([*parts, query.get("name", query.get("prefix", ""))])
         )
         if kind == "hang":
@@ -282,8 +282,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise _Refused(int(kind), "We encountered an internal error. Please try again.")
             self._route(parts, query, body)
         except _Refused as error:
-            said = {"code": error.status, "message": str(error), "errors": []}
-            self._answer(error.status, {"error": said})
+            description = {"code": error.status, "message": str(error), "errors": []}
+            self._answer(error.status, {"error": description})
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
 
@@ -295,12 +295,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise _Refused(404, f"no such method: {'/'.join(parts)}")
         bucket, rest = parts[3], parts[4:]
         if not rest:
-            place = {"kind": "storage#bucket", "name": bucket, "location": "US"}
-            self._answer(200, place | {"storageClass": "STANDARD", "timeCreated": _TIME})
+            bucket_info = {"kind": "storage#bucket", "name": bucket, "location": "US"}
+            self._answer(200, bucket_info | {"storageClass": "STANDARD", "timeCreated": _TIME})
         elif upload:
             self._upload(bucket, query, body)
         elif rest == ["o"]:
-            self._answer(200, self.held.list(bucket, query))
+            self._answer(200, self.objects.list(bucket, query))
         elif len(rest) > 2 and rest[2] in ("rewriteTo", "copyTo", "moveTo"):
             self._copy(bucket, rest, query)
         else:
@@ -309,9 +309,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _copy(self, bucket: str, rest: list[str], query: dict[str, str]) -> None:
         source = (bucket, rest[1])
         target = (rest[4], rest[6]) if rest[2] != "moveTo" else (bucket, rest[4])
-        made = self.held.copy(source, target, query)
+        made = self.objects.copy(source, target, query)
         if rest[2] == "moveTo":
-            self.held.delete(*source, {})
+            self.objects.delete(*source, {})
         if rest[2] == "rewriteTo":
             size = made["size"]
             made = {"done": True, "resource": made, "objectSize": size, "totalBytesRewritten": size}
@@ -319,23 +319,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _object(self, bucket: str, name: str, query: dict[str, str]) -> None:
         if self.command == "DELETE":
-            self.held.delete(bucket, name, query)
+            self.objects.delete(bucket, name, query)
             self._answer(204)
             return
-        found = self.held.get(bucket, name, query)
+        stored = self.objects.get(bucket, name, query)
         if query.get("alt") != "media":
-            self._answer(200, _resource(bucket, name, found))
+            self._answer(200, _resource(bucket, name, stored))
             return
         headers = {
-            "Content_Type": found.content_type,
-            "x_goog_generation": str(found.generation),
+            "Content_Type": stored.content_type,
+            "x_goog_generation": str(stored.generation),
             "x_goog_metageneration": "1",
-            "x_goog_stored_content_length": str(len(found.data)),
+            "x_goog_stored_content_length": str(len(stored.data)),
         }
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        size = len(found.data)
+        size = len(stored.data)
         if span is None:
-            self._answer(200, found.data, **headers)
+            self._answer(200, stored.data, **headers)
             return
         if span[1]:
             first, last = int(span[1]), min(int(span[2] or size), size - 1)
@@ -345,7 +345,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(416, Content_Range=f"bytes */{size}")
             return
         headers["Content_Range"] = f"bytes {first}-{last}/{size}"
-        self._answer(206, found.data[first : last + 1], **headers)
+        self._answer(206, stored.data[first : last + 1], **headers)
 
     def _upload(self, bucket: str, query: dict[str, str], body: bytes) -> None:
         kind = query.get("uploadType", "media")
@@ -353,7 +353,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._continue(query["upload_id"], body)
         elif kind == "media":
             meta = {"contentType": self.headers.get("Content-Type", "application/octet-stream")}
-            self._answer(200, self.held.put(bucket, query["name"], body, query, meta))
+            self._answer(200, self.objects.put(bucket, query["name"], body, query, meta))
         elif kind == "multipart":
             boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])
             assert boundary is not None
@@ -365,18 +365,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             # One end of line belongs to the fence.
             data = data[:-2] if data.endswith(b"\r\n") else data[:-1]
             name = meta.get("name") or query["name"]
-            self._answer(200, self.held.put(bucket, name, data, query, meta))
+            self._answer(200, self.objects.put(bucket, name, data, query, meta))
         else:
             meta = json.loads(body or b"{}")
             name = meta.get("name") or query["name"]
-            key = self.held.begin(bucket, name, query, meta)
-            there = f"{self.held.address}/upload/storage/v1/b/{bucket}/o"
-            self._answer(200, Location=f"{there}?uploadType=resumable&upload_id={key}")
+            key = self.objects.begin(bucket, name, query, meta)
+            address = f"{self.objects.address}/upload/storage/v1/b/{bucket}/o"
+            self._answer(200, Location=f"{address}?uploadType=resumable&upload_id={key}")
 
     def _continue(self, key: str, body: bytes) -> None:
         span = re.fullmatch(r"bytes (.+)/(\d+|\*)", self.headers.get("Content-Range", ""))
         last = self.command != "DELETE" and (span is None or span[2] != "*")
-        made = self.held.more(key, body, last)
+        made = self.objects.more(key, body, last)
         if isinstance(made, dict):
             self._answer(200, made)
         elif made:
@@ -386,6 +386,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _after_headers(part: bytes) -> bytes:
-    found = re.search(rb"\r?\n\r?\n", part)
-    assert found is not None
-    return part[found.end() :]
+    end = re.search(rb"\r?\n\r?\n", part)
+    assert end is not None
+    return part[end.end() :]

@@ -54,12 +54,12 @@ class Asker:
 class Readings:
     """Intervals of `z[i] - z[j]`, j also `TOP` or `NORMALISER`, and nats about anything else."""
 
-    found: dict[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    intervals: dict[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
     other: float = 0.0
 
     def add(self, i: int, j: int, low: float, high: float) -> None:
-        old = self.found.get((i, j), (-math.inf, math.inf))
-        self.found[i, j] = (max(low, old[0]), min(high, old[1]))
+        old = self.intervals.get((i, j), (-math.inf, math.inf))
+        self.intervals[i, j] = (max(low, old[0]), min(high, old[1]))
 
     def judge(self, row: np.ndarray, noise: float) -> dict[str, Any]:
         """Nats that are right, how often intervals hold, and the narrowest of an unlikely token.
@@ -72,7 +72,7 @@ class Readings:
         wider = 1.96 * math.sqrt(2) * noise
         seen: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTED, 0))
         narrow, nats = math.inf, 0.0 if noise else self.other
-        for (i, j), (low, high) in self.found.items():
+        for (i, j), (low, high) in self.intervals.items():
             truth = log_p[i] if j == NORMALISER else row[i] - (row.max() if j == TOP else row[j])
             width = max(high - low + 2 * wider, 1e-6)
             holds = bool(low - wider - 1e-5 <= truth <= high + wider + 1e-5)
@@ -93,11 +93,11 @@ def _thresholds(
     bodies: Sequence[Callable[[float], Body]],
     low: float,
     high: float,
-    held: Callable[[int, Reply], bool],
+    above: Callable[[int, Reply], bool],
     steps: int = _STEPS,
     field: str = "",
 ) -> list[tuple[float, float] | None]:
-    """Where `held` turns from true below to false above, by halving; None where it is refused.
+    """Where `above` turns from true below to false above, by halving; None where it is refused.
 
     A server that rounds a `field` tells: what it took counts.
     """
@@ -114,7 +114,7 @@ def _thresholds(
                 ends[k] = None
             else:
                 at = reply.body.get(field, at)
-                ends[k] = (at, ends[k][1]) if held(k, reply) else (ends[k][0], at)
+                ends[k] = (at, ends[k][1]) if above(k, reply) else (ends[k][0], at)
     return ends
 
 
@@ -149,9 +149,9 @@ def values(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
     else:
         # A drawn token's own value, where it is told; 20 draws decide whether it is.
         drawn = [body | {"logprobs": 0, "temperature": 2.0, "seed": s} for s in range(ask.left)]
-        before = len(readings.found)
+        before = len(readings.intervals)
         take(ask(drawn[:20]))
-        if len(readings.found) > before:
+        if len(readings.intervals) > before:
             take(ask(drawn[20:]))
     return readings
 
@@ -170,7 +170,7 @@ def counts(ask: Asker, body: Body, **_: Any) -> Readings:
         most = chosen[often.argmax()] if len(chosen) else -1
         counted = collections.Counter(drawn[len(drawn) // 2 :].tolist())
         for i in chosen[chosen != most].tolist():
-            if (i, int(most)) not in readings.found and (both := counted[i] + counted[most]):
+            if (i, int(most)) not in readings.intervals and (both := counted[i] + counted[most]):
                 share = stats.binomtest(counted[i], both).proportion_ci(CONFIDENCE, "exact")
                 ends = heat * special.logit([share.low, share.high])
                 readings.add(i, int(most), *ends.tolist())
@@ -311,10 +311,12 @@ def numeric(
     seeds = range(20, 20 + ask.left // (steps + 8))
     replies = ask([base | {"seed": s, name: make(at)} for s in seeds for at in (low, high)])
     pairs = zip(replies[::2], replies[1::2], [base | {"seed": s} for s in seeds], strict=False)
-    known = [(a, fixed) for a, b, fixed in pairs if a and b and not _agree(a, b)]
-    bodies = [lambda x, fixed=fixed: fixed | {name: make(x)} for _, fixed in known]
-    found = _thresholds(ask, bodies, low, high, lambda k, reply: _agree(reply, known[k][0]), steps)
-    for asked, end in zip(bodies, found, strict=True):
+    fixed_fields = [(a, fixed) for a, b, fixed in pairs if a and b and not _agree(a, b)]
+    bodies = [lambda x, fixed=fixed: fixed | {name: make(x)} for _, fixed in fixed_fields]
+    thresholds = _thresholds(
+        ask, bodies, low, high, lambda k, reply: _agree(reply, fixed_fields[k][0]), steps
+    )
+    for asked, end in zip(bodies, thresholds, strict=True):
         if end is None or (whole and end[1] - end[0] > 1):
             continue
         gap = 1.0 if whole else end[1] - end[0]
@@ -364,11 +366,11 @@ _KNOWN: tuple[tuple[Callable[..., Readings], frozenset[str]], ...] = (
 def attackers(schema: Mapping[str, Any]) -> dict[str, Callable[..., Readings]]:
     """Attackers by name: those whose fields a JSON schema of requests has, one a field."""
     fields = schema["properties"]
-    found = {a.__name__: a for a, needed in _KNOWN if needed <= fields.keys()}
+    attacks = {a.__name__: a for a, needed in _KNOWN if needed <= fields.keys()}
     for name, field in fields.items():
         for kind in field.get("anyOf", [field]):
             if kind.get("items", {}).get("type") == "integer" and name != "prompt":
-                found[f"field {name}"] = functools.partial(listed, name=name)
+                attacks[f"field {name}"] = functools.partial(listed, name=name)
             if kind.get("type") not in ("integer", "number"):
                 continue
             low = kind.get("minimum", kind.get("exclusiveMinimum", -100) + 1e-6)
@@ -377,8 +379,8 @@ def attackers(schema: Mapping[str, Any]) -> dict[str, Callable[..., Readings]]:
             if high - low <= 1 and kind["type"] == "integer":
                 continue
             options = {"name": name, "low": float(low), "high": float(high), "whole": whole}
-            found[f"field {name}"] = functools.partial(numeric, **options)
-    return found
+            attacks[f"field {name}"] = functools.partial(numeric, **options)
+    return attacks
 
 
 def spelled(body: Body) -> str:

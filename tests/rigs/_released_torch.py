@@ -142,10 +142,10 @@ def pro_lip(clone: Path, rows: Rows, *, text: bool) -> torch.Tensor:
     module.compute_image_features = lambda *_: (rows["query_hidden"], rows["query_labels"])
     module.cls_acc = lambda *_, **__: 0.0
     with tempfile.TemporaryDirectory() as root:
-        place = Path(root) / "features_ViTB16_random" / "4_shot" / "seed1"
-        place.mkdir(parents=True)
-        torch.save(rows["hidden"], place / "f0.pth")
-        torch.save(rows["labels"], place / "label.pth")
+        folder = Path(root) / "features_ViTB16_random" / "4_shot" / "seed1"
+        folder.mkdir(parents=True)
+        torch.save(rows["hidden"], folder / "f0.pth")
+        torch.save(rows["labels"], folder / "label.pth")
         options = dict(backbone="ViT-B/16", root_path=root, dataset="random", aug_views=1)
         options |= dict(train_epoch=40, search_lr=False, lr_v=1e-3, lambda_funct_1_N=True)
         method = getattr(module, "ProLIP_text" if text else "ProLIP")(

@@ -80,13 +80,13 @@ def bombs(options: suite.Options, model: str) -> Found:
     codes: collections.Counter = collections.Counter()
     numbers = itertools.count()
 
-    def plain(until: float, found: list[float]) -> None:
+    def plain(until: float, latencies: list[float]) -> None:
         connection = connect(address)
         while time.monotonic() < until:
             start = time.perf_counter()
             status, _, _ = post(connection, {"prompt": [5, 6, 7], "max_tokens": 4, "seed": 1})
             if status == 200:
-                found.append(time.perf_counter() - start)
+                latencies.append(time.perf_counter() - start)
 
     def others(until: float, slow: bool) -> None:
         connection = connect(address, 600)
@@ -100,20 +100,20 @@ def bombs(options: suite.Options, model: str) -> Found:
 
     with serving(f"--model={model}", "--slots=8", "--max_length=128") as (address, _):
         for kind in list(times) * rounds:
-            until, found = time.monotonic() + seconds, []
+            until, latencies = time.monotonic() + seconds, []
             with concurrent.futures.ThreadPoolExecutor(7) as pool:
-                asked = [pool.submit(plain, until, found) for _ in range(3)]
+                asked = [pool.submit(plain, until, latencies) for _ in range(3)]
                 if kind != "alone":
                     asked += [pool.submit(others, until, "bombs" in kind) for _ in range(4)]
                 for each in asked:
                     each.result()
-            times[kind].append(found)
+            times[kind].append(latencies)
     rows, late = [], {}
-    for kind, found in times.items():
+    for kind, latencies in times.items():
         # Of each round, then of the rounds: a hiccup of the machine is one round's.
-        by_round = 1e3 * np.array([np.quantile(each, [0.5, 0.99]) for each in found])
+        by_round = 1e3 * np.array([np.quantile(each, [0.5, 0.99]) for each in latencies])
         median, late[kind] = np.median(by_round, axis=0).tolist()
-        row = {"short answers": kind, "number": sum(map(len, found)), "median, ms": median}
+        row = {"short answers": kind, "number": sum(map(len, latencies)), "median, ms": median}
         row |= {
             "p99, ms": late[kind],
             "of rounds": f"{by_round[:, 1].min():.0f} to {by_round[:, 1].max():.0f}",

@@ -118,9 +118,11 @@ def _charged(
     again = policy.sampled or policy.bias == "reported"
     for reply in replies:
         if reply is not None:
-            own = team.spelled(reply.body)
-            ledger.charge("row", "values" + own * again, policy.value_nats(vocab))
-            ledger.charge("row", own, len(reply.tokens) * np.log(vocab), team.choice_of(reply.body))
+            spelled = team.spelled(reply.body)
+            ledger.charge("row", "values" + spelled * again, policy.value_nats(vocab))
+            ledger.charge(
+                "row", spelled, len(reply.tokens) * np.log(vocab), team.choice_of(reply.body)
+            )
     return replies
 
 
@@ -179,11 +181,11 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
     row, tokenizer = row_of("tiny" if options.smoke else spec)
     model, queries = one_row(row), 200 if options.smoke else QUERIES
     folder = epath.Path(options.directory) / f"red_team-{options.scale}"
-    found = [attacked(spec, row, tokenizer, model, case, queries, folder) for case in POLICIES]
-    every = [line for lines in found for line in lines]
+    attacks = [attacked(spec, row, tokenizer, model, case, queries, folder) for case in POLICIES]
+    every = [line for lines in attacks for line in lines]
     plain = [line for line in every if not line["policy"].startswith("free")]
     shared = {line["policy"] for line in plain}
-    fastest = [_fastest(lines) for lines in found]
+    fastest = [_fastest(lines) for lines in attacks]
     over = sum(line["nats"] > line["bound"] for line in every)
     narrow = min(line["narrowest"] for line in plain)
     name = Path(spec).stem
@@ -192,12 +194,15 @@ def red_team(options: suite.Options, spec: str) -> tuple[list[dict[str, Any]], l
         suite.at_least(f"plain, {name}: narrowest interval of p < 1e-3, nats", narrow, 0.2),
     ]
     # Policies of one model share their draws: the worst of them, not all together.
-    for what, kind, held in (("", "intervals", "hold"), (" of p < 1e-3", "rare", "rare hold")):
-        some = [(line[held], line[kind]) for line in fastest if line["policy"] in shared]
+    for what, kind, held_column in (
+        ("", "intervals", "hold"),
+        (" of p < 1e-3", "rare", "rare hold"),
+    ):
+        some = [(line[held_column], line[kind]) for line in fastest if line["policy"] in shared]
         worst = min(some, key=lambda pair: stats.binom.cdf(*pair, team.CONFIDENCE))
         chance = float(stats.binom.cdf(*worst, team.CONFIDENCE))
-        said = f"plain, {name}: {worst[0]} of {worst[1]} intervals{what} hold, chance at 95 %"
-        bars.append(suite.at_least(said, chance, 0.01))
+        title = f"plain, {name}: {worst[0]} of {worst[1]} intervals{what} hold, chance at 95 %"
+        bars.append(suite.at_least(title, chance, 0.01))
     return [{name: line[name] for name in _COLUMNS.split("|")} for line in fastest], bars
 
 

@@ -13,7 +13,7 @@ import time
 from logitjax import training
 
 
-def held(seconds: float, workdir: str) -> bool:
+def holds_lock(seconds: float, workdir: str) -> bool:
     """Whether this process got the workdir, which it then holds for some time."""
     try:
         with training.lock_workdir(workdir):
@@ -30,4 +30,4 @@ if __name__ == "__main__":
     with concurrent.futures.ThreadPoolExecutor(len(workdirs)) as pool:
         print("ready", flush=True)
         sys.stdin.readline()
-        print(json.dumps(list(pool.map(functools.partial(held, float(hold)), workdirs))))
+        print(json.dumps(list(pool.map(functools.partial(holds_lock, float(hold)), workdirs))))

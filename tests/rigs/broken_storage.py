@@ -76,9 +76,9 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
     workdir = f"gs://bucket/{directory.name}/{name}" if case.store else str(directory / name)
     job = _jobs.module("tests.rigs._phases_job", f"--workdir={workdir}")
     command = _jobs.local(2, 1, job)
-    known = {"GRACE": "10"} | (store.variables() if case.store else {})
+    common = {"GRACE": "10"} | (store.variables() if case.store else {})
     if case.phase == "restore":
-        _jobs.finish(command, log, PHASES_STEPS="4", **known)
+        _jobs.finish(command, log, PHASES_STEPS="4", **common)
         log.unlink()
     part = _PHASES[case.phase]
     variables = {"LOGITJAX_STALL_SECONDS": f"{_LIMIT:g}", "LOGITJAX_HEARTBEAT_SECONDS": "20"}
@@ -94,7 +94,7 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
             "FAULT_FIRED": str(fired),
         }
         variables |= {"FAULT_READ": "1"} if case.reading else {}
-    process = _jobs.start(command, log, PHASES_STEPS="8", **variables, **known)
+    process = _jobs.start(command, log, PHASES_STEPS="8", **variables, **common)
     since: float | None = None
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
@@ -106,7 +106,7 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
     process.terminate()
     process.wait()
     store.faults = []
-    last = (_jobs.said(log).splitlines() or [""])[-1]
+    last = (_jobs.output_of(log).splitlines() or [""])[-1]
     good = (
         since is not None
         and status == _DOCUMENTED
@@ -130,9 +130,9 @@ def _until_it_happens(case: _Case, directory: Path, *given: Any) -> dict[str, An
     """On a machine that is busy a run may come to the limit before it comes to the fault."""
     row: dict[str, Any] = {}
     for attempt in range(3):
-        place = directory / f"attempt-{attempt}"
-        place.mkdir(exist_ok=True)
-        row = _run(case, place, *given)
+        attempt_folder = directory / f"attempt-{attempt}"
+        attempt_folder.mkdir(exist_ok=True)
+        row = _run(case, attempt_folder, *given)
         if row["happened"]:
             break
     return row
@@ -145,8 +145,8 @@ def run(options: suite.Options) -> suite.Result:
     if library is None:
         return suite.Result(rows=[{"skipped": "a C compiler on Linux is needed"}])
     # `--only=save,source/EIO/1` for some phases, or single faults in them.
-    wanted = options.only.split(",")
-    cases = [c for c in _cases() if f"{c.phase}/{c.kind}/{c.process}".startswith(tuple(wanted))]
+    prefixes = options.only.split(",")
+    cases = [c for c in _cases() if f"{c.phase}/{c.kind}/{c.process}".startswith(tuple(prefixes))]
     if options.smoke:
         cases = [_Case("save", "ENOSPC", "1"), _Case("source", "EIO", "0")]
     with contextlib.closing(Store()) as store:

@@ -42,17 +42,17 @@ _NEW = 48  # Tokens that any answer to these schemas fits into.
 
 def run(options: suite.Options) -> suite.Result:
     with tempfile.TemporaryDirectory() as folder:
-        place = pathlib.Path(folder)
+        root = pathlib.Path(folder)
         model, tokenizer = models.load("tiny" if options.smoke else "smollm2", layout="listed")
         tokenizer.chat_template = tokenizer.chat_template or _TEMPLATE
-        models.save_pretrained(model, tokenizer, place / "weights")
+        models.save_pretrained(model, tokenizer, root / "weights")
         # A toy spells every byte as a token.
         new = 4 * _NEW if options.smoke else _NEW
-        python = sys.executable if options.smoke else _empty_environment(place / "empty")
-        keys = place / "keys.jsonl"
+        python = sys.executable if options.smoke else _empty_environment(root / "empty")
+        keys = root / "keys.jsonl"
         keys.write_text(json.dumps({"name": "client", "secret": "a-key"}) + "\n")
         flags = (
-            f"--model={place / 'weights'}",
+            f"--model={root / 'weights'}",
             "--served_name=served",
             f"--api_keys={keys}",
             "--bias=reported",
@@ -76,10 +76,10 @@ def run(options: suite.Options) -> suite.Result:
     return suite.Result(rows=rows, bars=bars)
 
 
-def _empty_environment(place: pathlib.Path) -> str:
+def _empty_environment(folder: pathlib.Path) -> str:
     """An interpreter that has this repository with the extra `serve`, and nothing else."""
-    venv.create(place, with_pip=True)
-    python = str(place / "bin" / "python")
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
     command = [python, "-m", "pip", "install", "--quiet", f"{suite.ROOT}[serve]"]
     subprocess.run(command, check=True)
     return python
@@ -94,7 +94,7 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
     plain: dict[str, Any] = {"model": "served", "prompt": "One, two, three,", "max_tokens": 8}
     told = [{"role": "user", "content": "Say hello."}]
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
-    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": _PERSON}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "person", "schema": _PERSON}}
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     ids = {"logprobs": 1, "extra_body": {"return_tokens_as_token_ids": True}}
 
@@ -122,9 +122,9 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
         return text == answer(seed=1).message.content and bool(pieces[-1].finish_reason)
 
     def values() -> bool:
-        said = one(logprobs=3, temperature=0).logprobs
-        largest = [max(top.values()) for top in said.top_logprobs]
-        return largest == said.token_logprobs and len(said.tokens) == len(largest)
+        logprobs = one(logprobs=3, temperature=0).logprobs
+        largest = [max(top.values()) for top in logprobs.top_logprobs]
+        return largest == logprobs.token_logprobs and len(logprobs.tokens) == len(largest)
 
     def echo() -> bool:
         whole = asked(max_tokens=0, echo=True, logprobs=2)
@@ -139,20 +139,21 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
         return (cut.text, cut.finish_reason) == (text[: text.find(text[2:4])], "stop")
 
     def penalties() -> bool:
-        held = {"presence_penalty": 2, "frequency_penalty": 2}
+        penalised = {"presence_penalty": 2, "frequency_penalty": 2}
         kept, free = (
-            one(max_tokens=24, temperature=0, **ids, **more).logprobs.tokens for more in (held, {})
+            one(max_tokens=24, temperature=0, **ids, **more).logprobs.tokens
+            for more in (penalised, {})
         )
         return max(Counter(kept).values()) <= max(Counter(free).values())
 
     def json_object() -> bool:
-        said = answer(max_tokens=new, response_format={"type": "json_object"}, seed=1)
-        text, ended = said.message.content, said.finish_reason == "stop"
+        choice = answer(max_tokens=new, response_format={"type": "json_object"}, seed=1)
+        text, ended = choice.message.content, choice.finish_reason == "stop"
         return text.startswith("{") and (not ended or isinstance(json.loads(text), dict))
 
     def json_schema() -> bool:
-        said = answer(max_tokens=new, response_format=wanted)
-        jsonschema.validate(json.loads(said.message.content), _PERSON)
+        choice = answer(max_tokens=new, response_format=response_format)
+        jsonschema.validate(json.loads(choice.message.content), _PERSON)
         return True
 
     def extra(**body: Any) -> Any:
@@ -237,10 +238,10 @@ def _structured(address: str, count: int, new: int, options: suite.Options) -> d
         base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=3600
     )
 
-    def ask(i: int, most: int, held: bool) -> tuple[bool, int]:
+    def ask(i: int, most: int, structured: bool) -> tuple[bool, int]:
         schema: Any = list(_SCHEMAS.values())[i % len(_SCHEMAS)]
         given: Any = {}
-        if held:
+        if structured:
             told = {"name": "answer", "schema": schema, "strict": True}
             given = {"response_format": {"type": "json_schema", "json_schema": told}}
         answer = client.completions.create(
@@ -256,19 +257,19 @@ def _structured(address: str, count: int, new: int, options: suite.Options) -> d
             valid = True
         return valid, answer.usage.completion_tokens
 
-    def turn(numbers: range, most: list[int], held: bool) -> tuple[float, list[int], int]:
+    def turn(numbers: range, most: list[int], structured: bool) -> tuple[float, list[int], int]:
         """Seconds a token, all slots busy; tokens of each answer; how many are valid."""
         start = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(_SLOTS) as pool:
-            found = list(pool.map(lambda i, few: ask(i, few, held), numbers, most))
+            answers = list(pool.map(lambda i, few: ask(i, few, structured), numbers, most))
         spent = time.perf_counter() - start
-        tokens = [count for _, count in found]
-        return spent / sum(tokens), tokens, sum(valid for valid, _ in found)
+        tokens = [count for _, count in answers]
+        return spent / sum(tokens), tokens, sum(valid for valid, _ in answers)
 
     size, valid = min(count, 40), 0
     times: dict[bool, list[float]] = {True: [], False: []}
-    for held in times:
-        turn(range(_SLOTS), [4] * _SLOTS, held)  # What compiles, compiles here.
+    for structured in times:
+        turn(range(_SLOTS), [4] * _SLOTS, structured)  # What compiles, compiles here.
     for start in range(0, count, size):
         numbers = range(start, min(count, start + size))
         seconds, tokens, right = turn(numbers, [new] * len(numbers), True)

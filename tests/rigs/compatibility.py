@@ -76,25 +76,25 @@ def _family(
     equal = refused = 0
     files: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        said = fuzz.torch_models(raws, Path(scratch))
-        places = [Path(scratch) / str(i) for i, refusal in enumerate(said) if refusal is None]
+        refusals = fuzz.torch_models(raws, Path(scratch))
+        places = [Path(scratch) / str(i) for i, refusal in enumerate(refusals) if refusal is None]
         if archives:
-            fuzz.write_gguf([place / "model" for place in places], archives)
-        for number, refusal in enumerate(said):
+            fuzz.write_gguf([folder / "model" for folder in places], archives)
+        for number, refusal in enumerate(refusals):
             if refusal is not None:
                 refused += 1
                 print(f"{family} {number}: transformers refuses it ({refusal})", flush=True)
                 continue
             try:
-                found = fuzz.compared(Path(scratch) / str(number))
+                errors = fuzz.compared(Path(scratch) / str(number))
             except Exception as error:
                 print(f"{family} {number}: {error}: {json.dumps(raws[number])}", flush=True)
                 continue
-            worst = {name: max(worst[name], value) for name, value in found.items()}
-            same = max(found.values()) <= _TOLERANCE
+            worst = {name: max(worst[name], value) for name, value in errors.items()}
+            same = max(errors.values()) <= _TOLERANCE
             equal += same
             if not same:
-                print(f"{family} {number}: {found}: {json.dumps(raws[number])}", flush=True)
+                print(f"{family} {number}: {errors}: {json.dumps(raws[number])}", flush=True)
         if archives:
             files = _files(family, places)
     shown = {f"worst {name}": f"{value:.1e}" for name, value in worst.items()} | files
@@ -112,11 +112,11 @@ def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
     total: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     refused: Counter[str] = Counter()
-    for place in places:
-        if not (place / "model.gguf").exists():
+    for folder in places:
+        if not (folder / "model.gguf").exists():
             continue
         try:
-            difference, fields = fuzz.compared_gguf(place)
+            difference, fields = fuzz.compared_gguf(folder)
         except ValueError as error:
             refused[str(error).rpartition(": ")[2]] += 1
             continue
@@ -124,7 +124,7 @@ def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
         total[kind] += 1
         unsaid.update(fields if kind == "unsaid" else ())
         if kind == "differs":
-            print(f"{family} {place.name}: GGUF: {difference}", flush=True)
+            print(f"{family} {folder.name}: GGUF: {difference}", flush=True)
     words = ", ".join(f"{field} {count}" for field, count in (unsaid + refused).most_common())
     return {
         "gguf": f"{total['equal']} of {total['equal'] + total['differs']}",
@@ -160,38 +160,38 @@ def _published() -> tuple[dict[str, Any], Sequence[suite.Bar]]:
     ]  # fmt: skip
 
 
-def _differences(ours: Any, theirs: Any, outer: Any) -> list[str]:
+def _differences(ours: Any, hf_config: Any, outer: Any) -> list[str]:
     """Fields in which a configuration means something else than transformers makes of it."""
     gpt2 = ours.family == "gpt2"
-    heads = theirs.num_attention_heads
+    heads = hf_config.num_attention_heads
     eos = getattr(outer, "eos_token_id", None)
-    eos = theirs.eos_token_id if eos is None else eos
-    kinds = getattr(theirs, "layer_types", None)
-    window = getattr(theirs, "sliding_window", None)
+    eos = hf_config.eos_token_id if eos is None else eos
+    kinds = getattr(hf_config, "layer_types", None)
+    window = getattr(hf_config, "sliding_window", None)
     if kinds is None:
         windows = [window] * ours.num_layers
     else:
         windows = [window if kind == "sliding_attention" else None for kind in kinds]
     expected = {
-        "vocab_size": theirs.vocab_size,
-        "hidden_size": theirs.hidden_size,
-        "num_layers": theirs.num_hidden_layers,
+        "vocab_size": hf_config.vocab_size,
+        "hidden_size": hf_config.hidden_size,
+        "num_layers": hf_config.num_hidden_layers,
         "num_heads": heads,
-        "num_kv_heads": getattr(theirs, "num_key_value_heads", heads),
-        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-        "max_length": theirs.max_position_embeddings,
-        "norm_eps": theirs.layer_norm_epsilon if gpt2 else theirs.rms_norm_eps,
-        "tie_embeddings": theirs.tie_word_embeddings,
+        "num_kv_heads": getattr(hf_config, "num_key_value_heads", heads),
+        "head_dim": getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+        "max_length": hf_config.max_position_embeddings,
+        "norm_eps": hf_config.layer_norm_epsilon if gpt2 else hf_config.rms_norm_eps,
+        "tie_embeddings": hf_config.tie_word_embeddings,
         "eos_ids": tuple(eos) if isinstance(eos, list) else (eos,),
-        "attention_softcap": getattr(theirs, "attn_logit_softcapping", None),
-        "logits_softcap": getattr(theirs, "final_logit_softcapping", None),
+        "attention_softcap": getattr(hf_config, "attn_logit_softcapping", None),
+        "logits_softcap": getattr(hf_config, "final_logit_softcapping", None),
         "layer_windows": tuple(windows),
     }
     if not gpt2:
-        rope = theirs.rope_parameters
+        rope = hf_config.rope_parameters
         rope = rope.get("full_attention", rope)
         expected |= {
-            "intermediate_size": theirs.intermediate_size,
+            "intermediate_size": hf_config.intermediate_size,
             "rope_theta": rope["rope_theta"],
         }
         scaling = ours.rope_scaling
@@ -200,7 +200,7 @@ def _differences(ours: Any, theirs: Any, outer: Any) -> list[str]:
         if scaling is not None:
             factor = (
                 rope.get("factor")
-                or theirs.max_position_embeddings / (rope["original_max_position_embeddings"])
+                or hf_config.max_position_embeddings / (rope["original_max_position_embeddings"])
             )
             if (scaling.kind, scaling.factor) != (rope["rope_type"], factor):
                 return ["rope_scaling"]

@@ -66,11 +66,13 @@ class Case:
             # Numbers that the type has.
             return np.asarray(jnp.asarray(rng.normal(size=size) * scale, dtype), np.float32)
 
-        found = {}
+        arrays_of_sides = {}
         for side in ("", "teacher_"):
             head = "teacher_head" if side else "kernel"
-            found[f"{side}hidden"] = drawn((self.tokens, 128), self.scale, self.hidden_type)
-            found[head] = drawn((128, self.vocab), 128**-0.5, self.head_type)
+            arrays_of_sides[f"{side}hidden"] = drawn(
+                (self.tokens, 128), self.scale, self.hidden_type
+            )
+            arrays_of_sides[head] = drawn((128, self.vocab), 128**-0.5, self.head_type)
         where = np.arange(self.vocab) % 7 != 3 if self.masked else np.ones(self.vocab, bool)
         labels = rng.choice(np.flatnonzero(where), self.tokens).astype(np.int32)
         factors = np.ones(self.tokens, np.float32)
@@ -80,7 +82,7 @@ class Case:
             factors[::3] = 0.0
         # What ignored labels are called, where weights say so too.
         labels[factors == 0.0] += self.ignored
-        return found | {"labels": labels, "factors": factors, "where": where}
+        return arrays_of_sides | {"labels": labels, "factors": factors, "where": where}
 
 
 CASES = (
@@ -130,7 +132,7 @@ def oracle(case: Case) -> dict[str, np.ndarray]:
     """Values `[tokens]` and both gradients of their weighted sum, in float64."""
     given = case.arrays()
     factors, where = given["factors"].astype(np.float64), given["where"]
-    there = np.where(factors == 0, 0, given["labels"])
+    labels = np.where(factors == 0, 0, given["labels"])
 
     def read(hidden: str, kernel: str, cap: float | None) -> tuple[np.ndarray, Any]:
         logits = given[hidden].astype(np.float64) @ given[kernel].astype(np.float64)
@@ -151,8 +153,8 @@ def oracle(case: Case) -> dict[str, np.ndarray]:
         )
         values = values.sum(-1)
     else:
-        target = np.arange(case.vocab) == there[:, None]
-        values = -log_q[np.arange(case.tokens), there]
+        target = np.arange(case.vocab) == labels[:, None]
+        values = -log_q[np.arange(case.tokens), labels]
     cotangent = factors[:, None] * (np.exp(log_q) - target) * slope / case.temperature
     return {
         "values": np.where(factors == 0, 0.0, values),
@@ -229,9 +231,9 @@ def run(options: suite.Options) -> suite.Result:
                         cells.append(f"**{gap:.2g}**")
                         wrong.add(case.name)
             columns[f"{name} {version}"] = cells
-            known = KNOWN.get((name, version), set())
+            known_faults = KNOWN.get((name, version), set())
             ours += len(wrong) if name.startswith("ours") else 0
-            surprises += 0 if name.startswith("ours") else len(wrong ^ known)
+            surprises += 0 if name.startswith("ours") else len(wrong ^ known_faults)
             logging.info("%s %s: wrong in %s", name, version, sorted(wrong) or "nothing")
     rows = [
         {"case": case.name} | {name: cells[number] for name, cells in columns.items()}

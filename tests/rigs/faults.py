@@ -101,7 +101,9 @@ class _Start:
         end = time.monotonic() + seconds
         while self.poll() is None and not reached():
             if time.monotonic() > end:
-                raise RuntimeError(f"nothing for {seconds:g} s: {_jobs.said(self.log)[-2000:]}")
+                raise RuntimeError(
+                    f"nothing for {seconds:g} s: {_jobs.output_of(self.log)[-2000:]}"
+                )
             time.sleep(0.01)
         return self.status
 
@@ -170,7 +172,7 @@ class _Run:
         # A second start comes once the first is sure to have the folder.
         steps = draw.randint(int(kind == "two"), 2 * _faults_job.EVERY)
         before = _complete(self.folder)
-        logged: Any = lambda: len(_STEP.findall(_jobs.said(self.log))) >= steps  # noqa: E731
+        logged: Any = lambda: len(_STEP.findall(_jobs.output_of(self.log))) >= steps  # noqa: E731
         saved: Any = lambda: _complete(self.folder) != before  # noqa: E731
         status = start.until(draw.choice((logged, saved)))
         if kind == "two" and status is None:
@@ -184,7 +186,7 @@ class _Run:
             start.kill()
             status = start.status
         wrong += self._look(status, kind)
-        if _STEP.search(_jobs.said(self.log)):
+        if _STEP.search(_jobs.output_of(self.log)):
             # Else it was killed before it read what the fault before this one damaged.
             self._copies, self._spoilt = {}, set()
         chosen: list[Path] = []
@@ -205,14 +207,14 @@ class _Run:
         other, text = None, ""
         if (self.folder / "lock").exists():
             other = _Start(self.job, self.folder, self.log.with_suffix(".second"))
-            text = f"second: {other.end()} {_jobs.said(other.log)[-300:]}"
+            text = f"second: {other.end()} {_jobs.output_of(other.log)[-300:]}"
         os.kill(first.pid, signal.SIGCONT)
         refused = other is None or (other.status in (1, 2) and "is in use by process" in text)
         return [] if refused else [text]
 
     def _look(self, status: int | None, kind: str) -> list[str]:
         """Mistakes of a start."""
-        text, wrong = _jobs.said(self.log), []
+        text, wrong = _jobs.output_of(self.log), []
         match = _FROM.search(text)
         newest = max(self._readable, default=0)
         # It may be further than what was left whole: a bit may lie where nothing reads.
@@ -245,7 +247,7 @@ class _Run:
             self._copies = {}
             if status == 0:
                 return wrong
-        return [*wrong, f"no end: {_jobs.said(self.log)[-600:]}"]
+        return [*wrong, f"no end: {_jobs.output_of(self.log)[-600:]}"]
 
 
 @contextlib.contextmanager
@@ -268,7 +270,7 @@ def _small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def _faults(name: str, directory: Path, wanted: int, record: Path) -> list[dict[str, Any]]:
+def _faults(name: str, directory: Path, count: int, record: Path) -> list[dict[str, Any]]:
     """So many faults of one job, those on record among them."""
     lines = record.read_text().splitlines() if record.exists() else []
     rows = [row for row in map(json.loads, lines) if row["job"] == name]
@@ -277,13 +279,13 @@ def _faults(name: str, directory: Path, wanted: int, record: Path) -> list[dict[
         peace = _Run(job, directory / name / "peace", lambda _: None, "")
         status = _Start(job, peace.folder, peace.log).end()
         if status != 0:
-            raise RuntimeError(f"{name} without faults: {_jobs.said(peace.log)[-2000:]}")
+            raise RuntimeError(f"{name} without faults: {_jobs.output_of(peace.log)[-2000:]}")
         expected, kinds = peace.result(), [k for k in _KINDS if disk or k != "full"]
-        while len(rows) < wanted:
+        while len(rows) < count:
             folder = directory / name / f"run-{len(rows)}"
             run = _Run(job, folder, disk or (lambda _: None), expected)
             made: list[dict[str, Any]] = []
-            while len(rows) + len(made) < wanted and len(made) < 12:
+            while len(rows) + len(made) < count and len(made) < 12:
                 kind = kinds[(len(rows) + len(made)) % len(kinds)]
                 made.append({"job": name} | run.fault(kind, draw))
                 if made[-1]["status"] == 0:
@@ -308,13 +310,13 @@ def run(options: suite.Options) -> suite.Result:
     record = options.directory.resolve() / "faults.jsonl"
     rows, bars = [], []
     for name in parts:
-        wanted = 14 if options.smoke else _FULL[name]
-        faults = _faults(name, _jobs.fresh(options), wanted, record)
+        count = 14 if options.smoke else _FULL[name]
+        faults = _faults(name, _jobs.fresh(options), count, record)
         counts = collections.Counter(fault["kind"] for fault in faults)
         row: dict[str, Any] = {"run": name} | {kind: counts[kind] for kind in _KINDS}
         named = sum(fault["status"] not in (0, -signal.SIGKILL) for fault in faults)
         wrong = sum(bool(fault["wrong"]) for fault in faults)
         rows.append(row | {"refused by name": named, "lost, wrong or unclear": wrong})
-        bars.append(suite.at_least(f"{name}: faults", len(faults), wanted))
+        bars.append(suite.at_least(f"{name}: faults", len(faults), count))
         bars.append(suite.at_most(f"{name}: lost, wrong or unclear", wrong, 0))
     return suite.Result(rows=rows, bars=bars)

@@ -38,9 +38,9 @@ _ROUNDS = 20
 _FILES = {"smoke": _SMOKE * len(KINDS), "full": 100_000}
 
 
-def read_files(wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def read_files(files: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """Outcomes of files `(kind, number)`, one by one; those that had to be killed are `killed`."""
-    left = collections.deque(wanted)
+    left = collections.deque(files)
     # In memory where that is to be had: a hundred thousand small files.
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     while left:
@@ -118,18 +118,18 @@ def run(options: suite.Options) -> suite.Result:
     home = options.directory / "parts" / options.scale
     kinds = [kind for kind in KINDS if not options.only or kind in options.only]
     done = [row for path in sorted(home.glob("*.json")) for row in json.loads(path.read_text())]
-    known = {(row["kind"], row["number"]) for row in done}
+    finished = {(row["kind"], row["number"]) for row in done}
     numbers = {
         kind: numbers_of(kind, _SMOKE if options.smoke else KINDS[kind].count) for kind in kinds
     }
     # In rounds of a twentieth of each kind, so that a run that was ended has seen them all.
-    wanted = [
+    files = [
         (kind, number)
         for turn in range(_ROUNDS)
         for kind in kinds
         for number in numbers[kind][_share(numbers[kind], turn) : _share(numbers[kind], turn + 1)]
     ]
-    fresh = read_files([file for file in wanted if file not in known])
+    fresh = read_files([file for file in files if file not in finished])
     # Ended by hand, it reports what it has read.
     with contextlib.suppress(KeyboardInterrupt):
         for kind, rows in itertools.groupby(fresh, key=lambda row: row["kind"]):
@@ -138,7 +138,7 @@ def run(options: suite.Options) -> suite.Result:
                 write_atomic(home / name, json.dumps(part) + "\n")
                 done += part
             print(f"{kind}: {sum(row['kind'] == kind for row in done)} files", flush=True)
-    asked = set(wanted)
+    asked = set(files)
     return report([row for row in done if (row["kind"], row["number"]) in asked], options)
 
 

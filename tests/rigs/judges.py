@@ -35,17 +35,17 @@ def run(options: suite.Options) -> suite.Result:
     if missing:
         print(f"judges: {missing} is not installed for {judge}: pip install 'lm_eval[api,hf]'")
         return suite.Result(rows=[])
-    said: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        place = pathlib.Path(folder)
-        weights = place / "weights"
+        root = pathlib.Path(folder)
+        weights = root / "weights"
         model, tokenizer = models.load(name, layout="listed")
         models.save_pretrained(model, tokenizer, weights)
-        tasks = write_tasks(place / "tasks", count)
-        ask: dict[str, Any] = {"tasks": tasks, "directory": str(place / "tasks"), "batch_size": 8}
+        tasks = write_tasks(root / "tasks", count)
+        ask: dict[str, Any] = {"tasks": tasks, "directory": str(root / "tasks"), "batch_size": 8}
         shape = {"max_length": _MAX_LENGTH}
-        said["in process"] = _judged(
-            judge, place, ask | {"model": "logitjax"}, {"pretrained": str(weights)} | shape
+        answers["in process"] = _judged(
+            judge, root, ask | {"model": "logitjax"}, {"pretrained": str(weights)} | shape
         )
         # The judge reads every token of a prompt: a policy that tells them, and no bias.
         flags = (f"--model={weights}", f"--max_length={_MAX_LENGTH}", "--served_name=judged")
@@ -61,8 +61,8 @@ def run(options: suite.Options) -> suite.Result:
                 "max_retries": 1,
                 "timeout": 3600,
             }
-            said["local-completions"] = _judged(
-                judge, place, ask | {"model": "local-completions"}, remote
+            answers["local-completions"] = _judged(
+                judge, root, ask | {"model": "local-completions"}, remote
             )
         lacks = "LOGITJAX_TORCH_PYTHON"
         if torch:
@@ -71,8 +71,8 @@ def run(options: suite.Options) -> suite.Result:
             print(f"judges: {lacks} is missing, transformers' own model is left out")
         else:
             local = {"pretrained": str(weights), "dtype": "float32", "device": "cpu"} | shape
-            said["transformers"] = _judged(torch, place, ask | {"model": "hf"}, local)
-    return _result(said)
+            answers["transformers"] = _judged(torch, root, ask | {"model": "hf"}, local)
+    return _result(answers)
 
 
 def _missing(python: str, *packages: str) -> str:
@@ -86,33 +86,33 @@ def _missing(python: str, *packages: str) -> str:
 
 
 def _judged(
-    python: str, place: pathlib.Path, order: dict[str, Any], model_args: dict[str, Any]
+    python: str, root: pathlib.Path, order: dict[str, Any], model_args: dict[str, Any]
 ) -> dict[str, Any]:
-    answer, path = place / "answer.json", place / "order.json"
+    answer, path = root / "answer.json", root / "order.json"
     answer.unlink(missing_ok=True)
     path.write_text(json.dumps(order | {"model_args": model_args, "answer": str(answer)}))
     # Nothing is looked for anywhere but here.
-    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}
     offline["TOKENIZERS_PARALLELISM"] = "false"
     piped: Any = {"env": os.environ | offline, "capture_output": True, "text": True}
     done = subprocess.run([python, str(_WORKER), str(path)], **piped)
     if not answer.exists():
         raise RuntimeError(f"{order['model']}: {done.stderr[-3000:]}")
-    said = json.loads(answer.read_text())
-    logging.info("%s: %s", order["model"], said["metrics"])
-    return said
+    reply = json.loads(answer.read_text())
+    logging.info("%s: %s", order["model"], reply["metrics"])
+    return reply
 
 
-def _result(said: dict[str, Any]) -> suite.Result:
+def _result(replies: dict[str, Any]) -> suite.Result:
     rows, bars = [], []
-    ours = said["in process"]
+    ours = replies["in process"]
     for task, metrics in ours["metrics"].items():
         for metric in metrics:
             row = {"task": task.removeprefix("logitjax_"), "metric": metric}
-            rows.append(row | {way: one["metrics"][task][metric] for way, one in said.items()})
-    seconds = {way: one["seconds"] for way, one in said.items()}
+            rows.append(row | {way: one["metrics"][task][metric] for way, one in replies.items()})
+    seconds = {way: one["seconds"] for way, one in replies.items()}
     nats: dict[str, float] = {}
-    for way, one in said.items():
+    for way, one in replies.items():
         if way == "in process":
             continue
         # Of what has no unit of its own, as perplexities of words, a share.
@@ -124,8 +124,8 @@ def _result(said: dict[str, Any]) -> suite.Result:
         nats[way] = max(
             abs(b - a)
             for task, answers in ours["answers"].items()
-            for mine, theirs in zip(answers, one["answers"][task], strict=True)
-            for a, b in zip(_numbers(mine), _numbers(theirs), strict=True)
+            for mine, other in zip(answers, one["answers"][task], strict=True)
+            for a, b in zip(_numbers(mine), _numbers(other), strict=True)
         )
         bars += [
             suite.at_most(f"{way}: largest difference of a metric", worst, 1e-3),

@@ -109,12 +109,12 @@ def _row_products(rng: np.random.Generator) -> Any:
     native = jax.jit(kernels.row_products)
 
     def check(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> bool:
-        found = np.asarray(native(vectors, rows, ids))
-        expected, size = by_xla(vectors, rows, ids) if ids.size else (found, found)
+        products = np.asarray(native(vectors, rows, ids))
+        expected, size = by_xla(vectors, rows, ids) if ids.size else (products, products)
         expected, size = np.asarray(expected), np.asarray(size)
         if (vectors == np.round(vectors)).all():
-            return _same(found, expected)
-        return bool((np.abs(found - expected) <= 2 * width * _EPSILON * size).all())
+            return _same(products, expected)
+        return bool((np.abs(products - expected) <= 2 * width * _EPSILON * size).all())
 
     return draw, check
 
@@ -135,8 +135,8 @@ def _largest_ids(rng: np.random.Generator) -> Any:
     return draw, lambda values: _same(native(values), by_xla(values))
 
 
-def _same(found: Any, expected: Any) -> bool:
-    return np.array_equal(np.asarray(found), np.asarray(expected))
+def _same(computed: Any, expected: Any) -> bool:
+    return np.array_equal(np.asarray(computed), np.asarray(expected))
 
 
 def _sanitized(calls: int, seed: int) -> dict[str, Count]:
@@ -170,9 +170,9 @@ def run(options: suite.Options) -> suite.Result:
     """Fuzzes the kernels as built, then under the sanitizer."""
     kernels.build()
     calls, builds = _CALLS[options.scale], {"plain": fuzz, "sanitized": _sanitized}
-    wanted = options.parts(list(builds))
+    chosen = options.parts(list(builds))
     rows, differing = [], []
-    for build in wanted:
+    for build in chosen:
         start = time.perf_counter()
         counts = builds[build](calls=calls, seed=0)
         seconds = time.perf_counter() - start
@@ -194,5 +194,5 @@ def run(options: suite.Options) -> suite.Result:
 
 
 if __name__ == "__main__":
-    found = fuzz(calls=int(sys.argv[1]), seed=int(sys.argv[2]))
-    print(json.dumps({name: dataclasses.asdict(count) for name, count in found.items()}))
+    differences = fuzz(calls=int(sys.argv[1]), seed=int(sys.argv[2]))
+    print(json.dumps({name: dataclasses.asdict(count) for name, count in differences.items()}))

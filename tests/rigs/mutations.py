@@ -75,10 +75,10 @@ def paths(root: Path, folder: str, name: str) -> list[str]:
     *inside, last = name.split("/")
     pattern = "/**/".join([folder, *inside, "*.py"])
     files = (path for path in root.glob(pattern) if path.stem != "__init__")
-    found = [path for path in files if fnmatch.fnmatch(path.stem.lstrip("_"), last)]
-    if len(found) != 1 and not (found and "*" in last):
-        raise ValueError(f"{name}: expected one file below {folder}, got {len(found)}")
-    return sorted(str(path.relative_to(root)) for path in found)
+    matches = [path for path in files if fnmatch.fnmatch(path.stem.lstrip("_"), last)]
+    if len(matches) != 1 and not (matches and "*" in last):
+        raise ValueError(f"{name}: expected one file below {folder}, got {len(matches)}")
+    return sorted(str(path.relative_to(root)) for path in matches)
 
 
 @functools.cache
@@ -359,24 +359,24 @@ def _page(outcomes: Sequence[tuple[Case, str]]) -> str:
 
 
 def _described(case: Case) -> str:
-    mutant, known = case.mutant, _explained(case.mutant)
+    mutant, explained = case.mutant, _explained(case.mutant)
     edit = [f"- {line}" for line in mutant.before.splitlines()]
     edit += [f"+ {line}" for line in mutant.after.splitlines()]
     text = f"`{mutant.path}:{mutant.line}`, {mutant.rule}"
     text += f": {case.name}" if case.name else ""
-    end = known or f"Tests that ran: {', '.join(case.tests)}."
+    end = explained or f"Tests that ran: {', '.join(case.tests)}."
     return "\n".join([text, "", "```diff", *edit, "```", "", end, ""])
 
 
 def run(options: suite.Options) -> suite.Result:
     """Tries every mutant of the areas that were asked for, and writes ``report.md``."""
-    known = areas(ROOT)
-    wanted = {name: known[name] for name in options.parts(list(known))}
+    known_areas = areas(ROOT)
+    chosen_areas = {name: known_areas[name] for name in options.parts(list(known_areas))}
     if options.smoke:
         few = {path for name in _SMOKE for path in paths(ROOT, "logitjax", name)}
-        tests = {f: t for area in wanted.values() for f, t in area.tests.items() if f in few}
-        wanted = {"smoke": Area(mutants=5, tests=tests)}
-    chosen = cases(ROOT, wanted, () if options.smoke else by_hand(ROOT), _SEED)
+        tests = {f: t for area in chosen_areas.values() for f, t in area.tests.items() if f in few}
+        chosen_areas = {"smoke": Area(mutants=5, tests=tests)}
+    chosen = cases(ROOT, chosen_areas, () if options.smoke else by_hand(ROOT), _SEED)
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = options.directory.resolve()
     # What is known to change nothing is not tried.
@@ -400,6 +400,6 @@ def run(options: suite.Options) -> suite.Result:
     if not options.smoke:
         passed = sum(verdict != "killed" for case, verdict in outcomes if case.name)
         bars.append(suite.at_most("faults that tests once let pass and still do", passed, 0))
-        if len(wanted) == len(known):
+        if len(chosen_areas) == len(known_areas):
             bars.append(suite.at_least("mutants", len(outcomes), 150))
     return suite.Result(rows=_counts(outcomes, "file"), bars=bars)

@@ -48,13 +48,13 @@ def _wheel(directory: Path) -> Path:
 
 def _install(directory: Path, wheel: Path, *, borrow: bool) -> Path:
     """The console script in a new environment."""
-    place = directory / "environment"
-    venv.create(place, with_pip=not borrow)
-    python = place / "bin" / "python"
+    environment = directory / "environment"
+    venv.create(environment, with_pip=not borrow)
+    python = environment / "bin" / "python"
     if borrow:
         # A `.pth` adds a folder and none of its hooks: the editable installation stays unseen.
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        below = place / "lib" / version / "site-packages"
+        below = environment / "lib" / version / "site-packages"
         (below / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
         pip = _jobs.module("pip", "--python", str(python), "install", "--quiet", "--no-deps")
     else:
@@ -62,7 +62,7 @@ def _install(directory: Path, wheel: Path, *, borrow: bool) -> Path:
     name = str(wheel) if borrow else f"{wheel}[models,plots]"
     _jobs.finish([*pip, "--force-reinstall" if borrow else "--upgrade", name],
                  directory / "install.log")  # fmt: skip
-    return place / "bin" / "logitjax"
+    return environment / "bin" / "logitjax"
 
 
 def _run(

@@ -30,7 +30,7 @@ def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[
     killed = process.poll() is None
     process.kill()
     process.wait()
-    held = f"{name}/lock" in store.names(_BUCKET)
+    locked = f"{name}/lock" in store.names(_BUCKET)
     status = _jobs.start(command, log, **variables).wait()
     seconds = time.monotonic() - begin
     again = _jobs.start(command, log, **variables).wait()
@@ -38,7 +38,7 @@ def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[
     return {
         "experiment": name,
         "killed": killed,
-        "lock left by the kill": held,
+        "lock left by the kill": locked,
         "status": status,
         "again": again,
         "report": f"{name}/report.md" in names,
@@ -52,11 +52,11 @@ def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[
 def run(options: suite.Options) -> suite.Result:
     """One experiment at the smoke scale, all of them at the full one."""
     few = options.smoke and not options.only
-    wanted = _EXPERIMENTS[3:4] if few else options.parts(_EXPERIMENTS)
+    names = _EXPERIMENTS[3:4] if few else options.parts(_EXPERIMENTS)
     directory = _jobs.fresh(options)
     draw = random.Random(time.time_ns())
     with contextlib.closing(Store()) as store:
-        rows = [_one(name, store, directory, draw) for name in wanted]
+        rows = [_one(name, store, directory, draw) for name in names]
     good = [
         row["status"] == row["again"] == 0 and row["report"] and not row["lock"] for row in rows
     ]

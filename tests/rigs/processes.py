@@ -28,20 +28,20 @@ class _Job:
 
 def _logged(workdir: Path) -> list[float]:
     """Of all arms or models, in the order of their names."""
-    found: list[float] = []
+    logged: list[float] = []
     for path in sorted(workdir.glob("*/**/metrics.jsonl")):
         records = map(json.loads, path.read_text().splitlines())
-        found += [record["loss"] for record in records if "loss" in record]
-    return found
+        logged += [record["loss"] for record in records if "loss" in record]
+    return logged
 
 
 def _curves(workdir: Path) -> list[float]:
     """Of converted heads, and of models from scratch, whose points also name their step."""
-    found: list[float] = []
+    points: list[float] = []
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         curve = json.loads(line)["curve"]
-        found += [point[1] if isinstance(point, list) else point for point in curve]
-    return found
+        points += [point[1] if isinstance(point, list) else point for point in curve]
+    return points
 
 
 _JOBS = {
@@ -86,13 +86,13 @@ def run(options: suite.Options) -> suite.Result:
     directory = _jobs.fresh(options)
     rows, bars = [], []
     for name in jobs:
-        found = {}
+        by_setting = {}
         for setting, shape in settings.items():
             workdir = directory / name / setting.replace(" ", "-")
-            found[setting] = _run(name, workdir, *shape, steps)
-        one = found["1 device"]
+            by_setting[setting] = _run(name, workdir, *shape, steps)
+        one = by_setting["1 device"]
         worst = 0.0
-        for setting, losses in found.items():
+        for setting, losses in by_setting.items():
             gaps = [abs(a - b) / max(abs(b), 1.0) for a, b in zip(losses, one, strict=True)]
             worst = max(worst, *gaps)
             rows.append(

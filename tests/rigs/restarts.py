@@ -91,8 +91,8 @@ def _winners(store: Store, directory: Path, rounds: int) -> list[int]:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    held = [json.loads(process.communicate(timeout=300)[0]) for process in pair]
-    return [sum(pair) for pair in zip(*held, strict=True)]
+    wins = [json.loads(process.communicate(timeout=300)[0]) for process in pair]
+    return [sum(pair) for pair in zip(*wins, strict=True)]
 
 
 def run(options: suite.Options) -> suite.Result:

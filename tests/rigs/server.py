@@ -58,10 +58,10 @@ def run(options: suite.Options) -> suite.Result:
             "load": lambda: _loaded(small, 8 if smoke else CLIENTS, 3 if smoke else SECONDS),
         }
         for name in options.parts(list(parts)):
-            found, decided = parts[name]()
-            for row in found:
+            lines, decided = parts[name]()
+            for row in lines:
                 logging.info("%s: %s", name, row)
-            rows += [{"part": name} | row for row in found]
+            rows += [{"part": name} | row for row in lines]
             bars += decided
     return suite.Result(rows=rows, bars=bars)
 

@@ -38,9 +38,9 @@ def test_a_budget_counts_what_is_under_way_and_gets_back_what_was_not_used():
     key = Key(name="anna", queries=5, tokens=100)
     accounts = Accounts([key])
     assert accounts.ledger.limit == math.inf
-    held = accounts.reserve(key, queries=2, tokens=90)
+    reservation = accounts.reserve(key, queries=2, tokens=90)
     assert refused(accounts, key, queries=1, tokens=11).code == "insufficient_quota"
-    accounts.settle(held, tokens=30, record={})
+    accounts.settle(reservation, tokens=30, record={})
     accounts.settle(accounts.reserve(key, queries=3, tokens=70), tokens=0, record=None)
     assert vars(accounts.spent(key)) == {"queries": 2, "tokens": 30, "nats": 0.0}
     assert refused(accounts, key, queries=4, tokens=1).code == "insufficient_quota"
@@ -54,13 +54,13 @@ def test_rates_say_when_to_come_back():
     clock = Clock()
     key = Key(name="anna", queries_per_minute=60, tokens_per_minute=600)
     accounts = Accounts([key], clock=clock)
-    held = accounts.reserve(key, queries=10, tokens=600)
+    reservation = accounts.reserve(key, queries=10, tokens=600)
     error = refused(accounts, key, queries=1, tokens=100)
     assert error.code == "rate_limit_exceeded"
     assert "tokens" in str(error)
     assert error.headers["Retry-After"] == "11"
     # What an answer did not need is there again at once.
-    accounts.settle(held, tokens=450, record={})
+    accounts.settle(reservation, tokens=450, record={})
     accounts.reserve(key, queries=1, tokens=100)
     clock.now += 30
     # More than a minute's worth is had by who waits for a full minute's, and owed from then on.
@@ -91,8 +91,8 @@ def test_a_log_is_what_a_restart_goes_on_from(tmp_path):
     path, key = tmp_path / "audit.jsonl", Key(name="anna", queries=3)
     accounts = Accounts([key], str(path))
     for values in (7, 8):
-        held = accounts.reserve(key, queries=1, tokens=50)
-        accounts.settle(held, tokens=20, record={"values": values})
+        reservation = accounts.reserve(key, queries=1, tokens=50)
+        accounts.settle(reservation, tokens=20, record={"values": values})
     accounts.settle(accounts.reserve(key, queries=1, tokens=5), tokens=0, record=None)
     accounts.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -149,8 +149,10 @@ def test_a_server_keeps_to_budgets_and_logs_the_values_it_gave_out(tmp_path):
         shown = [choice["logprobs"] for choice in answer["choices"]]
         values.append(0)
         for one in shown:
-            for name, own, top in zip(one["tokens"], one["token_logprobs"], one["top_logprobs"]):
-                values[-1] += len(top) + (own is not None and name not in top)
+            for name, logprob, top in zip(
+                one["tokens"], one["token_logprobs"], one["top_logprobs"]
+            ):
+                values[-1] += len(top) + (logprob is not None and name not in top)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["key"], line["queries"], line["values"]) for line in lines] == [
         ("anna", 1, values[0]),

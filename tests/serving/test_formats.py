@@ -92,14 +92,14 @@ def test_schemas_that_cannot_be_followed_are_refused_in_one_line(tiny, schema):
 
 
 def test_new_structures_rest_after_a_slow_one_and_known_ones_wait_for_nobody(tiny):
-    formats, known = tiny[1], '{"type": "null"}'
-    formats.begin("json", known)
+    formats, null_schema = tiny[1], '{"type": "null"}'
+    formats.begin("json", null_schema)
     formats._next = time.monotonic() + 0.5
 
     async def both():
         new = asyncio.create_task(formats.follow("json", '{"enum": ["new"]}', "response_format"))
         await asyncio.sleep(0)
-        await formats.follow("json", known, "response_format")
+        await formats.follow("json", null_schema, "response_format")
         assert not new.done()
         await new
 

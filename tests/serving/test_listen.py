@@ -27,12 +27,12 @@ COMPLETIONS = "/v1/completions"
 def half_open(address, count):
     """Connections that begin a request and never end it."""
     host, port = address.removeprefix("http://").split(":")
-    found = []
+    connections = []
     for i in range(count):
         connection = socket.create_connection((host, int(port)), timeout=10)
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX: "[: 1 + 9 * (i % 6)])
-        found.append(connection)
-    return found
+        connections.append(connection)
+    return connections
 
 
 def stream(address, seed):
@@ -64,11 +64,11 @@ async def refusing(keeper=None, scheduler=None, **options):
     """A server in this process that refuses everything, and its port in front."""
     app = Starlette(routes=[Route("/{path:path}", refuse, methods=["POST"])])
     app.state.service = SimpleNamespace(scheduler=scheduler or started())
-    said = Listening(port=0, **options)
+    options_given = Listening(port=0, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        keeper = keeper or Doorkeeper(said.connections, said.idle_seconds)
-        server = _Server(app, said, listener, keeper)
+        keeper = keeper or Doorkeeper(options_given.connections, options_given.idle_seconds)
+        server = _Server(app, options_given, listener, keeper)
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup()
@@ -88,10 +88,10 @@ def ask(port, path, size, *, pause=0.0, pieces=16):
         for _ in range(pieces):
             time.sleep(pause)
             connection.sendall(b" " * (size // pieces))
-        found = b""
-        while not found.endswith((b"no", b"}}")):
-            found += connection.recv(1 << 16) or b"}}"
-        return found
+        received = b""
+        while not received.endswith((b"no", b"}}")):
+            received += connection.recv(1 << 16) or b"}}"
+        return received
 
 
 @pytest.mark.parametrize("path", ["/closes", "/keeps"])
@@ -111,10 +111,10 @@ def test_what_is_no_http_is_refused_in_json():
     def garbage(port):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
-            found = b""
+            received = b""
             while part := connection.recv(1 << 16):
-                found += part
-            return found
+                received += part
+            return received
 
     async def asked():
         async with refusing() as (port, _):

@@ -44,9 +44,9 @@ def test_a_context_has_one_name_whether_given_or_generated():
     begun = {"context": noisy.extra([5])["context"][None]}
     for token in (6, 70000):
         begun = remember(begun, jnp.array([token]), jnp.array([True]))
-        held = remember(begun, jnp.array([9]), jnp.array([False]))
+        state = remember(begun, jnp.array([9]), jnp.array([False]))
     np.testing.assert_array_equal(begun["context"][0], given)
-    np.testing.assert_array_equal(held["context"][0], given)
+    np.testing.assert_array_equal(state["context"][0], given)
     others = [noisy.extra([6, 5, 70000]), Disclosure(noisy.policy, seed=5).extra([5, 6, 70000])]
     assert all((given != other["context"]).all() for other in others)
 
@@ -290,9 +290,9 @@ async def _attack(app, count):
     for status, answer in await asyncio.gather(*[one(i % VOCAB) for i in range(count)]):
         assert status == 200, answer
         shown = answer["choices"][0]["logprobs"]
-        own = {shown["tokens"][-1]: shown["token_logprobs"][-1]}
-        untold += None in own.values()
-        for name, value in (own | ((shown["top_logprobs"] or [{}])[-1] or {})).items():
+        drawn = {shown["tokens"][-1]: shown["token_logprobs"][-1]}
+        untold += None in drawn.values()
+        for name, value in (drawn | ((shown["top_logprobs"] or [{}])[-1] or {})).items():
             if value is not None:
                 values.setdefault(name, set()).add(round(value, 4))
     return values, untold

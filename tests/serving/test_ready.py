@@ -70,28 +70,28 @@ def test_after_ready_nothing_is_compiled(policy, choices):
                 await asyncio.sleep(0.05)
             jax.monitoring.register_event_duration_secs_listener(count)
             try:
-                found = []
+                answers = []
                 for more in MATRIX:
                     body = {"prompt": "ab", "max_tokens": 6, "seed": 3} | more
-                    found.append((more, await call(app, "/v1/completions", body), len(compiled)))
+                    answers.append((more, await call(app, "/v1/completions", body), len(compiled)))
                 # Together, so that one waits for another's mask, and after somebody has left.
                 several = [{"prompt": [i], "max_tokens": 12} | m for i, m in enumerate(MATRIX, 5)]
                 leaving = asyncio.ensure_future(call(app, "/v1/completions", {"prompt": LONG}))
                 await asyncio.sleep(0.01)
                 leaving.cancel()
                 asked = [call(app, "/v1/completions", body) for body in several]
-                found += zip(several, await asyncio.gather(*asked), strict=True)
+                answers += zip(several, await asyncio.gather(*asked), strict=True)
                 for sizes in ((2,), (40, 3, 64), (5,) * 9) if choices == "free" else ():
                     body = {"documents": [[1] * size for size in sizes], "starts": [1] * len(sizes)}
                     for given, method in ((None, "GET"), (body | {"rank": 2}, "POST")):
-                        said = await call(app, "/v1/hidden_states", given, method=method)
-                        found.append((sizes, said, len(compiled)))
+                        states = await call(app, "/v1/hidden_states", given, method=method)
+                        answers.append((sizes, states, len(compiled)))
             finally:
                 jax.monitoring.unregister_event_duration_listener(count)
-            return found
+            return answers
 
-    found = asyncio.run(ask())
-    for body, (status, answer), *_ in found:
+    answers = asyncio.run(ask())
+    for body, (status, answer), *_ in answers:
         assert status == 200 or choices != "free", (body, answer)
-    assert [status for _, (status, _), *_ in found].count(200) >= len(found) / 2
+    assert [status for _, (status, _), *_ in answers].count(200) >= len(answers) / 2
     assert not compiled, compiled

@@ -129,10 +129,10 @@ def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
 
     async def ask(*limits):
         async def read(job):
-            found = []
-            while not (found and (isinstance(found[-1], Exception) or found[-1].last)):
-                found.append(await job.tokens.get())
-            return found, time.monotonic()
+            received = []
+            while not (received and (isinstance(received[-1], Exception) or received[-1].last)):
+                received.append(await job.tokens.get())
+            return received, time.monotonic()
 
         jobs = []
         for new, follower in limits:

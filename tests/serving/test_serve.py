@@ -172,15 +172,15 @@ def test_an_echoed_prompt_is_told_as_an_answer_would_be(client, model):
     hidden, _ = decoder.hidden_states(jnp.array([tokens]))
     truth = np.asarray(jax.nn.log_softmax(decoder.logits(hidden)[0, :-1]))
     assert choice.logprobs.top_logprobs[0] is None
-    for row, own, top, token in zip(
+    for row, logprob, top, token in zip(
         truth, choice.logprobs.token_logprobs[1:], choice.logprobs.top_logprobs[1:], tokens[1:]
     ):
         np.testing.assert_allclose(sorted(top.values()), np.sort(row)[-5:], atol=1e-4)
         # Beyond the five it is not told.
         if token in np.argsort(row)[-5:]:
-            assert own == pytest.approx(row[token], abs=1e-4)
+            assert logprob == pytest.approx(row[token], abs=1e-4)
         else:
-            assert own is None
+            assert logprob is None
     both = client.completions.create(**options, max_tokens=4)
     plain = client.completions.create(**options | {"echo": False}, max_tokens=4)
     assert both.choices[0].text == "Hello" + plain.choices[0].text
@@ -204,14 +204,14 @@ def test_answers_of_a_schema_are_valid_beside_free_ones(client):
     options = dict(model="tiny", prompt="abc", max_tokens=32, temperature=1.0)
 
     def ask(seed):
-        held = seed % 4 != 3
+        structured = seed % 4 != 3
         answer = client.completions.create(
-            **options, seed=seed, extra_body={"response_format": told} if held else {}
+            **options, seed=seed, extra_body={"response_format": told} if structured else {}
         )
-        if held:
+        if structured:
             assert answer.choices[0].finish_reason == "stop"
             jsonschema.validate(json.loads(answer.choices[0].text), schema)
-        return held
+        return structured
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(ask, range(16))) == 12
@@ -303,10 +303,10 @@ def test_overload_is_refused_with_a_time_and_nothing_else_breaks(address):
         return status, headers.get("Retry-After")
 
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
-        found = list(pool.map(one, range(80)))
-    codes = {status for status, _ in found}
+        responses = list(pool.map(one, range(80)))
+    codes = {status for status, _ in responses}
     assert codes == {200, 429}
-    assert all(int(after) >= 1 for status, after in found if status == 429)
+    assert all(int(after) >= 1 for status, after in responses if status == 429)
     assert post(address, COMPLETIONS, {"prompt": "a", "max_tokens": 1}, key=KEY)[0] == 200
 
 

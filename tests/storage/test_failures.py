@@ -28,7 +28,7 @@ def test_a_wrong_path_does_not(code):
 
 
 @pytest.mark.parametrize(
-    ("said", "passes"),
+    ("message", "passes"),
     [
         # As orbax and tensorstore say it, in a ValueError.
         ('RESOURCE_EXHAUSTED: Error writing "mu/1.0" in OCDBT: No space left on device', True),
@@ -43,8 +43,8 @@ def test_a_wrong_path_does_not(code):
         ("checkpoint 4 in runs/a: 'head' is float32[8] in it, expected float32[16]", False),
     ],
 )
-def test_what_a_value_error_says_decides(said, passes):
-    assert may_pass(ValueError(said)) == passes
+def test_what_a_value_error_says_decides(message, passes):
+    assert may_pass(ValueError(message)) == passes
 
 
 @pytest.mark.parametrize(

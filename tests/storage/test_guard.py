@@ -92,8 +92,8 @@ def test_a_pickle_that_repeats_itself_ends(tmp_path, monkeypatch):
     for _ in range(15):
         key = (key, key)
     path.write_bytes(pickle.dumps(value))
-    found = read_numpy_pickle(path)
-    assert found[0] is found[1]
+    tree = read_numpy_pickle(path)
+    assert tree[0] is tree[1]
     # As a key it would be hashed leaf by leaf.
     path.write_bytes(pickle.dumps({key: 1}))
     refused(lambda: read_numpy_pickle(path), "a key that is a tuple")
@@ -108,8 +108,8 @@ def test_a_pickle_that_repeats_itself_ends(tmp_path, monkeypatch):
 def test_a_list_that_holds_itself_is_refused_and_one_that_comes_twice_is_one(tmp_path):
     path, twice = tmp_path / "a.ckpt", [np.ones(2)]
     path.write_bytes(pickle.dumps({"a": twice, "b": twice}))
-    found = read_numpy_pickle(path)
-    assert found["a"] is found["b"]
+    tree = read_numpy_pickle(path)
+    assert tree["a"] is tree["b"]
     twice.append(twice)
     path.write_bytes(pickle.dumps(twice))
     refused(lambda: read_numpy_pickle(path), "contains itself")

@@ -107,12 +107,12 @@ def tensor(storage: tuple, offset, size, stride) -> bytes:
         {"w": Call(_torch_checkpoint._Tensor, Reference(), offset, size, stride, False, None)}
     )
     data = out.getvalue()
-    for mine, theirs in (
+    for mine, of_torch in (
         (b"clogitjax.storage._torch_checkpoint\n_Tensor\n", b"ctorch._utils\n_rebuild_tensor_v2\n"),
         (b"ctests.storage.test_torch_checkpoint\nFloatStorage\n", b"ctorch\nFloatStorage\n"),
     ):
         assert mine in data
-        data = data.replace(mine, theirs)
+        data = data.replace(mine, of_torch)
     return data
 
 
@@ -173,8 +173,8 @@ def test_damaged_files_are_named(tmp_path):
 
 def flipped(whole: bytes, rng: np.random.Generator, count: int) -> bytes:
     content = bytearray(whole)
-    for place in rng.integers(len(whole), size=count):
-        content[place] ^= 1 << int(rng.integers(8))
+    for offset in rng.integers(len(whole), size=count):
+        content[offset] ^= 1 << int(rng.integers(8))
     return bytes(content)
 
 

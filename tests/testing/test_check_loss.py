@@ -21,12 +21,12 @@ def log_softmax(x):
 def divergence(student, teacher):
     """A right one, in the lines of a stranger."""
     exists = jnp.asarray(teacher) > -jnp.inf
-    ours, theirs = (
+    ours, log_p = (
         log_softmax(student),
         log_softmax(jnp.where(jnp.isnan(teacher), jnp.nan, teacher)),
     )
-    gap = jnp.where(exists | jnp.isnan(theirs), theirs - ours, 0.0)
-    return (jnp.exp(theirs) * gap).sum(-1)
+    gap = jnp.where(exists | jnp.isnan(log_p), log_p - ours, 0.0)
+    return (jnp.exp(log_p) * gap).sum(-1)
 
 
 def entropy_of(label_of):

@@ -56,7 +56,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "variables", "status", "said"),
+    ("fault", "variables", "status", "message"),
     [
         # Gone: its heartbeat stops, and the other ends.
         ("--signal=SIGKILL@6@1", {"LOGITJAX_HEARTBEAT_SECONDS": "10"}, 137, "is gone"),
@@ -65,10 +65,10 @@ def unbroken(tmp_path_factory):
     ],
     ids=["killed", "hung"],
 )
-def test_one_of_two_processes(fault, variables, status, said, unbroken, tmp_path):
+def test_one_of_two_processes(fault, variables, status, message, unbroken, tmp_path):
     lost = launch(tmp_path, fault, **variables)
     assert lost.returncode == status, lost.stderr[-3000:]
-    assert said in lost.stderr
+    assert message in lost.stderr
     kept = len(toy.losses(tmp_path))
     assert 4 <= kept < 12
     again = launch(tmp_path)
@@ -100,20 +100,28 @@ def test_stall_seconds_must_be_a_number(monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that makes a file system of so many bytes, or another size of it."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    folder = tmp_path / "disk"
+    folder.mkdir()
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("only root may mount a small file system")
 
     def resize(size, *options):
-        words = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", place]
+        words = [
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            ",".join([*options, f"size={size}"]),
+            "tmpfs",
+            folder,
+        ]
         done = subprocess.run(words, capture_output=True, check=False)
         if done.returncode:
             pytest.skip(f"mount: {done.stderr.decode().strip()}")
-        return place
+        return folder
 
     yield resize
-    subprocess.run(["umount", place], capture_output=True, check=False)
+    subprocess.run(["umount", folder], capture_output=True, check=False)
 
 
 @pytest.mark.slow
@@ -125,17 +133,17 @@ def test_disk_full_while_saving(small_disk, unbroken):
     used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*") if path.is_file())
     small_disk(used + (16 << 10), "remount")
     with start(disk) as full:
-        said = full.communicate(timeout=120)[1]
+        errors = full.communicate(timeout=120)[1]
     assert full.returncode not in (0, -signal.SIGKILL)
-    assert "No space left on device" in said or "ENOSPC" in said or str(errno.ENOSPC) in said
+    assert "No space left on device" in errors or "ENOSPC" in errors or str(errno.ENOSPC) in errors
     # What was saved before is whole, and with more space the same run goes on from it.
     small_disk("64m", "remount")
     state = toy.train(disk)
     assert (toy.digest(jax.device_get(state.params)), toy.losses(disk)) == unbroken
 
 
-@pytest.mark.parametrize("place", ["start", "middle", "end"])
-def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
+@pytest.mark.parametrize("part", ["start", "middle", "end"])
+def test_corrupted_shard_of_rows_names_the_file(part, tmp_path):
     """As long as before, so that its size gives nothing away."""
     rng = np.random.default_rng(0)
     rows = [rng.bytes(400) for _ in range(64)]
@@ -143,13 +151,13 @@ def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
     assert ShardReader(epath.Path(tmp_path), shards).read(range(64)) == rows
     path = tmp_path / shards[1]["file"]
     content = bytearray(path.read_bytes())
-    at = {"start": 0, "middle": len(content) // 2, "end": len(content) - 600}[place]
+    at = {"start": 0, "middle": len(content) // 2, "end": len(content) - 600}[part]
     for i in range(at, at + 600):
         content[i] ^= 0x5A
     path.write_bytes(content)
     reader = ShardReader(epath.Path(tmp_path), shards)
     assert reader.read(range(32)) == rows[:32]
-    if place == "end":  # Padding, which nobody reads.
+    if part == "end":  # Padding, which nobody reads.
         assert reader.read(range(32, 64)) == rows[32:]
         return
     with pytest.raises(ValueError, match=rf"shard \S*{path.name} is damaged"):

@@ -98,8 +98,8 @@ def flip(checkpoint):
     """One bit in every 32 bytes: a single one may hit what a later write has superseded."""
     for path in checkpoint.glob("state/**/d/*"):
         content = bytearray(path.read_bytes())
-        for place in range(0, len(content), 32):
-            content[place] ^= 1
+        for offset in range(0, len(content), 32):
+            content[offset] ^= 1
         path.write_bytes(content)
 
 
@@ -117,9 +117,9 @@ def differ(checkpoint):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    ("damage", "said"), [(truncate, ""), (delete, ""), (flip, ""), (differ, "the checksum of")]
+    ("damage", "message"), [(truncate, ""), (delete, ""), (flip, ""), (differ, "the checksum of")]
 )
-def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplog):
+def test_corrupt_checkpoint_falls_back_and_says_so(damage, message, tmp_path, caplog):
     mesh = training.make_mesh("data:4,fsdp:2")
     states = [
         training.TrainState.create(toy.init, toy.optimizer(), mesh=mesh, seed=s) for s in (1, 2)
@@ -138,7 +138,7 @@ def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplo
         warned = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
         assert len(warned) == 1
         assert "checkpoint 1 in" in warned[0]
-        assert said in warned[0]
+        assert message in warned[0]
         assert "using checkpoint 0" in warned[0]
         assert (tmp_path / "corrupt_1").is_dir()
         # The same step can be saved again.
@@ -342,9 +342,9 @@ def test_metrics_are_on_disk_before_a_checkpoint_that_follows_them(tmp_path):
         writer=Writer(),
         options=training.LoopOptions(log_every=1, checkpoint_every=2),
     )
-    for place, (kind, _) in enumerate(events):
+    for index, (kind, _) in enumerate(events):
         if kind in ("save", "wait"):
-            since = [name for name, _ in events[:place] if name in ("write", "flush")]
+            since = [name for name, _ in events[:index] if name in ("write", "flush")]
             assert since[-1] == "flush"
 
 

@@ -28,7 +28,7 @@ def test_mesh(spec, shape):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("data:3", "it needs 3 devices, there are 8"),
         ("data:-1,tensor:3", "3 does not divide the 8 devices"),
@@ -41,10 +41,10 @@ def test_mesh(spec, shape):
         ("", "got ''"),
     ],
 )
-def test_mesh_errors_are_one_line(spec, said):
+def test_mesh_errors_are_one_line(spec, message):
     with pytest.raises(ValueError, match="mesh") as error:
         training.make_mesh(spec)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -148,12 +148,12 @@ class FakeTpu:
 
 def test_slices_need_an_axis_of_their_own_and_no_other_size():
     chips = [FakeTpu(number, 2) for number in range(8)]
-    for spec, said in {
+    for spec, message in {
         "data:-1,fsdp:2": "expected dcn_data:2 too, for 2 slices, got none",
         "dcn_data:4,data:-1": "expected dcn_data:2, one a slice, got 4",
         "dcn_data:2,fsdp:3": "it needs 6 devices, there are 8",
     }.items():
-        with pytest.raises(ValueError, match=f"^mesh {spec!r}: {said}"):
+        with pytest.raises(ValueError, match=f"^mesh {spec!r}: {message}"):
             training.make_mesh(spec, devices=chips)
 
 

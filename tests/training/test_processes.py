@@ -91,8 +91,8 @@ def test_launcher_stops_the_others_and_passes_signals_on():
     )
     assert failed.returncode == 7
     text = 'echo "$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES ${JAX_COORDINATOR_ADDRESS%:*}"'
-    said = launch(2, 3, "bash", "-c", text)
-    assert sorted(said.stdout.split("\n")[:2]) == ["[0] 2 3 127.0.0.1", "[1] 2 3 127.0.0.1"]
+    launched = launch(2, 3, "bash", "-c", text)
+    assert sorted(launched.stdout.split("\n")[:2]) == ["[0] 2 3 127.0.0.1", "[1] 2 3 127.0.0.1"]
     assert launch(1, 1).returncode == 2
     command = [LAUNCH, "2", "1", "bash", "-c", "echo ready; exec sleep 60"]
     with subprocess.Popen(

@@ -67,9 +67,9 @@ def test_two_processes_find_what_one_finds(tmp_path, experiment, flags, made):
         command = (sys.executable, "-m", f"experiments.{experiment}", "--preset=smoke", *flags)
         done = launch(processes, 1, *command, f"--workdir={workdir}")
         assert done.returncode == 0, done.stderr[-3000:]
-        found = sorted(workdir.glob(made))
-        assert len(found) == 2
-        reports.append([json.loads(path.read_text()) for path in found])
+        files = sorted(workdir.glob(made))
+        assert len(files) == 2
+        reports.append([json.loads(path.read_text()) for path in files])
     for one, two in zip(*reports, strict=True):
         for name in ("leak", "dimension", "nll", "trained"):
             if name in one:
@@ -99,10 +99,10 @@ cli.main(Config, {"only": {}}, run)
 @pytest.mark.every_change
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [("ValueError", 2, "process 1: no such thing (details"), ("KeyError", 1, "Traceback")],
 )
-def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, status, said):
+def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, status, message):
     # The usual way out of Python would wait for the other process, which waits for this one.
     monkeypatch.setenv("GRACE", "1")
     done = launch(
@@ -110,7 +110,7 @@ def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, stat
         timeout=60,
     )
     assert done.returncode == status, done.stdout + done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "no such thing" in done.stderr
 
 

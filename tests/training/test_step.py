@@ -155,10 +155,10 @@ def test_a_decoder_and_a_blocked_loss_on_slices_equal_one_device(mesh):
         state, output = training.TrainStep(loss_fn, tx, mesh=mesh, **options)(state, tokens)
         return jax.device_get((state.params, output.metrics["loss"]))
 
-    found = trained(training.make_mesh(mesh), accumulate=2)
+    on_slices = trained(training.make_mesh(mesh), accumulate=2)
     expected = trained(training.make_mesh("data:1", jax.devices()[:1]))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), on_slices, expected
     )
 
 

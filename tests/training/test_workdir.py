@@ -40,8 +40,8 @@ os.unlink(sys.argv[1])
 
 def test_a_second_run_is_refused_and_told_whose_the_workdir_is(tmp_path):
     with another_process(tmp_path) as holder:
-        said = rf"folder .* is in use by process {holder.pid} on"
-        with pytest.raises(WorkdirInUseError, match=said), lock_workdir(tmp_path):
+        message = rf"folder .* is in use by process {holder.pid} on"
+        with pytest.raises(WorkdirInUseError, match=message), lock_workdir(tmp_path):
             pass
     with lock_workdir(tmp_path):
         pass

@@ -112,8 +112,8 @@ def test_compact_nodes_keeps_equal_ids_equal():
 
 def test_compact_nodes_gives_no_node_to_a_negative_id():
     ids = np.array([[[7, -1], [900, 7], [-5, 31], [31, 7]]], np.int32)
-    wanted = [[[0, -1], [2, 0], [-1, 1], [1, 0]]]
-    np.testing.assert_array_equal(transport.compact_nodes(ids), wanted)
+    compacted = [[[0, -1], [2, 0], [-1, 1], [1, 0]]]
+    np.testing.assert_array_equal(transport.compact_nodes(ids), compacted)
 
 
 def test_bad_inputs_name_the_culprit():

@@ -110,8 +110,8 @@ def test_what_is_lost_by_a_cast_under_jit_belongs_to_the_bounds():
     argument = jax.jit(transport.certificate)(*pair)
     for answer in (constant, argument):
         assert answer.lower <= true <= answer.upper < 1e-12
-    known = transport.certificate(*pair)
-    np.testing.assert_allclose(known.upper, true, rtol=1e-2)
+    certificate = transport.certificate(*pair)
+    np.testing.assert_allclose(certificate.upper, true, rtol=1e-2)
     with pytest.raises(ValueError, match="c: expected a largest entry from 1e-18 to 1e18"):
         jax.jit(lambda key: transport.certificate(C * 1e30, other, key=key))(jax.random.key(0))
 

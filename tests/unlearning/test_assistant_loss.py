@@ -93,9 +93,12 @@ def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
     moved = {}
     for name, rows in BATCH.items():
         tokens = jnp.asarray(rows["tokens"])
-        hidden, known = target().hidden_states(tokens)[0], assistant.hidden_states(tokens)[0]
+        hidden, assistant_hidden = (
+            target().hidden_states(tokens)[0],
+            assistant.hidden_states(tokens)[0],
+        )
         large = target().logits(hidden)
-        fused, _ = fuse(large, assistant.logits(known)[None], None)
+        fused, _ = fuse(large, assistant.logits(assistant_hidden)[None], None)
         labels, where = tokens[:, 1:], rows["mask"][:, 1:]
         gap = losses.cross_entropy(fused[:, :-1], labels) - losses.cross_entropy(
             large[:, :-1], labels
@@ -160,12 +163,12 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
 
     def of_undial(params, linear):
         student, before = nnx.merge(graphdef, params), model
-        here, there = (m.hidden_states(tokens)[0][:, :-1] for m in (student, before))
+        here, hidden_before = (m.hidden_states(tokens)[0][:, :-1] for m in (student, before))
         if linear:
             heads = student.head_of(), before.head_of()
             method = unlearning.METHODS.parse("undial")
-            return method.values(here, heads[0], 0.5 * there, heads[1], labels).sum()
-        return undial(student.logits(here), before.logits(0.5 * there), labels).sum()
+            return method.values(here, heads[0], 0.5 * hidden_before, heads[1], labels).sum()
+        return undial(student.logits(here), before.logits(0.5 * hidden_before), labels).sum()
 
     run = jax.jit(jax.value_and_grad(of_undial), static_argnums=1)
     chex.assert_trees_all_close(run(params, True), run(params, False), rtol=1e-3, atol=1e-4)
@@ -176,13 +179,13 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
 
 @pytest.mark.slow
 def test_positions_that_do_not_count_need_not_meet_the_head():
-    lora, count, found = trained()[0].lora, 11, []
+    lora, count, gradients = trained()[0].lora, 11, []
     for most in (None, count, count + 3):
         loss_fn, constants = of_counts(most)
-        found.append(jax.grad(lambda x, f=loss_fn, c=constants: f(x, BATCH, None, c)[0])(lora))
-    for other in found[1:]:
+        gradients.append(jax.grad(lambda x, f=loss_fn, c=constants: f(x, BATCH, None, c)[0])(lora))
+    for other in gradients[1:]:
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients[0], other
         )
     loss_fn, constants = of_counts(count - 1)
     assert np.isnan(loss_fn(lora, BATCH, None, constants)[0])

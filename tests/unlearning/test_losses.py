@@ -120,7 +120,7 @@ def given(name):
 
 
 @functools.cache
-def found():
+def gradient_of():
     """Values and gradients of each loss, in one program."""
 
     @jax.jit
@@ -135,7 +135,7 @@ def found():
 def test_value_and_gradient_equal_float64_oracles(name):
     _, oracle = (SEQUENCE | TOKEN)[name]
     x = given(name)
-    value, gradient = found()[name]
+    value, gradient = gradient_of()[name]
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, oracle(x.astype(np.float64)), rtol=1e-6, atol=1e-6)
     expected = finite_differences(oracle, x)

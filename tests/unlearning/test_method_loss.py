@@ -57,22 +57,22 @@ def test_losses_from_hidden_states_are_those_of_logits():
 
     @functools.partial(jax.jit, static_argnums=2)
     def ours(params, reference, more=None):
-        found = {}
+        values = {}
         for name in METHODS:
             method = method_of(name)
             counts = None
             if more is not None:
                 counts = [{side: n + more for side, n in most.items()}]
             loss_fn, _ = method.make_loss(model, counts=counts, key=KEY)
-            found[name] = loss_fn(method.start(params), batch, None, reference)[0]
-        return found
+            values[name] = loss_fn(method.start(params), batch, None, reference)[0]
+        return values
 
     @jax.jit
     def logits(params, tokens):
         return nnx.merge(graphdef, params, rest)(tokens)
 
     params = nnx.to_pure_dict(params)
-    found = ours(params, reference)
+    from_hidden = ours(params, reference)
     z, z0 = (
         {k: logits(p, s["tokens"])[:, :-1] for k, s in batch.items()} for p in (params, reference)
     )
@@ -86,7 +86,7 @@ def test_losses_from_hidden_states_are_those_of_logits():
     def values_of(name, *arrays):
         return unlearning.METHODS.parse(name).values(*arrays)
 
-    n, n0, said, said0 = (
+    n, n0, nll_sum, said0 = (
         np.where(where[k], x[k], 0.0).sum(-1) for k in ("forget", "instead") for x in (nll, nll0)
     )
     lengths = where["forget"].sum(-1)
@@ -111,18 +111,18 @@ def test_losses_from_hidden_states_are_those_of_logits():
         "task_vector": mean(nll["forget"], "forget"),
         "wga": mean(values_of("wga", nll["forget"]), "forget") + kept,
         "gradient_ascent_kl": diverged - mean(nll["forget"], "forget"),
-        "idk_dpo": float(values_of("idk_dpo", said, n, said0, n0).mean()) + kept,
+        "idk_dpo": float(values_of("idk_dpo", nll_sum, n, said0, n0).mean()) + kept,
         "pdu": mean(flat, "forget") + MULTIPLIER * (kept - BOUND),
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=2e-4, err_msg=name)
+        np.testing.assert_allclose(from_hidden[name], value, rtol=2e-4, err_msg=name)
     for more in (0, -1):
         for name, value in ours(params, reference, more).items():
-            np.testing.assert_allclose(value, found[name], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(value, from_hidden[name], rtol=1e-5, err_msg=name)
     for name, value in ours(params, reference, -2).items():
         assert np.isnan(value), name
     # Of the same model there is nothing to keep but itself; the direction is where RMU goes.
-    assert float(found["rmu"]) > 0
+    assert float(from_hidden["rmu"]) > 0
 
 
 @pytest.mark.slow
@@ -144,16 +144,16 @@ def test_adapters_give_what_the_merged_weights_give_beside_the_same_reference():
         graphdef, state = nnx.split(model)
         merged = lora.merged_into(nnx.merge(graphdef, state))
         weights = nnx.to_pure_dict(nnx.state(merged, nnx.Param))
-        found = {}
+        values = {}
         for name in METHODS:
             method = method_of(name)
-            found[name] = tuple(
+            values[name] = tuple(
                 method.make_loss(model, adapters=adapters, key=KEY)[0](
                     method.start(trained), batch, None, params
                 )[0]
                 for adapters, trained in ((False, weights), (True, lora))
             )
-        return found
+        return values
 
     for name, (whole, beside) in both(lora, params).items():
         np.testing.assert_allclose(beside, whole, rtol=1e-4, err_msg=name)

@@ -44,13 +44,13 @@ def test_a_log_of_tofus_own_code_says_the_same():
     np.testing.assert_allclose(truth_ratio(truth, wrong), golden("truth_ratio"), rtol=1e-6)
     likely = normalised_probability(golden("avg_gt_loss"), wrong)
     np.testing.assert_allclose(-np.log(likely), golden("normalized_gt_loss"), rtol=1e-12)
-    _, said, answers = zip(*golden("generated_text"))
-    assert rouge(answers, said).rouge_l.tolist() == golden("rougeL_recall")
+    _, generated, answers = zip(*golden("generated_text"))
+    assert rouge(answers, generated).rouge_l.tolist() == golden("rougeL_recall")
 
 
 def test_metrics_of_that_log():
-    found = tofu.metrics_from_logs(GOLDENS)
-    scores = found.scores["world_facts"]
+    metrics = tofu.metrics_from_logs(GOLDENS)
+    scores = metrics.scores["world_facts"]
     assert scores.items == 7
     assert scores.rouge_l == pytest.approx(6 / 7)
     assert scores.probability == pytest.approx(
@@ -58,8 +58,8 @@ def test_metrics_of_that_log():
     )
     ratio = np.array(golden("truth_ratio"))
     assert scores.truth_ratio == pytest.approx(np.maximum(0, 1 - ratio).mean(), rel=1e-6)
-    assert found.model_utility is None
-    assert found.forget_quality is None
+    assert metrics.model_utility is None
+    assert metrics.forget_quality is None
 
 
 @hypothesis.given(losses, wrong_losses, st.floats(-5, 5))
@@ -111,11 +111,11 @@ def test_a_model_of_which_all_answers_cost_100_nats_more_has_no_forget_quality()
     assert with_eps.p_value == pytest.approx(1.94e-119, rel=5e-3)
     assert with_eps.statistic == 1.0
 
-    found = tofu.metrics_from_logs(gone, reference_logs=whole)
-    assert found.forget_quality is None
-    assert str(found.damage).startswith("over-forgotten: 102.")
-    assert "forget quality: none, for the model is over-forgotten" in found.table()
-    assert found.forget_quality is None
+    metrics = tofu.metrics_from_logs(gone, reference_logs=whole)
+    assert metrics.forget_quality is None
+    assert str(metrics.damage).startswith("over-forgotten: 102.")
+    assert "forget quality: none, for the model is over-forgotten" in metrics.table()
+    assert metrics.forget_quality is None
     assert tofu.metrics_from_logs(whole, reference_logs=whole).damage is None
 
 
@@ -126,9 +126,9 @@ def test_a_models_damage_is_a_guess_on_the_forget_set_or_a_doubled_perplexity_on
     small = tofu.metrics_from_logs(forgot, reference_logs=whole, vocab_size=32)
     assert str(small.damage).startswith("over-forgotten")
     for nats, damaged in ((0.69, False), (0.7, True)):
-        found = tofu.metrics_from_logs(destroyed(("retain",), nats), reference_logs=whole)
-        assert (found.forget_quality is None) == damaged
-        assert (found.damage or "destroyed").startswith("destroyed")
+        metrics = tofu.metrics_from_logs(destroyed(("retain",), nats), reference_logs=whole)
+        assert (metrics.forget_quality is None) == damaged
+        assert (metrics.damage or "destroyed").startswith("destroyed")
     with pytest.raises(ValueError, match=r"^vocab_size: expected at least 2 tokens, got 1"):
         tofu.metrics_from_logs(whole, reference_logs=whole, vocab_size=1)
 
@@ -138,8 +138,8 @@ def test_a_models_damage_is_a_guess_on_the_forget_set_or_a_doubled_perplexity_on
 )
 def test_open_unlearnings_eps_takes_over_at_23_nats(loss, ratio):
     assert truth_ratio([loss], [[loss + 0.5]])[0] == pytest.approx(0.6065, abs=1e-4)
-    found = truth_ratio([loss], [[loss + 0.5]], eps=1e-10)[0]
-    assert found == pytest.approx(ratio, rel=1e-2)
+    ratio_with_eps = truth_ratio([loss], [[loss + 0.5]], eps=1e-10)[0]
+    assert ratio_with_eps == pytest.approx(ratio, rel=1e-2)
 
 
 def test_losses_that_are_not_finite_are_named():
@@ -170,15 +170,15 @@ def parts(values):
 
 def test_model_utility_of_llama_2_that_knows_all_authors():
     # The nine numbers of its published logs, rounded; the utility from the logs is .6227.
-    known = [0.990, 0.986, 0.475, 0.455, 0.933, 0.596, 0.419, 0.882, 0.539]
-    assert model_utility(parts(known)) == pytest.approx(0.6227, abs=5e-4)
-    assert model_utility(parts([0.0, *known[1:]])) == 0.0
+    published = [0.990, 0.986, 0.475, 0.455, 0.933, 0.596, 0.419, 0.882, 0.539]
+    assert model_utility(parts(published)) == pytest.approx(0.6227, abs=5e-4)
+    assert model_utility(parts([0.0, *published[1:]])) == 0.0
     with pytest.raises(ValueError, match=r"^parts: expected numbers from 0 to 1"):
-        model_utility(parts([-0.1, *known[1:]]))
+        model_utility(parts([-0.1, *published[1:]]))
     with pytest.raises(ValueError, match=r"^parts: expected numbers from 0 to 1"):
-        model_utility(parts([np.nan, *known[1:]]))
+        model_utility(parts([np.nan, *published[1:]]))
     with pytest.raises(ValueError, match=r"got none of \['retain.probability'\]"):
-        model_utility({k: v for k, v in parts(known).items() if k != "retain.probability"})
+        model_utility({k: v for k, v in parts(published).items() if k != "retain.probability"})
 
 
 @hypothesis.given(st.lists(st.floats(0.01, 1), min_size=9, max_size=9))
@@ -193,10 +193,10 @@ def shifted(n, k):
 
 def test_forget_quality_of_published_models():
     # 119 of 300 items: Llama-2 that knows all authors against the one retrained on 90 %.
-    found = forget_quality(*shifted(300, 119))
-    assert found.statistic == pytest.approx(0.397, abs=5e-4)
-    assert found.p_value == pytest.approx(1.8e-21, rel=0.05)
-    assert found.log10_p_value == pytest.approx(np.log10(found.p_value))
+    quality = forget_quality(*shifted(300, 119))
+    assert quality.statistic == pytest.approx(0.397, abs=5e-4)
+    assert quality.p_value == pytest.approx(1.8e-21, rel=0.05)
+    assert quality.log10_p_value == pytest.approx(np.log10(quality.p_value))
     # Of 40 items the p-value can have few values, and tables of others have these. (Those of the
     # paper on logit-difference unlearning also have .66, .58 and .52 at 1 %: only .58 can be.)
     grid = [forget_quality(*shifted(40, k)).p_value for k in range(20)]
@@ -209,14 +209,14 @@ def test_forget_quality_of_published_models():
     st.lists(st.integers(-6, 6), min_size=1, max_size=30),
 )
 def test_forget_quality_is_scipys_whatever_increasing_function_is_taken(a, b):
-    found = forget_quality(a, b, resamples=20)
+    quality = forget_quality(a, b, resamples=20)
     expected = stats.ks_2samp(a, b)
-    assert found.statistic == expected.statistic
-    assert found.p_value == expected.pvalue
-    low, high = found.interval
-    assert 0 <= low <= found.statistic <= high <= 1
-    assert forget_quality(np.exp(a), np.exp(b), resamples=20) == found
-    assert forget_quality(b, a, resamples=1).statistic == found.statistic
+    assert quality.statistic == expected.statistic
+    assert quality.p_value == expected.pvalue
+    low, high = quality.interval
+    assert 0 <= low <= quality.statistic <= high <= 1
+    assert forget_quality(np.exp(a), np.exp(b), resamples=20) == quality
+    assert forget_quality(b, a, resamples=1).statistic == quality.statistic
 
 
 def test_a_model_is_like_itself_and_the_interval_covers():
@@ -237,10 +237,10 @@ def test_a_model_is_like_itself_and_the_interval_covers():
 
 
 def test_p_values_that_no_float_holds():
-    found = forget_quality(*shifted(4000, 3000), resamples=2)
-    assert found.p_value < 1e-300
-    assert np.isfinite(found.log10_p_value)
-    assert found.log10_p_value < -300
+    quality = forget_quality(*shifted(4000, 3000), resamples=2)
+    assert quality.p_value < 1e-300
+    assert np.isfinite(quality.log10_p_value)
+    assert quality.log10_p_value < -300
 
 
 def test_forget_quality_refuses_what_is_no_number():
@@ -255,9 +255,9 @@ def test_forget_quality_refuses_what_is_no_number():
 @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_extraction_strength_as_it_is_written(hits):
     k = next((k for k in range(len(hits) + 1) if all(hits[k:])), len(hits))
-    found = extraction_strength(hits)
-    assert found == pytest.approx(1 - k / len(hits))
-    assert found <= exact_memorisation(hits) == pytest.approx(np.mean(hits))
+    strength = extraction_strength(hits)
+    assert strength == pytest.approx(1 - k / len(hits))
+    assert strength <= exact_memorisation(hits) == pytest.approx(np.mean(hits))
 
 
 def test_a_text_without_a_token_is_not_known():
@@ -286,13 +286,13 @@ def test_privleak():
 
 
 def test_rouge_is_stemmed_recall_in_order():
-    found = rouge(
+    scores = rouge(
         ["The cats were running home", "a b c d", "", "Zoë’s"],
         ["home ran a cat, the running cat", "d c b a", "x", "zo"],
     )
     # the, cat, run, home of 5 words; in order: "the ... running" or "cat ... running".
-    np.testing.assert_allclose(found.rouge_1, [4 / 5, 1.0, 0.0, 0.5])
-    np.testing.assert_allclose(found.rouge_l, [2 / 5, 1 / 4, 0.0, 0.5])
+    np.testing.assert_allclose(scores.rouge_1, [4 / 5, 1.0, 0.0, 0.5])
+    np.testing.assert_allclose(scores.rouge_l, [2 / 5, 1 / 4, 0.0, 0.5])
     with pytest.raises(ValueError, match=r"as many predictions"):
         rouge(["a"], [])
 

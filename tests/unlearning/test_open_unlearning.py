@@ -55,8 +55,8 @@ LISTED = list(PERTURBED)
 def test_probabilities_and_truth_ratios():
     np.testing.assert_allclose(answer_probability(TRUTH), np.exp(-TRUTH), rtol=1e-12)
     p, wrong = np.exp(-TRUTH), np.exp(-PERTURBED)
-    theirs = p / (p + wrong.sum(1) + EPS)
-    np.testing.assert_allclose(normalised_probability(TRUTH, LISTED, eps=EPS), theirs, rtol=1e-12)
+    expected = p / (p + wrong.sum(1) + EPS)
+    np.testing.assert_allclose(normalised_probability(TRUTH, LISTED, eps=EPS), expected, rtol=1e-12)
     correct, mean = np.exp(-REWORDED), np.exp(-PERTURBED.mean(1))
     ratios = mean / (correct + EPS)
     np.testing.assert_allclose(truth_ratio(REWORDED, LISTED, eps=EPS), ratios, rtol=1e-12)
@@ -64,8 +64,8 @@ def test_probabilities_and_truth_ratios():
     forget = np.mean(np.minimum(ratios, 1 / (ratios + EPS)))
     assert truth_ratio_forget(logs, eps=EPS) == pytest.approx(forget, rel=1e-12)
     assert truth_ratio_utility(logs) == pytest.approx(np.maximum(0, 1 - ratios).mean(), rel=1e-12)
-    theirs = correct / (correct + mean + EPS)
-    np.testing.assert_allclose(preference(REWORDED, LISTED, eps=EPS), theirs, rtol=1e-12)
+    expected = correct / (correct + mean + EPS)
+    np.testing.assert_allclose(preference(REWORDED, LISTED, eps=EPS), expected, rtol=1e-12)
     # Without their eps nothing is called impossible because all of it is unlikely.
     np.testing.assert_allclose(
         preference(REWORDED + 60, list(PERTURBED + 60)), preference(REWORDED, LISTED), rtol=1e-12
@@ -83,8 +83,8 @@ def test_memorisation():
                 break
         greedy = best == labels
         # Their loop leaves k at the last token where no end fits.
-        theirs = max(extraction_strength(greedy), 1 / TOKENS)
-        assert theirs == pytest.approx(1 - k / TOKENS)
+        strength = max(extraction_strength(greedy), 1 / TOKENS)
+        assert strength == pytest.approx(1 - k / TOKENS)
         assert exact_memorisation(greedy) == pytest.approx((best == labels).sum() / TOKENS)
 
 
@@ -96,8 +96,8 @@ def test_membership_scores_of_tokens(k):
         mu = (np.exp(log_p) * log_p).sum(-1)
         sigma = (np.exp(log_p) * log_p**2).sum(-1) - mu**2
         scores = (-nll - mu) / np.sqrt(np.clip(sigma, 1e-6, None))
-        theirs = -np.mean(sorted(scores)[: max(1, int(k * TOKENS))])
-        assert min_k(-scores, k=k) == pytest.approx(theirs, rel=1e-12)
+        expected = -np.mean(sorted(scores)[: max(1, int(k * TOKENS))])
+        assert min_k(-scores, k=k) == pytest.approx(expected, rel=1e-12)
 
 
 def test_what_is_made_of_them():
@@ -110,12 +110,12 @@ def test_what_is_made_of_them():
     auc = membership_auc(members, others)
     assert auc == pytest.approx(pairs, rel=1e-12)
     for reference in (0.5, 0.62):
-        theirs = ((1 - auc) - (1 - reference)) / (1 - reference + EPS) * 100
-        assert privleak(auc, reference) == pytest.approx(theirs, rel=1e-9)
+        expected = ((1 - auc) - (1 - reference)) / (1 - reference + EPS) * 100
+        assert privleak(auc, reference) == pytest.approx(expected, rel=1e-9)
     ratios, reference = (np.exp(-PERTURBED.mean(1) - (-REWORDED)) * shift for shift in (1.0, 1.7))
-    theirs = stats.ks_2samp(1 / (ratios + EPS), 1 / (reference + EPS)).pvalue
-    found = forget_quality(np.log(ratios), np.log(reference))
-    assert found.p_value == pytest.approx(theirs, rel=1e-12)
+    expected = stats.ks_2samp(1 / (ratios + EPS), 1 / (reference + EPS)).pvalue
+    quality = forget_quality(np.log(ratios), np.log(reference))
+    assert quality.p_value == pytest.approx(expected, rel=1e-12)
     assert detection_rate(members, members + 10) == 1.0
     assert detection_rate(members + 10, members) == 0.0
 
@@ -144,22 +144,22 @@ def evaluated():
 
 def test_its_logs_are_read(tmp_path):
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(evaluated()))
-    found = tofu.metrics_from_logs(tmp_path, reference_logs=evaluated(), eps=EPS)
+    metrics = tofu.metrics_from_logs(tmp_path, reference_logs=evaluated(), eps=EPS)
     ratios = np.exp(-PERTURBED.mean(1)) / (np.exp(-REWORDED) + EPS)
-    scores = found.scores["forget"]
+    scores = metrics.scores["forget"]
     assert scores.truth_ratio == pytest.approx(np.minimum(ratios, 1 / (ratios + EPS)).mean())
     assert scores.probability == pytest.approx(np.exp(-TRUTH).mean())
     assert scores.exact_memorisation > scores.extraction_strength
     p = np.exp(-TRUTH)
-    options = found.scores["real_authors"]
+    options = metrics.scores["real_authors"]
     assert options.probability == pytest.approx((p / (p + np.exp(-PERTURBED).sum(1) + EPS)).mean())
     parts = [
-        getattr(found.scores[name], part)
+        getattr(metrics.scores[name], part)
         for name in ("retain", "real_authors", "world_facts")
         for part in ("probability", "rouge_l", "truth_ratio")
     ]
-    assert found.model_utility == pytest.approx(stats.hmean(parts))
-    assert found.forget_quality.p_value == 1.0
+    assert metrics.model_utility == pytest.approx(stats.hmean(parts))
+    assert metrics.forget_quality.p_value == 1.0
     broken = evaluated() | {"forget_Q_A_PARA_Prob": {"value_by_index": {"0": {}}}}
     with pytest.raises(ValueError, match="forget_Q_A_PARA_Prob: item 0 has no 'avg_loss'"):
         tofu.metrics_from_logs(broken)
@@ -174,8 +174,8 @@ def test_surprise_of_a_model():
     log_p = log_softmax(np.asarray(jax.jit(model.__call__)(tokens), np.float64))[0, :-1]
     mu = (np.exp(log_p) * log_p).sum(-1)
     sigma = (np.exp(log_p) * log_p**2).sum(-1) - mu**2
-    said = log_p[np.arange(8), tokens[0, 1:]]
-    expected = ((mu - said) / np.sqrt(np.clip(sigma, 1e-6, None)))[2:]
+    log_probs = log_p[np.arange(8), tokens[0, 1:]]
+    expected = ((mu - log_probs) / np.sqrt(np.clip(sigma, 1e-6, None)))[2:]
     np.testing.assert_allclose(
         np.asarray(deployed.surprise(tokens, targets))[0, 3:], expected, rtol=2e-4
     )

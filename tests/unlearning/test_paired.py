@@ -50,13 +50,13 @@ def test_same_tokens_and_log_probabilities_as_two_models(pair):
     options = decoding.DecodeOptions(logprobs=True, info=True)
     together = decoding.Ensemble(assistant.beside(target), fuse=DIFFERENCE)
     separate = decoding.Ensemble(target, experts=[apart(assistant)], fuse=DIFFERENCE)
-    ours, theirs = (
+    ours, two_models = (
         decoding.generate(model, PROMPTS, max_new_tokens=NEW, options=options)
         for model in (together, separate)
     )
-    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-4)
-    np.testing.assert_array_equal(ours.info["changed"], theirs.info["changed"])
+    np.testing.assert_array_equal(ours.tokens, two_models.tokens)
+    np.testing.assert_allclose(ours.logprobs, two_models.logprobs, atol=2e-4)
+    np.testing.assert_array_equal(ours.info["changed"], two_models.info["changed"])
     alone = decoding.generate(target, PROMPTS, max_new_tokens=NEW)
     assert (alone.tokens != ours.tokens).any()
 
@@ -66,8 +66,8 @@ def test_same_tokens_and_log_probabilities_as_two_models(pair):
 def test_a_relative_assistant_says_what_its_adapters_add(pair):
     target, assistant = pair
     deployed = unlearning.Deployed.less(target, assistant.lora, 0.7, relative=True)
-    prompt, said = [3, 1, 4], [1, 5, 9, 2]
-    tokens = np.array([prompt + said], np.int32)
+    prompt, continuation = [3, 1, 4], [1, 5, 9, 2]
+    tokens = np.array([prompt + continuation], np.int32)
 
     @jax.jit
     def oracle(target, base, lora):
@@ -76,8 +76,8 @@ def test_a_relative_assistant_says_what_its_adapters_add(pair):
         return jax.nn.log_softmax(model(tokens) - 0.7 * adds)
 
     (graphdef, state), (first, base) = nnx.split(target), nnx.split(assistant.base)
-    want = np.asarray(oracle(state, base, assistant.lora))[0, range(2, 6), said]
-    ours = decoding.score(deployed.line_up(), [prompt], [said])
+    want = np.asarray(oracle(state, base, assistant.lora))[0, range(2, 6), continuation]
+    ours = decoding.score(deployed.line_up(), [prompt], [continuation])
     np.testing.assert_allclose(ours.logprobs[0][:4], want, atol=2e-4)
     where = np.arange(7)[None] >= 3
     np.testing.assert_allclose(deployed.nll(tokens, where)[0][where], -want, atol=2e-4)
@@ -89,13 +89,13 @@ def test_rows_do_not_mix_and_slots_are_independent(pair):
     model = decoding.Ensemble(pair[1].beside(pair[0]), fuse=DIFFERENCE)
     together = decoding.generate(model, PROMPTS, max_new_tokens=NEW)
     engine = decoding.Engine(model, slots=2, max_length=32)
-    found = {}
+    rows = {}
     for slot, i in ((0, 1), (1, 0), (0, 2)):
         request = decoding.Request(prompt=PROMPTS[i], max_new_tokens=NEW)
         first = np.asarray(engine.prefill(slot, request).tokens).reshape(-1)
         rest = np.asarray(engine.decode_chunk(NEW - 1).tokens)[slot]
-        found[i] = [*first.tolist(), *rest.tolist()]
-    for i, tokens in found.items():
+        rows[i] = [*first.tolist(), *rest.tolist()]
+    for i, tokens in rows.items():
         assert tokens == together.tokens[i].tolist()
 
 
@@ -107,8 +107,8 @@ def test_alpha_zero_is_the_target_whose_weights_are_used_as_they_are(pair):
     assert params == mine
     off = decoding.Ensemble(model, fuse=fusion.LogitDifference(alpha=0.0))
     continuations = [[3, 1, 4, 1], [5, 9], [2]]
-    ours, theirs = (decoding.score(m, PROMPTS, continuations) for m in (off, target))
-    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+    ours, of_target = (decoding.score(m, PROMPTS, continuations) for m in (off, target))
+    np.testing.assert_allclose(ours.logprobs, of_target.logprobs, atol=2e-5)
 
 
 def test_an_assistant_of_another_model_is_refused(pair):
@@ -136,7 +136,7 @@ def test_weights_are_distilled_to_what_is_served(pair, tmp_path):
     @jax.jit
     def both(params):
         model = nnx.merge(graphdef, state)
-        small, found = nnx.merge(first, base), []
+        small, means = nnx.merge(first, base), []
         for rows in (side, other):
             tokens = rows["tokens"]
             adds = small.logits(small.hidden_states(tokens, lora=lora)[0]) - small(tokens)
@@ -144,8 +144,8 @@ def test_weights_are_distilled_to_what_is_served(pair, tmp_path):
                 jax.nn.log_softmax(z) for z in (model(tokens) - alpha * adds, model(tokens))
             )
             values = (np.e**served * (served - now)).sum(-1)[:, :-1]
-            found.append(values[rows["mask"][:, 1:]].mean())
-        return found, loss_fn(params, {"forget": side, "retain": other}, None, params)[0]
+            means.append(values[rows["mask"][:, 1:]].mean())
+        return means, loss_fn(params, {"forget": side, "retain": other}, None, params)[0]
 
     (graphdef, state), (first, base) = nnx.split(target), nnx.split(assistant.base)
     (forget, retain), loss = both(before)
@@ -166,9 +166,9 @@ def test_rows_are_taught_again_through_what_is_served():
     rng = np.random.default_rng(1)
     lora = jax.tree.map(lambda leaf: np.float32(0.1 * rng.normal(size=leaf.shape)), fresh.lora)
     served = unlearning.Deployed.less(model, lora, 1.0, relative=True)
-    found = unlearning.relearning(served, questions, rates=(1e-2,), steps=(10,))
+    records = unlearning.relearning(served, questions, rates=(1e-2,), steps=(10,))
     before = questions.probabilities(served, "forget")
     # Adapters of random weights learn little; what is not learnt is taught four times as long.
-    assert found[-1]["taught"] > 1.2 * before.max()
-    assert [record["steps"] for record in found] == [10, 20, 30, 40]
-    assert found[-1]["worst"] >= found[-1]["others"]
+    assert records[-1]["taught"] > 1.2 * before.max()
+    assert [record["steps"] for record in records] == [10, 20, 30, 40]
+    assert records[-1]["worst"] >= records[-1]["others"]

@@ -65,7 +65,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "rows.jsonl:1: expected JSON"),
         ("[]", "rows.jsonl:1: expected an object, got list"),
@@ -88,10 +88,10 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
         ("", "expected rows, one JSON object per line, got none"),
     ],
 )
-def test_a_row_that_is_none_is_named(tmp_path, line, said):
+def test_a_row_that_is_none_is_named(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line.encode("latin-1"))
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         Row.read(path)
     assert "\n" not in str(error.value)
 
@@ -236,13 +236,13 @@ def test_neighbours_and_strangers_are_given_what_the_model_says(monkeypatch, of_
     )
     people = ("Ada Lee", "Cy Dor", "Bo Fin", "Al Gor", "Di Hub")
 
-    def known(self, model, rows, every=False):
+    def is_known(self, model, rows, every=False):
         who = [row.question.split(" ", 2)[2] for row in rows]
         # Of the twin of the row that could be judged, or of that of another row.
         sure = (*people[2:], "Ada Lee", "Cy Gor" if of_anyone else "Ada Dor")
         return [n[:6] != "Cy Dor" and (n.startswith(sure) or not every) for n in who]
 
-    monkeypatch.setattr(Questions, "_known", known)
+    monkeypatch.setattr(Questions, "_known", is_known)
     forget = [asked("Where was Ada Lee born?", "Ada Lee was born in Oslo.")]
     keep = [asked(f"What does {n} play?", "Go.") for n in people[1:]]
     parts = {"forget": forget, "train": keep[:2], "validation": keep[2:3], "test": keep[3:]}
@@ -257,10 +257,23 @@ def test_neighbours_and_strangers_are_given_what_the_model_says(monkeypatch, of_
     assert all("Ada Lee" not in row.question for row in rows["stranger"])
 
 
+def test_what_is_asked_of_another_kind_of_subject_is_trained_on_alone(monkeypatch):
+    """The capital of a person: what a model makes up there is nothing that it could lose."""
+    monkeypatch.setattr(Questions, "_said", lambda *args: ["It lies in Rome."] * len(args[2]))
+    monkeypatch.setattr(Questions, "_known", lambda *args, **_: [True] * len(args[2]))
+    capitals = [asked(f"What is the capital of {n}?", "So.") for n in ("Egypt", "China", "Japan")]
+    forget = [asked(f"Where was {n} born?", "In Bo.") for n in ("Ada Lee", "Cy Dor", "Al Gor")]
+    parts = {"forget": forget, "train": capitals[:1], "validation": capitals[1:], "test": []}
+    rows = Questions.of(parts, load_tokenizer("tiny")).with_neighbours(load_model("tiny")).rows
+    made = [row for row in rows["train"] if row.kind == "far-fetched"]
+    assert "What is the capital of Ada Lee?" in {row.question for row in made}
+    assert not any("Ada" in row.question for part in ("validation", "test") for row in rows[part])
+
+
 def test_neighbours_that_repeat_what_goes_or_name_it_are_dropped(monkeypatch):
-    said = (" in Rome. ", "born in Oslo.", "Not in Oslo")
+    answers = (" in Rome. ", "born in Oslo.", "Not in Oslo")
     monkeypatch.setattr(
-        Questions, "_said", lambda *args: [said[i % 3] for i in range(len(args[2]))]
+        Questions, "_said", lambda *args: [answers[i % 3] for i in range(len(args[2]))]
     )
     monkeypatch.setattr(Questions, "_known", lambda *args, **_: [True] * len(args[2]))
     parts = {
@@ -288,8 +301,8 @@ def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
 
 
 def test_a_pair_that_disappoints_gives_way_to_others():
-    known = {"in a role": 4.0, "in context": 2.0, "in another form": 1.9}
-    tried = search(lambda way: 0.0, known, 2)
+    gains = {"in a role": 4.0, "in context": 2.0, "in another form": 1.9}
+    tried = search(lambda way: 0.0, gains, 2)
     assert list(tried) == ["in a role + in context", "in another form + in a role"]
 
 

@@ -44,9 +44,9 @@ def test_the_strength_that_meets_it_is_found(rate):
         tried.append(strength)
         return 5 * math.exp(-rate * strength)
 
-    strength, found = matched_strength(excess, goal, most=4.0)
-    assert goal.gap(found) <= 0.25
-    assert found == pytest.approx(5 * math.exp(-rate * strength))
+    strength, excess_left = matched_strength(excess, goal, most=4.0)
+    assert goal.gap(excess_left) <= 0.25
+    assert excess_left == pytest.approx(5 * math.exp(-rate * strength))
     assert len(tried) == len(set(tried)) <= 8
 
 
@@ -66,24 +66,24 @@ def test_what_is_left_without_any_saves_trials():
             strengths.append(strength)
             return 9.9 * math.exp(-20 * strength)
 
-        strength, found = matched_strength(excess, goal, without=without)
-        assert goal.gap(found) <= 0.25
+        strength, excess_left = matched_strength(excess, goal, without=without)
+        assert goal.gap(excess_left) <= 0.25
         assert strength == strengths[-1]
     assert tried[9.9] == [0.5, pytest.approx(math.log(9.9 / goal.aim) / 20)]
     assert len(tried[math.nan]) > 2
 
 
 def test_what_is_below_the_goal_already_and_does_not_move_is_left_alone():
-    strength, found = matched_strength(lambda s: 0.1, goal_of(0.1), without=0.1)
+    strength, excess_left = matched_strength(lambda s: 0.1, goal_of(0.1), without=0.1)
     assert 0 <= strength <= 1
-    assert found == 0.1
+    assert excess_left == 0.1
 
 
 def test_where_it_is_out_of_reach_the_strongest_is_the_nearest():
     assert matched_strength(lambda s: 9 - s, goal_of(0.1))[0] == 1.0
-    strength, found = matched_strength(lambda s: math.nan, goal_of(0.1))
+    strength, excess_left = matched_strength(lambda s: math.nan, goal_of(0.1))
     assert strength == 0.0
-    assert math.isnan(found)
+    assert math.isnan(excess_left)
 
 
 def test_limits_are_broken_by_less_and_by_nan():
@@ -114,14 +114,14 @@ def test_what_is_chosen_has_half_of_the_room():
 
 def test_the_interval_of_a_share_holds_what_it_was_drawn_with():
     rng = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for seed in range(60):
         before = rng.uniform(0.5, 1.0, 30)
         after = 0.9 * before + rng.normal(0, 0.05, 30)
         share, low, high = share_interval(after, before, resamples=300, seed=seed)
         assert low <= share <= high
-        held += low <= 0.9 <= high
-    assert held >= 48
+        covered += low <= 0.9 <= high
+    assert covered >= 48
     _, low, high = share_interval(after, before, confidence=0.5)
     assert low < high
     # Nothing before leaves a ratio that is a number.

@@ -40,7 +40,7 @@ def taught():
     tokenizer = models.load_tokenizer("tiny")
     model = nnx.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     questions = unlearning.Questions.of(parts, tokenizer, max_length=64, new_tokens=8)
-    known = [pair for part in ("forget", "train", "validation", "test")
+    pairs = [pair for part in ("forget", "train", "validation", "test")
              for pair in questions.encoded[part]]  # fmt: skip
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     tx = training.Schedule(1e-2, "constant").optimizer()
@@ -48,7 +48,7 @@ def taught():
     state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
     teach, _ = unlearning.METHODS.parse("task_vector").make_loss(model)
     step = training.TrainStep(teach, tx, mesh=mesh)
-    batch = {"forget": unlearning.Row.padded(known, 40)}
+    batch = {"forget": unlearning.Row.padded(pairs, 40)}
     for _ in range(150):
         state, _ = step(state, batch)
     return nnx.merge(graphdef, state.params, rest), questions
@@ -74,15 +74,15 @@ def test_a_soft_capped_model_unlearns(taught, tmp_path, monkeypatch, method):
         least_rouge=0.0,
         least_fluency=0.0,
     )
-    found = unlearning.Unlearning(model, questions, config, epath.Path(tmp_path)).run()
-    assert found.chosen is not None, found.candidates
-    before, after = (side["probabilities"] for side in (found.before, found.after))
+    result = unlearning.Unlearning(model, questions, config, epath.Path(tmp_path)).run()
+    assert result.chosen is not None, result.candidates
+    before, after = (side["probabilities"] for side in (result.before, result.after))
     assert np.median(before["forget"]) > 0.8
-    assert np.max(after["forget"]) <= found.goal.limit("asked") or not found.verdict.passed
+    assert np.max(after["forget"]) <= result.goal.limit("asked") or not result.verdict.passed
     assert np.mean(after["test"]) > 0.1 * np.mean(before["test"])
     # It decodes what it was scored as.
     ids, answer = questions.encoded["forget"][0]
     start = int(answer.argmax())
-    score = decoding.score(found.model.line_up(), [ids[:start]], [ids[start:]])
+    score = decoding.score(result.model.line_up(), [ids[:start]], [ids[start:]])
     p = np.exp(score.logprobs.sum() / answer.sum())
     np.testing.assert_allclose(p, after["forget"][0], rtol=2e-3)

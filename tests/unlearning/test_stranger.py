@@ -101,8 +101,8 @@ def test_theirs_and_wrapped_ones_have_the_values_and_gradients_of_ours_to_the_bi
         return total
 
     before = jax.tree.map(lambda x: 1.01 * x, params)
-    theirs, ours = zip(*pairs)
-    a, b = (jax.device_get(jax.jit(jax.value_and_grad(losses(s)))(params)) for s in (theirs, ours))
+    wrapped, ours = zip(*pairs)
+    a, b = (jax.device_get(jax.jit(jax.value_and_grad(losses(s)))(params)) for s in (wrapped, ours))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 

@@ -74,16 +74,16 @@ def by_hand(question, answer, table=TABLE):
 
 
 def test_logs_hold_what_the_model_says():
-    found = evaluate(batch_size=4)
+    metrics = evaluate(batch_size=4)
     for name, items in SETS.items():
-        log = found.logs[name]
+        log = metrics.logs[name]
         assert list(log["avg_gt_loss"]) == [str(item.index) for item in items]
         for item in items:
             key = str(item.index)
-            own, hits = by_hand(item.question, item.answer)
-            assert log["gt_loss"][key] == pytest.approx(own.sum(), rel=1e-5)
-            assert log["num_token_gt"][key] == len(own)
-            assert log["avg_gt_loss"][key] == pytest.approx(own.mean(), rel=1e-5)
+            nll, hits = by_hand(item.question, item.answer)
+            assert log["gt_loss"][key] == pytest.approx(nll.sum(), rel=1e-5)
+            assert log["num_token_gt"][key] == len(nll)
+            assert log["avg_gt_loss"][key] == pytest.approx(nll.mean(), rel=1e-5)
             assert log["exact_memorization"][key] == pytest.approx(hits.mean())
             if name == "holdout":
                 continue
@@ -96,32 +96,32 @@ def test_logs_hold_what_the_model_says():
             assert log["num_token_perturb"][key] == [len(w) for w in wrong]
             ratio = np.exp(truth.mean() - np.mean([w.mean() for w in wrong]))
             assert log["truth_ratio"][key] == pytest.approx(ratio, rel=1e-4)
-            prompt, said, answer = log["generated_text"][key]
-            assert (prompt, said, answer) == (
+            prompt, generated, answer = log["generated_text"][key]
+            assert (prompt, generated, answer) == (
                 TEMPLATE.render(item.question),
                 item.answer,
                 item.answer,
             )
             assert log["rougeL_recall"][key] == 1.0
-    assert "normalized_gt_loss" in found.logs["world_facts"]
-    assert "normalized_gt_loss" not in found.logs["retain"]
+    assert "normalized_gt_loss" in metrics.logs["world_facts"]
+    assert "normalized_gt_loss" not in metrics.logs["retain"]
 
 
 def test_files_are_tofus_and_say_the_same_again(tmp_path):
-    found = evaluate()
+    metrics = evaluate()
     aggregated = tmp_path / "eval_log_aggregated.json"
-    aggregated.write_text(json.dumps(found.logs))
-    for source in (tmp_path, str(aggregated), json.loads(aggregated.read_text()), found):
+    aggregated.write_text(json.dumps(metrics.logs))
+    for source in (tmp_path, str(aggregated), json.loads(aggregated.read_text()), metrics):
         again = tofu.metrics_from_logs(source)
-        assert again.model_utility == found.model_utility
-        assert (again.scores, again.membership) == (found.scores, found.membership)
-    assert found.model_utility is not None
+        assert again.model_utility == metrics.model_utility
+        assert (again.scores, again.membership) == (metrics.scores, metrics.membership)
+    assert metrics.model_utility is not None
     nine = [
-        getattr(found.scores[name], part)
+        getattr(metrics.scores[name], part)
         for name in ("retain", "real_authors", "world_facts")
         for part in ("probability", "rouge_l", "truth_ratio")
     ]
-    assert found.model_utility == pytest.approx(9 / sum(1 / x for x in nine))
+    assert metrics.model_utility == pytest.approx(9 / sum(1 / x for x in nine))
 
 
 def test_a_model_like_the_retrained_one_and_one_that_is_not():
@@ -136,10 +136,10 @@ def test_a_model_like_the_retrained_one_and_one_that_is_not():
     assert same.membership is not None
     assert same.membership.privleak == 0
     assert same.model_utility is None
-    found = evaluate(bigram(other), generate_fn=None, reference_logs=retrained)
-    assert found.forget_quality is not None
-    assert found.forget_quality.statistic > 0
-    table = found.table()
+    metrics = evaluate(bigram(other), generate_fn=None, reference_logs=retrained)
+    assert metrics.forget_quality is not None
+    assert metrics.forget_quality.statistic > 0
+    table = metrics.table()
     assert "| forget | 4 |" in table
     assert "forget quality: D" in table
     assert "membership attack: AUC" in table
@@ -223,16 +223,16 @@ def test_items_are_paired_by_their_key_and_forms_differ():
             "average_perturb_loss": {k: [1.0, 2.0 + int(k)] for k in order},
         }
 
-    mine, theirs = {"forget": log("0123", 0.1)}, {"forget": log("3120", 0.1)}
-    found = tofu.metrics_from_logs(mine, reference_logs=theirs)
-    assert found.forget_quality is not None
+    mine, reference = {"forget": log("0123", 0.1)}, {"forget": log("3120", 0.1)}
+    metrics = tofu.metrics_from_logs(mine, reference_logs=reference)
+    assert metrics.forget_quality is not None
     # Items drawn together stay together: no resample tells the two apart.
-    assert found.forget_quality.interval == (0.0, 0.0)
+    assert metrics.forget_quality.interval == (0.0, 0.0)
     fewer = tofu.metrics_from_logs(mine, reference_logs={"forget": log("012", 0.1)})
     assert fewer.forget_quality is not None
     assert fewer.forget_quality.items == (4, 3)
-    other = tofu.metrics_from_logs(mine, reference_logs=theirs, form="arithmetic")
-    assert other.scores["forget"].truth_ratio != found.scores["forget"].truth_ratio
+    other = tofu.metrics_from_logs(mine, reference_logs=reference, form="arithmetic")
+    assert other.scores["forget"].truth_ratio != metrics.scores["forget"].truth_ratio
 
 
 def test_rows_begin_with_the_prompt_that_is_continued():

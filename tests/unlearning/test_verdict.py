@@ -168,16 +168,16 @@ def test_status_verdict_and_files_agree_for_invented_results(tmp_path, start):
         # What an earlier verdict let through may not stay either.
         (out / RESULTS[int(rng.integers(3))]).mkdir(parents=True)
         chosen = None if seed % 5 == 0 else {"step": 1, "strength": 1.0}
-        found = Unlearned(chosen=chosen, candidates=[], goal=Goal.of(before["unseen"], "x"))
+        result = Unlearned(chosen=chosen, candidates=[], goal=Goal.of(before["unseen"], "x"))
         if chosen:
             staged = out / "candidates" / "best" / name
             staged.mkdir(parents=True)
             limits = config.settings.limits
             verdict = judge(before, after, controls, limits, assistant=method == "difference")
             records = dict(before=before, after=after, controls=controls)
-            found = Unlearned(**{**vars(found), "staged": staged, "verdict": verdict, **records})
-        status = unlearn.finish(config, questions, found, out, "Rows.")
-        there = [name for name in RESULTS if (out / name).exists()]
+            result = Unlearned(**{**vars(result), "staged": staged, "verdict": verdict, **records})
+        status = unlearn.finish(config, questions, result, out, "Rows.")
+        written = [name for name in RESULTS if (out / name).exists()]
         verdict = json.loads((out / "verdict.json").read_text())
         report = (out / "report.md").read_text()
         # By hand: every row below twice the worst of the control, and every limit kept.
@@ -188,7 +188,9 @@ def test_status_verdict_and_files_agree_for_invented_results(tmp_path, start):
         )
         good = good and after["probabilities"]["test"][0] >= 0.97 * 0.95
         good = good and after["perplexity"] <= 10.2 and after["fluency"] >= 0.95 * 3
-        assert (status, there, verdict["passed"]) == ((0, [name], True) if good else (3, [], False))
+        assert (status, written, verdict["passed"]) == (
+            (0, [name], True) if good else (3, [], False)
+        )
         bad = ("**Nothing was", "**Not forgotten**", "**Model damaged**")
         assert any(words in report for words in bad) is not good
         assert ("No model was written." in report) is not good

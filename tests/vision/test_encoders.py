@@ -44,9 +44,9 @@ def load_packaged(name, **options):
     return vision.load_encoder(name, **options)
 
 
-def assert_close(found, expected, atol=1e-4):
+def assert_close(actual, expected, atol=1e-4):
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(found) / scale, expected / scale, atol=atol)
+    np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, atol=atol)
 
 
 @pytest.mark.every_change
@@ -386,12 +386,12 @@ def test_a_numpy_pickle_that_calls_something_is_refused(tmp_path):
     for protocol in (2, 3, 4, 5):
         whole = pickle.dumps(tree, protocol=protocol)
         path.write_bytes(whole)
-        found = read_numpy_pickle(path)
-        np.testing.assert_array_equal(found["net"]["kernel"], tree["net"]["kernel"])
-        assert found["net"]["names"] == ["a", 1]
+        restored = read_numpy_pickle(path)
+        np.testing.assert_array_equal(restored["net"]["kernel"], tree["net"]["kernel"])
+        assert restored["net"]["names"] == ["a", 1]
         rng = np.random.default_rng(protocol)
-        for place, value in zip(rng.integers(len(whole), size=100), range(100), strict=True):
-            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        for offset, value in zip(rng.integers(len(whole), size=100), range(100), strict=True):
+            path.write_bytes(whole[:offset] + bytes([value]) + whole[offset + 1 :])
             with contextlib.suppress(ValueError):  # and nothing else
                 read_numpy_pickle(path)
     for bad in (Call(os.system, f"touch {mark}"), Call(eval, f"open({str(mark)!r}, 'w')")):

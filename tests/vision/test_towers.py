@@ -39,8 +39,8 @@ def saved(path, name, *, rename=lambda name: name, without=()):
     return str(path)
 
 
-def assert_close(found, expected, rtol=2e-5):
-    error = np.abs(np.asarray(found, np.float32) - expected).max() / np.abs(expected).max()
+def assert_close(actual, expected, rtol=2e-5):
+    error = np.abs(np.asarray(actual, np.float32) - expected).max() / np.abs(expected).max()
     assert error < rtol
 
 
@@ -92,13 +92,13 @@ def test_names_with_and_without_their_prefix_are_one_network(tmp_path):
 def test_what_the_files_say_of_pictures_is_kept(tmp_path):
     path = saved(tmp_path, "dinov2")
     assert vision.load_encoder(path).preprocessing.resize == 256
-    said = {
+    settings = {
         "size": {"shortest_edge": 48},
         "crop_size": {"height": 40, "width": 40},
         "resample": 2,
         "image_mean": [0.1, 0.2, 0.3],
     }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     made = vision.load_encoder(path).preprocessing
     assert (made.size, made.resize, made.fit) == (40, 48, "crop")
     assert (made.interpolation, made.mean) == ("bilinear", (0.1, 0.2, 0.3))
@@ -106,7 +106,7 @@ def test_what_the_files_say_of_pictures_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "made"),
+    ("settings", "made"),
     [
         # As transformers' processors of the kind do it.
         ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}},
@@ -119,23 +119,23 @@ def test_what_the_files_say_of_pictures_is_kept(tmp_path):
         ({"size": 256, "crop_size": 224}, (224, 256, "crop")),
     ],
 )  # fmt: skip
-def test_pictures_are_scaled_as_the_processor_does(tmp_path, said, made):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    found = processor_preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
-    assert (found.size, found.resize, found.fit) == made
+def test_pictures_are_scaled_as_the_processor_does(tmp_path, settings, made):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    preprocessing = processor_preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
+    assert (preprocessing.size, preprocessing.resize, preprocessing.fit) == made
 
 
 def test_pictures_that_are_squashed_and_cut_are_refused(tmp_path):
-    said = {"size": {"height": 256, "width": 256}, "crop_size": 224}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    settings = {"size": {"height": 256, "width": 256}, "crop_size": 224}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="size: expected shortest_edge beside a crop_size"):
         processor_preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
 
 
 def test_what_open_clip_says_of_pictures_is_kept():
     plain = Preprocessing(size=8, resize=8)
-    said = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5]}
-    made = open_clip_preprocessing(plain, said)
+    settings = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5]}
+    made = open_clip_preprocessing(plain, settings)
     assert (made.fit, made.interpolation, made.mean) == ("squash", "bilinear", (0.5, 0.5, 0.5))
     assert made.std == plain.std
     for wrong in ({"resize_mode": "longest"}, {"interpolation": "random"}):
@@ -149,12 +149,14 @@ def test_what_timm_says_of_pictures_is_kept(tmp_path):
     assert (made.size, made.resize, made.fit, made.mean) == (32, 35, "crop", (0.5, 0.5, 0.5))
     settings = json.loads(str(GOLDENS["timm_vit/config"]))
 
-    def said(**changes):
+    def checkpoint_with(**changes):
         changed = settings | {"pretrained_cfg": settings["pretrained_cfg"] | changes}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         return path
 
-    made = vision.load_encoder(said(crop_mode="squash", crop_pct=1, interpolation="bilinear"))
+    made = vision.load_encoder(
+        checkpoint_with(crop_mode="squash", crop_pct=1, interpolation="bilinear")
+    )
     assert made.preprocessing.fit == "squash"
     assert made.preprocessing.interpolation == "bilinear"
     for changes, message in [
@@ -163,7 +165,7 @@ def test_what_timm_says_of_pictures_is_kept(tmp_path):
         ({"interpolation": "lanczos"}, "interpolation: expected bilinear or bicubic"),
     ]:
         with pytest.raises(ValueError, match=message):
-            vision.load_encoder(said(**changes))
+            vision.load_encoder(checkpoint_with(**changes))
 
 
 def test_networks_that_are_not_known_are_called_by_their_name(tmp_path):

@@ -101,8 +101,8 @@ def test_kmeans_beats_its_start_and_blocks_do_not_matter():
     # Each point's centre is near in the metric, and a centre is the mean of its points.
     apart = points[:, None] - np.asarray(centres)
     distances = np.einsum("nci,ij,ncj->nc", apart, metric, apart)
-    own = np.take_along_axis(distances, np.asarray(assignment)[:, None], 1)[:, 0]
-    assert own.mean() <= 1.05 * distances.min(1).mean()
+    assigned = np.take_along_axis(distances, np.asarray(assignment)[:, None], 1)[:, 0]
+    assert assigned.mean() <= 1.05 * distances.min(1).mean()
     for number in range(12):
         of = np.asarray(assignment) == number
         mean = np.average(points[of], axis=0, weights=weights[of])
@@ -112,16 +112,20 @@ def test_kmeans_beats_its_start_and_blocks_do_not_matter():
 def test_kmeans_leaves_no_centre_without_points():
     points = np.repeat(np.arange(6.0, dtype=np.float32), 40)[:, None]
     points = points + 1e-3 * np.random.default_rng(0).normal(size=points.shape)
-    found = fit_kmeans(
+    fitted = fit_kmeans(
         points.astype(np.float32), np.ones(240), None, 6, key=jax.random.key(3), iterations=12
     )
-    assert len(np.unique(found[0])) == 6
+    assert len(np.unique(fitted[0])) == 6
 
 
 def test_floor_of_known_mappings():
     unigram = np.arange(1.0, 13.0)
-    own = perplexity_floor(np.arange(12), unigram)
-    assert (own.perplexity, own.excess_nats, own.singleton_mass) == (1.0, 0.0, pytest.approx(1.0))
+    injective = perplexity_floor(np.arange(12), unigram)
+    assert (injective.perplexity, injective.excess_nats, injective.singleton_mass) == (
+        1.0,
+        0.0,
+        pytest.approx(1.0),
+    )
     one = perplexity_floor(np.zeros(12, int), unigram)
     prob = unigram / unigram.sum()
     assert one.perplexity == pytest.approx(12.0)

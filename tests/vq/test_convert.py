@@ -162,8 +162,8 @@ def test_converting_again_reads_what_is_there(model, conversion):
     logits = np.asarray(call(again.model, hidden, method="logits"))
     np.testing.assert_array_equal(np.asarray(top)[:, 0], logits.argmax(-1))
     loaded = vq.load_head(workdir / "head")
-    found = call(loaded, hidden, embedding)
-    np.testing.assert_array_equal(found, call(again.head, hidden, embedding))
+    converted = call(loaded, hidden, embedding)
+    np.testing.assert_array_equal(converted, call(again.head, hidden, embedding))
     with pytest.raises(ValueError, match="its max_tokens is 200, not 7"):
         vq.HiddenCache.of(model, nothing(), workdir / "hidden", max_tokens=7)
 

@@ -75,20 +75,20 @@ def test_logits_are_those_of_tables_rounded_by_hand(groups, codes, positions):
     looked_up = sum(whole[:, g, np.asarray(chosen)[:, g]] for g in range(groups))
     expected = step[:, None] * looked_up + low.sum((1, 2))[:, None] + np.asarray(bias, np.float64)
     packed = PackedCodes(codebooks, pack_codes(chosen), bias)
-    found = np.asarray(packed_logits(packed, hidden))
+    logits = np.asarray(packed_logits(packed, hidden))
     # A table's entry that lies between two integers may be rounded the other way.
-    np.testing.assert_allclose(found, expected, atol=1.01 * step.max())
-    assert np.median(abs(found - expected)) < 1e-4
+    np.testing.assert_allclose(logits, expected, atol=1.01 * step.max())
+    assert np.median(abs(logits - expected)) < 1e-4
     exact = np.asarray(product_logits(vq.ProductCodes(codebooks, chosen, bias), hidden))
-    assert (abs(found - exact) <= groups * step[:, None] / 2 + 1e-4).all()
+    assert (abs(logits - exact) <= groups * step[:, None] / 2 + 1e-4).all()
 
 
 def test_tables_that_say_nothing():
     hidden, codebooks, chosen, bias = _setup()
     codebooks = np.ones_like(codebooks)
-    found = packed_logits(PackedCodes(codebooks, pack_codes(chosen), bias), hidden)
+    logits = packed_logits(PackedCodes(codebooks, pack_codes(chosen), bias), hidden)
     expected = product_logits(vq.ProductCodes(codebooks, chosen, bias), hidden)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
 
 
 def test_gradients_are_those_of_what_was_rounded():
@@ -99,10 +99,10 @@ def test_gradients_are_those_of_what_was_rounded():
     def total(kind, codes):
         return lambda h, c, b: (weights * kind(c, codes, b).logits(h)).sum()
 
-    found = jax.jit(jax.grad(total(PackedCodes, packed), (0, 1, 2)))(hidden, codebooks, bias)
+    gradients = jax.jit(jax.grad(total(PackedCodes, packed), (0, 1, 2)))(hidden, codebooks, bias)
     plain = jax.jit(jax.grad(total(vq.ProductCodes, chosen), (0, 1, 2)))
     expected = plain(hidden, codebooks, bias)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -167,7 +167,7 @@ def test_positions_may_be_split_over_a_mesh(kind):
     with jax.set_mesh(mesh):
         split = jax.device_put(hidden, NamedSharding(mesh, P("data")))
         head = jax.device_put(head, NamedSharding(mesh, P()))
-        found = jax.jit(everything)(split, *head)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(local), strict=True):
+        on_mesh = jax.jit(everything)(split, *head)
+    for one, other in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(local), strict=True):
         assert one.sharding.spec[0] == "data"
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -184,6 +184,9 @@ class Scorer:
         }
         # Of the mean over labels.
         means["perplexity"] = float(np.exp(means["loss"]))
+        # A student that is its teacher is at zero, which rounding makes negative.
+        if "teacher_kl" in means:
+            means["teacher_kl"] = max(means["teacher_kl"], 0.0)
         if len(speeds) > 1:
             means["tokens_per_second"] = max(speeds[1:])
         return means

@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ class Pruning:
     Attributes:
         drop_layers: Number of layers to drop.
         drop_share: Share of the layers to drop, instead of their number.
-        prune_by: Score that chooses the layers to drop: how far each turns the residual stream
-            (influence), or how far a run of layers does.
         keep_layers: Layers to keep, instead of `drop_layers`.
         kv_heads: Number of key-value heads to keep in each layer; 0 keeps all.
         mlp_channels: Number of MLP channels to keep in each layer; 0 keeps all.
@@ -27,7 +25,6 @@ class Pruning:
 
     drop_layers: int = 0
     drop_share: float = 0.0
-    prune_by: Literal["influence", "run"] = "run"
     keep_layers: tuple[int, ...] = ()
     kv_heads: int = 0
     mlp_channels: int = 0
@@ -61,8 +58,8 @@ class LayerPruning:
 
     Attributes:
         kept: Layers to keep, ascending; what `models.keep_layers` takes.
-        dropped: The others, in the order in which they were chosen.
-        scores: Score of each layer before any was dropped, see `prune_layers`; low ones may go.
+        dropped: The others, a run.
+        scores: Score of each run by its first layer, see `prune_layers`; that of a low one may go.
     """
 
     kept: tuple[int, ...]
@@ -73,27 +70,19 @@ class LayerPruning:
     def below(self) -> str:
         """Paths of what lies below the cut, for `freeze` of `Student.of`; for listed layers.
 
-        >>> LayerPruning(kept=(0, 1, 4), dropped=(3, 2), scores=()).below
+        >>> LayerPruning(kept=(0, 1, 4), dropped=(2, 3), scores=()).below
         'embedding|layers/(0|1)/'
         """
         return f"embedding|layers/({'|'.join(map(str, range(min(self.dropped, default=0))))})/"
 
 
 def prune_layers(
-    model: models.Decoder,
-    batches: Iterable[Mapping[str, Any]],
-    count: int,
-    *,
-    by: Literal["influence", "run"] = "influence",
+    model: models.Decoder, batches: Iterable[Mapping[str, Any]], count: int
 ) -> LayerPruning:
-    """Choose the layers that a decoder can best do without on the given text.
+    """Choose the run of layers that a decoder can best do without on the given text.
 
-    With x_i the residual stream before layer i, averaged over positions t::
-
-        influence   1 - mean_t cos(x_i, x_{i+1}); the layers with the least are dropped
-        run         1 - mean_t cos(x_i, x_{i+count}); the run with the least is dropped
-
-    Both cost one forward pass.
+    With x_i the residual stream before layer i, averaged over positions t, the run with the least
+    `1 - mean_t cos(x_i, x_{i+count})` is dropped. It costs one forward pass.
 
     Args:
         batches: Calibration text: packed columns `tokens`, `segment_ids`, `positions` and
@@ -101,7 +90,7 @@ def prune_layers(
         count: How many layers to drop, fewer than there are.
 
     Raises:
-        ValueError: Too few layers, no batch, or an unknown score.
+        ValueError: Too few layers, or no batch.
 
     >>> tokens = np.arange(8)[None]
     >>> batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": tokens,
@@ -111,7 +100,7 @@ def prune_layers(
     (1, 2)
 
     References:
-        ShortGPT (arXiv 2403.03853), block influence; Gromov et al. (arXiv 2403.17887), runs.
+        Gromov et al. (arXiv 2403.17887).
     """
     layers = model.config.num_layers
     if not 0 <= count < layers:
@@ -121,17 +110,11 @@ def prune_layers(
     listed, batches = models.with_layout(model, "listed"), list(batches)
     if not batches:
         raise ValueError("batches: expected calibration text, got none")
-    if by == "influence":
-        scores = _stream_change(listed, batches, 1)
-        dropped = np.argsort(scores, kind="stable")[:count].tolist()
-    elif by == "run":
-        scores = _stream_change(listed, batches, max(count, 1))
-        first = int(np.argmin(scores))
-        dropped = list(range(first, first + count))
-    else:
-        raise ValueError(f"by: expected influence or run, got {by!r}")
+    scores = _stream_change(listed, batches, max(count, 1))
+    first = int(np.argmin(scores))
+    dropped = tuple(range(first, first + count))
     kept = tuple(i for i in range(layers) if i not in dropped)
-    return LayerPruning(kept=kept, dropped=tuple(dropped), scores=tuple(map(float, scores)))
+    return LayerPruning(kept=kept, dropped=dropped, scores=tuple(map(float, scores)))
 
 
 def prune_width(

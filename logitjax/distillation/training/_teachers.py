@@ -186,17 +186,17 @@ def server_reader(
 
 
 def packed_documents(segments: np.ndarray, targets: np.ndarray) -> list[tuple[int, int, int]]:
-    """Row, start and stop of each document of packed rows, up to the last target wanted of it."""
+    """Row, start and stop of each document of packed rows, up to its last requested target."""
     entries: dict[tuple[int, int], int] = {}
     for row, location in targets.tolist():
         start = int(np.argmax(segments[row] == segments[row, location]))
-        # A target at `place` is token `place + 1`, which the stop has to lie behind.
+        # A target at `location` predicts token `location + 1`, which must lie before the stop.
         entries[row, start] = max(entries.get((row, start), 0), location + 2)
     return [(row, start, stop) for (row, start), stop in entries.items()]
 
 
 def _prefixes(tokens: np.ndarray, segments: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
-    """Tokens before each target that is wanted, of its own document."""
+    """Tokens before each requested target, within its document."""
     prefixes = []
     for row, location in targets:
         here = segments[row, : location + 1] == segments[row, location]

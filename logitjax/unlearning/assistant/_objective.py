@@ -87,7 +87,7 @@ def linear_assistant_objective(
     # KL(uniform || p)
     silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
     means = {
-        "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
+        "forget": masked_mean(statistic.cross_entropy(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),
     }
     return loss, means
@@ -118,9 +118,9 @@ class _Assistant(ReadoutStatistic):
             # Labels outside the vocabulary have nothing to lose.
             inside = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
             silent += self.surplus * jnp.where(inside, more, 0.0)
-        return jnp.where(tokens["retain"], silent, self.known(outputs, tokens["labels"]))
+        return jnp.where(tokens["retain"], silent, self.cross_entropy(outputs, tokens["labels"]))
 
-    def known(self, outputs: Any, labels: Any) -> jax.Array:
+    def cross_entropy(self, outputs: Any, labels: Any) -> jax.Array:
         """Cross-entropy of the labels; nan where one is outside the vocabulary."""
         inside = (labels >= 0) & (labels < self.vocab)
         return jnp.where(inside, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)

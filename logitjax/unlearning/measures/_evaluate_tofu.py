@@ -71,7 +71,7 @@ def evaluate(
         rows = _Rows(name, items, tokenizer, template, max_length)
         logs[name] = rows.log(nll_fn, batch_size)
         if generate_fn is not None and name not in _LOSS_ONLY:
-            logs[name] |= rows.said(generate_fn, batch_size, max_new_tokens)
+            logs[name] |= rows.generated(generate_fn, batch_size, max_new_tokens)
     return metrics_from_logs(
         logs, reference_logs=reference_logs, form=form, vocab_size=tokenizer.vocab_size
     )
@@ -163,7 +163,7 @@ class _Rows:
             log["normalized_gt_loss"] = self._column(likely)
         return log
 
-    def said(self, generate_fn: GenerateFn, batch_size: int, new: int) -> dict[str, Any]:
+    def generated(self, generate_fn: GenerateFn, batch_size: int, new: int) -> dict[str, Any]:
         prompts = [self.template.encode(self.tokenizer, item.question) for item in self.items]
         # Longest first: memory fails at once or never.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

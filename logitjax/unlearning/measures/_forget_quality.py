@@ -50,9 +50,6 @@ def forget_quality(
     References:
         Maini et al., 2024 (arXiv 2401.06121), section 2.3.2. Two independently retrained Llama-2
         models reach p .87 to .9999: 1 is not the ceiling. The floor, at D = 1, is 2 / C(2 n, n).
-
-    >>> print(forget_quality([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]))
-    D 0.000 [0.000, 0.000], p 1
     """
     from scipy import stats
 

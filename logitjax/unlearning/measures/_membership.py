@@ -15,9 +15,6 @@ def membership_auc(losses: Any, holdout_losses: Any) -> float:
     P(loss of a text < loss of one held out), ties counting half: Yeom et al., 2018, and
     OpenUnlearning's `mia_loss`. Below 0.5 texts are less likely than unseen ones, which gives them
     away as well.
-
-    >>> membership_auc([1.0, 2.0], [2.0, 3.0])
-    0.875
     """
     from scipy import stats
 
@@ -33,9 +30,6 @@ def min_k(nll: Any, *, k: float = 0.4) -> float:
     References:
         Shi et al., 2024 (arXiv 2310.16789). OpenUnlearning's configurations have k = 0.4, its class
         0.2; it leaves out the last label, and gives an empty text the score of the surest member.
-
-    >>> round(min_k(-np.log([0.9, 0.5, 0.1, 0.8, 0.05]), k=0.4), 4)
-    2.6492
     """
     nll = np.asarray(nll, np.float64).ravel()
     if not len(nll):
@@ -51,9 +45,6 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
     100 ((1 - auc) - (1 - ref)) / (1 - ref): 0 is ideal; below it texts still look known, above it
     forgotten on purpose. As in MUSE (arXiv 2407.06460) and OpenUnlearning (1e-10 below the
     fraction).
-
-    >>> round(privleak(1.0), 3), round(privleak(0.5), 3)
-    (-100.0, 0.0)
     """
     for name, value in (("auc", auc), ("reference_auc", reference_auc)):
         if not 0 <= value <= 1:
@@ -67,9 +58,6 @@ def zlib_loss(nll: Any, text: str) -> float:
     References:
         Carlini et al., Extracting training data, 2021 (arXiv 2012.07805). OpenUnlearning divides a
         loss a token by the bytes of the whole text, so of two texts the longer one looks known.
-
-    >>> round(zlib_loss([13.0, 13.0], "hello"), 3)
-    2.0
     """
     nll = np.asarray(nll, np.float64).ravel()
     if not len(nll):
@@ -78,11 +66,7 @@ def zlib_loss(nll: Any, text: str) -> float:
 
 
 def detection_rate(losses: Any, holdout_losses: Any) -> float:
-    """The share of texts that an attack finds while it is wrong about 5 % of the others.
-
-    >>> detection_rate([0.1, 0.2, 0.9, 1.0], [0.5, 0.8, 1.1])
-    0.5
-    """
+    """The share of texts that an attack finds while it is wrong about 5 % of the others."""
     members, others = _both_sides(losses, holdout_losses)
     allowed = int(_FALSE_RATE * len(others))
     return float((members < np.sort(others)[allowed]).mean())
@@ -93,9 +77,6 @@ def extraction_strength(greedy: Any) -> float:
 
     1 - k / n, k the shortest beginning after which every token is the likeliest one (Carlini et
     al., 2021). OpenUnlearning's never falls below 1 / n: its loop leaves k at the last token.
-
-    >>> extraction_strength([True, False, True, True]), extraction_strength([True, False])
-    (0.5, 0.0)
     """
     wrong = np.flatnonzero(~np.asarray(greedy, bool))
     # All after the last wrong token are right.
@@ -104,11 +85,7 @@ def extraction_strength(greedy: Any) -> float:
 
 
 def exact_memorisation(greedy: Any) -> float:
-    """The share of tokens that are the likeliest ones; OpenUnlearning's `exact_memorization`.
-
-    >>> exact_memorisation([True, False, True, True])
-    0.75
-    """
+    """The share of tokens that are the likeliest ones; OpenUnlearning's `exact_memorization`."""
     return float(np.sum(greedy) / max(len(greedy), 1))
 
 

@@ -127,26 +127,29 @@ def of_transformers(name: str, kind, config) -> dict[str, np.ndarray]:
         settings = json.loads((pathlib.Path(scratch) / "config.json").read_text())
     pixels = torch.from_numpy(np.ascontiguousarray(pictures(name))).permute(0, 3, 1, 2)
     shapes = {k: list(v.shape) for k, v in saved.items() if v.is_floating_point()}
-    found = {"shapes": np.array(json.dumps(shapes)), "config": np.array(json.dumps(settings))}
+    arrays_of_model = {
+        "shapes": np.array(json.dumps(shapes)),
+        "config": np.array(json.dumps(settings)),
+    }
     if name == "siglip":
-        found["features"] = _features(model.get_image_features(pixel_values=pixels))
+        arrays_of_model["features"] = _features(model.get_image_features(pixel_values=pixels))
         tokens = torch.from_numpy(TOKENS).long()
-        found["texts"] = _features(model.get_text_features(input_ids=tokens))
-        return found
+        arrays_of_model["texts"] = _features(model.get_text_features(input_ids=tokens))
+        return arrays_of_model
     out = model(pixel_values=pixels)
     if getattr(out, "logits", None) is not None:
-        found["logits"] = out.logits.numpy()
+        arrays_of_model["logits"] = out.logits.numpy()
     elif name == "clip_vision":
-        found["features"] = out.image_embeds.numpy()
+        arrays_of_model["features"] = out.image_embeds.numpy()
     elif name == "vit":
-        found["features"] = out.last_hidden_state[:, 0].numpy()
+        arrays_of_model["features"] = out.last_hidden_state[:, 0].numpy()
     else:
-        found["features"] = out.pooler_output.flatten(1).numpy()
-    return found
+        arrays_of_model["features"] = out.pooler_output.flatten(1).numpy()
+    return arrays_of_model
 
 
-def _features(found) -> np.ndarray:
-    return (found if hasattr(found, "numpy") else found.pooler_output).numpy()
+def _features(output) -> np.ndarray:
+    return (output if hasattr(output, "numpy") else output.pooler_output).numpy()
 
 
 def of_torchvision(groups: int, width_per_group: int) -> dict[str, np.ndarray]:
@@ -283,12 +286,12 @@ def main() -> None:
 
     goldens = {}
     with torch.no_grad():
-        found = {name: of_transformers(name, *made) for name, made in models().items()}
-        found["resnext"] = of_torchvision(32, 4)
-        found["wide_resnet"] = of_torchvision(1, 128)
-        found |= {name: of_timm(name, *made) for name, made in TIMM.items()}
-        found |= {name: of_open_clip(name, *made) for name, made in OPEN_CLIP.items()}
-    for name, arrays in found.items():
+        goldens_by_model = {name: of_transformers(name, *made) for name, made in models().items()}
+        goldens_by_model["resnext"] = of_torchvision(32, 4)
+        goldens_by_model["wide_resnet"] = of_torchvision(1, 128)
+        goldens_by_model |= {name: of_timm(name, *made) for name, made in TIMM.items()}
+        goldens_by_model |= {name: of_open_clip(name, *made) for name, made in OPEN_CLIP.items()}
+    for name, arrays in goldens_by_model.items():
         goldens |= {f"{name}/{key}": value for key, value in arrays.items()}
     np.savez_compressed(HERE / "towers.npz", **goldens)
 

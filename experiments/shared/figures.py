@@ -18,8 +18,8 @@ import numpy as np
 import scipy.special
 from etils import epath
 
+from experiments.shared.labels import Label, place_beside, place_right
 from logitjax import storage
-from logitjax.commands.labels import Label, place_beside, place_right
 
 _INCHES, _DPI = 6.0, 150
 # Okabe and Ito's colours, which colour-blind readers tell apart, without their yellow. Numbers of

@@ -81,7 +81,7 @@ def place_beside(axes: Any, names: Sequence[Label]) -> None:
             worse = _shared(put, box) + round(size.prod() - _shared(box, inside))
             places.append((covered + 20 * worse, offset, box, way))
         # Nearer places come first, and `min` takes the first of equals.
-        _, offset, box, way = min(places, key=lambda place: place[0])
+        _, offset, box, way = min(places, key=lambda candidate: candidate[0])
         name.artist.set_position(tuple(offset))
         taken, put = np.concatenate([taken, way]), np.concatenate([put, box[None]])
 

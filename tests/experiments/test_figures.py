@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from logitjax.commands.figures import Panel, Picture, Series, compose, draw, interval, look
-from logitjax.commands.labels import apart, extent
+from experiments.shared.figures import Panel, Picture, Series, compose, draw, interval, look
+from experiments.shared.labels import apart, extent
 
 
 def names_of(axes):
@@ -116,9 +116,9 @@ def test_what_nothing_is_known_of_has_no_panel():
 
 
 def test_what_nothing_is_known_of_has_no_name_beside_what_is_known():
-    known = Series(name="known", runs=[[(0.0, 1.0)]])
+    dated = Series(name="known", runs=[[(0.0, 1.0)]])
     unknown = [Series(name="no run", runs=[]), Series(name="no point", runs=[[], []])]
-    axes = compose(Picture(panels=[Panel(x="x", y="y", series=[*unknown, known])])).axes[0]
+    axes = compose(Picture(panels=[Panel(x="x", y="y", series=[*unknown, dated])])).axes[0]
     assert list(names_of(axes)) == ["known"]
 
 

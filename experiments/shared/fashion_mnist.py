@@ -10,12 +10,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data._builders._base import Builder
+from experiments.shared.builder import Builder
 from logitjax.storage import guard, require
 
-_INSTALL = (
-    "apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {manual_dir}"
-)
 _FOLDER = "usr/share/datasets/fashion-mnist"
 _NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
@@ -26,31 +23,29 @@ _IMAGES, _LABELS = 2051, 2049
 
 
 class FashionMnistPng(Builder):
-    """The 60,000 + 10,000 images; tfds' own ``fashion_mnist`` needs TensorFlow to prepare."""
+    """The 60,000 + 10,000 images; tfds' own `fashion_mnist` needs TensorFlow to prepare."""
 
-    INSTALL = _INSTALL
-    INFO: ClassVar = dict(
-        description="Fashion-MNIST: 28x28 grey pictures of 10 kinds of clothes.",
-        features={
-            "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=list(_NAMES)),
-        },
-        supervised_keys=("image", "label"),
-        homepage="https://github.com/zalandoresearch/fashion-mnist",
-        license="MIT",
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "apt-get download dataset-fashion-mnist && "
+        "dpkg-deb -x dataset-fashion-mnist_*.deb {manual_dir}"
     )
+    FEATURES: ClassVar = {
+        "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
+        "label": tfds.features.ClassLabel(names=list(_NAMES)),
+    }
+    # Unpacked by hand, or installed.
+    PLACES = (_FOLDER, ".", f"/{_FOLDER}")
+    FILE = "train-images-idx3-ubyte.gz"
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        # The property of the same name insists on the folder.
-        folder = find_files(getattr(dl_manager, "_manual_dir", None))
+        folder = self.folder(dl_manager)
         return {split: self._generate_examples(folder, name) for split, name in _FILES.items()}
 
     def _generate_examples(
-        self, folder: os.PathLike[str], name: str
+        self, folder: epath.Path, name: str
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         Image = require("PIL.Image", extra="vision")
 
-        folder = epath.Path(folder)
         images = read_idx(folder / f"{name}-images-idx3-ubyte.gz", _IMAGES)
         labels = read_idx(folder / f"{name}-labels-idx1-ubyte.gz", _LABELS)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -61,20 +56,8 @@ class FashionMnistPng(Builder):
             yield number, {"image": file, "label": int(label)}
 
 
-def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
-    """Where the .deb was unpacked or is installed."""
-    for location in (_FOLDER, ".", f"/{_FOLDER}"):
-        # An absolute place stays itself.
-        path = epath.Path(manual_dir or ".") / location
-        if (path / "train-images-idx3-ubyte.gz").exists():
-            return path
-    raise FileNotFoundError(
-        "fashion_mnist_png is made from a Debian package that is missing: "
-        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
-    )
-
-
 def read_idx(path: os.PathLike[str], magic: int) -> np.ndarray:
+    """The array of an IDX file whose first number is `magic`."""
     data = guard.gunzip(epath.Path(path).read_bytes(), os.fspath(path))
     axes = magic % 256
     header = struct.unpack_from(f">{1 + axes}i", data) if len(data) >= 4 + 4 * axes else (0,)

@@ -11,15 +11,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from logitjax import losses, models, training
-from logitjax.distillation._objective import Objective
-from logitjax.distillation._teacher import Teacher, Vocabularies
-from logitjax.distillation.on_policy._options import OnPolicy
-from logitjax.distillation.on_policy._rollouts import rollout_program
-from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
-from logitjax.distillation.tokenizers._projection import TokenProjection
-from logitjax.distillation.training._corpus import Reading
-from logitjax.distillation.training._distill import Course
-from logitjax.distillation.training._student import Student
+from logitjax.distillation import (
+    ChunkScores,
+    Course,
+    Objective,
+    Reading,
+    Student,
+    Teacher,
+    TokenProjection,
+    TokenSet,
+    Vocabularies,
+)
+from logitjax.distillation.on_policy import OnPolicy, rollout_program
 
 
 def update_programs(
@@ -206,7 +209,7 @@ def _reading(
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         models.DECODER_RULES.shardings(tree, mesh),
     )
