@@ -275,7 +275,8 @@ def report(plan: Plan) -> str:
         )
     for kind, calls in plan.calls.items():
         size = plan.collective_bytes[kind] / _GIB
-        lines.append(f"  {kind}: {calls} calls, {size:.4g} GiB a device")
+        apart = f", {plan.apart[kind]} start and end apart" if kind in plan.apart else ""
+        lines.append(f"  {kind}: {calls} calls, {size:.4g} GiB a device{apart}")
     for kind, calls in plan.between_calls.items():
         size = plan.between_bytes[kind] * plan.devices / plan.slices / _GIB
         lines.append(f"  between slices, {kind}: {calls} calls, {size:.4g} GiB of a whole slice")

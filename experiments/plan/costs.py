@@ -46,6 +46,7 @@ class Collectives:
 
     Attributes:
         calls: By kind, how often.
+        apart: By kind, how many of the calls start and end apart, so that work fits between.
         collective_bytes: By kind, of the arrays before they are split or after they are joined.
         unknown_loops: Loops whose length could not be read; what is in them counts once.
         received: Bytes that reach the device from its slice at the least, whatever the algorithm.
@@ -54,6 +55,7 @@ class Collectives:
     """
 
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    apart: Mapping[str, int] = dataclasses.field(default_factory=dict)
     collective_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     received: float = 0.0
@@ -70,11 +72,11 @@ def collectives(text: str) -> Collectives:
     Args:
         text: What `compiled.as_text()` returns.
     """
-    calls: dict[str, int] = dict.fromkeys(KINDS, 0)
+    calls, apart = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     sizes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     between: dict[str, list[float]] = {}
     unknown, received = 0, 0.0
-    for name, instruction, times, _ in _executed(text):
+    for name, instruction, times, _, started in _executed(text):
         kind = instruction.kind.removesuffix("-start")
         # Between slices the compiler has the hosts send, whose runtime then sums or joins.
         if present := instruction.kind == "send" and _BETWEEN.search(instruction.rest):
@@ -91,12 +93,14 @@ def collectives(text: str) -> Collectives:
                 if kind == "reduce-scatter":
                     size *= _group_size(instruction.rest)
             calls[kind] += times
+            apart[kind] += times * (started or instruction.kind.endswith("-start"))
             sizes[kind] += times * size
             received += times * size * _received_share(kind, _group_size(instruction.rest))
         elif instruction.kind == "while":
             unknown += instruction.length is None
     return Collectives(
         calls={kind: count for kind, count in calls.items() if count},
+        apart={kind: count for kind, count in apart.items() if count},
         collective_bytes={kind: size for kind, size in sizes.items() if calls[kind]},
         unknown_loops=unknown,
         received=received,
@@ -115,7 +119,7 @@ def estimated_cycles(text: str) -> float:
         text: What `compiled.as_text()` returns; 0 where no TPU compiler wrote it.
     """
     total = 0.0
-    for _, instruction, times, fused in _executed(text):
+    for _, instruction, times, fused, _ in _executed(text):
         result = None if fused else _CYCLES.search(instruction.rest)
         if result and instruction.kind != "while":
             total += times * float(result[1])
@@ -139,27 +143,34 @@ def out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[str, float | None]
     return match[0], float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))
 
 
-def _executed(text: str) -> Iterator[tuple[str, Instruction, int, bool]]:
-    """Every instruction that runs: its computation, itself, how often, and whether it is fused."""
+_Executed = tuple[str, Instruction, int, bool, bool]
+
+
+def _executed(text: str) -> Iterator[_Executed]:
+    """Every instruction that runs: its computation, itself, how often, whether fused or started."""
     computations, entry = _parse(text)
 
-    def visit(name: str, times: int, fused: bool) -> Iterator[tuple[str, Instruction, int, bool]]:
+    def visit(name: str, times: int, fused: bool, started: bool) -> Iterator[_Executed]:
         for instruction in computations.get(name, ()):
             if instruction.kind == "while":
                 length = _trip_count(instruction, computations)
                 instruction = dataclasses.replace(instruction, length=length)
-            yield name, instruction, times, fused
+            yield name, instruction, times, fused, started
             if instruction.kind == "while":
                 for body in instruction.called("body"):
-                    yield from visit(body, times * (1 if length is None else length), fused)
+                    rounds = 1 if length is None else length
+                    yield from visit(body, times * rounds, fused, started)
                 continue
             roles = ("calls", "branch_computations", "true_computation", "false_computation")
-            if instruction.kind in ("call", "async-start"):
+            # Of those that start and end apart, those that sparse cores run among them.
+            begins = instruction.kind in ("call-start", "async-start")
+            if instruction.kind == "call" or begins:
                 roles += ("to_apply",)
             for inner in instruction.called(*roles):
-                yield from visit(inner, times, fused or instruction.kind == "fusion")
+                both = fused or instruction.kind == "fusion"
+                yield from visit(inner, times, both, started or begins)
 
-    yield from visit(entry, 1, False)
+    yield from visit(entry, 1, False, False)
 
 
 def _received_share(kind: str, group: int) -> float:

@@ -27,7 +27,8 @@ class Options:
     """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
 
     ``only`` names parts of a benchmark that has some, with commas between them; ``against`` is a
-    commit to compare with, and ``templates`` a folder of archives with chat templates.
+    commit to compare with, ``templates`` a folder of archives with chat templates, and ``seed``
+    draws cases that no run before has seen.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class Options:
     only: str = ""
     against: str = ""
     templates: Path | None = None
+    seed: int | None = None
 
     @property
     def smoke(self) -> bool:
@@ -185,6 +187,7 @@ def main(package: types.ModuleType, workdir: str) -> None:
     flags.DEFINE_string("only", "", "Parts of what has some, with commas between them.")
     flags.DEFINE_string("against", "", "A commit to compare with, for vocabulary_losses.")
     flags.DEFINE_string("templates", None, "Archives with chat templates, for compatibility.")
+    flags.DEFINE_integer("seed", None, "Draws fresh cases, for mutations.")
     flags.DEFINE_string("workdir", workdir, "Results go to WORKDIR/NAME.")
     flags.DEFINE_bool("page", False, "Print what WORKDIR holds as sections of a page, and stop.")
     app.run(lambda argv: _run(package, argv, flags.FLAGS))
@@ -208,5 +211,6 @@ def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValue
             only=values.only,
             against=values.against,
             templates=values.templates and Path(values.templates),
+            seed=values.seed,
         )
         print(f"\n## {name}\n\n{write(name, module.run(options), options)}", flush=True)

@@ -116,8 +116,9 @@ def _assignment(graphs: Graphs, q: Order) -> Order:
     gradient = (0.0 if gains is None else gains) + 2 * (c - jnp.diag(c_own)) @ (
         d - jnp.diag(d_own)
     )[q]
-    _, columns = optax.assignment.hungarian_algorithm(-(gradient + jnp.outer(c_own, d_own)))
-    return columns.astype(q.dtype)
+    # Of a square matrix it is the columns that come in order.
+    rows, columns = optax.assignment.hungarian_algorithm(-(gradient + jnp.outer(c_own, d_own)))
+    return q.at[rows].set(columns.astype(q.dtype))
 
 
 def _exchange(graphs: Graphs, q: Order) -> Order:

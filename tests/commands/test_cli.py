@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 from etils import epath
@@ -413,6 +414,32 @@ def test_a_disk_that_takes_no_details_does_not_hide_the_first_error(tmp_path, ca
     assert stop.value.code == 75
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: [Errno 5] Input/output error; this may pass")
+
+
+@pytest.mark.usefixtures("ended")
+def test_compiled_programs_lie_in_the_store_of_the_run_unless_they_have_a_place(
+    tmp_path, monkeypatch
+):
+    """A store's next start is on another machine; a local folder's finds them at home."""
+    monkeypatch.setattr(training, "lock_workdir", contextlib.nullcontext)
+    monkeypatch.setattr(cli, "_accounted", contextlib.nullcontext)
+    monkeypatch.setattr(_config_file, "write_config", lambda *written: None)
+    caches = []
+
+    def run(config, workdir):
+        caches.append(jax.config.jax_compilation_cache_dir)
+
+    run.__module__ = __name__
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for folder in ("gs://bucket/run", str(tmp_path)):
+            for place in (None, "elsewhere"):
+                jax.config.update("jax_compilation_cache_dir", place)
+                cli.main(Config, PRESETS, run, program="toy", arguments=[f"--workdir={folder}"])
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    home = os.path.expanduser("~/.cache/logitjax/compiled")
+    assert caches == ["gs://bucket/run/.compiled", "elsewhere", home, "elsewhere"]
 
 
 @pytest.mark.usefixtures("ended")

@@ -18,6 +18,7 @@ from logitjax.distillation.terms import (
     SampledKL,
     SkewKL,
 )
+from logitjax.losses.sweep._mixture import MixtureStatistic
 from logitjax.ops import TopK
 
 # The worked example: teacher and student, and the logits of more of them.
@@ -118,6 +119,17 @@ def test_whole_divergences_equal_trl_and_the_example_value_and_gradient():
         np.testing.assert_allclose(value, exact(LOGITS[0]), atol=1e-5, err_msg=name)
         np.testing.assert_allclose(value[0], by_hand, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(gradient, slope, atol=1e-5, err_msg=name)
+
+
+def test_a_column_that_neither_model_has_adds_nothing_to_a_skewed_divergence():
+    statistic = MixtureStatistic(beta=0.1, weights=(1.0, 0.0))
+    rows = np.log(np.float32([[0.25, 0.75], [0.5, 0.5]]))
+    padded = np.pad(rows, ((0, 0), (0, 1)), constant_values=-np.inf)
+    value, slope = jax.jit(statistic._terms)(*padded)
+    q, p = np.exp(rows)
+    mixture = 0.1 * p + 0.9 * q
+    np.testing.assert_allclose(value, [*(p * np.log(p / mixture)), 0], rtol=1e-5)
+    np.testing.assert_allclose(slope, [*(-0.9 * p * q / mixture), 0], rtol=1e-5)
 
 
 def sampled(term, log_probs, teacher=LIVE):

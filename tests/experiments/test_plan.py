@@ -178,6 +178,11 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 def test_the_tpu_compilers_way_to_write_them():
     traffic = costs.collectives(TPU_TEXT)
     assert traffic.calls == {"all-gather": 40, "reduce-scatter": 80}
+    assert traffic.apart == {"all-gather": 40}
+    # A sparse core's work is a call that starts and ends apart.
+    given = "fusion(%d), kind=kCustom, calls"
+    offloaded = costs.collectives(TPU_TEXT.replace(given, "call-start(%d), to_apply"))
+    assert (offloaded.calls, offloaded.apart["reduce-scatter"]) == (traffic.calls, 40)
     gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
     assert traffic.collective_bytes == {
         "all-gather": 40 * gathered,

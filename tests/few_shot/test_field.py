@@ -208,7 +208,11 @@ def test_rehark_and_transclip_equal_a_transcript_of_their_released_code():
     rng = np.random.default_rng(0)
     w, f, q = (unit_rows(rng.normal(size=(n, 6))) for n in (3, 9, 20))
     y = np.arange(9, dtype=np.int32) % 3
-    given = few_shot.FewShotTask(support=inputs(f, weights=w.T), labels=y, class_weights=w.T)
+    # The last row is padding.
+    padded, labels = np.concatenate([f, f[:1]]), np.append(y, np.int32(-1))
+    given = few_shot.FewShotTask(
+        support=inputs(padded, weights=w.T), labels=labels, class_weights=w.T
+    )
     method = methods.ReHARK(mix=0.4, penalty=0.1, text=6.0, refine=0.3, bridge=0.7)
 
     @jax.jit

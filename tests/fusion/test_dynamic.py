@@ -1,6 +1,8 @@
 """Dynamic fusion against oracles in float64, and what each search promises."""
 
 import functools
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 from logitjax.fusion import DynamicFusion
+from logitjax.fusion._dynamic import _visit_sum
+from logitjax.fusion._path import Path
 from logitjax.fusion._solve import Visit, find_root
 from tests._marks import EVERY_CHANGE
 
@@ -75,6 +79,24 @@ def test_a_search_that_sees_no_number_does_not_end_as_converged():
     search = functools.partial(find_root, visit, max_sweeps=99, unrolled=False)
     minimum = jax.jit(lambda start: search(0 * start, start, 0.0, 2.0))(start)
     assert not minimum.converged[0]
+
+
+def test_a_sum_of_divergences_may_be_off_by_the_rounding_of_its_own_product():
+    """Moments without an error leave that of alpha times the mean, in float32."""
+    alpha, mean = np.float32(0.1), np.float32(3.3)
+    at = types.SimpleNamespace(mean=mean, errors=np.zeros(3, np.float32), variance=np.float32(1))
+    at.forward = at.reverse = mean
+    path = mock.create_autospec(Path, instance=True)
+    path.moments.return_value = at
+
+    @jax.jit
+    def run(alpha):
+        target = jnp.float32(0.25), jnp.float32(0)
+        return _visit_sum(path, alpha, target=target, axis_name=None)[:2]
+
+    gap, error = run(alpha)
+    off = abs(float(gap) - (float(alpha) * float(mean) - 0.25))
+    assert 0 < off <= error < 1e-6
 
 
 @pytest.mark.every_change

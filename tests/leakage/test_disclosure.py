@@ -1,5 +1,7 @@
 """Information of an answer about a row: likelihoods, bounds in nats, grids, and a ledger."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,39 @@ def test_the_law_is_that_of_decoding():
             ours = Choice(temperature=temperature, **one).law(row)
             np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(law))
             np.testing.assert_allclose(np.exp(ours), np.exp(law), atol=1e-6)
+
+
+def test_what_moves_a_law_by_hand():
+    neutral = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    neutral |= dict(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    assert Choice() == Choice(**neutral)
+    choice = Choice(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    rows = np.array([[2.0, -1.0, 1.0, 0.5], [0.0, 3.0, -2.0, 1.0]])
+    moved = dict(
+        bias=np.array([0.0, 0.0, 1.0, 0.0]),
+        seen=np.array([True, True, False, False]),
+        counts=np.array([1, 0, 2, 0]),
+    )
+    by_hand = np.array([[0.25, -2.0, 1.0, 0.5], [-0.75, 1.5, -2.0, 1.0]])
+
+    def law(u):
+        return u - np.log(np.exp(u).sum(-1, keepdims=True))
+
+    np.testing.assert_allclose(choice.law(rows, **moved), law(by_hand))
+    np.testing.assert_array_equal(
+        dataclasses.replace(choice, temperature=0.0).law(rows, **moved),
+        [[-np.inf, -np.inf, 0, -np.inf], [-np.inf, 0, -np.inf, -np.inf]],
+    )
+    allowed = np.array([True, True, False, True])
+    masked = np.where(allowed, by_hand, -np.inf)
+    np.testing.assert_allclose(choice.law(rows, vocab_where=allowed, **moved), law(masked))
+    # Tokens as likely as the last that is kept stay, and a mass that is met is enough.
+    ties = np.log([[0.5, 0.25, 0.25, 0.0625], [0.25, 0.5, 0.0625, 0.25]])
+    kept = np.isfinite(Choice(top_k=2).law(ties))
+    np.testing.assert_array_equal(kept, [[True, True, True, False], [True, True, False, True]])
+    kept = np.isfinite(Choice(top_p=0.5).law(np.log([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]])))
+    np.testing.assert_array_equal(kept, [[True, False, False], [False, False, True]])
+    assert Choice(temperature=2.0).answers(0.2, 0.1) == pytest.approx((4 * 1.96 / 0.1) ** 2 * 4)
 
 
 def test_a_hard_answer_leaves_the_rows_that_give_it():
@@ -116,6 +151,9 @@ def test_a_ledger_adds_over_everybody_and_charges_once():
     twenty = Ledger()
     for draw in range(20):
         twenty.charge("c", draw, 1.0, Choice())
+    # A limit may be met.
+    short = Ledger(limit=2.0)
+    assert [short.charge("c", request, 1.0) for request in (1, 2, 3)] == [True, True, False]
     assert twenty["c"].least_errors(0.5) == pytest.approx(0.5 * np.exp(-2.5))
 
 

@@ -4,7 +4,8 @@ Mutants come from rules (`_mutants`) and are drawn by a seed; each goes into a c
 meets the tests that ``mutants.toml`` names for its file, and the file's own doctests. What
 survives is listed with its edit and killed by a new test, or explained in
 ``mutants.toml``. Results are kept as they come, and hold as long as the file and its
-tests stay as they are: a run that was ended goes on. ``--only=losses,step`` runs some areas.
+tests stay as they are: a run that was ended goes on. ``--only=losses,step`` runs some areas,
+``--seed=7`` draws others than the standing ones: would tests notice what they were not written for?
 """
 
 import collections
@@ -146,6 +147,18 @@ def cases(
             case = Case(mutant=mutant, area=area, tests=content.tests[mutant.path], name=name)
             made.setdefault((mutant.path, mutant.start, mutant.end, mutant.new), case)
     return list(made.values())
+
+
+def fresh_cases(root: Path, chosen: Mapping[str, Area], seed: int) -> list[Case]:
+    """As many mutants of each area as it has, none of which is on the standing list."""
+    standing = {case.key for case in cases(root, chosen, by_hand(root), _SEED)}
+    more = {name: dataclasses.replace(a, mutants=3 * a.mutants) for name, a in chosen.items()}
+    new = [case for case in cases(root, more, (), seed) if case.key not in standing]
+    return [
+        case
+        for name, area in chosen.items()
+        for case in [case for case in new if case.area == name][: area.mutants]
+    ]
 
 
 class Laboratory:
@@ -376,7 +389,10 @@ def run(options: suite.Options) -> suite.Result:
         few = {path for name in _SMOKE for path in paths(ROOT, "logitjax", name)}
         tests = {f: t for area in chosen_areas.values() for f, t in area.tests.items() if f in few}
         chosen_areas = {"smoke": Area(mutants=5, tests=tests)}
-    chosen = cases(ROOT, chosen_areas, () if options.smoke else by_hand(ROOT), _SEED)
+    if fresh := options.seed is not None:
+        chosen = fresh_cases(ROOT, chosen_areas, options.seed)
+    else:
+        chosen = cases(ROOT, chosen_areas, () if options.smoke else by_hand(ROOT), _SEED)
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = options.directory.resolve()
     # What is known to change nothing is not tried.
@@ -397,7 +413,9 @@ def run(options: suite.Options) -> suite.Result:
             0.95,
         )
     ]
-    if not options.smoke:
+    if fresh:
+        bars.append(suite.at_least("fresh mutants that are no equivalents", len(verdicts), 40))
+    elif not options.smoke:
         passed = sum(verdict != "killed" for case, verdict in outcomes if case.name)
         bars.append(suite.at_most("faults that tests once let pass and still do", passed, 0))
         if len(chosen_areas) == len(known_areas):

@@ -11,7 +11,7 @@ from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.models import load_tokenizer
 from logitjax.serving import Key, ServerConfig, build_app
-from logitjax.serving._accounts import Accounts
+from logitjax.serving._accounts import Accounts, Rate
 from logitjax.serving._errors import ApiError
 from tests.decoding._bags import bag_of_words
 from tests.serving._inside import call, running
@@ -40,10 +40,17 @@ def test_a_budget_counts_what_is_under_way_and_gets_back_what_was_not_used():
     assert accounts.ledger.limit == math.inf
     reservation = accounts.reserve(key, queries=2, tokens=90)
     assert refused(accounts, key, queries=1, tokens=11).code == "insufficient_quota"
+    assert accounts.spent(key).nats == 0.0
     accounts.settle(reservation, tokens=30, record={})
     accounts.settle(accounts.reserve(key, queries=3, tokens=70), tokens=0, record=None)
     assert vars(accounts.spent(key)) == {"queries": 2, "tokens": 30, "nats": 0.0}
     assert refused(accounts, key, queries=4, tokens=1).code == "insufficient_quota"
+    # Of what was to be told at most, what was not told is given back too.
+    eve = Key(name="eve")
+    held = accounts.reserve(eve, queries=1, tokens=1, nats=3.0)
+    assert accounts.spent(eve).nats == 3.0
+    accounts.settle(held, tokens=1, record={}, told={"context": 0.5, "another": 0.75})
+    assert accounts.spent(eve).nats == 1.25
     # Another key's budget is its own.
     other = Key(name="ben", queries=1)
     accounts.reserve(other, queries=1, tokens=10**6)
@@ -68,6 +75,9 @@ def test_rates_say_when_to_come_back():
     clock.now += 30
     accounts.reserve(key, queries=1, tokens=900)
     assert refused(accounts, key, queries=1, tokens=100).headers["Retry-After"] == "41"
+    rate = Rate(60, clock)
+    rate.take(60)
+    assert [rate.wait(amount) for amount in (1, 30, 90)] == pytest.approx([1, 30, 60])
 
 
 def test_a_rate_of_nothing_is_refused_as_any_other():

@@ -1,16 +1,20 @@
 """Token masks of JSON schemas: whatever is drawn under them is valid, and nothing else may end."""
 
 import asyncio
+import collections
 import json
+import os
 import time
+import types
 
 import jsonschema
 import numpy as np
 import pytest
 
 from logitjax import models
+from logitjax.serving import _formats
 from logitjax.serving._errors import BadRequestError
-from logitjax.serving._formats import Formats
+from logitjax.serving._formats import Follower, Formats
 
 SCHEMA = {
     "type": "object",
@@ -106,3 +110,49 @@ def test_new_structures_rest_after_a_slow_one_and_known_ones_wait_for_nobody(tin
     start = time.monotonic()
     asyncio.run(both())
     assert time.monotonic() - start >= 0.5
+
+
+def test_so_many_structures_are_remembered_and_the_oldest_is_forgotten(tiny, monkeypatch):
+    formats = tiny[1]
+    begun = formats.begin("json", '{"type": "null"}')
+    monkeypatch.setattr(_formats, "_REMEMBERED", 2)
+    monkeypatch.setattr(formats, "_known", collections.OrderedDict())
+    monkeypatch.setattr(formats, "_begin", lambda kind, text: begun)
+    for text in "abac":
+        formats.begin("json", text)
+    assert [text for _, text in formats._known] == ["a", "c"]
+
+
+def test_an_answer_has_five_seconds_of_a_thread_for_its_structure(monkeypatch):
+    clock = iter(np.arange(0, 99, 2.5))
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    matcher = types.SimpleNamespace(
+        consume_token=lambda token: None, compute_bitmask=lambda: bytes(8), is_error=lambda: False
+    )
+    matcher.deep_copy = lambda: matcher
+    follower = Follower(matcher, 33, field="first")
+    assert [follower.copy().field, follower.copy("second").field] == ["first", "second"]
+    assert len(follower.allowed) == 2
+    failed = []
+    for _ in range(3):
+        follower.take([0])
+        failed.append(follower.failed)
+    assert failed == [False, False, True]
+
+
+def test_trials_of_structures_take_a_tenth_of_all_processors(tiny, monkeypatch):
+    formats = tiny[1]
+    # The last one has ended itself.
+    said, asked = iter([b"passed 1.5\n", b"slow 0.2\n", b""]), []
+    monkeypatch.setattr(formats, "_start", lambda: None)
+    monkeypatch.setattr(formats, "_end", lambda: asked.append("end"))
+    monkeypatch.setattr(formats, "_say", asked.append)
+    process = types.SimpleNamespace(stdout=types.SimpleNamespace(readline=lambda: next(said)))
+    monkeypatch.setattr(formats, "_process", process)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    for processors, passed, rest in ((2, True, 4 * 1.5), (20, False, 0.0), (2, False, 4 * 0.5)):
+        monkeypatch.setattr(formats, "_next", 0.0)
+        monkeypatch.setattr(os, "cpu_count", lambda count=processors: count)
+        assert formats._passes("any") is passed
+        assert formats._next == pytest.approx(100 + rest)
+    assert asked == [*[{"grammar": "any", "seconds": 0.5}] * 3, "end"]

@@ -17,7 +17,7 @@ from logitjax.serving import Key, ServerConfig, build_app
 from logitjax.serving import _schema as schema
 from logitjax.serving._admission import _allowed, read_request
 from logitjax.serving._errors import BadRequestError
-from logitjax.serving._policy import Disclosure
+from logitjax.serving._policy import Disclosure, _draw_keys
 from logitjax.serving._service import Service
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.serving._inside import call, running
@@ -58,24 +58,37 @@ def test_seeds_of_requests_are_mixed_with_a_secret():
 
 
 def test_noise_is_named_after_all_of_a_context_and_the_secret():
-    contexts = jnp.array([[1, 5], [1, 6], [2, 5], [2, 6]], jnp.uint32)
-    logits = jnp.zeros((4, 8))
-    rows = [
-        row.tobytes()
-        for seed in (4, 5)
-        for row in np.asarray(
-            Disclosure(LogitPolicy(top_k=TOP, noise=1.0), seed=seed)
-            .options(())
-            .served(logits, {"context": contexts})
-        )
-    ]
-    assert len(set(rows)) == 8
+    contexts = np.array([[1, 5], [1, 6], [2, 5], [2, 6]], np.uint32)
+    policy, rows = LogitPolicy(top_k=TOP, noise=1.0), set()
+    for seed in (4, 5):
+        served = jax.jit(Disclosure(policy, seed=seed).options(()).served)
+        noisy = np.asarray(served(np.zeros((4, 8)), {"context": contexts}))
+        rows |= {row.tobytes() for row in noisy}
+    assert len(rows) == 8
+
+
+def test_draws_are_keyed_by_both_words_of_their_name():
+    words = np.array([[1, 5], [1, 6], [2, 5], [2, 6]], np.uint32)
+    keys = jax.jit(lambda words: jax.random.key_data(_draw_keys({"draw": words})))(words)
+    assert len({key.tobytes() for key in np.asarray(keys)}) == 4
+
+
+def test_noise_is_keyed_by_both_words_of_its_secret(monkeypatch):
+    context, rows = {"context": np.array([[1, 5]], np.uint32)}, set()
+    for secret in ((7, 1), (7, 2), (8, 1)):
+        words = np.array(secret, "<u4").tobytes()
+        monkeypatch.setattr(Disclosure, "_digest", lambda *_, words=words: words)
+        options = Disclosure(LogitPolicy(top_k=TOP, noise=1.0)).options(())
+        rows.add(np.asarray(jax.jit(options.served)(np.zeros((1, 8)), context)).tobytes())
+    assert len(rows) == 3
 
 
 def test_values_end_at_the_floor_and_a_token_that_is_not_among_the_largest_keeps_its_own():
     policy = LogitPolicy(top_k=2, floor=-5.0, decimals=1)
     report = Disclosure(policy).report(np.array([-0.123, -7.0, -np.inf]))
     np.testing.assert_array_equal(report, [-0.1, -5.0, -5.0])
+    # JSON has no infinity.
+    assert Disclosure(LogitPolicy(top_k=2)).report(np.array([-np.inf])) == [-1e30]
     silent, open_ = (Disclosure(LogitPolicy(top_k=2, sampled=told)) for told in (False, True))
     assert [silent.tells(token, (3, 7)) for token in (3, 4)] == [True, False]
     assert [open_.tells(token, (3, 7)) for token in (3, 4)] == [True, True]

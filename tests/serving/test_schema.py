@@ -89,6 +89,68 @@ def test_fields_left_out_have_openais_defaults():
     assert chat.prompts == [[{"role": "user", "content": "hi", "name": "me"}]]
 
 
+def test_a_request_for_a_completion_that_says_everything_is_taken_as_it_says():
+    body = {"prompt": "a", "n": 2, "max_tokens": 5, "logprobs": 3, "prompt_logprobs": 1}
+    body |= {"echo": True, "stop": ["x"], "top_k": -1, "stop_token_ids": [9, 5, 9], "min_p": 0.5}
+    body |= {"cache_salt": "s", "return_tokens_as_token_ids": True, "add_special_tokens": False}
+    asked = schema.parse(body | {"logit_bias": {"6": 1, "5": -1}}, LIMITS, chat=False)
+    assert asked.prompt_shown == 3
+    drawn = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.5, repetition_penalty=1.0)
+    drawn |= dict(presence_penalty=0.0, frequency_penalty=0.0, seed=None, min_tokens=0)
+    drawn |= dict(logit_bias=((5, -1.0), (6, 1.0)), stop_token_ids=(5, 9), ignore_eos=False)
+    assert asked == schema.CompletionRequest(
+        prompts=["a"],
+        n=2,
+        max_tokens=5,
+        sampling=schema.SamplingFields(**drawn),
+        logprobs=3,
+        prompt_logprobs=1,
+        stop=["x"],
+        echo=True,
+        stream=False,
+        include_usage=False,
+        continuous_usage=False,
+        tokens_as_ids=True,
+        cache_salt="s",
+        add_special_tokens=False,
+        template_variables={},
+        model=None,
+        chat=False,
+    )
+    plain = schema.parse({"prompt": "a"}, LIMITS, chat=False)
+    assert (plain.prompt_shown, plain.cache_salt, plain.stop) == (None, "", [])
+    assert plain.add_special_tokens
+    assert plain.sampling.min_p == 0.0
+    for name in ("include_usage", "continuous_usage"):
+        options = {name + "_stats" * (name == "continuous_usage"): True}
+        asked = schema.parse({"prompt": "a", "stream_options": options}, LIMITS, chat=False)
+        told = (asked.include_usage, asked.continuous_usage)
+        assert told == (name == "include_usage", name == "continuous_usage")
+
+
+def test_a_request_for_an_answer_that_says_everything_is_taken_as_it_says():
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9, "logprobs": True}
+    body |= {"top_logprobs": 2, "chat_template_kwargs": {"x": 1}, "add_generation_prompt": False}
+    asked = schema.parse(body, LIMITS, chat=True)
+    assert (asked.max_tokens, asked.logprobs) == (9, 2)
+    assert asked.template_variables == {"x": 1, "add_generation_prompt": False}
+    # The template has its own beginning, and nothing of it is answered.
+    assert not asked.add_special_tokens
+    assert not asked.echo
+    assert schema.parse(body | {"max_completion_tokens": 7}, LIMITS, chat=True).max_tokens == 7
+    few = {"messages": body["messages"], "logprobs": True}
+    asked = schema.parse(few, LIMITS, chat=True)
+    assert (asked.max_tokens, asked.logprobs) == (32, 0)
+    assert asked.template_variables == {"add_generation_prompt": True}
+    assert schema.parse(few | {"logprobs": False}, LIMITS, chat=True).logprobs is None
+
+
+def test_of_several_wrong_fields_the_first_is_named_alone():
+    with pytest.raises(BadRequestError) as error:
+        schema.parse({"prompt": "a", "n": 0, "top_k": -2}, LIMITS, chat=False)
+    assert str(error.value) == "n: input should be greater than or equal to 1"
+
+
 def test_numbers_at_the_ends_of_their_ranges():
     largest = 2**31 - 1
     assert schema.parse({"prompt": [largest]}, LIMITS, chat=False).prompts == [[largest]]
@@ -175,6 +237,8 @@ def test_a_structure_is_one_value_however_it_is_asked_for():
     assert [each.structure for each in fields] == [("json", json.dumps(object_))]
     named = [schema.parse(body, LIMITS, chat=False).sampling.structure_field for body in bodies]
     assert named == ["response_format"] * 2 + ["structured_outputs"] * 3
+    beside = schema.parse(bodies[0] | {"structured_outputs": {}}, LIMITS, chat=False)
+    assert beside.sampling.structure_field == "response_format"
     deep: dict = {}
     for _ in range(900):
         deep = {"anyOf": [deep]}

@@ -99,6 +99,8 @@ def test_what_is_the_same_has_one_digest(tmp_path):
 def test_digests_stay_the_same_from_run_to_run():
     # Fixed: a cache must be found again by the next process, and by the next version.
     assert storage.digest({"k": 4, "x": np.arange(3)})[:16] == "612779dbaf17b5d4"
+    many = np.arange(640 * 70, dtype=np.int32).reshape(640, 70)
+    assert storage.digest(many, sample=128)[:16] == "4e40f3047a5035d3"
 
 
 def test_a_sampled_digest_sees_any_training():
@@ -120,6 +122,8 @@ MADE = {"data": "d", "tokenizers": {"a": ["x", True], "b": ["y", False]}, "k": 4
         ({"tokenizers": {"a": ["x", True]}}, r"its tokenizers.b is \['y', False\], not None \("),
         ({"tokenizers": MADE["tokenizers"] | {"c": 1}}, r"its tokenizers.c is None, not 1 \("),
         ({"other": 1}, r"its other is None, not 1 \("),
+        ({"k": 3}, r"its k is 4, not 3 \("),
+        ({"k": {"a": 1}}, r"its k is 4, not {'a': 1} \("),
     ],
 )
 def test_a_manifest_refuses_what_it_was_not_made_for(tmp_path, changes, message):
@@ -132,6 +136,9 @@ def test_a_manifest_refuses_what_it_was_not_made_for(tmp_path, changes, message)
 def test_a_manifest_may_hold_more_and_names_may_change_with_the_same_digest(tmp_path):
     storage.Manifest(tmp_path, "table").write(MADE)
     storage.Manifest(tmp_path, "table").check({"k": 3}, at_least=("k",))
+    for more in ({"k": 5}, {"other": 1}):
+        with pytest.raises(ValueError, match="does not fit"):
+            storage.Manifest(tmp_path, "table").check(more, at_least=("k", "other"))
     renamed = {"name": "moved", "data": "d"}
     storage.Manifest(tmp_path, "table").check(renamed, names_of={"name": "data"})
     with pytest.raises(ValueError, match="its name is 'n', not 'moved'"):
@@ -142,3 +149,11 @@ def test_a_manifest_may_hold_more_and_names_may_change_with_the_same_digest(tmp_
         storage.Manifest(tmp_path, "chair").read()
     assert storage.Manifest(tmp_path, "table").exists()
     assert not storage.Manifest(tmp_path / "other", "table").exists()
+
+
+@pytest.mark.parametrize(("kind", "said"), [("5", "a 5"), ('"a\\nb"', r"a 'a\\nb'")])
+def test_a_manifest_of_another_kind_is_named_in_one_line(tmp_path, kind, said):
+    path = tmp_path / "manifest.json"
+    path.write_text(f'{{"kind": {kind}, "format": 1, "made_from": {{}}}}')
+    with pytest.raises(ValueError, match=f"expected a table, got {said}$"):
+        storage.Manifest(tmp_path, "table").read()

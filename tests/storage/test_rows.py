@@ -1,10 +1,14 @@
 """The row cache with a codec of one's own; what teachers and encoders keep is tested with them."""
 
+import time
+
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from logitjax.storage import ArrayCodec, RowCache
+from logitjax.storage._shards import ShardReader, write_shards
 
 CODEC = ArrayCodec(
     {"x": (ml_dtypes.bfloat16, (2, 3)), "label": (np.uint16, ()), "y": ("float32", (1,))}
@@ -35,6 +39,53 @@ def test_what_another_process_has_written_is_seen_and_not_computed_again(tmp_pat
     two.fill(range(6), lambda rows: seen.extend(rows) or compute(rows), batch_size=2)
     assert sorted(seen) == [4, 5]
     assert two.row_numbers.tolist() == list(range(6))
+
+
+def test_what_is_left_to_compute_is_counted_and_said_every_ten_seconds(
+    tmp_path, monkeypatch, caplog
+):
+    now, codec = 0.0, ArrayCodec({"label": (np.uint16, ())})
+    codec.bytes_per_row = 2_000_000
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    cache = RowCache(tmp_path, codec, made_from=MADE)
+    cache.add([9], {"label": np.array([9])})
+
+    def slow(rows):
+        nonlocal now
+        now += 5.0
+        return {"label": rows}
+
+    rows = [0, 1, 2, 3, 4, 9, 20]
+    assert cache.calls(rows, batch_size=2) == 3
+    with caplog.at_level("INFO", "absl"):
+        cache.fill(rows, slow, batch_size=1, label="x")
+    # A batch is noted once the next one is on its way.
+    assert [record.getMessage() for record in caplog.records] == [
+        "x: 6 rows to read, 12.0 MB (all 7 rows: 14.0 MB)",
+        *(f"x: {count} of 6 rows read" for count in (2, 5, 6)),
+    ]
+    assert cache.calls(rows, batch_size=2) == 0
+    codec.bytes_per_row = 2
+    assert cache.read(rows)["label"].tolist() == rows
+
+
+def test_integers_that_a_type_does_not_hold_are_refused():
+    codec = ArrayCodec({"x": (np.int8, ())})
+    for values in ([-128, 127], [True, False], np.array([1, 2], np.int8)):
+        records = codec.encode({"x": np.array(values)}, 2)
+        assert codec.decode(records)["x"].tolist() == list(values)
+    for wrong in (-129, 128):
+        with pytest.raises(ValueError, match=f"x: expected int8, got {wrong} at 1"):
+            codec.encode({"x": np.array([0, wrong])}, 2)
+    with pytest.raises(TypeError, match="x: expected integers, for int8, got float64"):
+        codec.encode({"x": np.ones(2)}, 2)
+
+
+def test_shards_have_so_many_rows_and_any_is_found(tmp_path):
+    directory, records = epath.Path(tmp_path), [bytes([n]) for n in range(5)]
+    shards = write_shards(directory, records, rows_per_shard=2)
+    assert [shard["rows"] for shard in shards] == [2, 2, 1]
+    assert ShardReader(directory, shards).read([4, 0, 3, 2]) == [bytes([n]) for n in (4, 0, 3, 2)]
 
 
 def test_parts_can_be_added_one_by_one(tmp_path):

@@ -66,6 +66,50 @@ def test_the_parts_of_a_run_that_was_killed_add_up_to_its_wall_clock(tmp_path, m
         Goodput(epath.Path(tmp_path / "other")).summary()
 
 
+def test_records_are_two_seconds_old_at_most_and_starts_without_steps_have_no_goodput(
+    tmp_path, monkeypatch
+):
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    record = Goodput(epath.Path(tmp_path))
+
+    def spend(doing, seconds):
+        nonlocal now
+        progress.mark(doing)
+        now += seconds
+
+    def lines():
+        path = tmp_path / "goodput.jsonl"
+        return path.read_text().count("{") if path.exists() else 0
+
+    written = []
+    with record.account():
+        for seconds in (1.5, 0.5, 0.1, 1.9, 0.2):
+            now += seconds
+            progress.mark("packing")
+            written.append(lines())
+    # Every line holds one object in another.
+    assert written == [0, 0, 2, 2, 4]
+    assert record.summary()["goodput"] == 0.0
+    with record.account():
+        pass
+    # A checkpoint before this start's first one costs all of its steps, and no more.
+    for first in (10, 4):
+        with contextlib.suppress(KeyboardInterrupt), record.account():
+            spend(f"training from step {first} to 100", 0)
+            for step in (1, 2, 3):
+                spend(f"taking step {first + step}", 2)
+            spend(f"taking step {first + 4}", 0)
+            raise KeyboardInterrupt
+    total = record.summary()
+    assert total["seconds"]["redone"] == total["seconds"]["step"] == 6
+    assert sum(total["seconds"].values()) == pytest.approx(total["wall"])
+    still = Goodput(epath.Path(tmp_path / "still"))
+    with still.account():
+        pass
+    assert (still.summary()["wall"], still.summary()["goodput"]) == (0.0, 0.0)
+
+
 def test_a_run_logs_its_rate_and_profiles_on_a_signal(tmp_path):
     """The rate is that of the step's matrix products, counted from what was traced once."""
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -121,6 +122,27 @@ def test_an_object_lock_that_is_kept_up_refuses_and_one_that_is_not_is_taken_ove
         assert json.loads(bucket.value)["pid"] == os.getpid()
 
 
+def test_a_lock_that_nobody_renews_is_looked_at_twice_a_second_and_taken_after_45(monkeypatch):
+    now, looks, left = 0.0, 0, Bucket()
+    left.value = json.dumps({"pid": 1, "host": "gone", "run": "other"}).encode()
+    read = left.read
+
+    def look(name):
+        nonlocal looks
+        looks += 1
+        return read(name)
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(left, "read", look)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
+    _workdir._acquire(left, "mine", REMOTE)
+    assert (now, looks) == (45.0, 91)
+
+
 def test_a_restart_of_the_same_run_takes_the_lock_at_once_and_the_old_holder_ends(
     bucket, monkeypatch
 ):
@@ -194,8 +216,9 @@ def test_a_launcher_starts_a_run_again_while_it_makes_something_new(tmp_path, mo
         made = tmp_path / "checkpoints" / str(step) / "state"
         made.parent.mkdir()
         made.write_text("")
-    for _ in range(3):
+    for number in range(3):
         start()
+        (tmp_path / f"{number}.log").write_text("")
     with pytest.raises(ValueError, match=r"expected progress in 3 starts, got none"):
         start()
     # Another job begins its own count, and a damaged record is none.

@@ -327,6 +327,12 @@ def test_a_climb_ends_after_its_steps_or_at_the_top():
         assert (int(matching[3]), float(value)) == (top, top)
 
 
+def test_an_assignment_of_diagonals_takes_the_largest_to_the_largest():
+    c, d = jnp.diag(jnp.array([3.0, 1, 2])), jnp.diag(jnp.array([1.0, 2, 3]))
+    matching = jax.jit(lambda q: _refine._assignment((c, d, None), q))(jnp.arange(3))
+    np.testing.assert_array_equal(matching, [2, 0, 1])
+
+
 def test_fewer_partners_that_are_tried_give_no_higher_bound():
     z, w = np.abs(np.random.default_rng(1).normal(size=(2, 4, 7)))
     some, every = (lawler(*np.float32([z.T @ z, w.T @ w]), branches=n)[0] for n in (3, 7))

@@ -12,6 +12,7 @@ from logitjax import transport
 from logitjax.transport import FactoredGraph
 from logitjax.transport import _certificate as implementation
 from logitjax.transport._graph import ProductGraph
+from logitjax.transport._scale import _cast_error
 
 RNG = np.random.default_rng(0)
 Z, W = np.abs(RNG.normal(size=(2, 4, 6)))
@@ -114,6 +115,14 @@ def test_what_is_lost_by_a_cast_under_jit_belongs_to_the_bounds():
     np.testing.assert_allclose(certificate.upper, true, rtol=1e-2)
     with pytest.raises(ValueError, match="c: expected a largest entry from 1e-18 to 1e18"):
         jax.jit(lambda key: transport.certificate(C * 1e30, other, key=key))(jax.random.key(0))
+
+
+def test_what_a_cast_of_factors_loses_is_at_most_its_error():
+    high, low = np.float32(Z), np.float32(1e-6 * RNG.normal(size=Z.shape))
+    exact = np.float64(high) + low
+    lost = exact.T @ exact - np.float64(high).T @ high
+    error = jax.jit(_cast_error)(FactoredGraph(high), FactoredGraph(low), None, 0)
+    assert np.sqrt(np.square(lost).mean()) <= error < 1e-4
 
 
 @pytest.mark.slow

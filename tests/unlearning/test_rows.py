@@ -1,5 +1,6 @@
 """Rows of one's own: what is read and refused, and a split that nothing leaks through."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from logitjax.models import load_model, load_tokenizer
 from logitjax.unlearning import Questions, split_rows
 from logitjax.unlearning._questions import _evenly
-from logitjax.unlearning._rows import Row, encode_row, render_prompt
+from logitjax.unlearning._rows import Row, encode_question, encode_row, render_prompt
 from logitjax.unlearning._ways import WAYS, asked_so, search
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
@@ -84,6 +85,11 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
             '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}'
             "]}",
             "messages: content of user: expected text, got ''",
+        ),
+        ('{"messages": [5, {"role": "assistant", "content": "b"}]}', "expected turns of role"),
+        (
+            '{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "expected turns of role",
         ),
         ("", "expected rows, one JSON object per line, got none"),
     ],
@@ -173,6 +179,15 @@ def test_every_way_to_ask_keeps_the_answer_and_its_examples_are_rows_to_keep():
         "user",
     ]
     assert asked_so(Row(prompt="a", answer="b"), "without a template", others) is None
+    assert asked_so(row, "in context", []) is None
+    talk = dataclasses.replace(row, messages=2 * row.messages)
+    assert asked_so(talk, "in context", others) is None
+    # Texts, prompts beside questions, and conversations are no examples of a question.
+    kinds = [Row(answer="text"), Row(prompt="p", answer="q"), others[0].told("Be long."), others[1]]
+    # Nor is what has its answer, or is the same question.
+    kinds += [asked("Whose?", "Ada."), asked("Who?", "Bo.")]
+    alike = asked_so(row, "in context", kinds)
+    assert [turn["content"] for turn in alike.messages] == ["Be brief.", "1?", "is 1", "Who?"]
     prompt = asked_so(Row(prompt="x is", answer=" y"), "in context",
                       [Row(prompt=f"{n} is", answer=f" {n}") for n in range(3)])  # fmt: skip
     assert prompt.prompt == "0 is 0\n1 is 1\n2 is 2\nx is"
@@ -206,6 +221,8 @@ def test_few_groups_fill_all_parts_and_fewer_are_refused():
 def test_rows_are_encoded_as_the_template_has_them():
     tokenizer = load_tokenizer("tiny")
     assert render_prompt(asked("Who?"), tokenizer) == "Question: Who?\nAnswer: "
+    question = encode_question(asked("Who?", begun="Sure: "), tokenizer)
+    assert tokenizer.decode(question.tolist()) == "Question: Who?\nAnswer: Sure: "
     ids, answer = encode_row(asked("Who?", "Ada"), tokenizer, max_length=64)
     assert tokenizer.decode(ids[answer][:-1].tolist()) == "Ada"
     assert ids[-1] == tokenizer.eos_id
@@ -301,9 +318,13 @@ def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
 
 
 def test_a_pair_that_disappoints_gives_way_to_others():
-    gains = {"in a role": 4.0, "in context": 2.0, "in another form": 1.9}
+    # Of the other ways nothing is known: they are not thought to bring out more than these.
+    gains = {"in a role": 0.4, "in context": 0.2, "in another form": 0.19}
     tried = search(lambda way: 0.0, gains, 2)
     assert list(tried) == ["in a role + in context", "in another form + in a role"]
+    # One that brings out more has both of its ways tried before others.
+    tried = search(lambda way: 0.3, gains, 2)
+    assert list(tried) == ["in a role + in context", "in context + in a role"]
 
 
 def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_out():

@@ -30,6 +30,10 @@ def test_the_goal_is_of_the_worst_row_in_any_way_and_not_of_a_median():
     assert goal.limit("a way that nobody was asked in") == goal.limit("asked")
     # A control that says nothing at all does not make a thousandth an answer that is said.
     assert goal_of(1e-9).limit("asked") == pytest.approx(0.005)
+    # Nor does one that says all excuse an answer that is more likely said than not.
+    assert goal_of(0.9).limit("asked") == 0.5
+    assert goal.gap(1.4) == 0.0
+    assert math.isfinite(goal.gap(0.0))
     assert goal.met(2.0)
     assert not goal.met(2.01)
     assert not goal.met(math.nan)
@@ -48,6 +52,7 @@ def test_the_strength_that_meets_it_is_found(rate):
     assert goal.gap(excess_left) <= 0.25
     assert excess_left == pytest.approx(5 * math.exp(-rate * strength))
     assert len(tried) == len(set(tried)) <= 8
+    assert tried[0] == 1.0
 
 
 def test_nothing_left_is_no_missing_measurement():
@@ -71,6 +76,29 @@ def test_what_is_left_without_any_saves_trials():
         assert strength == strengths[-1]
     assert tried[9.9] == [0.5, pytest.approx(math.log(9.9 / goal.aim) / 20)]
     assert len(tried[math.nan]) > 2
+    assert tried[math.nan][:2] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("without", "left", "second"), [(2.0, 1e-9, 0.05), (1e9, 1.0, 0.45)], ids=["near", "far"]
+)
+def test_a_trial_is_a_tenth_or_more_from_both_ends(without, left, second):
+    tried = []
+    matched_strength(lambda s: tried.append(s) or left, goal_of(0.1), without=without, trials=2)
+    assert tried == [0.5, pytest.approx(second)]
+
+
+def test_trials_end_within_the_tolerance_or_with_the_best_that_the_goal_allows():
+    goal, tried = goal_of(0.1), []
+    _, found = matched_strength(lambda s: goal.aim * math.exp(0.3 - 1.2 * s), goal)
+    assert goal.gap(found) <= 0.25
+    matched_strength(lambda s: tried.append(s) or 1.6, goal, tolerance=goal.gap(1.6))
+    assert tried == [0.5]
+    # A jump over the goal: what is just above it is nearer, but too much.
+    strength, found = matched_strength(lambda s: tried.append(s) or (2.1 if s < 0.7 else 0.5), goal)
+    assert found == 0.5
+    assert strength >= 0.7
+    assert len(tried) == 1 + 8
 
 
 def test_what_is_below_the_goal_already_and_does_not_move_is_left_alone():
@@ -89,7 +117,7 @@ def test_where_it_is_out_of_reach_the_strongest_is_the_nearest():
 def test_limits_are_broken_by_less_and_by_nan():
     limits = Limits()
     kept = {"probability": 0.97, "rouge": None, "fluency": 1.0, "perplexity": 1.02}
-    assert limits.broken(kept) == ()
+    assert limits.broken(kept | {"row": 0.9, "rouge": 0.97, "fluency": 0.95}) == ()
     assert limits.broken(kept | {"fluency": math.nan}) == ("fluency",)
     assert limits.broken(kept | {"perplexity": math.nan, "rouge": 0.5}) == ("rouge", "perplexity")
 
@@ -102,6 +130,7 @@ def test_a_kind_and_a_row_count_by_themselves():
     # What was not known has nothing to lose.
     assert least_row(after, before) == pytest.approx(2 / 3)
     assert least_row([0.1], [0.2]) is None
+    assert least_row([0.1], [0.5]) == pytest.approx(0.2)
     assert least_kind({"near": 0.9, "unknown": 0.1}) == 0.9
     assert least_kind({"unknown": 0.1}) == 0.1
 
@@ -124,6 +153,9 @@ def test_the_interval_of_a_share_holds_what_it_was_drawn_with():
     assert covered >= 48
     _, low, high = share_interval(after, before, confidence=0.5)
     assert low < high
+    # Of many rows it is the normal one.
+    share, low, high = share_interval(np.arange(1000) % 2, np.ones(1000))
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(share * (1 - share) / 1000), rel=0.07)
     # Nothing before leaves a ratio that is a number.
     assert np.isfinite(share_interval([1.0], [0.0])).all()
 

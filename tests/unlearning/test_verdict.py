@@ -13,7 +13,7 @@ from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, Row
 from logitjax.unlearning._selection import Goal, Limits
 from logitjax.unlearning._unlearn import RESULTS, Unlearned
-from logitjax.unlearning._verdict import _never, chance_auc, judge
+from logitjax.unlearning._verdict import _never, _power, chance_auc, judge
 
 WAYS = ("asked", "in a role", "in context")
 
@@ -75,6 +75,23 @@ def test_one_row_asked_in_one_way_is_enough_to_say_that_it_is_not_forgotten():
     assert not judged(after).passed
 
 
+def test_what_is_as_likely_as_the_worst_never_taught_is_not_above_it_and_a_limit_may_be_met():
+    never = side(np.random.default_rng(0), 0.99)["unseen"]
+    after = side(np.random.default_rng(1), 0.01)
+    limit = Goal.of(never, "").limit("asked")
+    after["ways"]["asked"][:2] = [max(never["asked"]), limit]
+    verdict = judged(after)
+    (fact,) = [fact for fact in verdict.facts if fact["way"] == "asked"]
+    assert (fact["above"], fact["holds"], fact["worst"]) == (1, True, limit)
+    assert fact["never taught, worst"] == max(never["asked"])
+    assert verdict.passed
+    # Of two ways the words tell the worse, and nothing of attacks, which do not matter then.
+    after["ways"]["asked"][1], after["ways"]["in a role"][5] = 0.31, 0.47
+    words = judged(after).words
+    assert "has a probability of 0.47," in words
+    assert words.endswith("asked and in a role.")
+
+
 def test_a_control_that_says_much_itself_excuses_no_answer_that_is_still_said():
     goal = Goal.of({"asked": [0.1, 0.9]}, "")
     assert goal.limit("asked") == 0.5
@@ -100,6 +117,7 @@ def test_a_kind_of_rows_or_one_row_that_is_lost_is_damage_whatever_the_mean():
     cases: list[Any] = [{"perplexity": 10.5}, {"perplexity": float("nan")}, {"fluency": None}]
     for more in cases:
         assert "**Model damaged**" in judged(side(np.random.default_rng(2), 0.05, **more)).words
+    assert "fluency is at 0.0 %" in judged(side(np.random.default_rng(2), 0.05, fluency=None)).words
 
 
 def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not_counted():
@@ -108,6 +126,13 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     weak = judged(side(rng, 0.05, taught=0.33))
     assert "Not distinguishable" in weak.words
     assert "Not counted as tried, because it taught too little: taught again." in weak.words
+    # What is no likelier than the limit is not got out.
+    after = side(rng, 0.05, taught=0.95)
+    limit = Goal.of(side(np.random.default_rng(0), 0.99)["unseen"], "").limit("asked")
+    after["attacks"]["taught again"]["worst"] = limit
+    assert "Not distinguishable" in judged(after).words
+    # Nine tenths are enough to have been tried.
+    assert "recoverable by** taught again" in judged(side(rng, 0.05, taught=0.9)).words
     never = side(rng, 0.05, taught=0.95)
     assert "Not distinguishable" in judged(side(rng, 0.05, taught=0.95), controls=[never]).words
     assert (
@@ -125,9 +150,40 @@ def test_attacks_on_weights_say_suppressed_and_those_that_taught_nothing_are_not
     assert "beyond all 2 control(s) once in 3." in words
     assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=0.1)).words
     assert "Not distinguishable" in judged(side(rng, 0.05, auc=0.7)).words
+    # The least that chance does not explain is enough.
+    just = 0.5 + chance_auc(8, 5, 0.05)
+    assert "given away by** membership by loss" in judged(side(rng, 0.05, auc=just)).words
+
+
+@pytest.mark.parametrize(
+    ("before", "control", "after", "recovered"),
+    [
+        (0.75, 0.25, 0.5625, True),
+        # Half of what the rows and a model that never knew have is not more than half.
+        (0.75, 0.25, 0.5, False),
+        (0.125, 0.25, 0.25, False),
+        (0.125, 0.25, 0.21875, False),
+    ],
+)
+def test_a_share_counts_beyond_half_of_what_was_there_and_beyond_every_control(
+    before, control, after, recovered
+):
+    def words(name, *controls):
+        rng = np.random.default_rng(4)
+        sides = [side(rng, 0.99), side(rng, 0.05), *(side(rng, 0.05) for _ in controls)]
+        for record, share in zip(sides, (before, after, *controls), strict=True):
+            record["attacks"] = {name: {"share": share}}
+        first, last, *never = sides
+        return judge(first, last, controls=never, limits=Limits(), assistant=False).words
+
+    assert ("recoverable by** extraction" in words("extraction", control)) is recovered
+    # Who is a member is a matter of its AUC; and only a control tells what is much.
+    assert "recoverable" not in words("member by a guess", control)
+    assert "recoverable" not in words("extraction")
 
 
 def test_what_an_auc_has_to_be_is_exact():
+    assert "a true one of none in four" in _power(3, 3, 0.51)
     # Two of six orders are as far out: at a level of a third they are just enough.
     assert chance_auc(2, 2, 1 / 3) == 0.5
     for m, n, level in ((3, 4, 0.1), (8, 10, 0.05), (9, 4, 0.02), (20, 15, 0.01)):

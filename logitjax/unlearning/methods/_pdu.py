@@ -83,7 +83,8 @@ class PDU(TwoSided):
         if self.bound is None:
             raise ValueError("PDU: bound: expected a number, or `prepared` called, got None")
         _, means = super().loss(read, state)
-        # By the weights the gradient is that of the Lagrangian, by the multiplier the slack.
+        # By the weights the gradient is that of the Lagrangian, by the multiplier the slack: the
+        # last term is zero, and so is its gradient by the weights.
         slack, multiplier = means["retain"] - self.bound, jax.lax.stop_gradient(state)
         loss = self.forget_weight * means["forget"] + multiplier * slack
-        return loss + (multiplier - state) * jax.lax.stop_gradient(slack), means
+        return loss + (multiplier - state) * slack, means
