@@ -608,7 +608,7 @@ ELSEWHERE = {
     "tests/test_classifier_inputs.py": """
         few_shot.FewShotTask few_shot.Method few_shot.Recipe
         few_shot.best_setting few_shot.sweep few_shot.FeatureCache few_shot.Features
-        few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
+        few_shot.extract_features vision.Encoder data.ImageSet""",
     "tests/few_shot/test_field.py": "few_shot.adapt_online few_shot.transduce",
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",

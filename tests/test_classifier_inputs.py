@@ -304,8 +304,8 @@ def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path):
     folder.mkdir(parents=True)
     greys = np.array([[0, 257], [32896, 65535]], np.uint16)
     Image.fromarray(greys).save(folder / "0.png")
-    loaded = data.load_images(f"folder:{tmp_path}", size=2)
-    assert loaded.images[0, ..., 0].tolist() == [[0, 1], [128, 255]]
+    pixels, _ = data.load_image_set(f"folder:{tmp_path}", split="train")[0]
+    assert pixels[..., 0].tolist() == [[0, 1], [128, 255]]
 
 
 def test_pictures_of_floats_up_to_255_are_refused_and_nan_under_jit():

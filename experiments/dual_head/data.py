@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.dual_head.config import Config
+from experiments.dual_head.images import load_images
 from logitjax import data
 
 TEXT_FEATURES = 1024
@@ -58,8 +59,8 @@ def load_task(config: Config, workdir: epath.Path) -> Task:
     else:
         options = {"size": config.image_size, "cache_dir": workdir / "images"}
         test_name = "val" if config.data.startswith("folder:") else "test"
-        train = data.load_images(config.data, **options)
-        test = data.load_images(config.data, split=test_name, **options)
+        train = load_images(config.data, **options)
+        test = load_images(config.data, split=test_name, **options)
         order = np.random.default_rng(0).permutation(len(train))
         held_out = np.sort(order[: config.validation_examples])
         kept = np.sort(order[config.validation_examples :])

@@ -50,13 +50,9 @@ def field(
     Args:
         default: Its value where nothing gives one; `REQUIRED` for none.
         help: What it is, as a whole phrase.
-        choices: All its values, for text.
-        minimum: Lowest value, for numbers.
+        choices, minimum: All its values, for text; the lowest, for numbers.
         positional: Whether arguments without a flag are its values; for one tuple of text.
-        execution: Whether it says how a run executes, or which of its parts now, and not what the
-            result is: a folder may be continued with another value.
-        secret: Whether it is a key or a password: it is written to no file, and a folder may be
-            continued with another one.
+        execution, secret: As of `storage.option`.
         listing: Makes a line for each of the values that have names; `--NAME=help` prints it.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
@@ -83,19 +79,13 @@ def nested(
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A field of a configuration, or of what it nests, as a flag.
-
-    Attributes:
-        path: Names of the fields that lead to it.
-        owner: Dataclass that has the field.
-        kind: Type of its value, or of each of its values.
-        default: Its default, or `REQUIRED`.
-        help: What it is, or nothing where its owner does not say.
-    """
+    """A field of a configuration, or of what it nests, as a flag; `owner` is its dataclass."""
 
     name: str
+    # Names of the fields that lead to it.
     path: tuple[str, ...]
     owner: type
+    # Type of its value, or of each of its values.
     kind: type
     several: bool
     optional: bool
@@ -237,11 +227,7 @@ def attribute_docs(owner: type) -> Mapping[str, str]:
 
 
 def build(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from values by flags' names; the others are as they are by default.
-
-    Raises:
-        ValueError: One is required and missing, or a dataclass refuses its values.
-    """
+    """A configuration from values by flags' names; the others are as they are by default."""
     tree: dict[str, Any] = {}
     for flag in flags_of(config_class):
         branch = tree

@@ -95,10 +95,7 @@ def parse(
 ) -> list[Any]:
     """Configurations from a preset (the first if none is named), below a file, below flags.
 
-    Raises:
-        absl.flags.Error: A flag does not exist.
-        ValueError: A value of the wrong type, a required one that is missing, a name in a file
-            that no flag has, or an argument that nothing takes.
+    What they do not take is a ValueError, or absl's error of a flag that does not exist.
     """
     flags = _flags.flags_of(*classes)
     names = {flag.name for flag in flags}

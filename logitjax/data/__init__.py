@@ -5,7 +5,6 @@ from logitjax.data._forms import own_form as own_form
 from logitjax.data._image_set import ImageSet as ImageSet
 from logitjax.data._image_set import load_image_set as load_image_set
 from logitjax.data._image_views import ImageViews as ImageViews
-from logitjax.data._images import load_images as load_images
 from logitjax.data._images import read_picture as read_picture
 from logitjax.data._load import load_examples as load_examples
 from logitjax.data._load import prepare as prepare

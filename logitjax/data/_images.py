@@ -1,7 +1,6 @@
-"""Labelled images as arrays: what a classifier trains on."""
+"""Pictures in files: where they lie, and their pixels."""
 
 import collections
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,112 +9,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax.data._examples import parse_split, slice_of
 from logitjax.data._places import files_below
 from logitjax.storage import guard, require
-from logitjax.storage.weights import read_npy
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # The longer side in shorter ones.
 _LONGEST = 500
 # What lies under these names. Pillow's reader of JPEG reads a camera's MPO too, and has no other.
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
-_CIFAR = {"train": "train.bin", "test": "test.bin"}
-_CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledImages:
-    """Images and their classes, `num_classes` of them, seen or not."""
-
-    # uint8 [count, height, width, channels], perhaps a memory map.
-    images: np.ndarray
-    labels: np.ndarray  # int32 [count]
-    num_classes: int
-    source: str
-
-    def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
-            raise ValueError(
-                "images: expected uint8 [count, height, width, channels], got "
-                f"{self.images.dtype} {self.images.shape}"
-            )
-        if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels: expected one for each of {len(self.images)} images, got shape "
-                f"{self.labels.shape}"
-            )
-        check_numbers(self.labels, self.num_classes, "labels")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def load_images(
-    spec: str,
-    *,
-    split: str = "train",
-    data_dir: str | os.PathLike[str] | None = None,
-    size: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> LabelledImages:
-    """Labelled images from any of the usual places.
-
-    * ``tfds:NAME``: a prepared tfds dataset with one image and one label, read without TensorFlow.
-    * ``cifar100:DIR``: CIFAR-100's binary version (``train.bin``, ``test.bin``).
-    * ``folder:DIR``: ``DIR/<split>/<class>/**/*.png|jpg|jpeg``, as ImageNet and Tiny-ImageNet lie
-      after unpacking (Tiny-ImageNet's ``val`` sorted into classes). Needs ``size``; pictures are
-      scaled so that the shorter side has it, and cut to the middle.
-    * ``synthetic:CLASSES``: noisy prototypes, for tests.
-
-    Args:
-        split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
-        size: height and width of the result, for ``folder``.
-        cache_dir: where ``folder`` keeps the decoded arrays as a memory map; else in memory.
-
-    Raises:
-        FileNotFoundError: nothing lies there.
-        ValueError: an unknown source, or files that are not what they should be.
-
-    >>> digits = load_images("synthetic:10", split="train[:100]")
-    >>> digits.images.shape, digits.num_classes
-    ((100, 16, 16, 3), 10)
-    """
-    kind, _, location = spec.partition(":")
-    name, start, stop = parse_split(split)
-    if kind == "tfds" and location:
-        result = _tfds_images(location, name, data_dir)
-    elif kind == "cifar100" and location:
-        result = _cifar100(epath.Path(location), name)
-    elif kind == "folder" and location:
-        if size is None:
-            raise ValueError("size: expected pixels for images from a folder, got None")
-        result = _folder(epath.Path(location) / name, size, cache_dir)
-    elif kind == "synthetic" and location.isdigit():
-        result = _synthetic(int(location), name)
-    else:
-        raise ValueError(
-            f"unknown image source {spec!r}: expected tfds:NAME, cifar100:DIR, folder:DIR or "
-            "synthetic:CLASSES"
-        )
-    images, labels, classes = result
-    rows = slice_of(start, stop, len(labels))
-    return LabelledImages(
-        images=images[rows],
-        labels=np.asarray(labels[rows], np.int32),
-        num_classes=classes,
-        source=f"{spec}[{split}]",
-    )
-
-
-def _tfds_images(
-    name: str, split: str, data_dir: str | os.PathLike[str] | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    builder, picture, label = open_labelled_images(name, split, data_dir)
-    rows: Any = builder.as_data_source(split=split)
-    images = np.stack([as_bytes(row[picture]) for row in rows])
-    labels = np.array([row[label] for row in rows], np.int32)
-    return images, labels, int(builder.info.features[label].num_classes)
 
 
 def open_labelled_images(
@@ -137,45 +38,6 @@ def open_labelled_images(
     if picture is None or label is None:
         raise ValueError(f"tfds:{name} does not have one image and one label: {sorted(features)}")
     return builder, picture, label
-
-
-def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray, int]:
-    if split not in _CIFAR:
-        raise ValueError(f"cifar100 has the splits train and test, not {split!r}")
-    path = directory / _CIFAR[split]
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: unpack cifar-100-binary.tar.gz there")
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    if data.size != _CIFAR_LENGTH[split] * 3074:
-        raise ValueError(f"{path} has {data.size} bytes, not {_CIFAR_LENGTH[split]} records")
-    # Coarse label, fine label, planes of red, green and blue.
-    records = data.reshape(-1, 3074)
-    images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), records[:, 1].astype(np.int32), 100
-
-
-def _folder(
-    directory: epath.Path, size: int, cache_dir: str | os.PathLike[str] | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    files, classes = class_folders(directory)
-    labels = np.array([label for _, label in files], np.int32)
-    shape = (len(files), size, size, 3)
-    if cache_dir is None:
-        images = np.empty(shape, np.uint8)
-        _decode([path for path, _ in files], images)
-        return images, labels, len(classes)
-    cache = epath.Path(cache_dir) / f"{directory.name}_{size}_{len(files)}.npy"
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        # Memory-mapped, so what grows is the file: nothing that `write_atomic` could be given.
-        partial = cache.with_name(cache.name + ".partial")
-        mapped = np.lib.format.open_memmap(
-            os.fspath(partial), mode="w+", dtype=np.uint8, shape=shape
-        )
-        _decode([path for path, _ in files], mapped)
-        mapped.flush()
-        partial.rename(cache)
-    return read_npy(cache, mapped=True), labels, len(classes)
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
@@ -294,28 +156,3 @@ def as_bytes(pixels: Any) -> np.ndarray:
     if pixels.dtype != np.uint8:
         raise TypeError(f"pixels: expected uint8 or uint16, got {pixels.dtype}")
     return pixels
-
-
-def _decode(paths: Sequence[epath.Path], images: np.ndarray) -> None:
-    Image = require("PIL.Image", extra="vision")
-
-    size = images.shape[1]
-    for number, path in enumerate(paths):
-        picture = read_picture(path)
-        scale = size / min(picture.size)
-        width, height = (max(size, round(n * scale)) for n in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
-        images[number] = np.asarray(picture.crop((left, top, left + size, top + size)))
-        if number % 10_000 == 9_999:
-            logging.info("decoded %d of %d images", number + 1, len(paths))
-
-
-def _synthetic(classes: int, split: str) -> tuple[np.ndarray, np.ndarray, int]:
-    rng = np.random.default_rng(0)
-    prototypes = rng.integers(0, 256, (classes, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
-    rng = np.random.default_rng({"train": 1, "validation": 2}.get(split, 3))
-    labels = rng.integers(classes, size=2048 if split == "train" else 512)
-    noise = rng.normal(scale=60, size=(len(labels), 16, 16, 3))
-    images = np.clip(prototypes[labels] + noise, 0, 255).astype(np.uint8)
-    return images, labels.astype(np.int32), classes

@@ -44,17 +44,17 @@ def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Arra
 def _by_class(
     loss: Callable[[jax.Array, jax.Array], jax.Array],
     logits: tuple[Array, Array],
-    classes: tuple[Array | None, int, AxisName | None],
+    classes: tuple[Array | None, AxisName | None],
     temperature: Number,
     reduction: str,
 ) -> jax.Array:
     """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
-    vocab_where, axis, axis_name = classes
+    vocab_where, axis_name = classes
     student = checks.as_float(logits[0], "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(logits[1], "teacher_logits"))
     pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
     checks.shapes(**pair)
-    checks.axis(axis, student.shape, "student_logits")
+    checks.axis(-1, student.shape, "student_logits")
     checks.where(vocab_where, student.shape, "vocab_where")
     checks.positive(temperature, "temperature")
     if reduction not in ("sum", "mean"):
@@ -69,10 +69,10 @@ def _by_class(
     values = jnp.square(jnp.asarray(temperature)) * loss(
         student / temperature, teacher / temperature
     )
-    total = on_mesh.psum(jnp.where(keep, values, 0.0).sum(axis), axis_name)
+    total = on_mesh.psum(jnp.where(keep, values, 0.0).sum(-1), axis_name)
     if reduction == "sum":
         return total
-    return total / jnp.maximum(on_mesh.psum(keep.sum(axis), axis_name), 1)
+    return total / jnp.maximum(on_mesh.psum(keep.sum(-1), axis_name), 1)
 
 
 def binary_kl(
@@ -82,7 +82,6 @@ def binary_kl(
     temperature: Number = 2.0,
     reduction: Reduction = "sum",
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Treat every class as its own yes-or-no question and match the teacher's answers.
@@ -96,8 +95,7 @@ def binary_kl(
         t^2 * sum_c KL( Bern(sigmoid(z_t[c] / t)) || Bern(sigmoid(z_s[c] / t)) )
 
     Args:
-        student_logits, teacher_logits: `[*batch, classes]` (classes along `axis`); absolute logits,
-            not log-probabilities.
+        student_logits, teacher_logits: `[*batch, classes]`; absolute logits, not log-probabilities.
         reduction: over classes: `'sum'` as published, growing with their number, or `'mean'`.
         vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
@@ -117,7 +115,7 @@ def binary_kl(
         code takes logs of clamped float32 probabilities, which are infinite from a logit of about
         17 on; here they are log-sigmoids.
     """
-    logits, classes = (student_logits, teacher_logits), (vocab_where, axis, axis_name)
+    logits, classes = (student_logits, teacher_logits), (vocab_where, axis_name)
     return _by_class(bernoulli_kl, logits, classes, temperature, reduction)
 
 
@@ -128,7 +126,6 @@ def binary_kl_norm(
     temperature: Number = 2.0,
     reduction: Reduction = "sum",
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """The loss of the published second head: a smooth-L1 regression of the teacher's logits.
@@ -155,5 +152,5 @@ def binary_kl_norm(
     def half_gap(student: jax.Array, teacher: jax.Array) -> jax.Array:
         return _log_cosh((student - teacher) / 2.0)
 
-    logits, classes = (student_logits, teacher_logits), (vocab_where, axis, axis_name)
+    logits, classes = (student_logits, teacher_logits), (vocab_where, axis_name)
     return _by_class(half_gap, logits, classes, temperature, reduction)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.distillation._binary_kl import bernoulli_kl
+from logitjax.losses import kl_divergence
 from logitjax.ops import (
     Array,
     AxisName,
@@ -28,28 +29,12 @@ def _softened(
     return student / temperature, teacher / temperature
 
 
-def _softmax_kl(
-    student: jax.Array,
-    teacher: jax.Array,
-    vocab_where: Array | None,
-    axis: int,
-    axis_name: AxisName | None,
-) -> jax.Array:
-    log_q = log_softmax(student, axis=axis, vocab_where=vocab_where, axis_name=axis_name)
-    log_p = log_softmax(teacher, axis=axis, vocab_where=vocab_where, axis_name=axis_name)
-    # A class with no teacher mass contributes nothing, also where the student has none either.
-    live = log_p != -jnp.inf
-    gap = jnp.where(live, log_p, 0.0) - jnp.where(live, log_q, 0.0)
-    return on_mesh.psum(jnp.sum(jnp.where(live, jnp.exp(log_p) * gap, 0.0), axis), axis_name)
-
-
 def knowledge_distillation(
     student_logits: Float[Array, "..."],
     teacher_logits: Float[Array, "..."],
     *,
     temperature: Number = 4.0,
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Hinton's distillation: match the teacher's softened class probabilities.
@@ -61,7 +46,7 @@ def knowledge_distillation(
         T^2 * KL( softmax(z_t / T) || softmax(z_s / T) )
 
     Args:
-        student_logits, teacher_logits: `[*batch, classes]` (classes along `axis`).
+        student_logits, teacher_logits: `[*batch, classes]`.
         temperature: 4 with weights .1 (labels) and .9 on CIFAR; 1 with .5 and .5 on ImageNet.
         vocab_where: the classes that exist.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
@@ -82,8 +67,8 @@ def knowledge_distillation(
     """
     # T^2: gradients of softened targets shrink by its inverse.
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return jnp.square(jnp.asarray(temperature)) * _softmax_kl(
-        student, teacher, vocab_where, axis, axis_name
+    return jnp.square(jnp.asarray(temperature)) * kl_divergence(
+        student, teacher, vocab_where=vocab_where, axis_name=axis_name
     )
 
 
@@ -164,7 +149,7 @@ def decoupled_knowledge_distillation(
     # A teacher without any class asks for nothing.
     asked = (of_teacher[0] != -jnp.inf) | (of_teacher[1] != -jnp.inf)
     target_part = jnp.where(asked, target_part, 0.0)
-    other_part = _softmax_kl(student, teacher, others, -1, axis_name)
+    other_part = kl_divergence(student, teacher, vocab_where=others, axis_name=axis_name)
     loss = target_weight * target_part + other_weight * other_part
     existing = (labels >= 0) & (labels < classes * shards)
     return jnp.where(existing, jnp.square(jnp.asarray(temperature)) * loss, jnp.nan)
@@ -174,7 +159,6 @@ def standardize_logits(
     logits: Float[Array, "..."],
     *,
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
     epsilon: float = 1e-7,
 ) -> Float[jax.Array, "..."]:
@@ -188,9 +172,9 @@ def standardize_logits(
         (z - mean(z)) / (std(z) + epsilon)        std divides by the number of classes - 1
 
     Args:
-        logits: `[*batch, classes]` (classes along `axis`).
+        logits: `[*batch, classes]`.
         vocab_where: the classes that count. Those at `-inf` never do; both come back as `-inf`.
-            `axis` and `axis_name` are those of `knowledge_distillation`.
+            `axis_name` is that of `knowledge_distillation`.
         epsilon: as in the released code.
 
     Returns:
@@ -203,7 +187,7 @@ def standardize_logits(
         Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024, arXiv 2403.01427).
     """
     logits = checks.as_float(logits, "logits")
-    checks.axis(axis, logits.shape, "logits")
+    checks.axis(-1, logits.shape, "logits")
     checks.where(vocab_where, logits.shape, "vocab_where")
     keep = logits != -jnp.inf
     if vocab_where is not None:
@@ -211,7 +195,7 @@ def standardize_logits(
     safe = jnp.where(keep, logits, 0.0)
 
     def total(values: jax.Array) -> jax.Array:
-        return on_mesh.psum(values.sum(axis, keepdims=True), axis_name)
+        return on_mesh.psum(values.sum(-1, keepdims=True), axis_name)
 
     count = total(keep)
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)

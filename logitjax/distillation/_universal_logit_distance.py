@@ -36,7 +36,6 @@ def universal_logit_distance(
     top_k: int | None = 10,
     temperature: Number = 1.0,
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """L1 distance between the sorted probabilities of student and teacher.
@@ -54,7 +53,7 @@ def universal_logit_distance(
     The full sort (`top_k=None`) costs about as much as 19 multiplications by the output head.
 
     Args:
-        student: `[*batch, student_vocab]` logits (the vocabulary at `axis`), or a `TopK`.
+        student: `[*batch, student_vocab]` logits, or a `TopK`.
         teacher: `[*batch, teacher_vocab]` logits, or the `TopK` of a cached teacher, which must
             hold at least `top_k` entries. Differentiable as well.
         top_k: how many ranks to compare; None for all of them.
@@ -90,7 +89,7 @@ def universal_logit_distance(
     # 0 where nobody knows: a `TopK` does not tell the size of its vocabulary.
     if top_k is not None:
         sizes = [
-            0 if isinstance(model, TopK) else _vocabulary_size(model, axis, axis_name, name)
+            0 if isinstance(model, TopK) else _vocabulary_size(model, axis_name, name)
             for model, name in ((student, "student"), (teacher, "teacher"))
         ]
         if top_k < 1:
@@ -105,7 +104,7 @@ def universal_logit_distance(
             if mask is not None:
                 raise ValueError(f"vocab_where: expected None, for {name} is a TopK, got a mask")
             return _top_probs(model, top_k, name)
-        return _sorted_probs(model, top_k, temperature, mask, axis, axis_name, name)
+        return _sorted_probs(model, top_k, temperature, mask, axis_name, name)
 
     q, p = probs(student, vocab_where, "student"), probs(teacher, None, "teacher")
     if q.shape[:-1] != p.shape[:-1]:
@@ -123,15 +122,14 @@ def _sorted_probs(
     top_k: int | None,
     temperature: Number,
     vocab_where: Array | None,
-    axis: int,
     axis_name: AxisName | None,
     name: str,
 ) -> jax.Array:
     masked = checks.as_float(logits, name, vocab_where, "vocab_where")
-    scaled = jnp.moveaxis(masked, checks.axis(axis, masked.shape, name), -1) / temperature
+    scaled = masked / temperature
     if axis_name is None:
         checks.vocabulary_unsharded(scaled, name, "top-k")
-    vocab = _vocabulary_size(scaled, -1, axis_name, name)
+    vocab = _vocabulary_size(scaled, axis_name, name)
     # The k largest of all are all of them, sorted.
     values, _ = exact_top_k(scaled, min(top_k or vocab, vocab), axis_name=axis_name)
     # Of all, the ranks left out too.
@@ -152,8 +150,8 @@ def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
     return jnp.exp(values - neginf_to_zero(checks.as_float(top.log_z[..., None], name)))
 
 
-def _vocabulary_size(logits: Array, axis: int, axis_name: AxisName | None, name: str) -> int:
-    size = logits.shape[checks.axis(axis, jnp.shape(logits), name)]  # of this shard
+def _vocabulary_size(logits: Array, axis_name: AxisName | None, name: str) -> int:
+    size = logits.shape[checks.axis(-1, jnp.shape(logits), name)]  # of this shard
     return size if axis_name is None else size * lax.axis_size(axis_name)
 
 

@@ -24,11 +24,7 @@ _TARGETS = ("lookup_sums", "row_products", "largest_ids")
 
 
 def build() -> pathlib.Path:
-    """Compiles the kernels for this machine unless that is done, and returns the library's path.
-
-    Raises:
-        RuntimeError: there is no C++ compiler, or it fails; the message has what it printed.
-    """
+    """Compiles the kernels for this machine unless that is done, and returns the library's path."""
     library = _library()
     if _whole(library):
         return library
@@ -54,11 +50,7 @@ def build() -> pathlib.Path:
 
 
 def in_use() -> bool:
-    """Whether programs that are traced now use the kernels when they run on a CPU.
-
-    Raises:
-        RuntimeError: ``LOGITJAX_NATIVE=1``, but the kernels are not built.
-    """
+    """Whether programs that are traced now use the kernels when they run on a CPU."""
     wish = os.environ.get("LOGITJAX_NATIVE", "")
     if wish == "0" or (not wish and jax.device_count() != 1):
         return False

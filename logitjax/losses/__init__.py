@@ -3,7 +3,7 @@
 What their arguments mean is said here once:
 
 * `logits`, or `student_logits` and `teacher_logits` of one shape: `[*batch, vocab]`, of any
-  floating point type, with the vocabulary at `axis`. Both are differentiated: use
+  floating point type, with the vocabulary last. Both are differentiated: use
   `jax.lax.stop_gradient` where a teacher shares parameters with the student.
 * `labels`: `[*batch]` integers in `0..vocab - 1`, over the whole vocabulary.
 * `direction`: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).

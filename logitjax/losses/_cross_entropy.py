@@ -14,7 +14,6 @@ def cross_entropy(
     label_smoothing: Number = 0.0,
     z_loss: Number = 0.0,
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Negative log-probability of the label, position by position.
@@ -48,35 +47,32 @@ def cross_entropy(
     """
     logits = checks.as_float(logits, "logits", vocab_where)
     labels = jnp.asarray(labels)
-    axis = checks.axis(axis, logits.shape, "logits")
+    vocab = logits.shape[checks.axis(-1, logits.shape, "logits")]
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    expected = logits.shape[:axis] + logits.shape[axis + 1 :]
-    if labels.shape != expected:
+    if labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"labels: expected the shape of logits without the vocabulary, {expected}, "
+            f"labels: expected the shape of logits without the vocabulary, {logits.shape[:-1]}, "
             f"got {labels.shape}"
         )
     smooth = not isinstance(label_smoothing, (int, float)) or label_smoothing != 0
     if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
 
-    vocab = logits.shape[axis]
     first, size = 0, vocab
     if axis_name is not None:
         first = lax.axis_index(axis_name) * vocab
         size = lax.axis_size(axis_name) * vocab
 
-    log_z = neginf_to_zero(logsumexp(logits, axis=axis, axis_name=axis_name))
+    log_z = neginf_to_zero(logsumexp(logits, axis_name=axis_name))
     # Not a gather: along a vocabulary that a mesh splits it would move the logits.
-    ids = jnp.arange(vocab).reshape((vocab,) + (1,) * (logits.ndim - axis - 1)) + first
-    is_label = ids == jnp.expand_dims(labels, axis)
-    label_logit = on_mesh.psum(jnp.where(is_label, logits, 0.0).sum(axis), axis_name)
+    is_label = jnp.arange(vocab) + first == labels[..., None]
+    label_logit = on_mesh.psum(jnp.where(is_label, logits, 0.0).sum(-1), axis_name)
     loss = log_z - label_logit
     if smooth:
         exists = logits != -jnp.inf
-        total = on_mesh.psum(jnp.where(exists, logits, 0.0).sum(axis), axis_name)
-        count = on_mesh.psum(exists.sum(axis), axis_name)
+        total = on_mesh.psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)
+        count = on_mesh.psum(exists.sum(-1), axis_name)
         uniform = log_z - total / jnp.maximum(count, 1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if not isinstance(z_loss, (int, float)) or z_loss != 0:

@@ -15,7 +15,6 @@ def kl_divergence(
     direction: Literal["forward", "reverse"] = "forward",
     temperature: Number = 1.0,
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Kullback-Leibler divergence between teacher and student, scaled by the squared temperature.
@@ -45,12 +44,10 @@ def kl_divergence(
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
-    log_q, log_p, axis = _log_probs(
-        student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
-    )
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab_where, axis_name)
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     scale = jnp.square(jnp.asarray(temperature, log_q.dtype))  # Hinton's T^2
-    return scale * on_mesh.psum(_kl_terms(first, second).sum(axis), axis_name)
+    return scale * on_mesh.psum(kl_terms(first, second).sum(-1), axis_name)
 
 
 def generalized_jensen_shannon(
@@ -60,7 +57,6 @@ def generalized_jensen_shannon(
     beta: float | int = 0.5,
     temperature: Number = 1.0,
     vocab_where: Bool[Array, "..."] | None = None,
-    axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Generalised Jensen-Shannon divergence between teacher and student.
@@ -94,13 +90,11 @@ def generalized_jensen_shannon(
         the two ends; they agree at beta = 1/2 only.
     """
     checks.between(beta, 0, 1, "beta")
-    log_q, log_p, axis = _log_probs(
-        student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
-    )
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab_where, axis_name)
     if beta == 0:
-        terms = _kl_terms(log_p, log_q)
+        terms = kl_terms(log_p, log_q)
     elif beta == 1:
-        terms = _kl_terms(log_q, log_p)
+        terms = kl_terms(log_q, log_p)
     else:
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         mixture = beta * p + (1 - beta) * q
@@ -110,7 +104,7 @@ def generalized_jensen_shannon(
         safe_p = jnp.where(exists & (log_p != -jnp.inf), log_p, log_m)
         safe_q = jnp.where(exists & (log_q != -jnp.inf), log_q, log_m)
         terms = beta * p * (safe_p - log_m) + (1 - beta) * q * (safe_q - log_m)
-    return on_mesh.psum(terms.sum(axis), axis_name)
+    return on_mesh.psum(terms.sum(-1), axis_name)
 
 
 def _log_probs(
@@ -118,29 +112,26 @@ def _log_probs(
     teacher_logits: Array,
     temperature: Number,
     vocab_where: Array | None,
-    axis: int,
     axis_name: AxisName | None,
-) -> tuple[jax.Array, jax.Array, int]:
+) -> tuple[jax.Array, jax.Array]:
     student = checks.as_float(student_logits, "student_logits")
     teacher = checks.as_float(teacher_logits, "teacher_logits")
-    axis = checks.axis(axis, student.shape, "student_logits")
+    checks.axis(-1, student.shape, "student_logits")
     if student.shape != teacher.shape:
         message = f"teacher_logits: expected the shape of student_logits, {student.shape}"
         hint = ""
-        if student.ndim == teacher.ndim and student.shape[axis] != teacher.shape[axis]:
+        if student.ndim == teacher.ndim and student.shape[-1] != teacher.shape[-1]:
             hint = "; across vocabularies use universal_logit_distance or graph_on_logits"
         raise ValueError(f"{message}, got {teacher.shape}{hint}")
     checks.positive(temperature, "temperature")
 
     def log_probs(logits: jax.Array) -> jax.Array:
-        return log_softmax(
-            logits / temperature, axis=axis, vocab_where=vocab_where, axis_name=axis_name
-        )
+        return log_softmax(logits / temperature, vocab_where=vocab_where, axis_name=axis_name)
 
-    return log_probs(student), log_probs(teacher), axis
+    return log_probs(student), log_probs(teacher)
 
 
-def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+def kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """`p (log p - log q)` entry by entry."""
     p = jnp.exp(log_p)
     # Masked before they are subtracted: -inf less -inf is nan, and so is nought times it.

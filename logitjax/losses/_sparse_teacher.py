@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from logitjax.losses._divergences import kl_terms
 from logitjax.losses._linear_readout import Readout
 from logitjax.losses._tail_sample import TailSample
 from logitjax.losses.sweep import Head, ReadoutStatistic
@@ -293,7 +294,4 @@ def _with_tail(log_probs: jax.Array) -> jax.Array:
 
 def _kl(log_p: jax.Array, log_q: jax.Array, direction: str) -> jax.Array:
     over, under = (log_p, log_q) if direction == "forward" else (log_q, log_p)
-    both = (over != -jnp.inf) & (under != -jnp.inf)
-    gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
-    mass = jnp.exp(over)
-    return jnp.where(both, mass * gap, jnp.where(mass > 0, jnp.inf, 0.0)).sum(-1)
+    return kl_terms(over, under).sum(-1)

@@ -48,13 +48,12 @@ def logsumexp(
 def log_softmax(
     logits: Float[Array, "..."],
     *,
-    axis: int = -1,
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Log-probabilities over the vocabulary, `-inf` for entries that do not exist.
 
-    Arguments and errors are those of `logsumexp`. ::
+    The vocabulary is the last axis; arguments and errors are those of `logsumexp`. ::
 
         log p_v = logits_v - log Z
 
@@ -66,9 +65,8 @@ def log_softmax(
     array([-0.6931, -0.6931,    -inf], dtype=float32)
     """
     logits = checks.as_float(logits, "logits", vocab_where)
-    axis = checks.axis(axis, logits.shape, "logits")
-    log_z = _logsumexp(logits, axis, axis_name)
-    return logits - jnp.expand_dims(neginf_to_zero(log_z), axis)
+    log_z = _logsumexp(logits, checks.axis(-1, logits.shape, "logits"), axis_name)
+    return logits - neginf_to_zero(log_z)[..., None]
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:

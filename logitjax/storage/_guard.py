@@ -180,19 +180,19 @@ def read_text(path: epath.PathLike, *, most: int) -> str:
         return read_bytes(path, most=most).decode()
 
 
-def parse_json(content: bytes, limits: Limits = LIMITS) -> Any:
+def parse_json(content: bytes) -> Any:
     """Parse a JSON text, unless it is nested too deeply or holds too much."""
     opened = content.count(b"[") + content.count(b"{")
     # Fast, and never too few: brackets and commas of strings are counted too.
-    if opened > limits.depth or opened + content.count(b",") > limits.elements:
+    if opened > LIMITS.depth or opened + content.count(b",") > LIMITS.elements:
         bare = np.frombuffer(_STRING.sub(b"", content), np.uint8)
         opens, closes = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
         stored = int(opens.sum()) + int((bare == ord(",")).sum())
-        if stored > limits.elements:
-            raise ValueError(f"expected at most {limits.elements} values, got about {stored}")
+        if stored > LIMITS.elements:
+            raise ValueError(f"expected at most {LIMITS.elements} values, got about {stored}")
         steps = opens.astype(np.int8) - closes.astype(np.int8)
-        if len(steps) and (depth := int(np.cumsum(steps, dtype=np.int32).max())) > limits.depth:
-            raise ValueError(f"nested {depth} deep, expected at most {limits.depth}")
+        if len(steps) and (depth := int(np.cumsum(steps, dtype=np.int32).max())) > LIMITS.depth:
+            raise ValueError(f"nested {depth} deep, expected at most {LIMITS.depth}")
     try:
         return json.loads(content.decode())
     except RecursionError:
@@ -301,7 +301,7 @@ def fill(view: memoryview, file: Any, field: str) -> None:
         done += len(piece)
 
 
-def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
+def open_zip(file: Any) -> zipfile.ZipFile:
     """A zip archive whose members are not larger together than an archive of its size can be."""
     size = Reader(file).size
     try:
@@ -309,8 +309,8 @@ def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError) as error:
         raise ValueError(f"no readable zip archive ({one_line(error)})") from None
     members = archive.infolist()
-    if len(members) > limits.members:
-        raise ValueError(f"expected at most {limits.members} members, got {len(members)}")
+    if len(members) > LIMITS.members:
+        raise ValueError(f"expected at most {LIMITS.members} members, got {len(members)}")
     # Members may point at the same bytes, and so many small files can hold a large one each.
     if sum(member.compress_size for member in members) > size:
         raise ValueError("its members overlap")
@@ -320,12 +320,12 @@ def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
         stored = member.compress_type == zipfile.ZIP_STORED
         if stored and member.compress_size != member.file_size:
             raise ValueError(f"member {member.filename!r} states two sizes")
-    expanded(sum(member.file_size for member in members), size, "its members", limits)
+    expanded(sum(member.file_size for member in members), size, "its members")
     return archive
 
 
-def expanded(bytes_: int, size: int, field: str, limits: Limits = LIMITS) -> None:
-    most = max(limits.free_expansion, limits.expansion * size)
+def expanded(bytes_: int, size: int, field: str) -> None:
+    most = max(LIMITS.free_expansion, LIMITS.expansion * size)
     if bytes_ > most:
         raise ValueError(f"{field}: {size} bytes grow to {bytes_}, expected at most {most}")
 
@@ -343,9 +343,9 @@ def member_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: Any) 
     return out.view(dtype)
 
 
-def gunzip(content: bytes, field: str, limits: Limits = LIMITS) -> bytes:
+def gunzip(content: bytes, field: str) -> bytes:
     """Unpacks gzip data within the limits of expansion."""
-    most = max(limits.free_expansion, limits.expansion * len(content))
+    most = max(LIMITS.free_expansion, LIMITS.expansion * len(content))
     # 31: a window of 15 bits, and 16 for gzip's header.
     unpacker = zlib.decompressobj(31)
     try:
@@ -354,5 +354,5 @@ def gunzip(content: bytes, field: str, limits: Limits = LIMITS) -> bytes:
         raise ValueError(f"{field}: {one_line(error)}") from None
     if not unpacker.eof and len(out) <= most:
         raise ValueError(f"{field}: truncated")
-    expanded(len(out), len(content), field, limits)
+    expanded(len(out), len(content), field)
     return out

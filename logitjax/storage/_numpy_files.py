@@ -12,11 +12,7 @@ from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file, by name.
-
-    Raises:
-        ValueError: no such file, not one, of objects, or claiming more than it has; names it.
-    """
+    """The arrays of an ``.npz`` file, by name; a ValueError names a damaged file."""
     path = epath.Path(path)
     with guard.naming(path, "an .npz file"):
         guard.plain_file(path)
@@ -32,11 +28,7 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
-    """The array of an ``.npy`` file; `mapped` leaves it on the disk, where that is possible.
-
-    Raises:
-        ValueError: as `read_npz`.
-    """
+    """The array of an ``.npy`` file; `mapped` leaves it on the disk, where that is possible."""
     path = epath.Path(path)
     with guard.naming(path, "an .npy file"):
         guard.plain_file(path)
@@ -124,11 +116,7 @@ def _filled(value: Any) -> Any:
 
 
 def read_numpy_pickle(path: epath.PathLike) -> Any:
-    """Read a pickle of dictionaries, lists and numpy arrays (read-only), as old Flax checkpoints.
-
-    Raises:
-        ValueError: the pickle asks for anything else, or is damaged.
-    """
+    """Read a pickle of dictionaries, lists and numpy arrays (read-only), as of old Flax."""
     path = epath.Path(path)
     with guard.naming(path, "a pickle of arrays"):
         guard.plain_file(path)

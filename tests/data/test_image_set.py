@@ -111,6 +111,16 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         images[0]
 
 
+def test_synthetic_pictures_are_the_same_every_time():
+    first, second, other = (
+        data.load_image_set("synthetic:5", split=split)
+        for split in ("train[10:20]", "train[10:20]", "test[10:20]")
+    )
+    assert (len(first), len(first.class_names), first[0][0].dtype) == (10, 5, np.uint8)
+    np.testing.assert_array_equal(first[3][0], second[3][0])
+    assert (other[3][0] != first[3][0]).any()
+
+
 def test_unknown_sources_are_named():
     for spec in ("cifar", "folder:", "tfds:", "synthetic:many"):
         with pytest.raises(ValueError, match=r"unknown image source .*recognition:NAME"):

@@ -99,13 +99,6 @@ def test_labels_outside_show_and_are_masked_out():
     assert np.isfinite(grad).all()
 
 
-def test_axis():
-    logits, labels = batch()
-    moved = np.moveaxis(logits, -1, 1)
-    expected = cross_entropy(logits, labels)
-    np.testing.assert_allclose(cross_entropy(moved, labels, axis=1), expected, rtol=1e-6)
-
-
 def test_traced_options():
     logits, labels = batch()
 
@@ -125,5 +118,3 @@ def test_errors_name_the_culprit():
         ValueError, match=r"label_smoothing: expected a number in \[0, 1\), got 1.0"
     ):
         losses.cross_entropy(logits, labels, label_smoothing=1.0)
-    with pytest.raises(ValueError, match="axis: expected one of the 3 axes of logits, got 3"):
-        losses.cross_entropy(logits, labels, axis=3)

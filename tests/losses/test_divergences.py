@@ -136,13 +136,6 @@ def test_infinite_where_the_support_is_missing():
     )
 
 
-@every_divergence
-def test_axis(divergence):
-    student, teacher = pair()
-    moved = divergence(student.T, teacher.T, axis=0)
-    np.testing.assert_allclose(moved, divergence(student, teacher), rtol=1e-5)
-
-
 def test_traced_temperature():
     student, teacher = pair()
 

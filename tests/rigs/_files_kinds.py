@@ -284,7 +284,6 @@ def _write_picture(directory: Path, number: int, rng: Random) -> None:
 def _load_picture(directory: Path) -> int:
     (path,) = (directory / "train" / "a").iterdir()
     pixels, _ = data.load_image_set(f"folder:{directory / 'train'}")[0]
-    data.load_images(f"folder:{directory}", size=16)
     # Pillow holds four bytes a pixel, whatever the picture has.
     return pixels.shape[0] * pixels.shape[1] * (4 + 3) if path else 0
 
