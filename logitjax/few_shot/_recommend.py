@@ -50,7 +50,8 @@ def recommend(
         halves = [rng.permutation(n) < n / 2 for n in counts]
         for masks in (halves, [~half for half in halves]):
             name, setting = choose(masks)
-            estimates += [_mean(one[setting, ~mask]) for one, mask in zip(right[name], masks)]
+            others = zip(right[name], masks)
+            estimates += [_mean(one[[setting]][:, ~mask])[0] for one, mask in others]
     accuracy = float(np.mean(estimates))
     # All pictures choose what is said.
     name, _ = choose([np.ones(n, bool) for n in counts])

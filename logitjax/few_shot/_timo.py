@@ -34,8 +34,9 @@ class TIMO(Method):
 
     The logits are not at CLIP's scale, as released. TIMO-S chooses `sharpness` (5 to 100) and
     `kept` too, of which the paper tries every count of texts to twice their number, and
-    `Candidate.all` a half, all and twice all. On ImageNet sharpness is 1, on Flowers 100. A class without a picture takes all its texts alike. Source: Li
-    et al. (arXiv 2412.11375), which reads the zero-shot classifier only through its texts.
+    `Candidate.all` a half, all and twice all. On ImageNet sharpness is 1, on Flowers 100. A class
+    without a picture takes all its texts alike. Source: Li et al. (arXiv 2412.11375), which reads
+    the zero-shot classifier only through its texts.
 
     Attributes:
         beta: 1 is the method by itself, less mixes it with the zero-shot logits.
