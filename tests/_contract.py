@@ -564,6 +564,7 @@ TABLE: dict[str, Case] = {
     "fusion.DExperts": _fused_by(fusion.DExperts()),
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
+    "fusion.Guidance": _fused_by(fusion.Guidance()),
     "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
     "fusion.TeacherMixture": _fused_by(fusion.TeacherMixture()),
     "fusion.TeacherRedraw": _fused_by(fusion.TeacherRedraw(top_k=2)),
@@ -613,7 +614,7 @@ ELSEWHERE = {
     "tests/commands/test_few_shot.py": """
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
-        ops.Static losses.Blocks losses.Head losses.Readout
+        ops.Static ops.Codes models.quantize losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
@@ -623,7 +624,7 @@ ELSEWHERE = {
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
         unlearning.Method unlearning.Need unlearning.Questions unlearning.Row unlearning.TwoSided
         unlearning.UnlearnConfig decoding.DecodeOptions
-        decoding.DraftControl decoding.Request decoding.Sampling
+        decoding.ByteEnsemble decoding.DraftControl decoding.Request decoding.Sampling
         decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
         training.Preempted

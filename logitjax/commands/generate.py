@@ -1,7 +1,8 @@
 """Chat with a model, or with a large model steered by small ones, in the terminal.
 
     logitjax generate --model=smollm2
-    logitjax generate --complete --prompt="It is a truth" --temperature=0.8
+    logitjax generate --complete --prompt="It is a truth" --temperature=0.8 --stop_pattern=sentence
+    logitjax generate --prompt_file=questions.jsonl --json --logprobs=3 > answers.jsonl
     logitjax generate --model=hf:meta-llama/Llama-2-13b-hf --fusion=dynamic \\
         --expert=runs/gsm8k_7b --base=hf:meta-llama/Llama-2-7b-hf
     logitjax generate --model=DIR --assistant=runs/forgotten/assistant
@@ -10,19 +11,24 @@ A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. If it has a 
 prompts are turns of a conversation; with `--complete` the model continues the text itself. Without
 `--prompt`, prompts are read from standard input, one per line.
 
-`--fusion` is contrastive, dexperts, dynamic, logit_difference or proxy, with settings after a
-colon: `--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert drafts tokens and all
-models verify them: the text has the same distribution, and appears faster if the expert often
-guesses right.
+`--fusion` is cfg, context_aware, contrastive, dexperts, dynamic, logit_difference or proxy, with
+settings after a colon: `--fusion=dynamic:method=grid,num=21`. A model may be its own base, with
+another prompt: `--base=smollm2 --fusion=context_aware --base_prompt="the question alone"`.
+
+With `--draft` somebody drafts tokens and all models verify them: the text has the same
+distribution, and appears faster if drafts are often right. `--draft=prompt` copies what followed
+the last tokens before, `--draft=DIR` loads a small model, and `--draft=expert` is a member.
 """
 
 import dataclasses
+import json
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from logitjax import decoding, models
 from logitjax.commands.cli import field, nested
@@ -34,10 +40,26 @@ class Config:
     """The models, how they are fused, the prompts and the sampling."""
 
     line_up: LineUp = nested(LineUp())
-    draft: Literal["expert", "base"] | None = field(
-        None, "Small model that drafts tokens for all models to verify."
-    )
     prompt: tuple[str, ...] = field((), "Text to answer, instead of reading standard input.")
+    prompt_file: str | None = field(
+        None,
+        "File of prompts: a JSON object with `prompt` or `messages` on each line of a .jsonl file; "
+        "any other file is one prompt.",
+    )
+    json: bool = field(
+        False, "Write a JSON object a line: what a prompt came with, `text`, `tokens`, `stopped`."
+    )
+    logprobs: int | None = field(
+        None,
+        "Report log-probabilities of the tokens of an answer, and of so many of the likeliest.",
+        minimum=0,
+    )
+    expert_prompt: str | None = field(
+        None, "Prompt of the experts, where {prompt} stands for the text. By default the same."
+    )
+    base_prompt: str | None = field(
+        None, "Prompt of the bases, such as one without the context of --prompt."
+    )
     complete: bool = field(False, "Continue the text, without the chat template.")
     system: str | None = field(None, "First message of a conversation.")
     max_new_tokens: int = field(256, "Maximum number of tokens in an answer.", minimum=1)
@@ -62,60 +84,114 @@ class Config:
     )
     seed: int = field(0, "Seed of the sampling.")
     stop: tuple[str, ...] = field((), "Text that ends an answer.")
+    stop_pattern: str | None = field(
+        None, "Regular expression whose first match ends an answer, or `sentence`."
+    )
 
 
 def run(config: Config) -> None:
     """Loads the models once, then answers one prompt after another."""
-    # Before models are loaded: it says which settings make no sense.
+    # Before models are loaded: these say which settings make no sense.
     sampling = sampling_of(config)
-    _check(config)
+    chat = _check(config)
+    entries = _entries(config, chat)
     ensemble, tokenizer, ends = config.line_up.load()
-    drafts = None
-    if config.draft is not None:
-        drafts = decoding.DraftControl(config.draft)
-    chat = tokenizer.chat_template is not None and not config.complete
+    drafts = config.line_up.drafts(tokenizer)
     # Few steps a call, so that text comes as it is made.
     shown = decoding.TextOptions(
         tokenizer=tokenizer,
         stop_strings=config.stop,
-        stream=lambda row, new, text: print(text, end="", flush=True),
+        stop_pattern=config.stop_pattern,
+        stream=None if config.json else lambda row, new, text: print(text, end="", flush=True),
         chunk=4 if drafts is None else 6,
         continues=not chat,
     )
-    options: dict[str, Any] = dict(sampling=sampling, stop_ids=ends, text=shown, drafts=drafts)
+    report = decoding.DecodeOptions(
+        logprobs=config.logprobs is not None, top_logprobs=config.logprobs or 0
+    )
+    options: dict[str, Any] = dict(
+        sampling=sampling, stop_ids=ends, text=shown, drafts=drafts, options=report
+    )
     talk = Conversation(tokenizer, config.system)
-    for prompt in _prompts(config):
-        if not chat:
-            print(prompt, end="", flush=True)
+    for entry in entries:
+        if config.prompt_file is not None:
+            talk = Conversation(tokenizer, config.system)
+        if not chat and not config.json:
+            print(entry["prompt"], end="", flush=True)
         start = time.perf_counter()
-        text, count = answer(
-            ensemble,
-            # A template writes the beginning mark itself.
-            tokenizer.encode(talk.ask(prompt)) if chat else tokenizer.encode(prompt, None),
-            config.max_new_tokens,
-            options,
+        others = _others(config, entry, ensemble.plan, tokenizer, chat)
+        # A template writes the beginning mark itself.
+        tokens = (
+            tokenizer.encode(talk.ask(entry.get("messages") or entry["prompt"]))
+            if chat
+            else tokenizer.encode(entry["prompt"], None)
         )
-        talk.answered(text)
-        print(flush=True)
+        out = answer(ensemble, tokens, config.max_new_tokens, options | {"others": others})
+        assert out.texts is not None
+        talk.answered(out.texts[0])
+        _report(config, tokenizer, entry, out)
         # Not where the output is read by another program.
         if sys.stderr.isatty():
             seconds = time.perf_counter() - start
-            rate = f"{count} tokens in {seconds:.1f} s, including compilation"
+            rate = f"{out.lengths[0]} tokens in {seconds:.1f} s, including compilation"
             print(f"[{rate}]", file=sys.stderr)
 
 
-def _check(config: Config) -> None:
-    """Refuses flags that do not fit together: nobody drafts, or no template takes the system."""
-    if config.draft is not None and not getattr(config.line_up, config.draft):
-        raise ValueError(f"draft: expected a model from --{config.draft}, got none")
-    if config.system is None:
+def _others(
+    config: Config, entry: dict[str, Any], plan: Any, tokenizer: models.Tokenizer, chat: bool
+) -> list | None:
+    """Tokens of the prompts that experts and bases have of their own, as each numbers them."""
+    texts = [entry.get("expert_prompt", config.expert_prompt)] * plan.experts
+    texts += [entry.get("base_prompt", config.base_prompt)] * plan.bases
+    if not any(texts):
+        return None
+    others: list[Any] = []
+    for stream, text in enumerate(texts, 1):
+        if text is None:
+            others.append(None)
+            continue
+        text = text.replace("{prompt}", entry.get("prompt", ""))
+        asked = Conversation(tokenizer, config.system).ask(text) if chat else text
+        tokens = tokenizer.encode(asked) if chat else tokenizer.encode(asked, None)
+        others.append([plan.read(np.array(tokens, np.int32))[stream]])
+    return others
+
+
+def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], out: Any) -> None:
+    """The answer as a line of JSON, or the end of what was shown; log-probabilities of either."""
+    tokens = []
+    if config.logprobs is not None:
+        for i, token in enumerate(out.rows()[0]):
+            told: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
+            told["logprob"] = round(float(out.logprobs[0, i]), 6)
+            if config.logprobs:
+                pairs = zip(out.top_ids[0, i].tolist(), out.top_logprobs[0, i], strict=True)
+                told["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
+            tokens.append(told)
+    if config.json:
+        count, stopped = int(out.lengths[0]), bool(out.stopped[0])
+        line = entry | {"text": out.texts[0], "tokens": count, "stopped": stopped}
+        line |= {"logprobs": tokens} if tokens else {}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
         return
-    if config.complete:
-        raise ValueError("system: expected a chat template that takes it, got --complete")
-    if models.load_tokenizer(config.line_up.model).chat_template is None:
-        raise ValueError(
-            f"system: expected a chat template that takes it, {config.line_up.model} has none"
-        )
+    print(flush=True)
+    for told in tokens:
+        top = " ".join(f"{text!r}:{value:.3f}" for text, value in told.get("top", ()))
+        print(f"{told['logprob']:9.4f}  {told['token']!r}  {top}".rstrip())
+
+
+def _check(config: Config) -> bool:
+    """Refuses flags that do not fit together; whether a template makes turns of prompts."""
+    config.line_up.check()
+    decoding.TextStream.pattern(config.stop_pattern)
+    for name in ("expert", "base"):
+        if getattr(config, f"{name}_prompt") is not None and not getattr(config.line_up, name):
+            raise ValueError(f"{name}_prompt: expected a model from --{name}, got none")
+    template = models.load_tokenizer(config.line_up.model).chat_template
+    if config.system is not None and (config.complete or template is None):
+        without = "--complete" if config.complete else f"{config.line_up.model} has none"
+        raise ValueError(f"system: expected a chat template that takes it, {without}")
+    return template is not None and not config.complete
 
 
 def sampling_of(config: Config) -> decoding.Sampling:
@@ -128,10 +204,35 @@ def sampling_of(config: Config) -> decoding.Sampling:
     return decoding.Sampling(**settings, seed=config.seed)  # type: ignore[arg-type]
 
 
-def _prompts(config: Config) -> Iterator[str]:
+def _entries(config: Config, chat: bool) -> Iterable[dict[str, Any]]:
+    """Prompts with what came with them; a file is read, and refused, at once."""
+    if config.prompt_file is None:
+        return ({"prompt": prompt} for prompt in config.prompt or _typed())
     if config.prompt:
-        yield from config.prompt
-        return
+        raise ValueError("prompt, prompt_file: expected one of them, got both")
+    text = epath.Path(config.prompt_file).read_text()
+    if not config.prompt_file.endswith(".jsonl"):
+        return [{"prompt": text}]
+    entries = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{config.prompt_file}, line {number}: no JSON: {error}") from None
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        messages = isinstance(entry, dict) and isinstance(entry.get("messages"), list)
+        if not isinstance(prompt, str) and not (chat and messages):
+            raise ValueError(
+                f"{config.prompt_file}, line {number}: expected an object with a text `prompt`"
+                f"{' or a list `messages`' if chat else ''}, got {line[:60]}"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _typed() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -145,8 +246,8 @@ def _prompts(config: Config) -> Iterator[str]:
 
 def answer(
     ensemble: decoding.Ensemble, tokens: list[int], max_new_tokens: int, options: dict[str, Any]
-) -> tuple[str, int]:
-    """Continue a prompt: the text and its number of tokens; `generate` takes the options."""
+) -> Any:
+    """Continue a prompt, as `generate` does, which takes the options."""
     tokenizer = options["text"].tokenizer
     if not tokens and tokenizer.bos_id is not None:
         # Something has to be read.
@@ -156,11 +257,8 @@ def answer(
     room = max_new_tokens if most is None else most - len(tokens)
     if room < 1:
         raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")
-    out = decoding.generate(
-        ensemble, [np.array(tokens, np.int32)], max_new_tokens=min(max_new_tokens, room), **options
-    )
-    assert out.texts is not None
-    return out.texts[0], int(out.lengths[0])
+    prompts = [np.array(tokens, np.int32)]
+    return decoding.generate(ensemble, prompts, max_new_tokens=min(max_new_tokens, room), **options)
 
 
 class Conversation:
@@ -170,8 +268,9 @@ class Conversation:
         self._tokenizer = tokenizer
         self._messages = [] if system is None else [{"role": "system", "content": system}]
 
-    def ask(self, text: str) -> str:
-        self._messages.append({"role": "user", "content": text})
+    def ask(self, asked: str | list) -> str:
+        """The prompt of another turn, or of all of a conversation's messages."""
+        self._messages += [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         return self._tokenizer.render_chat(self._messages, add_generation_prompt=True)
 
     def answered(self, text: str) -> None:

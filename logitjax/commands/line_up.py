@@ -5,7 +5,7 @@ from typing import Literal
 
 from etils import epath
 
-from logitjax import decoding, models, unlearning
+from logitjax import decoding, fusion, models, unlearning
 from logitjax.commands.strategies import strategy
 
 
@@ -23,6 +23,9 @@ class LineUp:
             assistant knows.
         alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
+        quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`.
+        draft: Who drafts tokens for all models to verify: `expert` or `base`, `prompt` (what
+            followed the last tokens earlier in the text), or another model.
     """
 
     model: str = "smollm2"
@@ -32,6 +35,8 @@ class LineUp:
     assistant: str | None = None
     alpha: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "int4"] | None = None
+    draft: str | None = None
 
     @property
     def longest(self) -> int:
@@ -39,14 +44,32 @@ class LineUp:
         specs = (self.model, *self.expert, *self.base)
         return min(models.load_config(spec).max_length for spec in specs)
 
+    def check(self) -> None:
+        """Refuses a draft of nobody, before anything is loaded."""
+        if self.draft in ("expert", "base") and not getattr(self, self.draft):
+            raise ValueError(f"draft: expected a model from --{self.draft}, got none")
+        if self.draft not in (None, "expert", "base", "prompt"):
+            models.load_config(self.draft)
+
+    def drafts(self, tokenizer: models.Tokenizer) -> decoding.DraftControl | None:
+        """Who drafts for the models of this tokenizer, loaded if need be."""
+        if self.draft is None or self.draft in ("expert", "base", "prompt"):
+            return None if self.draft is None else decoding.DraftControl(self.draft)
+        mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
+        kinds = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
+        model, _ = models.load(self.draft, **kinds)
+        model = model if self.quantize is None else models.quantize(model, self.quantize)
+        token_map = None if mapping.is_identity else mapping
+        return decoding.DraftControl(model, token_map=token_map)
+
     def load(self) -> tuple[decoding.Ensemble, models.Tokenizer, tuple[int, ...]]:
         """Loads the models, as `decoding.load_ensemble` returns them."""
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")
-            return decoding.load_ensemble(
-                self.model, self.expert, self.base, strategy(self.fusion), dtype=self.dtype
-            )
+            kinds = dict(dtype=self.dtype, quantize=self.quantize)
+            fuse = strategy(self.fusion)
+            return decoding.load_ensemble(self.model, self.expert, self.base, fuse, **kinds)
         if self.expert or self.base or self.fusion:
             raise ValueError("assistant: expected no expert, base or fusion with it")
         # Before the model's weights are read.
@@ -56,6 +79,8 @@ class LineUp:
         model, tokenizer = models.load(
             self.model, dtype=self.dtype, param_dtype=self.dtype, layout="listed"
         )
+        if self.quantize is not None:
+            model = models.quantize(model, self.quantize)
         deployed = unlearning.Deployed.load(
             models.with_layout(model, "listed"), self.assistant, alpha=self.alpha
         )

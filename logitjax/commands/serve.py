@@ -69,6 +69,7 @@ def run(config: Config) -> None:
     keys = (serving.Key(secret=config.api_key),)
     if config.api_keys is not None:
         keys = serving.Key.read(config.api_keys)
+    config.line_up.check()
     server = dataclasses.replace(
         config.server,
         # Its folder, and not where that lies on this machine.
@@ -82,7 +83,8 @@ def run(config: Config) -> None:
     ensemble, tokenizer, ends = config.line_up.load()
     logging.set_verbosity(logging.INFO)
     logging.warning("%s", server.notice)
-    app = serving.build_app(ensemble, tokenizer, ends, server)
+    drafts = config.line_up.drafts(tokenizer)
+    app = serving.build_app(ensemble, tokenizer, ends, server, drafts=drafts)
     config.listening.serve(app)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from logitjax import fusion
 
 STRATEGIES: dict[str, type] = {
+    "cfg": fusion.Guidance,
+    "context_aware": fusion.Guidance,
     "contrastive": fusion.ContrastiveDecoding,
     "dexperts": fusion.DExperts,
     "dynamic": fusion.DynamicFusion,

@@ -9,14 +9,17 @@
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, as
   continuous batching needs. `DecodeOptions` chooses what is reported.
 - `PromptReader` reads prompts in pieces while other slots decode, a common beginning once.
-- `generate(..., drafts=DraftControl("expert"))` lets a small member of an ensemble draft and all
-  members verify in one pass: the same distribution and greedy tokens, often faster.
+- `generate(..., drafts=DraftControl("prompt"))` lets the text itself, a small model or a member of
+  an ensemble draft, and verifies in one pass: the same distribution and greedy tokens, often
+  faster.
+- `ByteEnsemble` decodes models of any tokenizers together, byte by byte.
 - `rollout` writes inside of a program of one's own, for training on samples.
 - `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
   tokens into text as they come and finds stop strings.
 - A model is a `logitjax.models.Decoder`, or what else `CachedModel.of` takes.
 """
 
+from logitjax.decoding._bytes import ByteEnsemble as ByteEnsemble
 from logitjax.decoding._cached_model import CachedModel as CachedModel
 from logitjax.decoding._draft_control import DraftControl as DraftControl
 from logitjax.decoding._engine import Engine as Engine

@@ -117,7 +117,9 @@ class _Row:
         context = np.asarray(prompt).tolist() if text.continues else []
         self._stream = None
         if text.tokenizer is not None:
-            self._stream = TextStream(text.tokenizer, text.stop_strings, context)
+            self._stream = TextStream(
+                text.tokenizer, text.stop_strings, context, stop_pattern=text.stop_pattern
+            )
         self.length = 0
 
     @property

@@ -3,6 +3,7 @@
 import collections
 import statistics
 from collections.abc import Hashable
+from typing import Any
 
 # The share of the time that trying drafts may cost, and about how many tested tokens the acceptance
 # is estimated from.
@@ -19,9 +20,12 @@ class DraftControl:
     compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-        draft: ``'expert'`` or ``'base'`` (the first), or a place among large, experts and bases.
+        draft: who drafts: a model of the same tokenizer, as `CachedModel.of` takes one; a member
+            of the ensemble, ``'expert'`` or ``'base'`` (the first) or a place among large, experts
+            and bases; or ``'prompt'``: what followed the last tokens earlier in the text.
         lengths: numbers of tokens to draft at once, ascending, beside 0; each compiles a program.
-        length: always draft this many, one of the lengths, instead of adapting.
+            By default (4, 9) for ``'prompt'`` and (2, 5) for models. One number is drafted always.
+        token_map: of a drafting model with other token ids, from `fusion.vocabulary_map`.
 
     >>> control = DraftControl(lengths=(2, 5))
     >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
@@ -33,17 +37,19 @@ class DraftControl:
 
     def __init__(
         self,
-        draft: str | int = "expert",
-        lengths: tuple[int, ...] = (2, 5),
+        draft: Any = "expert",
+        lengths: tuple[int, ...] | int | None = None,
         *,
-        length: int | None = None,
+        token_map: Any = None,
     ):
+        if lengths is None:
+            looked_up = isinstance(draft, str) and draft == "prompt"
+            lengths = (4, 9) if looked_up else (2, 5)
+        self._fixed = lengths if isinstance(lengths, int) else None
+        lengths = (lengths,) if isinstance(lengths, int) else lengths
         if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
-        self.draft, self.lengths = draft, tuple(lengths)
-        if length is not None and length not in self.lengths:
-            raise ValueError(f"length: expected one of lengths={self.lengths}, got {length}")
-        self._fixed = length
+        self.draft, self.lengths, self.token_map = draft, tuple(lengths), token_map
         # Even odds, worth less than two tokens: a first look decides.
         self._accepted, self._tested = 0.75, 1.5
         self._costs: dict[Hashable, collections.deque] = {}
@@ -126,6 +132,8 @@ class DraftControl:
         # The first call of a program compiles it, which says nothing of the next ones.
         if (kind, length, program) not in self._compiled:
             self._compiled.add((kind, length, program))
+            return
+        if rounds == 0:
             return
         # A median of nine outlives two hiccups of the machine, and forgets after some calls.
         times = self._costs.setdefault((kind, length), collections.deque(maxlen=9))

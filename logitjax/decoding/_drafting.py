@@ -1,5 +1,6 @@
 """Decoding by rounds of drafted tokens, as many at a time as pay."""
 
+import collections
 import dataclasses
 import time
 from collections.abc import Hashable
@@ -9,11 +10,7 @@ import jax
 import numpy as np
 
 from logitjax.decoding._draft_control import DraftControl
-from logitjax.decoding._engine import Engine
 from logitjax.decoding._step import Emitted
-
-# So many chunks at once while drafting does not pay: each look of the host takes its time.
-_STRETCH = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,9 +18,9 @@ class Drafting:
     """Counts of drafted and accepted tokens in a call of `generate`.
 
     Attributes:
-        rounds: int32 ``[rows]``, speculative rounds that a row took part in.
-        tested: int32 ``[rows]``, drafted tokens that were compared.
-        accepted: int32 ``[rows]``, those that were accepted.
+        rounds: int64 ``[rows]``, speculative rounds that a row took part in.
+        tested: int64 ``[rows]``, drafted tokens that were compared.
+        accepted: int64 ``[rows]``, those that were accepted.
         calls: (draft length, rounds, seconds) of every call in order, 0 for plain steps.
         speedup: measured, by the control's timing of plain steps; None before it has any.
         predicted: what acceptance and costs predict for the length that was used most.
@@ -46,44 +43,49 @@ class Drafting:
 class Rounds:
     """Calls of an engine whose length a control chooses, timed."""
 
-    def __init__(self, engine: Engine, control: DraftControl, *, chunk: int, watched: bool):
-        self._engine = engine
-        self._control = control
-        self._chunk = chunk
-        self._stretch = 1 if watched else _STRETCH
-        self._kind: Hashable = (engine.slots, engine.max_length, chunk)
-        self.calls: list[tuple[int, int, float]] = []
-        self.stats = np.zeros((3, engine.slots), np.int32)
+    def __init__(self, engine: Any, control: DraftControl, *, rests: bool):
+        self._engine, self.control, self._rests = engine, control, rests
+        self._kind: Hashable = (engine.slots, engine.max_length)
+        # A server's engine calls without an end.
+        self.calls: collections.deque[tuple[int, int, float]] = collections.deque(maxlen=4096)
+        self.stats = np.zeros((3, engine.slots), np.int64)
+        self._last: Hashable = None
 
-    def advance(self) -> Emitted:
-        length = self._control.choose(self._kind)
-        start = time.perf_counter()
-        steps = self._chunk
+    def rounds(self, length: int, steps: int) -> int:
+        """About as many tokens as a chunk of plain steps; a text that drafts may have none."""
+        return steps if self._rests else max(1, steps // (length + 1))
+
+    def advance(self, steps: int, stretch: int = 1) -> Emitted:
+        control, kind = self.control, (*self._kind, steps)
+        self._last = kind
+        length = control.choose(kind)
+        start, plain = time.perf_counter(), 0
+        entries: dict[str, Any] = {}
         if length == 0:
-            drafts_are_known = self._control.cost(self._control.lengths[0], self._kind) is not None
-            steps *= self._stretch if drafts_are_known else 1
+            drafts_are_known = control.cost(control.lengths[0], kind) is not None
+            steps *= stretch if drafts_are_known else 1
             emitted = jax.block_until_ready(self._engine.decode_chunk(steps))
             # Rows may end before the chunk does.
             rounds = max(1, int(np.asarray(emitted.valid).sum(axis=1).max()))
-            entries: dict[str, Any] = {}
         else:
-            # About as many tokens as a chunk of plain steps.
-            rounds = max(1, self._chunk // (length + 1))
             # Waited for: what is dispatched only would be timed as free.
-            emitted, drafted = jax.block_until_ready(self._engine.speculate(length, rounds))
+            emitted, drafted = jax.block_until_ready(
+                self._engine.speculate(length, self.rounds(length, steps))
+            )
             stats = np.stack([drafted.rounds, drafted.tested, drafted.accepted])
             self.stats += stats
-            rounds, part = int(stats[0].max()), max(1, int(stats[0].sum()))
+            rounds, plain = int(stats[0].max()), int(np.max(drafted.plain))
+            tokens = int(np.asarray(emitted.valid).sum()) - int(np.sum(drafted.plain))
             entries = {
-                "tokens": int(np.asarray(emitted.valid).sum()) / part,
+                "tokens": tokens / max(1, int(stats[0].sum())),
                 "tested": int(stats[1].sum()),
                 "accepted": int(stats[2].sum()),
             }
         seconds = time.perf_counter() - start
         self.calls.append((length, rounds, seconds))
-        self._control.record(
-            length, seconds=seconds, rounds=rounds, kind=self._kind, program=steps, **entries
-        )
+        # Steps where nobody had a draft cost what plain ones do.
+        seconds = max(0.0, seconds - plain * (control.cost(0, kind) or 0.0))
+        control.record(length, seconds=seconds, rounds=rounds, kind=kind, program=steps, **entries)
         return emitted
 
     def drafting(self) -> Drafting:
@@ -96,6 +98,6 @@ class Rounds:
             tested=self.stats[1],
             accepted=self.stats[2],
             calls=tuple(self.calls),
-            speedup=self._control.speedup,
-            predicted=1.0 if used == 0 else self._control.predicted(used, self._kind),
+            speedup=self.control.speedup,
+            predicted=1.0 if used == 0 else self.control.predicted(used, self._last),
         )

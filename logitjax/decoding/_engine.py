@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.decoding._draft_control import DraftControl
+from logitjax.decoding._drafters import drafter_of
+from logitjax.decoding._drafting import Rounds
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._prompts import place_row, read_piece, row_of
 from logitjax.decoding._requests import Request, fresh_rows, left_padded
-from logitjax.decoding._speculate import Drafted, Drafter, find_drafter, run_rounds
+from logitjax.decoding._speculate import Drafted, run_rounds
 from logitjax.decoding._step import DecodeOptions, DecodeState, Emitted, constrain, run_steps, start
 
 # Donated: caches are the bulk of the memory, and are written in place.
@@ -40,15 +42,11 @@ def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, waits, step
 @functools.partial(
     jax.jit,
     static_argnames=("plan", "drafter", "options", "rounds", "length"),
-    donate_argnames="state",
+    donate_argnames=("state", "memory"),
 )
-def _speculate(
-    plan: Plan, drafter: Drafter, options: DecodeOptions, params, draft_params, state, **static
-):
-    state, emitted, drafted = run_rounds(
-        plan, drafter, options, params, draft_params, state, **static
-    )
-    return constrain(plan, options, state), emitted, drafted
+def _speculate(plan: Plan, drafter: Any, options: DecodeOptions, params, state, memory, **static):
+    state, *rest = run_rounds(plan, drafter, options, params, state, memory, **static)
+    return constrain(plan, options, state), *rest
 
 
 @_jit
@@ -105,26 +103,30 @@ class Engine:
         rings: bool = True,
     ):
         ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
-        self.plan = ensemble.plan
-        self.params = ensemble.params
+        self.plan, self.params = ensemble.plan, ensemble.params
+        self.slots, self.max_length = slots, max_length
         self._longest_draft = 0 if drafts is None else max(drafts.lengths)
         self._room = max_length
+        self.rounds: Rounds | None = None
         if drafts is not None:
-            if options is not None and options.draw_keys is not None:
-                raise ValueError("draw_keys: expected None with drafts, got a function")
-            self._drafter = find_drafter(self.plan, drafts.draft)
-            self._draft_params = self._drafter.params(self.params)
+            given = (drafts.draft, drafts.token_map, self.plan, self.params)
+            self._drafter, self._draft_params = drafter_of(*given)
+            keys = None if options is None else options.draw_keys
+            if keys is not None and not self._drafter.rests:
+                raise ValueError("draw_keys: expected None with models' drafts, got a function")
             # A rejected draft has overwritten what a ring without slack would still need.
             self.plan = self.plan.with_ring_slack(self._longest_draft)
             self._room += self._longest_draft
+            self._memory = self._drafter.memory(slots, self._room)
+            self.rounds = Rounds(self, drafts, rests=self._drafter.rests)
         self.rings = rings
         if not rings:
             # Nothing is overwritten.
             self.plan = self.plan.with_ring_slack(self._room)
         self.options = DecodeOptions() if options is None else options
-        self.slots = slots
-        self.max_length = max_length
         self._extra = extra
+        # Those who draft without being members read the text.
+        self._given = {"extra": extra, "room": 0 if drafts is None else self._room}
         self._row = self.empty_row()
         self._state: DecodeState | None = None
 
@@ -135,7 +137,7 @@ class Engine:
             # Made when it is needed: `prefill_all` brings a state of its own.
             idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
             cache = self.plan.init_cache(self.slots, self._room)
-            state = fresh_rows(self.plan, self.options, idle, cache=cache, extra=self._extra)
+            state = fresh_rows(self.plan, self.options, idle, cache=cache, **self._given)
             state = dataclasses.replace(state, active=np.zeros(self.slots, bool))  # none decodes
             self._state = state = _laid_out(self.plan, self.options, state)
             return state
@@ -174,7 +176,7 @@ class Engine:
         """
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot: expected a number between 0 and {self.slots - 1}, got {slot}")
-        row = row_of(self.plan, self.options, request, lengths, cache=cache, extra=self._extra)
+        row = row_of(self.plan, self.options, request, lengths, cache=cache, **self._given)
         self._state, emitted = place_row(self.plan, self.options, self.state, row, logits, slot)
         return emitted
 
@@ -197,7 +199,7 @@ class Engine:
             raise ValueError(f"requests: expected {self.slots}, got {len(requests)}")
         tokens, positions = left_padded([self.streams_of(r) for r in requests])
         cache = self.plan.init_cache(self.slots, self._room)
-        state = fresh_rows(self.plan, self.options, requests, cache=cache, extra=self._extra)
+        state = fresh_rows(self.plan, self.options, requests, cache=cache, **self._given)
         self._state, emitted = _prefill_all(
             self.plan, self.options, self.params, state, tokens, positions
         )
@@ -221,7 +223,7 @@ class Engine:
     def speculate(self, length: int, rounds: int = 1) -> tuple[Emitted, Drafted]:
         """Decode 1 to ``length + 1`` tokens a round in every active slot.
 
-        One member drafts ``length`` tokens, one pass of all members verifies them, and every slot
+        The drafter gives ``length`` tokens, one pass of all members verifies them, and every slot
         advances as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
 
         Returns:
@@ -236,17 +238,26 @@ class Engine:
             raise ValueError(
                 f"length: expected a number between 1 and {self._longest_draft}, got {length}"
             )
-        params = (self.params, self._draft_params)
-        self._state, emitted, drafted = _speculate(
-            self.plan,
-            self._drafter,
-            self.options,
-            *params,
-            self.state,
-            rounds=rounds,
-            length=length,
-        )
+        params, size = (self.params, self._draft_params), dict(rounds=rounds, length=length)
+        given = (self.plan, self._drafter, self.options, params, self.state, self._memory)
+        self._state, self._memory, emitted, drafted = _speculate(*given, **size)
         return emitted, drafted
+
+    def advance(self, steps: int, *, stretch: int = 1) -> Emitted:
+        """`decode_chunk`, or `speculate` for about as many tokens where that is faster.
+
+        Args:
+            stretch: chunks at once while drafting does not pay.
+        """
+        if self.rounds is None:
+            return self.decode_chunk(steps)
+        return self.rounds.advance(steps, stretch)
+
+    def compile_drafts(self, steps: int) -> None:
+        """Compile what ``advance(steps)`` may need; no slot may be active."""
+        if self.rounds is not None:
+            for length in self.rounds.control.lengths:
+                self.speculate(length, self.rounds.rounds(length, steps))
 
     def allow(self, allowed: np.ndarray) -> None:
         """Set which tokens every slot may emit, until it is set again.

@@ -10,13 +10,15 @@ import numpy as np
 
 from logitjax.decoding._chunks import Generated, generated, in_chunks, joined, one_step, with_texts
 from logitjax.decoding._draft_control import DraftControl
-from logitjax.decoding._drafting import Rounds
 from logitjax.decoding._engine import Engine
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._requests import Prompt, Request, bucket, fresh_rows, left_padded
 from logitjax.decoding._sampling import GREEDY, Sampling
-from logitjax.decoding._step import DecodeOptions, constrain, run_steps, start
+from logitjax.decoding._step import DecodeOptions, Emitted, constrain, run_steps, start
 from logitjax.decoding._text import TextOptions
+
+# Chunks at once while drafting does not pay.
+_STRETCH = 4
 
 
 @functools.partial(
@@ -53,10 +55,10 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths, all rows together, in one compiled loop.
 
-    ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. It drafts
-    some, one pass of all members verifies them, and each row advances as far as its draft is
-    accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly, and greedy ones
-    are the same as without drafts. Where drafting does not pay, rows decode step by step.
+    ``drafts`` make it faster if a small model, or an earlier part of the text, often guesses the
+    next tokens. It drafts some, one pass verifies them, and each row advances as far as its draft
+    is accepted. Acceptance uses the (fused) distribution, so tokens follow it exactly, and greedy
+    ones are the same as without drafts. Where drafting does not pay, rows decode step by step.
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A
@@ -67,13 +69,12 @@ def generate(
         stop_ids: rows end after any of these; the token itself is kept.
         logit_bias: added to the logits of these tokens, in every row.
         text: asks for text, stop strings, and a function that receives tokens as they come.
-        drafts: the drafting member and the lengths, for an ensemble whose members have passes of
-            their own. A control's estimates serve later calls of the same kind.
+        drafts: who drafts, and the lengths. A control's estimates serve later calls of the same
+            kind.
         options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
     Raises:
         ValueError: for empty prompts, arguments that do not fit together, or no drafting member.
-        TypeError: drafts of a model that is not an ensemble.
 
     >>> from logitjax.models import load_model
     >>> model = load_model("tiny")
@@ -84,10 +85,6 @@ def generate(
     References:
         Drafts: Leviathan et al., 2023 (arXiv 2211.17192).
     """
-    if drafts is not None and not isinstance(model, Ensemble):
-        raise TypeError(
-            f"model: expected an Ensemble, one of whose members drafts, got {type(model).__name__}"
-        )
     text = TextOptions() if text is None else text
     ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
     requests = as_requests(
@@ -108,9 +105,12 @@ def generate(
             options=options,
             drafts=drafts,
         )
-        rounds = Rounds(engine, drafts, chunk=text.chunk, watched=text.watched)
-        out = in_chunks(engine, requests, rounds.advance, text)
-        return replace(out, drafting=rounds.drafting())
+        assert engine.rounds is not None
+        # Each look of the host takes its time.
+        stretch = 1 if text.watched else _STRETCH
+        advance = functools.partial(engine.advance, text.chunk, stretch=stretch)
+        out = in_chunks(engine, requests, advance, text)
+        return replace(out, drafting=engine.rounds.drafting())
     # Few lengths, few programs.
     slots = bucket(longest)
     if text.watched:
@@ -118,10 +118,18 @@ def generate(
         # Always the same number of steps, so one program: the budget freezes rows by itself.
         return in_chunks(engine, requests, lambda: engine.decode_chunk(text.chunk), text)
     state = fresh_rows(plan, options, requests, cache=plan.init_cache(len(rows), slots))
+    # Rows end by their budgets, so a larger number of steps costs nothing but columns.
     state, emitted = _generate(
-        plan, options, ensemble.params, state, *left_padded(rows), steps=max_new_tokens
+        plan, options, ensemble.params, state, *left_padded(rows), steps=bucket(max_new_tokens)
     )
+    emitted = _cut(emitted, max_new_tokens)
     return with_texts(generated(emitted, np.asarray(state.stopped)), requests, text)
+
+
+def _cut(emitted: Emitted, steps: int) -> Emitted:
+    emitted = jax.tree.map(np.asarray, emitted)
+    rows = jax.tree.map(lambda leaf: leaf[:, :steps], replace(emitted, info=None))
+    return replace(rows, info=jax.tree.map(lambda leaf: leaf[:steps], emitted.info))
 
 
 def as_requests(
@@ -160,9 +168,10 @@ def as_requests(
 
 def with_room(options: DecodeOptions, requests: Sequence[Request]) -> DecodeOptions:
     penalties = any(r.sampling.penalizes for r in requests)
+    biases = max(len(r.logit_bias or ()) for r in requests)
     return replace(
         options,
         repetition=options.repetition or penalties,
-        max_logit_bias=max(options.max_logit_bias, *(len(r.logit_bias or ()) for r in requests)),
+        max_logit_bias=max(options.max_logit_bias, bucket(biases, 8) if biases else 0),
         max_stop_ids=max(options.max_stop_ids, *(len(r.stop_ids) for r in requests)),
     )

@@ -14,6 +14,7 @@ def load_ensemble(
     fuse: Any = None,
     *,
     dtype: str = "float32",
+    quantize: str | None = None,
 ) -> tuple[Ensemble, models.Tokenizer, tuple[int, ...]]:
     """Load models by name as one ensemble.
 
@@ -25,6 +26,7 @@ def load_ensemble(
         bases: Models that the experts were tuned from: one for all, or one for each.
         fuse: Strategy of `logitjax.fusion`; None for the large model alone.
         dtype: Type of parameters and computation.
+        quantize: Type of the weights, as of `logitjax.models.quantize`; None for `dtype`.
 
     Returns:
         The ensemble, the large model's tokenizer, and the tokens that end an answer, ascending.
@@ -46,9 +48,12 @@ def load_ensemble(
     for mapping in maps:
         if not mapping.is_identity:
             fuse = fusion.OverlapFusion(strategy=fuse, token_map=mapping)
-    loaded = [
-        models.load(s, dtype=dtype, param_dtype=dtype, layout="listed")[0] for s in (large, *small)
-    ]
+    # Once each: a model may be its own base, with another prompt.
+    distinct = {}
+    for name in dict.fromkeys((large, *small)):
+        model, _ = models.load(name, dtype=dtype, param_dtype=dtype, layout="listed")
+        distinct[name] = model if quantize is None else models.quantize(model, quantize)
+    loaded = [distinct[name] for name in (large, *small)]
     ends = {*loaded[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
     count = 1 + len(experts)
     ensemble = Ensemble(loaded[0], experts=loaded[1:count], bases=loaded[count:], fuse=fuse)

@@ -143,8 +143,9 @@ def row_of(
     *,
     cache: Any,
     extra: Any,
+    room: int,
 ) -> DecodeState:
-    row = fresh_rows(plan, options, [request], cache=cache, extra=extra)
+    row = fresh_rows(plan, options, [request], cache=cache, extra=extra, room=room)
     if row.seen is not None:
         # The repetition penalty counts prompts too, the others do not.
         row.seen[0, np.asarray(request.prompt)] = True

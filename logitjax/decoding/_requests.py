@@ -99,8 +99,12 @@ def fresh_rows(
     *,
     cache: Any,
     extra: Any = None,
+    room: int = 0,
 ) -> DecodeState:
-    """The state of rows that have not read their prompts; an empty ``cache`` of as many rows."""
+    """The state of rows that have not read their prompts; an empty ``cache`` of as many rows.
+
+    With ``room`` for so many tokens the state keeps the text.
+    """
     count = len(requests)
     for request in requests:
         if request.max_new_tokens < 1:
@@ -119,6 +123,9 @@ def fresh_rows(
     if wrong:
         raise ValueError(f"logit_bias: token {wrong[0]} is not in the vocabulary")
     given = [extra if r.extra is None else r.extra for r in requests]
+    text = np.zeros((count, room), np.int32)
+    for row, request in zip(text, requests, strict=True) if room else ():
+        row[: len(request.prompt)] = request.prompt
     return DecodeState(
         cache=cache,
         lengths=np.zeros((plan.streams, count), np.int32),
@@ -136,6 +143,7 @@ def fresh_rows(
         counts=np.zeros((count, plan.vocab_size), np.int32) if options.repetition else None,
         allowed=_allowed(plan, requests) if options.masks else None,
         extra=jax.tree.map(lambda *leaves: np.stack(leaves), *given),
+        text=text if room else None,
     )
 
 

@@ -12,6 +12,9 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from logitjax.ops import Array, checks
 
+# The most likely token is then drawn as if the temperature were 0.
+_COLDEST = 1e-30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -191,14 +194,18 @@ def sampling_logits(
     """Logits whose softmax is the distribution that tokens are drawn from."""
     logits = checks.as_float(logits, "logits")
     cold = rows.temperature == 0
-    warm = logits / jnp.where(cold, 1, rows.temperature)[:, None]
+    # Less the largest, and by no denormal number: whatever the temperature, no infinity less one.
+    peak = logits.max(axis=-1, keepdims=True)
+    scale = jnp.where(cold, 1, jnp.maximum(rows.temperature, _COLDEST))[:, None]
+    level = jnp.minimum(peak, jnp.finfo(logits.dtype).max)
+    warm = jnp.where(logits == -jnp.inf, -jnp.inf, (logits - level) / scale)
     used = ~cold & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
 
     def cut(values: jax.Array) -> jax.Array:
         return truncate(values, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p)
 
     warm = lax.cond(used.any(), cut, lambda values: values, warm)
-    best = logits == logits.max(axis=-1, keepdims=True)
+    best = logits == peak
     return jnp.where(cold[:, None], jnp.where(best, 0.0, -jnp.inf), warm)
 
 

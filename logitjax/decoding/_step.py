@@ -99,6 +99,8 @@ class DecodeState:
     counts: Any
     allowed: Any
     extra: Any
+    # The large model's tokens so far `[slots, room]`, the last of them not yet fed; None: not kept.
+    text: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -160,6 +162,9 @@ def emit(
     fused, info = plan.combine(logits)
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
+    # What is nan, or nowhere likely, has no next token: the row ends before it, not stopped.
+    now = state.active & (adjusted.max(axis=-1) > -jnp.inf)
+    state = dataclasses.replace(state, active=now)
     if choose is None:
         keys = None if options.draw_keys is None else options.draw_keys(state.extra)
         chosen = sample(adjusted, state.sampling, state.count, keys)
@@ -186,6 +191,10 @@ def emit(
     extra = state.extra
     if options.remember is not None:
         extra = options.remember(extra, token, state.active)
+    text = state.text
+    if text is not None:
+        places = jnp.where(state.active, state.lengths[0], text.shape[1])
+        text = text.at[jnp.arange(len(text)), places].set(token, mode="drop")
     state = dataclasses.replace(
         state,
         token=token,
@@ -196,6 +205,7 @@ def emit(
         seen=seen,
         counts=counts,
         extra=extra,
+        text=text,
     )
     return state, emitted
 

@@ -1,12 +1,15 @@
 """Tokens to text as they come, and stop strings, which tokens do not respect."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
 from logitjax.models import Tokenizer
 
 # Tokens of a prompt that its continuation is decoded after.
 _CONTEXT = 8
+# Its end and the quotes and brackets behind it; 3.14 and abbreviations inside a word end none.
+_SENTENCE = r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,8 @@ class TextOptions:
     Attributes:
         tokenizer: tokenizer of the model, to make texts.
         stop_strings: rows end with the token that completes one; needs ``tokenizer``.
+        stop_pattern: regular expression; rows end with the token that completes its first match,
+            which the text keeps. `"sentence"` is the end of a sentence and what follows it.
         stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
             a tokenizer.
         chunk: about so many tokens between two looks of the host; more where drafts do not pay and
@@ -30,17 +35,21 @@ class TextOptions:
 
     tokenizer: Tokenizer | None = None
     stop_strings: Sequence[str] = ()
+    stop_pattern: str | None = None
     stream: Callable[[int, list[int], str], None] | None = None
     chunk: int = 8
     continues: bool = False
 
     def __post_init__(self) -> None:
-        if self.stop_strings and self.tokenizer is None:
-            raise ValueError("stop_strings: a tokenizer is needed to find them")
+        ends = bool(self.stop_strings) or self.stop_pattern is not None
+        if ends and self.tokenizer is None:
+            raise ValueError("stop_strings, stop_pattern: a tokenizer is needed to find them")
+        TextStream.pattern(self.stop_pattern)
 
     @property
     def watched(self) -> bool:
-        return self.stream is not None or bool(self.stop_strings)
+        ends = bool(self.stop_strings) or self.stop_pattern is not None
+        return self.stream is not None or ends
 
 
 def last_whole(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
@@ -61,6 +70,7 @@ class TextStream:
         stop_strings: the text ends before the first of them.
         context: tokens that the text continues; none for a new text.
         unstopped: number of first tokens in whose text no stop string counts.
+        stop_pattern: the text ends with its first match, as of `TextOptions`.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models
     >>> backend = Backend(models.BPE({"a": 0, "b": 1, "!": 2}, []))
@@ -78,11 +88,12 @@ class TextStream:
         stop_strings: Sequence[str] = (),
         context: Sequence[int] = (),
         unstopped: int = 0,
+        stop_pattern: str | None = None,
     ):
         if any(not string for string in stop_strings):
             raise ValueError("stop_strings: an empty string would stop everything")
         self.tokenizer = tokenizer
-        self.stop_strings = tuple(stop_strings)
+        self.stop_strings, self._pattern = tuple(stop_strings), self.pattern(stop_pattern)
         self.tokens: list[int] = []
         self.stopped = False
         self.text = ""
@@ -90,6 +101,14 @@ class TextStream:
         self._unstopped, self._from = unstopped, 0
         self._ids = last_whole(tokenizer, context)
         self._prefix, self._read = 0, len(self._ids)
+
+    @staticmethod
+    def pattern(text: str | None) -> re.Pattern[str] | None:
+        """The pattern of `stop_pattern`; what is no regular expression is a ValueError."""
+        try:
+            return None if text is None else re.compile(_SENTENCE if text == "sentence" else text)
+        except re.error as error:
+            raise ValueError(f"stop_pattern: expected a regular expression, {error}") from None
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take more tokens, none after a stop string, and return the text that is newly certain."""
@@ -133,6 +152,8 @@ class TextStream:
             self._from = len(self.text)
         items = [self.text.find(string, self._from) for string in self.stop_strings]
         ends = [location for location in items if location >= 0]
+        match = self._pattern and self._pattern.search(self.text, self._from)
+        ends += [match.end()] if match else []
         if ends:
             self.text, self.stopped = self.text[: min(ends)], True
 

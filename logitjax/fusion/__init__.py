@@ -10,6 +10,7 @@ from logitjax.fusion._mixtures import TeacherMixture as TeacherMixture
 from logitjax.fusion._mixtures import TeacherRedraw as TeacherRedraw
 from logitjax.fusion._static import ContrastiveDecoding as ContrastiveDecoding
 from logitjax.fusion._static import DExperts as DExperts
+from logitjax.fusion._static import Guidance as Guidance
 from logitjax.fusion._static import ProxyTuning as ProxyTuning
 from logitjax.fusion._token_map import OverlapFusion as OverlapFusion
 from logitjax.fusion._token_map import vocabulary_map as vocabulary_map

@@ -127,3 +127,38 @@ class ContrastiveDecoding(Strategy):
             least = peak + jnp.log(checks.as_float(jnp.array([self.plausibility]), "plausibility"))
             fused = jnp.where(large < least, -jnp.inf, fused)
         return fused, {}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guidance(Strategy):
+    """Strengthens what a prompt, or a context in it, changes; the base reads the text without it.
+
+    Usually the base is the same model with another prompt. In log-probabilities::
+
+        base + weight * (large - base)
+
+    Attributes:
+        weight: 1 is the large model alone; context-aware decoding calls it 1 + alpha.
+
+    >>> fused, _ = jax.jit(Guidance(weight=2.0))(jnp.zeros(2), None, jnp.log(jnp.array([0.8, 0.2])))
+    >>> print(jax.nn.softmax(fused).round(2))
+    [0.2 0.8]
+
+    References:
+        Sanchez et al., Stay on topic with classifier-free guidance, 2023 (arXiv 2306.17806): 1.5.
+        Shi et al., Context-aware decoding, 2023 (arXiv 2305.14739): alpha 0.5, and 1 where the
+        context contradicts what was learned.
+    """
+
+    takes_experts: ClassVar[bool] = False
+
+    weight: float = 1.5
+
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
+        # A constant of either model's logits changes no probability: they need no normalising.
+        del axis_name
+        if len(inputs.bases) != 1:
+            raise ValueError(f"logits_bases: expected one, got {len(inputs.bases)}")
+        base = inputs.bases[0]
+        return inputs.fused(base + self.weight * (inputs.large - base)), {}

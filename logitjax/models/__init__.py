@@ -17,5 +17,6 @@ from logitjax.models._load import load_sampling as load_sampling
 from logitjax.models._load_tokenizer import load as load
 from logitjax.models._load_tokenizer import load_tokenizer as load_tokenizer
 from logitjax.models._lora import Lora as Lora
+from logitjax.models._quantize import quantize as quantize
 from logitjax.models._rules import DECODER_RULES as DECODER_RULES
 from logitjax.models._tokenizer import Tokenizer as Tokenizer

@@ -101,8 +101,10 @@ def _over_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time)) if rows or time else x
 
 
-def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
+def _look_up(table: Any, ids: Array, mode: str | None = None) -> jax.Array:
     """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles."""
+    if isinstance(table, ops.Codes):
+        return table.rows(jnp.asarray(ids))
     # XLA ends the process at a gather from a split table there: each device looks all ids up.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

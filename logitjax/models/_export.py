@@ -16,7 +16,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._hf_config import config_to_hf
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.models._weight_map import TensorSpec, hf_tensors, interleaved
-from logitjax.ops import Array
+from logitjax.ops import Array, Codes
 from logitjax.storage import require, write_atomic
 
 # Shards that are being written, and those of a model that is replaced.
@@ -36,10 +36,10 @@ def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
             places.append((layers[n % period], n // period) if stacked else (layers[n], None))
 
     for tensor in hf_tensors(model.config):
-        yield tensor.name, _values(tensor, params, places)
+        yield tensor.name, _values(tensor, params, places, model.param_dtype)
 
 
-def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
+def _values(tensor: TensorSpec, params: dict, places: list, dtype: Any) -> np.ndarray:
     tree, row = (params, None) if tensor.layer is None else places[tensor.layer]
     parts = []
     for path in tensor.leaves:
@@ -48,6 +48,7 @@ def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
             leaf = leaf[key]
         for index in (row, tensor.expert):
             leaf = leaf if index is None else _layer(leaf, index)
+        leaf = leaf.dense().astype(dtype) if isinstance(leaf, Codes) else leaf
         values = _on_host(leaf)
         values = values.T if tensor.transpose else values
         parts.append(interleaved(values, tensor) if tensor.rope_heads else values)
@@ -55,7 +56,7 @@ def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
     return np.ascontiguousarray(joined)
 
 
-def _layer(leaf: Array, row: int) -> Array:
+def _layer(leaf: Any, row: int) -> Any:
     return leaf[row] if isinstance(leaf, np.ndarray) else _sliced(leaf, row)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._stacking import convert, twin
-from logitjax.ops import Array
+from logitjax.ops import Array, Codes
 
 # Which needs the adapters.
 if TYPE_CHECKING:
@@ -154,9 +154,14 @@ class Lora:
             for layer, member in zip(segment.layers, members, strict=True):
                 for name, adapter in member.items():
                     owner = layer.mlp if hasattr(layer.mlp, name) else layer.attention
-                    kernel = getattr(owner, name).kernel
+                    linear = getattr(owner, name)
+                    stored = linear.kernel[...]
                     update = adapter["a"].astype(jnp.float32) @ adapter["b"].astype(jnp.float32)
-                    kernel[...] = (kernel[...] + update * self.scale).astype(kernel[...].dtype)
+                    update = update * self.scale
+                    if isinstance(stored, Codes):
+                        linear.kernel = nnx.Param(stored.again(stored.dense() + update))
+                    else:
+                        linear.kernel[...] = (stored + update).astype(stored.dtype)
         return out
 
 
@@ -184,9 +189,7 @@ def linear_map(inner: int, outer: int, **options: Any) -> nnx.Linear:
     return nnx.Linear(inner, outer, kernel_init=nnx.initializers.normal(0.02), **options)
 
 
-def project(
-    linear: nnx.Linear, x: jax.Array, lora: Any, name: str, rows: jax.Array | None
-) -> jax.Array:
+def project(linear: Any, x: jax.Array, lora: Any, name: str, rows: jax.Array | None) -> jax.Array:
     """`linear(x)` plus its adapter, on the batch rows where `rows` is true (None: on all)."""
     y = linear(x)
     if lora is None or name not in lora:

@@ -10,6 +10,7 @@
 from logitjax.ops import _checks as checks  # noqa: F401
 from logitjax.ops import _mesh as mesh  # noqa: F401
 from logitjax.ops import sharding as sharding
+from logitjax.ops._codes import Codes as Codes
 from logitjax.ops._log_softmax import log_softmax as log_softmax
 from logitjax.ops._log_softmax import logsumexp as logsumexp
 from logitjax.ops._log_softmax import neginf_to_zero as neginf_to_zero

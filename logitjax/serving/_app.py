@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import logitjax
-from logitjax.decoding import Ensemble
+from logitjax.decoding import DraftControl, Ensemble
 from logitjax.models import Tokenizer
 from logitjax.serving._accounts import Accounts
 from logitjax.serving._admission import longest_token
@@ -39,11 +39,17 @@ _TEMPLATE_SECONDS = 0.5
 
 
 def build_app(
-    model: Ensemble, tokenizer: Tokenizer, end_ids: Sequence[int], config: ServerConfig
+    model: Ensemble,
+    tokenizer: Tokenizer,
+    end_ids: Sequence[int],
+    config: ServerConfig,
+    *,
+    drafts: DraftControl | None = None,
 ) -> Starlette:
     """The application of one model or several fused ones, ready for any ASGI server.
 
     The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
+    `drafts` are used where they pay, for answers that follow no schema.
     """
     # Its template goes over the messages of strangers.
     tokenizer = copy.copy(tokenizer)
@@ -51,7 +57,7 @@ def build_app(
     disclosure = Disclosure(
         config.policy, config.policy_seed, choices=config.choices, schemas=config.schemas
     )
-    scheduler = Scheduler(model, disclosure, end_ids, config)
+    scheduler = Scheduler(model, disclosure, end_ids, config, drafts)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
         scheduler=scheduler,

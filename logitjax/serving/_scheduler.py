@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from logitjax.decoding import Engine, PromptReader, Request
+from logitjax.decoding import DraftControl, Engine, PromptReader, Request
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import ApiError, BadRequestError
 from logitjax.serving._formats import Follower, thread_pool
@@ -84,7 +84,12 @@ class Scheduler:
     """Requests in, tokens out over one engine's slots; prompts are read in pieces between steps."""
 
     def __init__(
-        self, model: Any, disclosure: Disclosure, end_ids: Sequence[int], config: ServerConfig
+        self,
+        model: Any,
+        disclosure: Disclosure,
+        end_ids: Sequence[int],
+        config: ServerConfig,
+        drafts: DraftControl | None = None,
     ):
         self.engine = Engine(
             model,
@@ -93,6 +98,7 @@ class Scheduler:
             options=disclosure.options(end_ids),
             extra=disclosure.extra(()),
             rings=not config.prefix_cache_mb,
+            drafts=drafts,
         )
         # A piece must fit the cache, and its rows divide it.
         rows = min(config.prefill_rows, config.max_length)
@@ -217,6 +223,7 @@ class Scheduler:
         self.engine.allow(self._allowed)
         for steps in {1, self.steps}:
             self.engine.decode_chunk(steps)
+        self.engine.compile_drafts(self.steps)
         self.engine.evict(0)
         self.reader.tokens_read = 0
         for compile_more in self.compiles:
@@ -254,7 +261,11 @@ class Scheduler:
         if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
             # What may come next is known one token ahead.
             steps = 1 if self._hold(waits) else self.steps
-            self._hand_out(self.engine.decode_chunk(steps, waits), range(len(self._jobs)))
+            # Drafts would go past the next token that a structure allows.
+            plain = steps == 1 or waits.any()
+            engine = self.engine
+            emitted = engine.decode_chunk(steps, waits) if plain else engine.advance(steps)
+            self._hand_out(emitted, range(len(self._jobs)))
             self._since += steps
         return True
 
@@ -425,7 +436,8 @@ class Scheduler:
                 structure[-1] = dataclasses.replace(
                     structure[-1], last=True, stopped=bool(stopped[slot])
                 )
-            job.give(structure)
+            # A row ends without a token where the logits are nan, or -inf everywhere.
+            job.give(structure or [ApiError(500, "the model gave no probabilities")] * ended)
             if ended:
                 self._jobs[slot] = None
                 spent = time.monotonic() - self._started[slot]

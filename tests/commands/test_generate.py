@@ -1,6 +1,7 @@
 """The command that talks: what it prints, what it refuses, in one line."""
 
 import io
+import json
 
 import jax
 import pytest
@@ -52,15 +53,48 @@ def test_goes_on_from_prompts(directory, capsys):
 
 @pytest.mark.every_change
 @pytest.mark.slow
+def test_lines_of_json_go_in_and_come_out_with_log_probabilities(directory, capsys, tmp_path):
+    path, prompts = tmp_path / "asked.jsonl", ["abc", "no"]
+    path.write_text("\n".join(json.dumps({"prompt": p, "id": i}) for i, p in enumerate(prompts)))
+    given = dict(model=directory, prompt_file=str(path), json=True, logprobs=2, **FEW)
+    answers = [json.loads(line) for line in printed(capsys, **given).splitlines()]
+    assert [(a["id"], a["prompt"]) for a in answers] == [(0, "abc"), (1, "no")]
+    tokenizer, model = load_tokenizer("tiny"), models.load_model(directory)
+    for answer in answers:
+        tokens = [token["id"] for token in answer["logprobs"]]
+        scores = decoding.score(model, [tokenizer.encode(answer["prompt"])], [tokens])
+        assert answer["text"] == tokenizer.decode(tokens)
+        found = [token["logprob"] for token in answer["logprobs"]]
+        assert found == pytest.approx(scores.logprobs[0].tolist(), abs=1e-4)
+        assert all(token["top"][0][1] >= token["logprob"] - 1e-6 for token in answer["logprobs"])
+    shown = printed(capsys, **(given | dict(json=False, prompt_file=None, prompt=("abc",))))
+    assert len(shown.splitlines()) >= 1 + len(answers[0]["logprobs"])
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     small = dict(model=directory, expert=("tiny:1",), base=("tiny:2",), **FEW)
     texts = []
-    for draft in (None, "expert"):
+    for draft in (None, "expert", "prompt", "tiny:1"):
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
         texts.append(printed(capsys, fusion="proxy:alpha=0.5", draft=draft, **small))
     assert texts[0].startswith("one")
     assert "\ntwo" in texts[0]
-    assert texts[0] == texts[1]
+    assert set(texts) == {texts[0]}
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_a_model_is_its_own_base_with_another_prompt(directory, capsys):
+    tokenizer, model = load_tokenizer("tiny"), models.load_model(directory)
+    line_up = decoding.Ensemble(model, bases=[model], fuse=fusion.Guidance(weight=4.0))
+    asked, other = tokenizer.encode("abc"), tokenizer.encode("not abc!")
+    out = decoding.generate(line_up, [asked], others=[[other]], **FEW)
+    given = dict(model=directory, base=(directory,), prompt=("abc",), base_prompt="not {prompt}!")
+    shown = printed(capsys, fusion="context_aware:weight=4", **given, **FEW)
+    assert shown == f"abc{tokenizer.decode(out.rows()[0])}\n"
+    assert shown != printed(capsys, fusion="cfg:weight=1", **given, **FEW)
 
 
 def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
@@ -88,7 +122,7 @@ def test_weights_are_loaded_in_the_type_asked_for(directory):
 
 def test_mistakes_are_one_line(directory, tmp_path):
     assert "no strategy" not in refused(model=directory, fusion="proxy")
-    assert "expected one of contrastive" in refused(
+    assert "expected one of cfg, context_aware, contrastive" in refused(
         model=directory, expert=("tiny",), fusion="magic"
     )
     assert "proxy takes alpha" in refused(model=directory, expert=("tiny",), fusion="proxy:beta=1")
@@ -101,6 +135,12 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
     directory, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights are read"))
+
+    def lines(text):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text(text)
+        return str(path)
+
     small, pair = dict(expert=("tiny",)), dict(expert=("tiny",), base=("tiny",))
     for message, values in (
         ("base: expected a model, which ProxyTuning needs", dict(fusion="proxy", **small)),
@@ -115,9 +155,18 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
         ("dynamic:num: expected a whole number", dict(fusion="dynamic:num=2.5", **pair)),
         ("draft: expected a model from --expert", dict(draft="expert")),
+        ("base_prompt: expected a model from --base", dict(base_prompt="a")),
         ("draft: expected a model from --expert", dict(draft="expert", assistant=directory)),
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
+    ):
+        assert message in refused(model=directory, **values)
+    for message, values in (
+        ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
+        ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
+        ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
+        ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
+        ("nowhere", dict(draft=str(tmp_path / "nowhere"))),
     ):
         assert message in refused(model=directory, **values)
     typo = str(tmp_path / "typo")

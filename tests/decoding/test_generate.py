@@ -1,10 +1,12 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from logitjax import decoding, models, training
 from logitjax.decoding import DecodeOptions, Sampling, TextOptions, generate
+from logitjax.decoding._generate import _generate
 from logitjax.models import load_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
@@ -184,3 +186,28 @@ def test_what_does_not_fit_is_refused():
         TextOptions(stop_strings=["x"])
     with pytest.raises(TypeError, match="Decoder, a CachedModel"):
         decoding.CachedModel.of(3)
+
+
+def test_new_shapes_cost_at_most_one_compilation_a_bucket():
+    model = decoding.Ensemble(bag_of_words(1, 16, slots=64))
+    before = _generate._cache_size()
+    for length, new in ((3, 2), (5, 9), (11, 16), (16, 16), (7, 1)):
+        out = generate(model, [[i % 16 for i in range(length)]], max_new_tokens=new)
+        assert out.tokens.shape == (1, new)
+    # Prompts of up to 16 tokens, 16 new ones, and caches of 16 or 32.
+    assert _generate._cache_size() - before <= 2
+
+
+def test_a_row_without_probabilities_ends_and_the_coldest_sampling_is_greedy():
+    logits = np.zeros((3, 4), np.float32)
+    logits[:, 2], logits[1], logits[2, 0] = 1e-3, -np.inf, np.nan
+
+    def apply_fn(params, tokens):
+        return jnp.broadcast_to(params[tokens[:, :1]], (*tokens.shape, 4))
+
+    cold = Sampling(temperature=1e-38)
+    out = generate((apply_fn, logits), [[0], [1], [2]], max_new_tokens=3, sampling=cold)
+    assert out.rows() == [[2, 2, 2], [], []]
+    assert not out.stopped.any()
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=float("nan"))

@@ -78,3 +78,19 @@ def test_texts_with_and_without_a_look_between_go_on_alike(continues):
     shown = row.take(out.tokens[0], last=True)[1]
     assert with_texts(out, [request], text).texts == (shown,)
     assert shown == " " * continues + "Paris now."
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "kept"),
+    [
+        ("sentence", 'Pi is 3.14, "so." And', 'Pi is 3.14, "so."'),
+        (r"\d{2,}", "in 1984 it", "in 19"),
+        ("sentence", "no end", "no end"),
+    ],
+)
+def test_a_pattern_ends_the_text_with_its_first_match(pattern, text, kept):
+    tokenizer = load_tokenizer("tiny")
+    stream = TextStream(tokenizer, stop_pattern=pattern)
+    shown = "".join(stream.push([token]) for token in tokenizer.encode(text))
+    assert shown + stream.finish() == stream.text == kept
+    assert stream.stopped == (kept != text)

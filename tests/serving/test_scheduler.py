@@ -10,7 +10,7 @@ import pytest
 
 from logitjax.commands import serve
 from logitjax.commands.line_up import LineUp
-from logitjax.decoding import Ensemble, Request
+from logitjax.decoding import DraftControl, Ensemble, Request, generate
 from logitjax.leakage import LogitPolicy
 from logitjax.serving import ServerConfig
 from logitjax.serving._policy import Disclosure
@@ -160,3 +160,30 @@ def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
     # Steps beside a structure are single ones: four of them lie between two looks at prompts.
     during = [count for i, count in enumerate(steps) if 0 < sum(steps[: i + 1]) < 20]
     assert min(during) >= 4
+
+
+@pytest.mark.every_change
+def test_drafted_answers_are_those_of_plain_decoding():
+    policy = LogitPolicy(returns="token")
+    config = ServerConfig(model="bags", policy=policy, slots=2, max_length=32, prefill_chunk=4)
+    model, prompts = Ensemble(bag_of_words(2, 16)), [[3, 4, 5, 3, 4, 5, 3, 4], [1, 2]]
+    drafts = DraftControl("prompt", 2)
+    scheduler = Scheduler(model, Disclosure(policy), (), config, drafts)
+
+    async def ask():
+        jobs = []
+        for prompt in prompts:
+            request = Request(prompt=prompt, max_new_tokens=12)
+            jobs.append(Job(request, Prompt(), asyncio.get_running_loop()))
+        scheduler.submit(jobs[:1])
+        scheduler.submit(jobs[1:])
+        async with asyncio.timeout(120):
+            return [[(await job.tokens.get()).id for _ in range(12)] for job in jobs]
+
+    scheduler.start()
+    try:
+        answers = asyncio.run(ask())
+    finally:
+        scheduler.close()
+    assert answers == generate(model, prompts, max_new_tokens=12).rows()
+    assert scheduler.engine.rounds.stats[2].sum() > 0

@@ -1,0 +1,250 @@
+"""Who drafts: a member of the ensemble, a model beside it, or the text itself."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax.decoding._ensemble import Ensemble, Group, Plan
+from logitjax.decoding._sampling import SamplingRows, row_keys, sampling_logits
+from logitjax.decoding._step import DecodeOptions, DecodeState, mark_seen, moved_logits
+
+# Draws of one token: the draft's, whether it is accepted, what comes instead.
+DRAFT, ACCEPT, INSTEAD = 1, 2, 3
+# Tokens of a text that a drafting model reads at once, where it has fallen behind.
+_PIECE = 32
+
+
+class Proposal(NamedTuple):
+    """Drafts int32 `[length, rows]`, -1 for none, and what drafting has left behind."""
+
+    tokens: jax.Array
+    # Logits that they were drawn from, `[length, rows, vocab]`; None for what is certain.
+    warm: Any
+    cache: tuple
+    memory: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The drafting member, by its place in the plan; it drafts into the cache it verifies with."""
+
+    rests: ClassVar[bool] = False
+
+    stream: int
+    group: int
+    member: int
+    alone: bool
+
+    def own(self, stored: Any) -> Any:
+        # A copy where it lies in a stack.
+        return stored if self.alone else jax.tree.map(lambda leaf: leaf[self.member], stored)
+
+    def memory(self, rows: int, room: int) -> Any:
+        return ()
+
+    def propose(
+        self, plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, memory: Any,
+        length: int,
+    ) -> Proposal:  # fmt: skip
+        group = dataclasses.replace(plan.groups[self.group], streams=(0,))
+        ids = _Ids(lambda x: jnp.asarray(plan.read(x)[self.stream]), plan.at_large)
+        stored, at = self.own(state.cache[self.group]), state.lengths[self.stream]
+        fed, positions = state.token[:, None], at[:, None]
+        tokens, warm, drafted = _drawn(
+            group, options, params, state, stored, (fed, positions), ids, length
+        )
+        # Of a stack the verification continues from the original.
+        cache = state.cache
+        if self.alone:
+            cache = (*cache[: self.group], drafted, *cache[self.group + 1 :])
+        return Proposal(tokens, warm, cache, memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A model that is no member. It remembers what it has read, and reads what it has missed."""
+
+    rests: ClassVar[bool] = False
+
+    plan: Plan
+    token_map: Any
+
+    def memory(self, rows: int, room: int) -> Any:
+        # Without rings: another prompt in the slot may share a beginning that is long past.
+        cache = self.plan.with_ring_slack(room).init_cache(rows, room)
+        return cache[0], jnp.full((rows, room), -1, jnp.int32)
+
+    def propose(
+        self, plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, memory: Any,
+        length: int,
+    ) -> Proposal:  # fmt: skip
+        group, at = self.plan.groups[0], state.lengths[0]
+        rows, index = jnp.arange(len(at))[:, None], jnp.arange(state.text.shape[1])
+        mapping = self.token_map
+        if mapping is None:
+            # Rows of padding at the end of a vocabulary, which one has and the other lacks.
+            last = self.plan.vocab_size - 1
+            ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
+        else:
+            ids = _Ids(lambda x: mapping.to_small(x, 0), mapping.to_large)
+
+        def known(read: jax.Array) -> jax.Array:
+            # As far as what was read is the text, whatever became of drafts and slots since.
+            same = (read == state.text) & (index < at[:, None] - 1)
+            return jnp.cumprod(same, axis=1, dtype=jnp.int32).sum(axis=1)
+
+        def noted(read: jax.Array, places: jax.Array, tokens: jax.Array) -> jax.Array:
+            places = jnp.where(places < 0, read.shape[1], places)
+            return read.at[rows, places].set(tokens, mode="drop")
+
+        def behind(carry: Any) -> jax.Array:
+            return ((known(carry[1]) < at - 1) & state.active).any()
+
+        def catch_up(carry: Any) -> Any:
+            cache, read = carry
+            places = known(read)[:, None] + jnp.arange(_PIECE)
+            tokens = jnp.take_along_axis(state.text, jnp.minimum(places, index[-1]), axis=1)
+            there = (places < at[:, None] - 1) & state.active[:, None]
+            places = jnp.where(there, places, -1)
+            _, cache = group.forward(params, ids.read(tokens)[None], places[None], cache, True)
+            return cache, noted(read, places, tokens)
+
+        cache, read = lax.while_loop(behind, catch_up, memory)
+        # The token before too: where all drafts were accepted, nobody has read the last of them.
+        places = at[:, None] + jnp.array([-1, 0])
+        fed = jnp.take_along_axis(state.text, jnp.maximum(places, 0), axis=1)
+        tokens, warm, cache = _drawn(
+            group, options, params, state, cache, (fed, places), ids, length
+        )
+        places = jnp.where(state.active[:, None], places[:, :1] + jnp.arange(length + 1), -1)
+        read = noted(read, places, jnp.concatenate([fed, tokens[:-1].T], axis=1))
+        return Proposal(tokens, warm, state.cache, (cache, read))
+
+
+@dataclasses.dataclass(frozen=True)
+class LookUp:
+    """What followed the last tokens when they were there before, as certain as can be.
+
+    Of several places, that of the longest agreement, and of those the latest. A draft that is a
+    function of the text is accepted with its probability: where a plain draw gives it.
+    """
+
+    # Where nobody has a draft, a round is a plain step.
+    rests: ClassVar[bool] = True
+
+    least: int = 2
+    most: int = 6
+
+    def memory(self, rows: int, room: int) -> Any:
+        return ()
+
+    def propose(
+        self, plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, memory: Any,
+        length: int,
+    ) -> Proposal:  # fmt: skip
+        text, at = state.text, state.lengths[0][:, None]
+        index = jnp.arange(text.shape[1])
+        agree = jnp.broadcast_to(index < at, text.shape)
+        count = jnp.zeros_like(text)
+        for back in range(self.most):
+            last = jnp.take_along_axis(text, jnp.maximum(at - back, 0), axis=1)
+            agree &= (jnp.roll(text, back, axis=1) == last) & (index >= back)
+            count += agree
+        best = (count * len(index) + index).argmax(axis=1)[:, None]
+        # What follows may end here: it then goes on as it went on there.
+        places = best + 1 + jnp.arange(length) % jnp.maximum(at - best, 1)
+        tokens = jnp.take_along_axis(text, jnp.minimum(places, index[-1]), axis=1)
+        enough = (jnp.take_along_axis(count, best, axis=1) >= self.least) & state.active[:, None]
+        return Proposal(jnp.where(enough, tokens, -1).T, None, state.cache, memory)
+
+
+class _Ids(NamedTuple):
+    """Tokens as a drafting model reads them, and its logits at the large model's ids."""
+
+    read: Callable[[jax.Array], jax.Array]
+    wide: Callable[[jax.Array], jax.Array]
+
+
+def _as_wide(logits: jax.Array, size: int) -> jax.Array:
+    logits, missing = logits.astype(jnp.float32), max(0, size - logits.shape[-1])
+    pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+    return jnp.pad(logits[..., :size], pad, constant_values=-jnp.inf)
+
+
+def _drawn(
+    group: Group,
+    options: DecodeOptions,
+    params: Any,
+    state: DecodeState,
+    cache: Any,
+    first: tuple[jax.Array, jax.Array],
+    ids: _Ids,
+    length: int,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Tokens drawn one after the other, `first` (tokens, positions) fed before; logits, cache."""
+
+    def advance(carry: Any, ahead: Any, fed: jax.Array, places: jax.Array) -> tuple[Any, Any]:
+        cache, token, seen = carry
+        places = jnp.where(state.active[:, None], places, -1)
+        logits, cache = group.forward(params, ids.read(fed)[None], places[None], cache, True)
+        here = dataclasses.replace(state, token=token, seen=seen, count=state.count + ahead)
+        adjusted = moved_logits(options, here, ids.wide(logits[0][:, -1]))["adjusted"]
+        token, warm = _draw_draft(adjusted, state.sampling, here.count)
+        return (cache, token, mark_seen(seen, token, state.active)), (token, warm)
+
+    def onward(carry: Any, ahead: jax.Array) -> tuple[Any, Any]:
+        return advance(carry, ahead, carry[1][:, None], first[1][:, -1:] + ahead)
+
+    carry, out = advance((cache, state.token, state.seen), 0, *first)
+    (cache, *_), rest = lax.scan(onward, carry, jnp.arange(1, length))
+    tokens, warm = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), out, rest)
+    return tokens, warm, cache
+
+
+def _draw_draft(
+    logits: jax.Array, rows: SamplingRows, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens and the logits of the distribution that they were drawn from."""
+    greedy = logits.argmax(axis=-1).astype(jnp.int32)
+
+    def draw() -> tuple[jax.Array, jax.Array]:
+        warm = sampling_logits(logits, rows)
+        noise = gumbel(row_keys(rows.seed, counts), DRAFT, logits.shape[-1])
+        drawn = (warm + noise).argmax(axis=-1).astype(jnp.int32)
+        return jnp.where(rows.temperature == 0, greedy, drawn), warm
+
+    return lax.cond((rows.temperature > 0).any(), draw, lambda: (greedy, logits))
+
+
+def gumbel(keys: jax.Array, purpose: int, size: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), (size,)))(keys)
+
+
+def drafter_of(
+    draft: Any, token_map: Any, plan: Plan, params: Any
+) -> tuple[Member | Beside | LookUp, Any]:
+    """The drafter that a `DraftControl` names or brings, and its parameters."""
+    if isinstance(draft, str) and draft == "prompt":
+        return LookUp(), ()
+    if not isinstance(draft, str | int):
+        alone = Ensemble(draft)
+        if alone.plan.outputs > 1:
+            raise ValueError("draft: expected one model, got several")
+        return Beside(alone.plan, token_map), alone.params[0]
+    if plan.outputs != plan.streams:
+        raise ValueError("draft: the members share one pass, none can run ahead of the others")
+    places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}
+    stream = places.get(draft) if isinstance(draft, str) else draft
+    if stream is None or not 0 < stream < plan.streams:
+        raise ValueError(
+            f"draft: expected 'expert', 'base', 'prompt', a model or a place from 1 to "
+            f"{plan.streams - 1}, got {draft!r} with {plan.experts} experts and {plan.bases} bases"
+        )
+    index = next(i for i, group in enumerate(plan.groups) if stream in group.streams)
+    streams = plan.groups[index].streams
+    member = Member(stream, index, streams.index(stream), len(streams) == 1)
+    return member, member.own(params[index])

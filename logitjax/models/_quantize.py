@@ -1,0 +1,57 @@
+"""Weights of a model in 8 or 4 bits, for decoding."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+
+from logitjax.models._decoder import Decoder
+from logitjax.models._stacking import twin
+from logitjax.ops import Codes
+
+# One program a shape.
+_of = jax.jit(Codes.of, static_argnames=("bits", "outer_axis"))
+
+
+class QuantizedLinear(nnx.Module):
+    """`nnx.Linear` whose kernel is `Codes`."""
+
+    def __init__(self, linear: nnx.Linear, bits: str):
+        self.dtype: Any = linear.dtype
+        self.dot_general = lax.dot_general
+        self.kernel = nnx.Param(_of(linear.kernel[...], bits, outer_axis=1))
+        self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = self.kernel[...].product(x)
+        out = out if self.bias is None else out + self.bias[...]
+        return out.astype(x.dtype if self.dtype is None else self.dtype)
+
+
+def quantize(model: Decoder, bits: str) -> Decoder:
+    """A decoder with linear maps, embedding and full head in whole numbers: int8 or int4.
+
+    Activations stay as they are: int8 has a scale an output channel, int4 one for each 32 weights.
+    Norms, biases, learned positions and experts of mixtures keep their type. Adapters lie beside
+    it as before; `save_pretrained` writes the numbers that the codes stand for.
+
+    Args:
+        bits: `"int8"` or `"int4"`.
+
+    >>> from logitjax.models import load_model
+    >>> small = quantize(load_model("tiny"), "int8")
+    >>> small.embedding[...].values.dtype
+    dtype('int8')
+    """
+    out = twin(model)
+    out.embedding = nnx.Param(_of(out.embedding[...], bits))
+    if isinstance(getattr(out.head, "kernel", None), nnx.Param):
+        out.head.kernel = nnx.Param(_of(out.head.kernel[...], bits, outer_axis=1))
+    for segment in out.segments:
+        for layer in segment.layers:
+            for part in (layer.attention, layer.mlp):
+                for name, module in list(vars(part).items()):
+                    if isinstance(module, nnx.Linear):
+                        setattr(part, name, QuantizedLinear(module, bits))
+    return out
