@@ -108,13 +108,14 @@ class AMU(Method):
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         features = task.mean_view("auxiliary", self)
-        shape = (features.shape[-1], task.num_classes)
+        # [classes, features]: both products of a step are faster so than with the axes swapped.
+        shape = (task.num_classes, features.shape[-1])
         if self.initial == "features":
-            kernel = class_means(features, task.labels, shape[1])
+            kernel = class_means(features, task.labels, shape[0]).T
         else:
             key = jax.random.key(0) if key is None else key
             # As torch's Linear begins.
-            limit = shape[0] ** -0.5
+            limit = shape[1] ** -0.5
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
         return State(kernel, None)
 
@@ -125,7 +126,7 @@ class AMU(Method):
 
     def auxiliary_logits(self, state: State, inputs: Inputs) -> jax.Array:
         """The bias alone, before its weights: a classifier that never saw the zero-shot one."""
-        logits = needed(inputs.auxiliary, "auxiliary", self) @ state.trained
+        logits = needed(inputs.auxiliary, "auxiliary", self) @ state.trained.T
         return z_score(logits) if self.standardize else logits
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:

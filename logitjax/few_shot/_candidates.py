@@ -127,9 +127,10 @@ class Candidate:
 
 
 def _grid(few: bool, **ranges: tuple[float, float]) -> dict[str, list[float]]:
-    """Columns of 4 or 12 settings, the product of two fields; `__` in a name stands for a dot."""
+    """Columns of 4 or 12 settings, the product of the fields; `__` in a name stands for a dot."""
     # Between the ends values are factors apart, but from 0 on they are steps.
-    counts = ((4,) if few else (12,)) if len(ranges) == 1 else ((2, 2) if few else (4, 3))
+    small, full = {1: ((4,), (12,)), 2: ((2, 2), (4, 3)), 3: ((1, 2, 2), (2, 2, 3))}[len(ranges)]
+    counts = small if few else full
     columns = [
         (np.geomspace if low else np.linspace)(low, high, count)
         for (low, high), count in zip(ranges.values(), counts, strict=True)
@@ -172,7 +173,11 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         "pro_ker": (methods.ProKeR(), short, dict(penalty=(0.1, 3.0), sharpness=(1.5, 10.0))),
         "rehark": (methods.ReHARK(), short, dict(penalty=(0.1, 1.0), text=(3.0, 10.0))),
         "timo": (methods.TIMO(), short, dict(text=(1.0, 1e4))),
-        "timo_s": (methods.TIMO(), short, dict(text=(10.0, 1e3), sharpness=(5.0, 100.0))),
+        "timo_s": (
+            methods.TIMO(),
+            short,
+            dict(text=(10.0, 1e3), sharpness=(5.0, 100.0), kept=(0.5, 2.0)),
+        ),
         "task_res": (methods.TaskRes(), short, dict(training__learning_rate=rate, beta=(0.5, 1.0))),
         # Its step sizes follow from the data: what is left is the share of the zero-shot logits.
         "lp_plus_plus": (methods.LPPlusPlus(), short, dict(beta=(0.25, 1.0))),

@@ -32,16 +32,18 @@ class TIMO(Method):
         logits = text f . w + f W + b,   W, b of `GDA` on all views and on the `kept` texts of the
                                          largest m, each times its m
 
-    The logits are not at CLIP's scale, as released. TIMO-S of the paper chooses `sharpness` (5 to
-    100) and `kept` (1 to twice the number of texts, which then count twice), too; on ImageNet
-    sharpness is 1, on Flowers 100. A class without a picture takes all its texts alike. Source: Li
-    et al. (arXiv 2412.11375), which reads the zero-shot classifier only through its texts.
+    The logits are not at CLIP's scale, as released. TIMO-S chooses `sharpness` (5 to 100) and
+    `kept` too, of which the paper tries every count of texts to twice their number, and
+    `Candidate.all` a half, all and twice all. On ImageNet sharpness is 1, on Flowers 100. A class
+    without a picture takes all its texts alike. Source: Li et al. (arXiv 2412.11375), which reads
+    the zero-shot classifier only through its texts.
 
     Attributes:
         beta: 1 is the method by itself, less mixes it with the zero-shot logits.
         text: alpha, of which .0001 to 10,000 by factors of ten are searched.
         sharpness: gamma.
-        kept: Texts of a class among the examples; None for all.
+        kept: Share of a class's texts that are among the examples, the best first; more than 1
+            counts the best of them twice. None for all.
     """
 
     text: Number = 10.0
@@ -71,7 +73,7 @@ class TIMO(Method):
             # More than there are take the best once more.
             taught = jnp.concatenate([taught, taught], 1)
             labels = jnp.where(
-                jnp.arange(2 * prompts) < self.kept, jnp.arange(classes)[:, None], -1
+                jnp.arange(2 * prompts) < self.kept * prompts, jnp.arange(classes)[:, None], -1
             )
         features, of_features = task.every_view("features", self)
         kernel, bias = gaussian_classifier(

@@ -8,9 +8,18 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.ops import Array
+from logitjax.vision._fastvit import FastViT, FastViTConfig
 from logitjax.vision._layers import Features, Images, avg_pool, batch_norm, conv
 from logitjax.vision._resnet import Bottleneck
-from logitjax.vision._vit import StagesConfig, TextTower, TowersConfig, ViT, attend
+from logitjax.vision._vit import (
+    StagesConfig,
+    TextTower,
+    TowersConfig,
+    ViT,
+    ViTConfig,
+    attend,
+    kernel_and_bias,
+)
 
 
 class _AttentionPool(nnx.Module):
@@ -40,7 +49,7 @@ class ModifiedResNet(nnx.Module):
     running ones: this is for frozen features.
     """
 
-    def __init__(self, config: StagesConfig, features: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: StagesConfig, *, dtype: Any, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         width = config.width
         self.conv1 = conv(3, width // 2, 3, stride=2, **options)
@@ -61,15 +70,15 @@ class ModifiedResNet(nnx.Module):
             stages.append(nnx.List(stage_blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         tokens = config.grid**2 + 1  # and the mean
-        self.attnpool = _AttentionPool(tokens, inside, config.heads, features, dtype, rngs)
+        sizes = tokens, inside, config.heads, config.embed_dim
+        self.attnpool = _AttentionPool(*sizes, dtype, rngs)
 
     def __call__(self, images: Images) -> Features:
         return self.attnpool.c_proj(self.hidden(images))
 
     @property
-    def last_projection(self) -> tuple[jax.Array, jax.Array]:
-        last: Any = self.attnpool.c_proj
-        return last.kernel[...], last.bias[...]
+    def last_projection(self) -> tuple[jax.Array, jax.Array | None]:
+        return kernel_and_bias(self.attnpool.c_proj)
 
     def hidden(self, images: Images) -> Features:
         x = jnp.asarray(images)
@@ -82,16 +91,20 @@ class ModifiedResNet(nnx.Module):
         return self.attnpool(x)
 
 
+_NETWORKS = {ViTConfig: ViT, StagesConfig: ModifiedResNet, FastViTConfig: FastViT}
+
+
+def network_of(config: Any) -> Any:
+    """The class of the tower of pictures that is of this configuration."""
+    return _NETWORKS[type(config)]
+
+
 class CLIP(nnx.Module):
     """Both towers (arXiv 2103.00020); called with pictures it is the vision tower."""
 
     def __init__(self, config: TowersConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        tower = config.vision
-        if isinstance(tower, StagesConfig):
-            self.vision: Any = ModifiedResNet(tower, config.embed_dim, dtype=dtype, rngs=rngs)
-        else:
-            self.vision = ViT(tower, dtype=dtype, rngs=rngs)
+        self.vision: Any = network_of(config.vision)(config.vision, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         self.text = TextTower(config.text, *sizes, use_bias=False, dtype=dtype, rngs=rngs)
         # Where CLIP's training begins.

@@ -12,28 +12,41 @@ from logitjax.vision._vit import StagesConfig, TowersConfig
 Weights = Mapping[str, np.ndarray]
 
 
-def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> TowersConfig:
-    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights."""
-    # Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
+# Keys of open_clip's files that change a network in a way that ours does not know.
+_STRANGE = re.compile(
+    r"no_ln_pre|final_ln|pool_type|ls_init|attentional|proj_|(norm|act)_kwargs|embed_cls|eos_id|"
+    r"hf_(model|pool|proj)"
+)
+
+
+def clip_config(
+    weights: Weights, settings: Mapping[str, Any] | None = None, tower: Any = None
+) -> TowersConfig:
+    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights.
+
+    Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
+    `tower` is the configuration of a picture tower that is known.
+    """
     vision, text = (
         {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
         for part in ("vision.", "text.")
     )
-    table = vision.get("attnpool.positional_embedding")
+    table = None if tower is not None else vision.get("attnpool.positional_embedding")
     try:
         if table is None:
-            seen, read = _settings(len(vision["norm.weight"]), settings)
-            return two_towers(vision, text, seen, read)
+            channels = 64 if tower is not None else len(vision["norm.weight"])
+            return two_towers(vision, text, *_settings(channels, settings), tower)
         width = len(vision["conv3.weight"])
+        seen, read = _settings(32 * width, settings)
+        tower = StagesConfig(
+            blocks=tuple(count_of(vision, f"layer{stage}") for stage in (1, 2, 3, 4)),
+            width=width,
+            heads=seen["num_attention_heads"] or max(1, width // 2),
+            grid=round((len(table) - 1) ** 0.5),
+            embed_dim=len(vision["attnpool.c_proj.bias"]),
+        )
     except KeyError as error:
         raise ValueError(f"not the weights of a CLIP model: {error.args[0]!r} is missing") from None
-    seen, read = _settings(32 * width, settings)
-    tower = StagesConfig(
-        blocks=tuple(count_of(vision, f"layer{stage}") for stage in (1, 2, 3, 4)),
-        width=width,
-        heads=seen["num_attention_heads"] or max(1, width // 2),
-        grid=round((len(table) - 1) ** 0.5),
-    )
     return two_towers(vision, text, seen, read, tower)
 
 
@@ -41,19 +54,22 @@ def _settings(
     channels: int, settings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Heads and activations of both towers as transformers calls them; None by default."""
-    settings, activation = settings or {}, "quick_gelu"
+    settings, activation, causal = settings or {}, "quick_gelu", True
     heads: list[int | None] = [None, None]
     if "model_cfg" in settings:  # open_clip
         model = settings["model_cfg"]
         vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+        if strange := [key for key in (*vision, *text) if _STRANGE.match(key)]:
+            raise ValueError(f"{strange[0]}: open_clip's option is not supported")
         heads = [channels // vision.get("head_width", 64), text.get("heads")]
         activation = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
+        causal = not text.get("no_causal_mask", False)
     elif "vision_config" in settings:  # transformers leaves out what has its default
         vision, text = settings["vision_config"] or {}, settings.get("text_config") or {}
         heads = [vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)]
         activation = vision.get("hidden_act", "quick_gelu")
     seen, read = ({"num_attention_heads": n, "hidden_act": activation} for n in heads)
-    return seen, read
+    return seen, read | {"causal": causal}
 
 
 # Numbers that OpenAI's archives carry along, and masks.

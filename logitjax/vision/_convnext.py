@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean
+from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean, layer_norm
 
 # Of V2's normalisation of responses.
 _EPSILON = 1e-6
@@ -23,12 +23,6 @@ class ConvNeXtConfig:
     response_norm: bool = False
     epsilon: float = 1e-6
     last_epsilon: float | None = None
-
-
-def _norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
-    )
 
 
 class _Responses(nnx.Module):
@@ -50,10 +44,8 @@ class _Responses(nnx.Module):
 class _Block(nnx.Module):
     def __init__(self, width: int, config: ConvNeXtConfig, *, dtype: Any, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.dwconv = DepthwiseConv(width, kernel=7, **options)
-        # The convolution has none.
-        self.dwbias = nnx.Param(jnp.zeros(width))
-        self.norm = _norm(width, config.epsilon, rngs)
+        self.dwconv = DepthwiseConv(width, kernel=7, use_bias=True, **options)
+        self.norm = layer_norm(width, config.epsilon, rngs)
         self.up = nnx.Linear(width, 4 * width, **options)
         self.grn: Any = _Responses(4 * width) if config.response_norm else None
         self.down = nnx.Linear(4 * width, width, **options)
@@ -61,7 +53,6 @@ class _Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         inner = self.dwconv(x)
-        inner = inner + self.dwbias[...].astype(inner.dtype)
         inner = jax.nn.gelu(self.up(self.norm(inner).astype(inner.dtype)), approximate=False)
         inner = self.down(inner if self.grn is None else self.grn(inner))
         if self.factor is not None:
@@ -73,7 +64,9 @@ class _Stage(nnx.Module):
     def __init__(
         self, inside: int | None, width: int, depth: int, config: ConvNeXtConfig, **options: Any
     ):
-        self.norm: Any = None if inside is None else _norm(inside, config.epsilon, options["rngs"])
+        self.norm: Any = (
+            None if inside is None else layer_norm(inside, config.epsilon, options["rngs"])
+        )
         self.reduce: Any = (
             None
             if inside is None
@@ -103,7 +96,7 @@ class ConvNeXt(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         patch, first = config.patch_size, config.widths[0]
         self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
-        self.patch_norm = _norm(first, config.epsilon, rngs)
+        self.patch_norm = layer_norm(first, config.epsilon, rngs)
         # The stem shrinks for the first.
         inside = [None, *config.widths[:-1]]
         self.stages = nnx.List(
@@ -113,7 +106,7 @@ class ConvNeXt(nnx.Module):
             ]
         )
         last = config.epsilon if config.last_epsilon is None else config.last_epsilon
-        self.norm = _norm(config.widths[-1], last, rngs)
+        self.norm = layer_norm(config.widths[-1], last, rngs)
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         # Nothing here depends on the batch.

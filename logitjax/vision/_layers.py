@@ -63,7 +63,7 @@ def conv(
 
 
 class DepthwiseConv(nnx.Module):
-    """One filter a channel, as shifted multiplications."""
+    """One filter a channel, as shifted multiplications; or several, side by side."""
 
     # XLA's grouped convolution is slower on CPUs.
 
@@ -74,6 +74,7 @@ class DepthwiseConv(nnx.Module):
         kernel: int = 3,
         stride: int = 1,
         same: bool = False,
+        use_bias: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -82,11 +83,15 @@ class DepthwiseConv(nnx.Module):
         std = math.sqrt(2.0 / (kernel * kernel * features))
         shape = (kernel, kernel, 1, features)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.bias: Any = nnx.Param(jnp.zeros(features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "batch height width features"]) -> jax.Array:
         x = jnp.asarray(x, self.dtype)
         kernel = jnp.asarray(self.kernel[...], x.dtype)
         size, step = kernel.shape[0], self.stride
+        if kernel.shape[-1] > x.shape[-1]:
+            # Filters of a channel are neighbours.
+            x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], -1)
         height, width = ((n - 1) // step + 1 for n in x.shape[1:3])  # rounded up
 
         def padding(length: int, outputs: int) -> tuple[int, int]:
@@ -97,7 +102,7 @@ class DepthwiseConv(nnx.Module):
 
         sides = padding(x.shape[1], height), padding(x.shape[2], width)
         padded = jnp.pad(x, ((0, 0), *sides, (0, 0)))
-        out = 0.0
+        out = 0.0 if self.bias is None else self.bias[...].astype(x.dtype)
         for i in range(size):
             for j in range(size):
                 rows = slice(i, i + step * (height - 1) + 1, step)
@@ -124,6 +129,13 @@ def batch_norm(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """In float32, whatever its neighbours compute in."""
+    # E[x^2] - E[x]^2 cancels.
+    options: dict[str, Any] = {"use_fast_variance": False, "dtype": jnp.float32}
+    return nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs, **options)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, pad: int = 0) -> jax.Array:

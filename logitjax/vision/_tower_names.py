@@ -13,7 +13,7 @@ from logitjax.vision._vit import (
     BlockConfig,
     Pooling,
     Positions,
-    StagesConfig,
+    Rotary,
     TowersConfig,
     ViTConfig,
 )
@@ -102,7 +102,6 @@ _CONVNEXT = (
     (r"\.downsampling_layer\.0\.", ".norm."),
     (r"\.downsampling_layer\.1\.", ".reduce."),
     (r"\.layers\.", ".blocks."),
-    (r"\.dwconv\.bias$", ".dwbias"),
     (r"\.layernorm\.", ".norm."),
     (r"\.pwconv1\.", ".up."),
     (r"\.pwconv2\.", ".down."),
@@ -137,16 +136,7 @@ def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
     """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, its projections joined."""
     named = renamed(weights, _TRANSFORMER)
-    # DINOv3, whose keys have no bias.
-    if "positions" not in named:
-        for name in [n for n in named if re.search(r"\.[qkv]\.weight$", n)]:
-            named.setdefault(name.replace(".weight", ".bias"), np.zeros_like(named[name][:, 0]))
-    for name in [n for n in named if re.search(r"\.q\.(weight|bias)$", n)]:
-        q, k, v = (re.sub(r"\.q\.", f".{part}.", name) for part in "qkv")
-        if k not in named or v not in named:
-            raise ValueError(f"weights lack {k if k not in named else v}, which goes with {q}")
-        joined = np.concatenate([named.pop(part) for part in (q, k, v)])
-        named[re.sub(r"\.q\.", ".qkv.", name)] = joined
+    join_projections(named, biased="positions" in named)
     # SwiGLU's halves in one.
     for name in [n for n in named if ".mlp.weights_in." in n]:
         gate, up = np.split(named.pop(name), 2)
@@ -156,6 +146,23 @@ def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
     if not len(named.get("registers", "some")):
         del named["registers"]
     return named
+
+
+def join_projections(named: dict[str, np.ndarray], *, biased: bool = False) -> None:
+    """Queries, keys and values as one, in place; a bias that DINOv3 or EVA do not have is 0."""
+    for name in [] if biased else [n for n in named if re.search(r"\.(q|k|v|qkv)\.weight$", n)]:
+        bias = name.replace(".weight", ".bias")
+        first = bias.replace(".qkv.", ".q.")
+        if first != bias and first in named:
+            # EVA keeps those of queries and values apart from the weights of all.
+            bias = bias.replace(".qkv.", ".k.")
+        named.setdefault(bias, np.zeros_like(named.get(first, named[name][:, 0])))
+    for name in [n for n in named if re.search(r"\.q\.(weight|bias)$", n)]:
+        q, k, v = (re.sub(r"\.q\.", f".{part}.", name) for part in "qkv")
+        if k not in named or v not in named:
+            raise ValueError(f"weights lack {k if k not in named else v}, which goes with {q}")
+        joined = np.concatenate([named.pop(part) for part in (q, k, v)])
+        named[re.sub(r"\.q\.", ".qkv.", name)] = joined
 
 
 def flatten_tokens(named: dict[str, np.ndarray]) -> None:
@@ -224,6 +231,8 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
         epsilon=float(settings.get("layer_norm_eps") or default.epsilon),
         gated=gated,
         layer_scale="blocks.0.scale1" in named,
+        attention_norm="blocks.0.attention_norm.weight" in named,
+        mlp_norm="blocks.0.mlp_norm.weight" in named,
     )
 
 
@@ -246,9 +255,11 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
             family = _SIGLIP
         elif "pre_norm.weight" in named:
             family = _CLIP
-        grid = 0
-        positions: Positions = "rotary"
-        if family is not _DINO3:
+        grid, rotary = 0, None
+        positions: Positions = "none"
+        if family is _DINO3:
+            rotary = Rotary(theta=float(settings.get("rope_theta") or 100.0))
+        else:
             # Pictures are squares.
             grid = round((len(named["positions"]) - class_token) ** 0.5)
             positions = "fixed"
@@ -266,7 +277,7 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
             pooling=pooling,
             embed_dim=0 if projection is None else len(projection),
             positions=positions,
-            theta=float(settings.get("rope_theta") or 100.0),
+            rotary=rotary,
         )
     except KeyError as error:
         raise ValueError(f"a vision tower without {error.args[0]!r}") from None
@@ -277,14 +288,15 @@ def two_towers(
     text: Weights,
     seen: Mapping[str, Any],
     read: Mapping[str, Any],
-    tower: StagesConfig | None = None,
+    tower: Any = None,
 ) -> TowersConfig:
-    """Sizes of both towers in our names, by the settings of each; of a ResNet they are given."""
+    """Sizes of both towers in our names, by the settings of each; `tower` of one that is known."""
     clip = tower is not None or "pre_norm.weight" in vision
+    texts = dataclasses.replace(_CLIP, causal=read.get("causal", True)) if clip else _SIGLIP
     try:
         return TowersConfig(
             vision=tower or vit_config(vision, seen),
-            text=_blocks(text, read, dataclasses.replace(_CLIP, causal=True) if clip else _SIGLIP),
+            text=_blocks(text, read, texts),
             vocab_size=len(text["tokens.weight"]),
             context_length=len(text["positions"]),
             embed_dim=len(text["head.weight"]),

@@ -11,11 +11,11 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.ops import Array
-from logitjax.vision._layers import Features, Images, conv
+from logitjax.vision._layers import Features, Images, conv, layer_norm
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
-Pooling = Literal["class", "probe", "mean", "mean_then_norm"]
-Positions = Literal["fixed", "bicubic", "antialias", "rotary"]
+Pooling = Literal["class", "probe", "probe_all", "mean", "mean_then_norm"]
+Positions = Literal["none", "fixed", "bicubic", "antialias"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -32,7 +32,9 @@ class BlockConfig:
 
     `hidden` are the channels inside the MLP. A `gated` one has a second projection of its input, as
     in SwiGLU; a `layer_scale` is a factor for each channel after both halves of a block; in a
-    `causal` one a position sees those before it alone.
+    `causal` one a position sees those before it alone. EVA-02 has further norms before the last
+    projection of attention (`attention_norm`) and MLP (`mlp_norm`), its largest the two of a block
+    after its halves (`post_norm`).
     """
 
     width: int
@@ -44,6 +46,9 @@ class BlockConfig:
     gated: bool = False
     layer_scale: bool = False
     causal: bool = False
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    post_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
@@ -51,38 +56,74 @@ class BlockConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Angles of rows and columns that queries and keys of patches are turned by, for any size.
+
+    Patch `n` of `N` along a side is at `start + (n + offset) reach / N`, of which wave `m` turns by
+    `theta^(-4 m / width)` times as much, `width` being that of a head. The first fourth of the
+    channels of a head takes the waves of y and the next those of x, or with `across_first` the
+    other way round; the other half repeats both. The defaults are DINOv3's.
+    """
+
+    theta: float = 100.0
+    reach: float = 4 * np.pi
+    offset: float = 0.5
+    start: float = -2 * np.pi
+    across_first: bool = False
+
+    def angles(self, rows: int, columns: int, width: int) -> np.ndarray:
+        """`[rows * columns, width]`, in float32."""
+        sides = (
+            self.start + (np.arange(n) + self.offset) * self.reach / n for n in (rows, columns)
+        )
+        points = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 2, 1)
+        if self.across_first:
+            points = points[:, ::-1]
+        waves = self.theta ** -(np.arange(width // 4) / (width // 4))
+        return np.tile((points * waves).reshape(rows * columns, -1), 2).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """A vision transformer.
 
     Attributes:
-        grid: Patches of a side that there are positions for; 0 where these are angles.
+        grid: Patches of a side that there are positions for; 0 for no such table.
+        stem: Strides of convolutions before that of the patches, as in MobileCLIP-B; they are a
+            part of `patch_size`.
         registers: Tokens without a position after the class token.
         pre_norm: Whether a norm comes before the blocks, as in CLIP.
         pooling: What the feature is: the output of the class token (`class`), what a learned probe
-            asks of all patches (`probe`, as in SigLIP), or the mean of the patches, after the last
-            norm (`mean`) or before it (`mean_then_norm`).
+            asks of all patches (`probe`, as in SigLIP) or of the class token too (`probe_all`, as
+            in PE), or the mean of the patches, after the last norm (`mean`) or before it
+            (`mean_then_norm`).
+        probe: Heads and MLP of the probe; None for those of the blocks.
         embed_dim: Features after a last projection; 0 for none.
+        embed_bias: Whether this projection has a bias, as timm's have.
         positions: How positions fit pictures of another size: `fixed` not at all, `bicubic` as
-            torch resizes, `antialias` the same with a filter as wide as the scale. `rotary` ones
-            are angles that queries and keys of patches are turned by, for any size.
-        theta: Of rotary positions, what the longest wave is longer by than the shortest.
+            torch resizes, `antialias` the same with a filter as wide as the scale; `none` without a
+            table.
+        rotary: Angles of patches, perhaps beside the table.
     """
 
     blocks: BlockConfig
     patch_size: int
     grid: int
+    stem: tuple[int, ...] = ()
     class_token: bool = True
     registers: int = 0
     patch_bias: bool = True
     pre_norm: bool = False
     pooling: Pooling = "class"
+    probe: BlockConfig | None = None
     embed_dim: int = 0
+    embed_bias: bool = False
     positions: Positions = "fixed"
-    theta: float = 100.0
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         turns = self.blocks.width // self.blocks.heads
-        if self.positions == "rotary" and turns % 4:
+        if self.rotary is not None and turns % 4:
             raise ValueError(f"heads: expected a multiple of 4 channels in each, got {turns}")
 
     @property
@@ -99,16 +140,8 @@ def _zeros(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
-def _norm(config: BlockConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.epsilon,
-        # E[x^2] - E[x]^2 cancels.
-        use_fast_variance=False,
-        # Whatever blocks compute in.
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
+def _norm(config: BlockConfig, rngs: nnx.Rngs, width: int = 0) -> nnx.LayerNorm:
+    return layer_norm(width or config.width, config.epsilon, rngs)
 
 
 def attend(
@@ -140,18 +173,6 @@ def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
     return jnp.concatenate([x[:, : -len(angles)], patches.astype(x.dtype)], 1)
 
 
-def patch_angles(rows: int, columns: int, width: int, theta: float) -> np.ndarray:
-    """`[rows * columns, width]`: what DINOv3 turns the channels of a head by.
-
-    A fourth of them has angles `2 pi y theta^(-4 m / width)`, the next the same of x, and the other
-    half repeats both; y and x are where the centre of a patch lies between -1 and 1.
-    """
-    down, across = (2 * (np.arange(n) + 0.5) / n - 1 for n in (rows, columns))
-    centres = np.stack(np.meshgrid(down, across, indexing="ij"), -1).reshape(-1, 2, 1)
-    waves = 2 * np.pi * theta ** -(np.arange(width // 4) / (width // 4))
-    return np.tile((centres * waves).reshape(rows * columns, -1), 2).astype(np.float32)
-
-
 class Block(nnx.Module):
     """Attention and an MLP, each after a norm and added to its input."""
 
@@ -165,20 +186,34 @@ class Block(nnx.Module):
         self.up = nnx.Linear(width, hidden, **options)
         self.gate: Any = nnx.Linear(width, hidden, **options) if config.gated else None
         self.down = nnx.Linear(hidden, width, **options)
+        self.attention_norm: Any = _norm(config, rngs) if config.attention_norm else None
+        self.mlp_norm: Any = _norm(config, rngs, hidden) if config.mlp_norm else None
         self.scale1: Any = _zeros(width) if config.layer_scale else None
         self.scale2: Any = _zeros(width) if config.layer_scale else None
 
     def __call__(self, x: jax.Array, angles: np.ndarray | None = None) -> jax.Array:
-        q, k, v = jnp.split(self.qkv(self.norm1(x).astype(x.dtype)), 3, -1)
-        config = self.config
-        seen = attend(q, k, v, config.heads, angles, causal=config.causal)
-        x = x + _scaled(self.out(seen), self.scale1)
-        inner, activation = self.norm2(x).astype(x.dtype), ACTIVATIONS[config.activation]
+        if self.config.post_norm:
+            x = x + _normed(self._attention(x, angles), self.norm1)
+            return x + _normed(self._mlp(x), self.norm2)
+        x = x + _scaled(self._attention(_normed(x, self.norm1), angles), self.scale1)
+        return x + _scaled(self._mlp(_normed(x, self.norm2)), self.scale2)
+
+    def _attention(self, x: jax.Array, angles: np.ndarray | None) -> jax.Array:
+        q, k, v = jnp.split(self.qkv(x), 3, -1)
+        seen = attend(q, k, v, self.config.heads, angles, causal=self.config.causal)
+        return self.out(_normed(seen, self.attention_norm))
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.config.activation]
         if self.gate is not None:
-            inner = activation(self.gate(inner)) * self.up(inner)
+            inner = activation(self.gate(x)) * self.up(x)
         else:
-            inner = activation(self.up(inner))
-        return x + _scaled(self.down(inner), self.scale2)
+            inner = activation(self.up(x))
+        return self.down(_normed(inner, self.mlp_norm))
+
+
+def _normed(x: jax.Array, norm: Any) -> jax.Array:
+    return x if norm is None else norm(x).astype(x.dtype)
 
 
 def _scaled(x: jax.Array, scale: Any) -> jax.Array:
@@ -209,10 +244,11 @@ class _Probe(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """A vision transformer: CLIP's tower, ViT, DINOv2 and DINOv3, SigLIP's tower.
+    """A vision transformer: CLIP's, SigLIP's, EVA-CLIP's, PE's and MobileCLIP-B's tower, ViT, DINO.
 
     Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al. (2309.16588),
-    Zhai et al. (2303.15343), Simeoni et al. (2508.10104).
+    Zhai et al. (2303.15343), Simeoni et al. (2508.10104), Fang et al. (2303.11331), Bolya et al.
+    (2504.13181), Vasu et al. (2311.17049).
     """
 
     classifier_name = "fc"
@@ -221,32 +257,26 @@ class ViT(nnx.Module):
         self.config, self.dtype = config, dtype
         self.num_features = config.num_features
         width = config.blocks.width
-        self.patch = conv(
-            3,
-            width,
-            config.patch_size,
-            stride=config.patch_size,
-            pad=0,
-            use_bias=config.patch_bias,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.stem, last = nnx.List([]), config.patch_size
+        inside, options = 3, {"pad": 0, "dtype": dtype, "rngs": rngs}
+        for step in config.stem:
+            self.stem.append(conv(inside, width // 4, step, stride=step, use_bias=True, **options))
+            inside, last = width // 4, last // step
+        bias = config.patch_bias
+        self.patch = conv(inside, width, last, stride=last, use_bias=bias, **options)
         self.class_token: Any = _zeros(width) if config.class_token else None
         self.registers: Any = _zeros(config.registers, width) if config.registers else None
-        rotary = config.positions == "rotary"
-        self.positions: Any = None if rotary else _zeros(config.grid**2 + config.class_token, width)
+        tokens = config.grid**2 + config.class_token
+        self.positions: Any = _zeros(tokens, width) if config.grid else None
         self.pre_norm: Any = _norm(config.blocks, rngs) if config.pre_norm else None
         self.blocks = nnx.List(
             [Block(config.blocks, dtype=dtype, rngs=rngs) for _ in range(config.blocks.layers)]
         )
         self.norm = _norm(config.blocks, rngs)
-        probe = config.pooling == "probe"
-        self.pool: Any = _Probe(config.blocks, dtype=dtype, rngs=rngs) if probe else None
-        self.projection: Any = (
-            nnx.Linear(width, config.embed_dim, use_bias=False, rngs=rngs)
-            if config.embed_dim
-            else None
-        )
+        probe = (config.probe or config.blocks) if "probe" in config.pooling else None
+        self.pool: Any = _Probe(probe, dtype=dtype, rngs=rngs) if probe else None
+        out, bias = config.embed_dim, config.embed_bias
+        self.projection: Any = nnx.Linear(width, out, use_bias=bias, rngs=rngs) if out else None
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         # Nothing here depends on the batch.
@@ -255,14 +285,17 @@ class ViT(nnx.Module):
         return x if self.projection is None else self.projection(x)
 
     @property
-    def last_projection(self) -> tuple[jax.Array, None] | None:
-        """`[hidden, embed_dim]`, and that there is no bias; None without a projection."""
-        return None if self.projection is None else (self.projection.kernel[...], None)
+    def last_projection(self) -> tuple[jax.Array, jax.Array | None] | None:
+        """`[hidden, embed_dim]` and a bias or None; None without a projection."""
+        return None if self.projection is None else kernel_and_bias(self.projection)
 
     def hidden(self, images: Images) -> Features:
         """float32 `[batch, hidden]`, the features before a projection."""
         config = self.config
-        patches = self.patch(jnp.asarray(images, self.dtype))
+        x = jnp.asarray(images, self.dtype)
+        for layer in self.stem:
+            x = ACTIVATIONS["gelu"](layer(x))
+        patches = self.patch(x)
         batch, rows, columns, width = patches.shape
         x = patches.reshape(batch, -1, width)
 
@@ -271,10 +304,8 @@ class ViT(nnx.Module):
 
         if self.class_token is not None:
             x = jnp.concatenate([token(self.class_token[...][None]), x], 1)
-        angles = None
-        if self.positions is None:
-            angles = patch_angles(rows, columns, width // config.blocks.heads, config.theta)
-        else:
+        angles = config.rotary and config.rotary.angles(rows, columns, width // config.blocks.heads)
+        if self.positions is not None:
             x = x + self._positions(rows, columns).astype(x.dtype)
         if self.registers is not None:
             first = int(config.class_token)
@@ -286,7 +317,8 @@ class ViT(nnx.Module):
         if config.pooling == "class":
             # The class token comes first.
             return self.norm(x[:, 0])
-        x = x[:, config.class_token + config.registers :]
+        if config.pooling != "probe_all":
+            x = x[:, config.class_token + config.registers :]
         if config.pooling == "mean_then_norm":
             return self.norm(x.astype(jnp.float32).mean(1))
         normed = self.norm(x)
@@ -334,6 +366,10 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
+def kernel_and_bias(linear: nnx.Linear) -> tuple[jax.Array, jax.Array | None]:
+    return linear.kernel[...], None if linear.bias is None else linear.bias[...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagesConfig:
     """CLIP's ResNet: blocks of its stages, channels of its stem, heads of its attention pool."""
@@ -343,6 +379,7 @@ class StagesConfig:
     heads: int
     # Height and width of the last stage, a 32nd of the picture's.
     grid: int
+    embed_dim: int
 
     def __post_init__(self) -> None:
         if self.heads < 1 or 32 * self.width % self.heads:
@@ -355,9 +392,12 @@ class StagesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """CLIP, or SigLIP of a fixed size; texts and pictures have as many features."""
+    """CLIP, or SigLIP of a fixed size; texts and pictures have as many features.
 
-    vision: ViTConfig | StagesConfig
+    `vision` is a `ViTConfig`, a `StagesConfig` or a `FastViTConfig`.
+    """
+
+    vision: Any
     text: BlockConfig
     vocab_size: int
     context_length: int
@@ -365,7 +405,7 @@ class TowersConfig:
 
 
 class TextTower(nnx.Module):
-    """Texts to features: CLIP's, which ends where a text does, or SigLIP's at its last position."""
+    """Texts to features: CLIP's, where a text ends, or with a bias SigLIP's, at the end of all."""
 
     def __init__(
         self,
@@ -378,7 +418,7 @@ class TextTower(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.causal, self.dtype = blocks.causal, dtype
+        self.ends, self.dtype = not use_bias, dtype
         self.tokens = nnx.Embed(vocab_size, blocks.width, rngs=rngs)
         self.positions = _zeros(context_length, blocks.width)
         self.blocks = nnx.List(
@@ -397,7 +437,7 @@ class TextTower(nnx.Module):
         for block in self.blocks:
             x = block(x)
         # CLIP's end has the largest id, so `argmax` is its first place. SigLIP sees the padding.
-        end = jnp.argmax(tokens, -1) if self.causal else jnp.full(len(tokens), x.shape[1] - 1)
+        end = jnp.argmax(tokens, -1) if self.ends else jnp.full(len(tokens), x.shape[1] - 1)
         return self.norm(jnp.take_along_axis(x, end[:, None, None], 1)[:, 0])
 
 
@@ -406,7 +446,6 @@ class SigLIP(nnx.Module):
 
     def __init__(self, config: TowersConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        assert isinstance(config.vision, ViTConfig)
         self.vision = ViT(config.vision, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         self.text = TextTower(config.text, *sizes, dtype=dtype, rngs=rngs)

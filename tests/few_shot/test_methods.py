@@ -116,14 +116,14 @@ def test_amu_loss_and_gradient_are_the_published_formulas(name):
                 zero_shot=zero_shot.astype(kind), auxiliary=auxiliary.astype(kind)
             )
             state = start(config, given)
-            np.testing.assert_allclose(state.trained, kernel, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(state.trained.T, kernel, rtol=1e-6, atol=1e-7)
 
             def mean_loss(kernel, given=given, state=state):
                 return config.loss(state._replace(trained=kernel), given, LABELS).mean()
 
             value, grad = jax.jit(jax.value_and_grad(mean_loss))(state.trained)
         np.testing.assert_allclose(value, expected, rtol=1e-12 if x64 else 1e-6)
-        np.testing.assert_allclose(grad, slope, rtol=1e-6, atol=1e-12 if x64 else 1e-6)
+        np.testing.assert_allclose(grad.T, slope, rtol=1e-6, atol=1e-12 if x64 else 1e-6)
 
 
 def test_z_scores_of_equal_logits_are_zero_without_a_gradient():
@@ -276,7 +276,7 @@ def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
     other, _ = inputs(seed=1)
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), images, other)
     mean = unit((images.auxiliary + other.auxiliary) / 2)
-    kernel = start(few_shot.methods.AMU(), both, views=2).trained
+    kernel = start(few_shot.methods.AMU(), both, views=2).trained.T
     expected = np.stack([mean[k == LABELS].mean(0) for k in range(CLASSES)], 1)
     np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(kernel, axis=0).max() < 0.999

@@ -70,7 +70,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
             run = jax.jit(lambda start, task=task: recipe.train(config, task, start, order))
             got, seen = run(start)
         tolerance = 1e-8 if x64 else 1e-6
-        np.testing.assert_allclose(got.trained, trained, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(got.trained.T, trained, rtol=0, atol=tolerance)
         np.testing.assert_allclose(seen, losses, rtol=tolerance)
 
 

@@ -310,7 +310,11 @@ def clip_vit(patch_size: int) -> ViTConfig:
 @pytest.mark.parametrize(
     ("tower", "features", "parameters"),
     [
-        (StagesConfig(blocks=(3, 4, 6, 3), width=64, heads=32, grid=7), 1024, 102007137),
+        (
+            StagesConfig(blocks=(3, 4, 6, 3), width=64, heads=32, grid=7, embed_dim=1024),
+            1024,
+            102007137,
+        ),
         (clip_vit(32), 512, 151277313),
         (clip_vit(16), 512, 149620737),
     ],

@@ -29,7 +29,7 @@ FAMILIES = sorted({name.split("/")[0] for name in GOLDENS})
 def weights_of(name):
     shapes = json.loads(str(GOLDENS[f"{name}/shapes"]))
     made = {k: np.asarray(tower_weight(k, tuple(shape))) for k, shape in shapes.items()}
-    return {k: np.ascontiguousarray(v.reshape(shapes[k])) for k, v in made.items()}
+    return {k: v.reshape(shapes[k]).copy() for k, v in made.items()}
 
 
 def saved(path, name, *, rename=lambda name: name, without=()):
@@ -59,8 +59,9 @@ def test_outputs_are_those_of_the_original(tmp_path, name):
     assert_close(features, GOLDENS[f"{name}/features"])
     if f"{name}/texts" in GOLDENS:
         assert_close(encoder.text_features(TOKENS), GOLDENS[f"{name}/texts"])
-        with pytest.raises(ValueError, match=r"tokens: expected \[batch, 8\], padded"):
-            encoder.text_features(TOKENS[:, :5])
+        if name == "siglip":
+            with pytest.raises(ValueError, match=r"tokens: expected \[batch, 8\], padded"):
+                encoder.text_features(TOKENS[:, :5])
 
 
 @pytest.mark.slow
@@ -198,14 +199,18 @@ def test_networks_that_are_not_known_are_called_by_their_name(tmp_path):
     )
     refused(
         "vit",
-        r"eva02_base: EVA is not supported; docs/vision\.md lists what is",
+        r"swinv2_tiny: SwinV2 is not supported; docs/vision\.md lists what is",
         rename=lambda k: f"visual.trunk.{k}",
-        config={"model_cfg": {"vision_cfg": {"timm_model_name": "eva02_base"}}},
+        config={"model_cfg": {"vision_cfg": {"timm_model_name": "swinv2_tiny"}}},
     )
+    texts = json.loads(str(GOLDENS["open_clip_eva/config"]))
+    texts["model_cfg"]["text_cfg"]["pool_type"] = "last"
+    # SigLIP's texts, which end elsewhere.
+    refused("open_clip_eva", "pool_type: open_clip's option is not supported", config=texts)
     timm = json.loads(str(GOLDENS["timm_vit/config"])) | {"model_args": {}}
     for changes, message in [
         # Its rotations do not show in the weights.
-        ({"architecture": "vit_pe_core_base_patch16_224"}, "vit_pe_core_base.*: PE is not"),
+        ({"architecture": "vit_pe_lang_large_patch14_448"}, "vit_pe_lang.*: PE-Lang or PE-S"),
         ({"architecture": "swin_tiny_patch4_window7_224"}, "swin_tiny.*: Swin is not"),
         ({"architecture": "swinv2_tiny_window8_256"}, "swinv2_tiny.*: SwinV2 is not"),
         ({"architecture": "vit_relpos_base_patch16_rpn_224"}, r"rpn_224: of timm's"),
@@ -265,7 +270,7 @@ def test_towers_have_the_published_sizes():
     # The published number is timm's, whose table has no row for the class token.
     assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 22_057_344 + 384
     small = BlockConfig(width=384, layers=12, heads=6, hidden=1536, layer_scale=True)
-    config = ViTConfig(blocks=small, patch_size=16, grid=0, registers=4, positions="rotary")
+    config = ViTConfig(blocks=small, patch_size=16, grid=0, registers=4, positions="none")
     # DINOv3 has no bias of keys, and timm, whose number it is, none of queries and values.
     biases = 12 * 3 * 384
     assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 21_586_944 + biases
@@ -279,9 +284,9 @@ def test_towers_have_the_published_sizes():
     ("family", "called", "weight"),
     [
         ("SwinV2", "Swinv2Model", "encoder.layers.0.blocks.0.attn.cpb_mlp.0.weight"),
-        ("EVA", "eva02_large_patch14_clip_336", "visual.blocks.0.mlp.w1.weight"),
-        ("PE", "vit_pe_core_large_patch14_336", "visual.attn_pool.probe"),
-        ("MobileCLIP", "fastvit_mci0", "visual.trunk.stem.0.reparam_conv.weight"),
+        ("EVA in BAAI's names", None, "visual.blocks.0.mlp.w1.weight"),
+        ("PE in Meta's names", "PE-Core-L14-336", "visual.attn_pool.probe"),
+        ("MobileCLIP in Apple's names", "mobileclip_s0", "image_encoder.model.head.proj"),
         ("AIMv2", "Aimv2Model", "preprocessor.patchifier.proj.weight"),
         ("I-JEPA", "IJepaModel", "encoder.module.patch_embed.proj.weight"),
         ("InternViT", "InternVisionModel", "vision_model.encoder.layers.0.attn.qkv.weight"),
@@ -290,7 +295,7 @@ def test_towers_have_the_published_sizes():
 def test_an_encoder_that_is_not_built_is_named_by_its_configuration_or_its_weights(
     family, called, weight
 ):
-    assert _refused.refused([called], ["patch_embed.proj.weight"]) == family
+    assert called is None or _refused.refused([called], ["patch_embed.proj.weight"]) == family
     assert _refused.refused([], [weight]) == family
     ours = ["blocks.0.attn.qkv.weight", "encoder.layer.0.norm1.weight", "text_model.head.weight"]
     assert (

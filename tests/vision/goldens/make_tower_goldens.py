@@ -2,8 +2,9 @@
 
     python tests/vision/goldens/make_tower_goldens.py
 
-Needs torch, torchvision, transformers and timm. Every weight is `tower_weight(name, shape)`, by the
-names of the *saved file*, which are not those in memory; only names, shapes and outputs are kept.
+Needs torch, torchvision, transformers, timm and open_clip. Every weight is
+`tower_weight(name, shape)`, by the names of the *saved file*, which are not those in memory; only
+names, shapes and outputs are kept.
 """
 
 import json
@@ -38,6 +39,7 @@ SIZES = {
     "dinov3": (40, 24),
     "timm_dinov2": (40, 24),
     "timm_dinov3": (40, 24),
+    "timm_fastvit_s3": (64, 64),
 }
 
 
@@ -171,6 +173,8 @@ def of_torchvision(groups: int, width_per_group: int) -> dict[str, np.ndarray]:
 
 # By name: architecture, and what makes it small.
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+PE = dict(VIT, ref_feat_shape=(4, 4))
+FASTVIT = dict(layers=[1, 1, 2, 1], embed_dims=[8, 16, 32, 32])
 TIMM = {
     "timm_vit": ("vit_small_patch16_224", dict(VIT, num_classes=5)),
     "timm_clip": ("vit_base_patch32_clip_quickgelu_224", dict(VIT, num_classes=5)),
@@ -182,6 +186,26 @@ TIMM = {
     "timm_siglip": ("vit_base_patch32_siglip_256", VIT),
     "timm_dinov2": ("vit_giant_patch14_reg4_dinov2", dict(VIT, dynamic_img_size=True)),
     "timm_dinov3": ("vit_small_plus_patch16_dinov3", VIT),
+    "timm_eva": ("eva_giant_patch14_clip_224", dict(VIT, mlp_ratio=2, num_classes=5)),
+    "timm_eva02": ("eva02_base_patch16_clip_224", dict(VIT, num_classes=5)),
+    "timm_eva02_enormous": (
+        "eva02_enormous_patch14_clip_224",
+        dict(VIT, mlp_ratio=2, num_classes=0),
+    ),
+    "timm_eva02_small": ("eva02_small_patch14_224", dict(VIT, num_classes=0)),
+    "timm_pe": ("vit_pe_core_base_patch16_224", dict(PE, num_classes=0)),
+    "timm_pe_gigantic": ("vit_pe_core_gigantic_patch14_448", dict(PE, num_classes=0)),
+    "timm_fastvit": ("fastvit_sa12", dict(FASTVIT, num_classes=5)),
+    "timm_fastvit_s0": ("fastvit_mci0", dict(FASTVIT, num_classes=0)),
+    "timm_fastvit_s3": (
+        "fastvit_mci3",
+        dict(layers=[1] * 5, embed_dims=[8, 8, 16, 32, 32], num_classes=0),
+    ),
+    # Its stem is for no other width.
+    "timm_mci": (
+        "vit_base_mci_224",
+        dict(img_size=32, embed_dim=768, depth=1, num_heads=12, num_classes=0),
+    ),
     "timm_convnext": (
         "convnext_nano",
         dict(depths=[1, 2, 1, 1], dims=[8, 12, 16, 20], num_classes=5),
@@ -218,6 +242,45 @@ def of_timm(name: str, architecture: str, arguments: dict) -> dict[str, np.ndarr
     }
 
 
+# Of open_clip: the tower of timm, as above, its pooling, and what its texts have.
+OPEN_CLIP = {
+    "open_clip_eva": ("timm_eva02", "token", {}),
+    "open_clip_pe": ("timm_pe", "map", {}),
+    "open_clip_mobileclip": ("timm_fastvit_s0", "avg", dict(no_causal_mask=True)),
+}
+
+
+def of_open_clip(name: str, tower: str, pool: str, text: dict) -> dict[str, np.ndarray]:
+    import timm
+    import torch
+    from open_clip.model import CustomTextCLIP
+
+    architecture, arguments = TIMM[tower]
+    vision = dict(timm_model_name=architecture, timm_pool=pool, timm_proj=None, image_size=32)
+    text = dict(context_length=8, vocab_size=30, width=32, heads=2, layers=2, **text)
+    original, arguments = timm.create_model, {**arguments, "num_classes": 16}
+    # It takes no sizes of a tower. Of 64 channels or fewer there is one head.
+    arguments |= {"num_heads": 1} if "num_heads" in arguments else {}
+    timm.create_model = lambda name, **options: original(name, **{**options, **arguments})
+    model = CustomTextCLIP(16, vision, text).eval()
+    timm.create_model = original
+    state = model.state_dict()
+    shapes = {k: list(v.shape) for k, v in state.items() if v.is_floating_point()}
+    made = {k: np.array(tower_weight(k, tuple(shape)), "f4") for k, shape in shapes.items()}
+    model.load_state_dict(
+        {k: torch.from_numpy(made[k].reshape(shapes[k])) if k in made else state[k] for k in state}
+    )
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures(name))).permute(0, 3, 1, 2)
+    settings = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}}
+    settings["preprocess_cfg"] = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    return {
+        "shapes": np.array(json.dumps(shapes)),
+        "config": np.array(json.dumps(settings)),
+        "features": model.encode_image(pixels).numpy(),
+        "texts": model.encode_text(torch.from_numpy(TOKENS).long()).numpy(),
+    }
+
+
 def main() -> None:
     import torch
 
@@ -227,6 +290,7 @@ def main() -> None:
         goldens_by_model["resnext"] = of_torchvision(32, 4)
         goldens_by_model["wide_resnet"] = of_torchvision(1, 128)
         goldens_by_model |= {name: of_timm(name, *made) for name, made in TIMM.items()}
+        goldens_by_model |= {name: of_open_clip(name, *made) for name, made in OPEN_CLIP.items()}
     for name, arrays in goldens_by_model.items():
         goldens |= {f"{name}/{key}": value for key, value in arrays.items()}
     np.savez_compressed(HERE / "towers.npz", **goldens)

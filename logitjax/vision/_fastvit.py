@@ -1,0 +1,272 @@
+"""FastViT, MobileCLIP's tower of pictures: convolutions of many branches, each loaded as one."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean, layer_norm
+from logitjax.vision._tower_names import Weights, count_of, renamed
+from logitjax.vision._vit import ACTIVATIONS, attend, kernel_and_bias
+
+_gelu = ACTIVATIONS["gelu"]
+# Channels of an attention head.
+_HEAD = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastViTConfig:
+    """Channels and blocks of the stages, by stage what else is there, and the last projection.
+
+    Attributes:
+        shrinks: Channels of squeeze and excitation before a stage; 0 for none.
+        attention: Whether blocks have attention and a stage positions, or convolutions instead.
+        hidden: Channels inside the MLP.
+        layer_norm: Whether attention comes after a layer norm, as in MobileCLIP2-S3 and S4; batch
+            norms are a part of the projection that follows.
+        activated: Whether a stage begins with a GELU more, as MobileCLIP's do.
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    hidden: tuple[int, ...]
+    shrinks: tuple[int, ...]
+    attention: tuple[bool, ...]
+    squeezed: int
+    num_features: int
+    layer_norm: bool = False
+    activated: bool = True
+    embed_dim: int = 0
+    image_size: int = 256
+
+
+class _Excite(nnx.Module):
+    """Squeeze and excitation: every channel by a factor that follows from the means of all."""
+
+    def __init__(self, width: int, inner: int, **options: Any):
+        self.fc1, self.fc2 = (
+            nnx.Linear(width, inner, **options),
+            nnx.Linear(inner, width, **options),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        means = global_mean(x).astype(x.dtype)[:, None, None]
+        return x * jax.nn.sigmoid(self.fc2(nnx.relu(self.fc1(means))))
+
+
+class _Block(nnx.Module):
+    """Attention or a convolution that mixes positions, then an MLP after a wide one."""
+
+    def __init__(self, width: int, hidden: int, attention: bool, norm: bool, **options: Any):
+        self.attention = attention
+        if attention:
+            self.norm: Any = layer_norm(width, 1e-5, options["rngs"]) if norm else None
+            self.qkv = nnx.Linear(width, 3 * width, **options)
+            self.out = nnx.Linear(width, width, **options)
+        else:
+            self.mixer = DepthwiseConv(width, use_bias=True, **options)
+        self.conv = DepthwiseConv(width, kernel=7, use_bias=True, **options)
+        self.up = nnx.Linear(width, hidden, **options)
+        self.down = nnx.Linear(hidden, width, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.attention:
+            tokens = x.reshape(len(x), -1, x.shape[-1])
+            normed = tokens if self.norm is None else self.norm(tokens).astype(x.dtype)
+            q, k, v = jnp.split(self.qkv(normed), 3, -1)
+            x = x + self.out(attend(q, k, v, x.shape[-1] // _HEAD)).reshape(x.shape)
+        else:
+            x = self.mixer(x)
+        return x + self.down(_gelu(self.up(self.conv(x))))
+
+
+class _Stage(nnx.Module):
+    def __init__(self, config: FastViTConfig, number: int, **options: Any):
+        width, attention = config.widths[number], config.attention[number]
+        self.activated = config.activated
+        wide: dict[str, Any] = {"kernel": 7, "use_bias": True, **options}
+        # The stem shrinks for the first.
+        self.large: Any = DepthwiseConv(width, stride=2, **wide) if number else None
+        self.mix: Any = nnx.Linear(width, width, **options) if number else None
+        shrink = config.shrinks[number]
+        self.se: Any = _Excite(width, shrink, **options) if shrink else None
+        self.place: Any = DepthwiseConv(width, **wide) if attention else None
+        sizes = width, config.hidden[number], attention, config.layer_norm
+        self.blocks = nnx.List([_Block(*sizes, **options) for _ in range(config.depths[number])])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.large is not None:
+            x = self.large(x)
+            x = x if self.se is None else self.se(x)
+            x = _gelu(self.mix(_gelu(x) if self.activated else x))
+        x = x if self.place is None else self.place(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class FastViT(nnx.Module):
+    """FastViT and MobileCLIP's S0 to S4 (arXiv 2303.14189, 2311.17049, 2508.20691)."""
+
+    classifier_name = "fc"
+
+    def __init__(self, config: FastViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        width, last = config.widths[0], config.num_features
+        self.num_features = config.embed_dim or last
+        self.stem = nnx.List(
+            [
+                conv(3, width, 3, stride=2, use_bias=True, **options),
+                DepthwiseConv(width, stride=2, use_bias=True, **options),
+                nnx.Linear(width, width, **options),
+            ]
+        )
+        stages = range(len(config.widths))
+        self.stages = nnx.List([_Stage(config, number, **options) for number in stages])
+        self.final = DepthwiseConv(last, use_bias=True, **options)
+        self.se = _Excite(last, config.squeezed, **options)
+        out = config.embed_dim
+        self.projection: Any = nnx.Linear(last, out, rngs=rngs) if out else None
+
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
+        # Batch statistics are parts of the kernels.
+        del train
+        x = self.hidden(images)
+        return x if self.projection is None else self.projection(x)
+
+    @property
+    def last_projection(self) -> tuple[jax.Array, jax.Array | None] | None:
+        return None if self.projection is None else kernel_and_bias(self.projection)
+
+    def hidden(self, images: Images) -> Features:
+        """float32 `[batch, hidden]`, the features before a projection."""
+        x = jnp.asarray(images, self.dtype)
+        for layer in self.stem:
+            x = _gelu(layer(x))
+        for stage in self.stages:
+            x = stage(x)
+        return global_mean(_gelu(self.se(self.final(x))))
+
+
+_BRANCHES = re.compile(
+    r"(.*)\.(?:conv_kxk\.\d+|conv_scale|large_conv|small_conv|identity)\.(weight|bias)$"
+)
+_NAMES = (
+    (r"\.(reparam_conv|pos_enc)\.", "."),
+    (r"\.downsample\.proj\.0\.se\.", ".se."),
+    (r"\.downsample\.proj\.0\.", ".large."),
+    (r"\.downsample\.proj\.1\.", ".mix."),
+    (r"\.pos_emb\.", ".place."),
+    (r"\.token_mixer\.(qkv\.)", r".\1"),
+    (r"\.token_mixer\.proj\.", ".out."),
+    (r"\.token_mixer\.", ".mixer."),
+    (r"\.mlp\.fc1\.", ".up."),
+    (r"\.mlp\.fc2\.", ".down."),
+    (r"\.mlp\.conv\.", ".conv."),
+    (r"^final_conv\.se\.", "se."),
+    (r"^final_conv\.", "final."),
+    (r"^head\.fc\.", "fc."),
+)
+_LINEAR = re.compile(r"(\.|^)(up|down|mix|stem\.2|se\.fc\d)\.weight$")
+# Factors of channels, and the projection that they become a part of.
+_SCALES = (("layer_scale", "mlp.fc2"), ("layer_scale_1", "token_mixer.proj"))
+_SCALES += (("layer_scale_2", "mlp.fc2"),)
+
+
+def affine(weights: dict[str, np.ndarray], norm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and offset of a batch norm, which is taken out of the weights."""
+    scale, bias, mean, var = (
+        weights.pop(f"{norm}.{leaf}") for leaf in ("weight", "bias", "running_mean", "running_var")
+    )
+    factor = scale / np.sqrt(var + 1e-5)
+    return factor, bias - mean * factor
+
+
+def without_norms(weights: Weights) -> dict[str, np.ndarray]:
+    """timm's pairs of a convolution and its batch norm as a convolution with a bias."""
+    folded = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    for name in [n for n in folded if n.endswith(".bn.running_var")]:
+        part = name.removesuffix(".bn.running_var")
+        factor, folded[f"{part}.bias"] = affine(folded, f"{part}.bn")
+        kernel = folded.pop(f"{part}.conv.weight")
+        folded[f"{part}.weight"] = kernel * factor[:, None, None, None]
+    return folded
+
+
+def _sum(parts: list[np.ndarray]) -> np.ndarray:
+    """The sum of kernels `[out, in, size, size]`, smaller ones in the middle; or of biases."""
+    if parts[0].ndim == 1:
+        return np.sum(parts, 0)
+    size = max(part.shape[-1] for part in parts)
+    sides = [(size - part.shape[-1]) // 2 for part in parts]
+    return sum(np.pad(part, [(0, 0), (0, 0), (n, n), (n, n)]) for n, part in zip(sides, parts))
+
+
+def _beside_itself(kernel: np.ndarray) -> np.ndarray:
+    """A filter of each channel, with the channel as it was added."""
+    kernel = kernel.copy()
+    kernel[:, 0, kernel.shape[2] // 2, kernel.shape[3] // 2] += 1
+    return kernel
+
+
+def fastvit_names(weights: Weights) -> dict[str, np.ndarray]:
+    """timm's FastViT in the names of `FastViT`: branches, batch norms and scales become kernels."""
+    folded = without_norms(weights)
+    for name in [n for n in folded if n.endswith(".identity.running_var")]:
+        block = name.removesuffix(".identity.running_var")
+        factor, folded[f"{block}.identity.bias"] = affine(folded, f"{block}.identity")
+        beside = folded.get(f"{block}.conv_kxk.0.weight")
+        dense = beside is not None and beside.shape[1] > 1
+        kernel = np.diag(factor) if dense else factor[:, None]
+        folded[f"{block}.identity.weight"] = kernel[..., None, None]
+    branches: dict[str, list[np.ndarray]] = {}
+    for name in list(folded):
+        if match := _BRANCHES.match(name):
+            branches.setdefault(f"{match[1]}.{match[2]}", []).append(folded.pop(name))
+    folded |= {name: _sum(parts) for name, parts in branches.items()}
+    for name in [n for n in folded if n.endswith(".token_mixer.layer_scale.gamma")]:
+        mixer, scale = name.removesuffix(".layer_scale.gamma"), folded.pop(name).reshape(-1)
+        for leaf in ("weight", "bias"):
+            value = _sum([folded.pop(f"{mixer}.mixer.{leaf}"), -folded.pop(f"{mixer}.norm.{leaf}")])
+            folded[f"{mixer}.{leaf}"] = value * scale.reshape(-1, *[1] * (value.ndim - 1))
+        folded[f"{mixer}.weight"] = _beside_itself(folded[f"{mixer}.weight"])
+    for name in [n for n in folded if n.endswith(".pos_enc.weight")]:
+        folded[name] = _beside_itself(folded[name])
+    for name in [n for n in folded if n.endswith(".token_mixer.qkv.weight")]:
+        block, kernel = name.removesuffix(".token_mixer.qkv.weight"), folded[name]
+        offset = np.zeros(kernel.shape[1], kernel.dtype)
+        if f"{block}.norm.running_var" in folded:
+            factor, offset = affine(folded, f"{block}.norm")
+            folded[name] = kernel * factor
+        folded[f"{block}.token_mixer.qkv.bias"] = kernel @ offset
+    for scale, layer in _SCALES:
+        for name in [n for n in folded if n.endswith(f".{scale}.gamma")]:
+            block, gamma = name.removesuffix(f"{scale}.gamma"), folded.pop(name).reshape(-1)
+            for leaf in ("weight", "bias"):
+                value = folded[f"{block}{layer}.{leaf}"]
+                folded[f"{block}{layer}.{leaf}"] = (value.T * gamma).T
+    named = renamed(folded, _NAMES)
+    return {k: v.reshape(v.shape[:2]) if _LINEAR.search(k) else v for k, v in named.items()}
+
+
+def fastvit_config(named: Weights, architecture: str) -> FastViTConfig:
+    stages = [f"stages.{number}." for number in range(count_of(named, "stages"))]
+    try:
+        return FastViTConfig(
+            widths=tuple(named[f"{stage}blocks.0.down.weight"].shape[0] for stage in stages),
+            depths=tuple(count_of(named, f"{stage}blocks") for stage in stages),
+            hidden=tuple(named[f"{stage}blocks.0.down.weight"].shape[1] for stage in stages),
+            shrinks=tuple(len(named.get(f"{stage}se.fc1.bias", ())) for stage in stages),
+            attention=tuple(f"{stage}blocks.0.qkv.weight" in named for stage in stages),
+            squeezed=len(named["se.fc1.bias"]),
+            num_features=len(named["final.bias"]),
+            layer_norm=any(name.endswith("blocks.0.norm.weight") for name in named),
+            activated="_mci" in architecture,
+        )
+    except KeyError as error:
+        raise ValueError(f"a FastViT without {error.args[0]!r}") from None
