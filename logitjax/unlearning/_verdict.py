@@ -216,15 +216,15 @@ def _power(m: int, n: int, chance: float) -> str:
         return f"{m} rows and {n} of the holdout are too few for any AUC to be significant."
     rng = np.random.default_rng(0)
     members, others = rng.normal(size=(_DRAWS, m, 1)), rng.normal(size=(_DRAWS, 1, n))
-    result = "none"
+    result = "no true AUC"
     for auc in np.arange(0.55, 1.0, 0.01):
         # Normal losses whose means are this far apart have this AUC.
         apart = math.sqrt(2) * NormalDist().inv_cdf(float(auc))
         seen = (members < others + apart).mean((1, 2)) - 0.5
         if (np.abs(seen) > chance - 1e-9).mean() >= _POWER:
-            result = f"{auc:.2f}"
+            result = f"a true AUC of {auc:.2f}"
             break
     return (
-        f"With so few rows, only an AUC of at least {0.5 + chance:.2f} is significant, and a true "
-        f"AUC of {result} is detected in four cases of five."
+        f"With so few rows, only an AUC of at least {0.5 + chance:.2f} is significant, and "
+        f"{result} is detected in four cases of five."
     )

@@ -183,7 +183,7 @@ def test_a_share_counts_beyond_half_of_what_was_there_and_beyond_every_control(
 
 
 def test_what_an_auc_has_to_be_is_exact():
-    assert "a true one of none in four" in _power(3, 3, 0.51)
+    assert "and no true AUC is detected in four" in _power(3, 3, 0.51)
     # Two of six orders are as far out: at a level of a third they are just enough.
     assert chance_auc(2, 2, 1 / 3) == 0.5
     for m, n, level in ((3, 4, 0.1), (8, 10, 0.05), (9, 4, 0.02), (20, 15, 0.01)):
