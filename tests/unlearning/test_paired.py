@@ -127,7 +127,7 @@ def test_weights_are_distilled_to_what_is_served(pair, tmp_path):
     target, assistant = pair
     # An adapter file has another scale than 1 nowhere.
     unlearning.Deployed.less(target, assistant.lora, 0.7, relative=True).save(tmp_path)
-    method = unlearning.METHODS.parse(f"distilled(of={str(tmp_path)!r})")
+    method = unlearning.METHODS.parse(f"distilled(of={str(tmp_path)!r}, retain_weight=2)")
     side = {"tokens": np.array([[3, 1, 4, 1, 5]], np.int32), "mask": np.arange(5)[None] >= 2}
     other = {"tokens": np.array([[2, 7, 1, 8, 2]], np.int32), "mask": np.arange(5)[None] >= 3}
     loss_fn, before = method.make_loss(target)
@@ -149,7 +149,7 @@ def test_weights_are_distilled_to_what_is_served(pair, tmp_path):
 
     (graphdef, state), (first, base) = nnx.split(target), nnx.split(assistant.base)
     (forget, retain), loss = both(before)
-    np.testing.assert_allclose(loss, forget + retain, rtol=1e-4)
+    np.testing.assert_allclose(loss, forget + 2 * retain, rtol=1e-4)
     assert loss > 0.01
     questions = unlearning.Questions.of({}, models.load_tokenizer("tiny"))
     with pytest.raises(FileNotFoundError, match="of: expected a folder with an assistant, got ''"):

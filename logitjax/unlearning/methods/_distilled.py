@@ -38,9 +38,10 @@ class Distilled(Method):
     """
 
     of: str = ""
-    retain_weight: float = 1.0
+    retain_weight: float = 8.0
     rho: float = 0.0
 
+    peak = 3e-3
     needs = tuple(
         Need(side, "states", before) for side in ("forget", "retain") for before in (False, True)
     )
