@@ -110,7 +110,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _rounded(value: Any) -> Any:
-    """To more digits than a picture shows."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, Mapping):
@@ -156,7 +155,6 @@ def page(docs: pathlib.Path = DOCS) -> str:
 
 
 def _title(command: str) -> str:
-    """The first line of what a command says of itself."""
     words = shlex.split(command)
     module = words[words.index("-m") + 1]
     if module == "experiments.benchmark":

@@ -193,7 +193,6 @@ def arguments(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _compile(loss: Loss, shape: Shape, device: Any, options: Any = None) -> Any:
-    """The traced and the compiled step for a device."""
     mesh = Mesh(np.array(device).reshape(1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     inputs = arguments(shape, mesh)
     placed = (inputs["hidden"].sharding, inputs["head"].sharding)
@@ -250,7 +249,6 @@ def _kept(options: suite.Options, *given: Any) -> dict[str, Any]:
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """Each form beside dense, the rows of one chip, loss and shape."""
     dense = next(row for row in rows if row["form"] == "dense")
     for row in rows:
         for share, name in (("temp / dense", "temp MiB"), ("cycles / dense", "Mcycles")):

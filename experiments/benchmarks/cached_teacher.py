@@ -199,7 +199,6 @@ def _timed(
     constants: Mapping[str, Any],
     hidden: Callable[..., Any],
 ) -> dict[str, Callable[[], Any]]:
-    """One more step of each training, again and again, its batch on the device already."""
     calls: dict[str, Callable[[], Any]] = {}
     for arm in ("sft", "cached", "sampled", "given", "live"):
         state, step_fn = trainer(arm, 0)

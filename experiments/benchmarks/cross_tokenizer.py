@@ -60,7 +60,6 @@ def _inputs(shape: Shape) -> dict[str, jax.Array]:
 
 
 def _distinct(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
-    """Different ids in each row."""
     start, step = rng.integers(0, vocab, (rows, 1)), rng.integers(1, vocab // K, (rows, 1))
     return ((start + step * np.arange(K)) % vocab).astype(np.int32)
 

@@ -58,7 +58,6 @@ def run(options: suite.Options) -> suite.Result:
 def _steps(
     names: tuple[str, ...], student: str, teacher: str, batch: int, *, logits_given: bool
 ) -> dict[str, Any]:
-    """A call of each arm that trains for a step and keeps the state it reaches."""
     config = Config(
         data="synthetic:100", augment="none" if logits_given else "crop_flip", batch_size=batch
     )

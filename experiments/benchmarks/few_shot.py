@@ -2,11 +2,10 @@
 
     python -m experiments.benchmark few_shot
 
-AMU as released: 1000 classes, 2048 features, 16 images a class, AdamW, which torch runs fused.
-The whole run (50 epochs of batches of 256) is timed, and its memory read, in a process that does
-nothing else. Where the
-interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same steps are taken there with as many
-threads, in turns with ours; a step costs the same wherever in the run it is.
+AMU as released: 1000 classes, 2048 features, 16 images a class, AdamW, which torch runs fused. The
+whole run (50 epochs of batches of 256) is timed, and its memory read, in a process that does
+nothing else. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same steps are taken
+there with as many threads, in turns with ours; a step costs the same wherever in the run it is.
 """
 
 import concurrent.futures
@@ -86,7 +85,6 @@ def _problem(shape: Shape) -> few_shot.FewShotTask:
 
 
 def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], jax.Array]:
-    """A call that trains for so many steps, or the whole run, from the class means."""
     config = few_shot.methods.AMU()
     recipe = few_shot.Recipe(batch_size=batch, epochs=shape.epochs, steps=steps)
     task = jax.tree.map(jax.numpy.asarray, _problem(shape))

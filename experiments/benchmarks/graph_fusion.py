@@ -13,7 +13,6 @@ from logitjax import distillation, losses, models
 
 
 def _model(smoke: bool) -> models.Decoder:
-    """SmolLM2's shape with six layers: what the demo trains."""
     config = models.DecoderConfig(
         vocab_size=512 if smoke else 49_152,
         hidden_size=64 if smoke else 576,

@@ -284,8 +284,7 @@ def measure_scaling(
 def measure_unlikeness(n: int, pairs: int) -> list[dict[str, Any]]:
     """Upper over lower bound, by the share of its logits that the second graph has from elsewhere.
 
-    Graphs of all n tokens at 64 positions. The logits are Gaussian, of deviation 3; at a share of
-    one the graphs have nothing in common.
+    Graphs of all n tokens at 64 positions; the logits are Gaussian, of deviation 3.
     """
     rows = []
     for share in _SHARES:

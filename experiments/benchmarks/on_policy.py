@@ -33,8 +33,6 @@ ARMS = {"off-policy": (("full_kl:1",), 0.0), "on-policy": (("mixed_kl:1",), 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class _Lab:
-    """The models, the text, and the sizes of a run."""
-
     options: suite.Options
     part: str
 
@@ -72,7 +70,6 @@ class _Lab:
 
     @functools.cached_property
     def whole(self) -> str:
-        """The teacher; that of bytes is taught here."""
         path = self.directory / "whole"
         if self.part == "smollm2" or (path / "config.json").exists():
             return "smollm2" if self.part == "smollm2" else str(path)
@@ -126,7 +123,6 @@ class _Lab:
 
     @functools.cached_property
     def warm(self) -> distillation.Student:
-        """The student that both arms begin with."""
         path = self.directory / "warm" / "model"
         if not path.exists():
             cut = models.keep_layers(self.teacher[0], self.pruning.kept)

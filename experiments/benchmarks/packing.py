@@ -38,7 +38,6 @@ print(json.dumps({"peak": peak, "seconds": time.perf_counter() - start, "rows": 
 
 
 def _write(path: Path, size: int) -> None:
-    """A thousand documents of some 2,000 characters, again and again to about `size` bytes."""
     words = np.array([f"w{i:x}" for i in range(20_000)])
     rng = np.random.default_rng(0)
     texts = (" ".join(rng.choice(words, 400)) for _ in range(1000))

@@ -49,7 +49,6 @@ def run(options: suite.Options) -> suite.Result:
         return reading.load(packed, entries, root / options.scale / name)
 
     def read(corpus: distillation.Corpus) -> tuple[list[Any], float]:
-        """Read each batch, and time one; the first compiles."""
         split, seconds, views = corpus.packed.splits["train"], [], []
         source = corpus.sources["source0"]
         for numbers in (rows_of[0], *rows_of):

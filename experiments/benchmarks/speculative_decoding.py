@@ -176,7 +176,6 @@ _PASSES = 4
 
 
 def _verify(ensemble: decoding.Ensemble, rows: int, width: int) -> Callable[[], Any]:
-    """``_PASSES`` passes of so many positions by all members, and the fused choice."""
     plan = ensemble.plan
     items = [plan.init_cache(rows, 128)]
 

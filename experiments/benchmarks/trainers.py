@@ -64,7 +64,6 @@ Compile = Callable[..., Any]
 
 
 def _tunix(size: Size, devices: Any, axis: str) -> Iterator[Any]:
-    """Our step and tunix's, compiled."""
     from tunix.distillation.strategies import logit
     from tunix.models.gemma3 import model as gemma3
     from tunix.sft import utils
@@ -138,7 +137,6 @@ def _tunix(size: Size, devices: Any, axis: str) -> Iterator[Any]:
 
 
 def _maxtext(size: Size, devices: Any, axis: str) -> Iterator[Any]:
-    """The same of MaxText, whose teacher runs inside the step."""
     import maxtext
     from flax.core.spmd import logical_axis_rules
     from maxtext.configs import pyconfig

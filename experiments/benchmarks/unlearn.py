@@ -134,7 +134,6 @@ def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
-    """Adapters on what is to be forgotten and what is near it, merged."""
     model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)
@@ -196,10 +195,7 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
 def _gaps(
     written: unlearning.Deployed, target: Path, out: Path, questions: unlearning.Questions
 ) -> dict[str, float | None]:
-    """The largest differences of log-probabilities from transformers with PEFT; None without.
-
-    Of ours from theirs, and of both from theirs in float64, which is what rounding does to each.
-    """
+    """Largest log-probability differences from PEFT's, and of both from its float64; or None."""
     names = ("transformers", "from float64", "theirs from float64")
     python = os.environ.get("LOGITJAX_TORCH_PYTHON")
     if not python or written.assistant is None:

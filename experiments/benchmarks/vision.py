@@ -63,7 +63,6 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def _photos() -> list[tuple[np.ndarray, int]]:
-    """The photographs of the package foolbox, which have their class in their name."""
     first = package_file(
         "foolbox", "data/imagenet_*.jpg", what="photographs", install="foolbox==3.3.4"
     )

@@ -94,7 +94,6 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
 
 def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Loss and gradients with respect to hidden states and all parameters, and its arguments."""
     labels, assignment = case["labels"], case["assignment"]
     hidden, rows, codebook, bias = (case[k] for k in ("hidden", "rows", "codebook", "bias"))
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
@@ -172,7 +171,6 @@ print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before, "used"
 
 
 def _fit(options: suite.Options) -> tuple[dict[str, Any], suite.Bar]:
-    """Memory that fitting a mapping adds to the rows, in a process of its own."""
     vocab, hidden, codes = (2_000, 32, 64) if options.smoke else (262_144, 2304, 4096)
     arguments = [str(x) for x in (vocab, hidden, codes, 2)]
     command = [sys.executable, "-c", _FIT, *arguments]

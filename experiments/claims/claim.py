@@ -79,11 +79,9 @@ class Setting(_Strict):
     Attributes:
         records: Folder below `docs/results/claims`; settings of other claims may share it.
         experiment: Module below `experiments`, which has a `claims` module that makes records.
-        flags: Flags of the runs.
         seeds: Number of reported seeds.
         trials: Number of trials of every arm.
         choosers: Number of seeds that choose together, by their mean score on validation data.
-        updates: Number of updates of every run.
         units: What records have values of.
         contrasts: What decides.
         hours: CPU-hours of all runs, an estimate until they are made.
@@ -102,7 +100,6 @@ class Setting(_Strict):
 
     @property
     def command(self) -> str:
-        """The command that makes the runs."""
         return " ".join(["python", "-m", f"experiments.{self.experiment}", *self.flags])
 
     @property
@@ -112,7 +109,6 @@ class Setting(_Strict):
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Every arm that a contrast reads."""
         named = (arm for one in self.contrasts for arm in (*one.first, *one.second))
         return tuple(dict.fromkeys(named))
 

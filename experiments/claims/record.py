@@ -21,19 +21,15 @@ class Record(pydantic.BaseModel):
     """One arm with one seed.
 
     Attributes:
-        arm: Name of the arm.
-        seed: Its seed.
         role: A `trial` chooses; a `report` is judged.
         setting: `claim.digest` of what it was made for.
         environment: Versions and device.
         validation: Score of every trial on validation data, more is better; of a trial alone.
         chosen: The trial that this run took.
         edge: Whether that lies at the edge of a grid.
-        updates: Number of updates.
         examples: Number of examples or tokens that it saw.
         cpu_seconds: What it took.
         units: Digest of the units' names in their order.
-        count: Number of units.
         values: By metric: numbers, or bits in hexadecimal.
     """
 

@@ -17,9 +17,7 @@ class Estimate:
     """A mean over seeds and units.
 
     Attributes:
-        value: The mean.
-        low: Lower end of the 95 % interval.
-        high: Upper end.
+        low: Lower end of the 95 % interval; `high` is the upper one.
         p: Of no effect, two-sided.
         detectable: The least mean that this many seeds see with power .8.
     """

@@ -66,7 +66,6 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        name: Name of the arm.
         logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; None without one.
         auxiliary: The second head, which then gets the logit loss.
         aligned: Project the logit loss's gradient in the trunk.

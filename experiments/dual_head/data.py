@@ -87,8 +87,6 @@ def _rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 class _Subset:
-    """Rows of an array on disk, read when they are asked for."""
-
     def __init__(self, array: np.ndarray, rows: np.ndarray):
         self.array, self.rows = array, rows
         self.shape, self.dtype = (len(rows), *array.shape[1:]), array.dtype
@@ -150,8 +148,6 @@ class Placed:
     """A task on a mesh: its training rows on every device, or in pieces where they are too many.
 
     Attributes:
-        task: The task.
-        mesh: The mesh.
         arrays: Inputs and labels on every device; None if they come in pieces.
         chunk_steps: Steps of a piece.
     """

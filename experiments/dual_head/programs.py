@@ -56,7 +56,6 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 
 
 def _task(config: Config) -> Task:
-    """A task of the right shapes, whose arrays take no memory."""
     kind, _, size = config.data.partition(":")
     side, channels = (32, 3) if kind == "cifar100" else (config.image_size, 3)
     sizes = [pair for name, pair in _SIZES.items() if name in config.data]

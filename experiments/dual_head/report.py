@@ -95,7 +95,6 @@ def summarise(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def _choice(record: Mapping[str, Any], name: str, value: float) -> str:
-    """A chosen value as a table shows it."""
     return f"{value:.3g}{' (edge)' if at_edge(record, name, value) else ''}" if value else "-"
 
 
@@ -167,7 +166,6 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
 
 
 def _measures(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(epoch, value) of the first seed at the chosen alpha."""
     record, alpha, key = records[0], best_alpha(records), f"nc/{name}"
     curves = enumerate(record["curves"], 1)
     lanes = {"validation": record["validation"], "alphas": record["alphas"]}

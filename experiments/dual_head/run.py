@@ -150,7 +150,6 @@ def make_teacher(trainer: Trainer, lanes: Any, pupils: Placed) -> Teacher:
 
 
 def _load(scorer: Scorer, path: str) -> tuple[Any, Record]:
-    """The variables of a torch checkpoint, and their scores."""
     trainer = scorer.trainer
     model = trainer.make(key=jax.random.key(0))
     model.load(path)

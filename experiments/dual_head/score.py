@@ -80,7 +80,6 @@ class Scorer:
 
 
 def _batches(part: Part, size: int) -> Iterator[tuple[Any, Any]]:
-    """Pieces of `[batches, size]` rows; the last is padded with the label -1."""
     many = max(1, min(-(-len(part) // size), (256 << 20) // max(1, part.inputs[:1].nbytes * size)))
     for start in range(0, len(part), many * size):
         x = np.asarray(part.inputs[start : start + many * size])

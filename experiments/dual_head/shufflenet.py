@@ -17,8 +17,6 @@ def _norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 
 class _Pointwise(nnx.Module):
-    """A 1x1 convolution as the product that it is."""
-
     def __init__(self, in_features: int, features: int, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
         self.kernel = nnx.Param(init(rngs.params(), (1, 1, in_features, features)))

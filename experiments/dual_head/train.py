@@ -25,8 +25,6 @@ class Course:
     """How one network is trained, once for each pair of an alpha and a rate: a lane.
 
     Attributes:
-        network: Name of the network.
-        epochs: Number of epochs.
         learning_rate: The rate that the multiples of lanes refer to.
         alphas: Weight of the distillation loss by lane.
         rates: Multiple of the learning rate by lane; 1 everywhere if there are none.
@@ -193,7 +191,6 @@ class Trainer:
         )
 
     def model_of(self, variables: Any) -> Any:
-        """The network of one lane."""
         return nnx.merge(self.graphdef, variables["params"], variables["stats"], copy=True)
 
     def target(self, argument: Any, inputs: Any, rows: Any) -> Any:
@@ -215,7 +212,6 @@ class Trainer:
         return gradient, sum(parts), stats
 
     def _step(self, lane: Any, given: Given, rows: Any, number: Any) -> tuple[Any, Any]:
-        """One update of one lane, its variables and its optimizer's state."""
         variables, opt_state = lane
         alpha = variables["alpha"] * given.on
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(given.key, number))
@@ -260,7 +256,6 @@ class Trainer:
         return _after(state, lanes, len(order)), means
 
     def apart(self, lanes: Any) -> list[Any]:
-        """Lanes one by one."""
         count = len(self.course.alphas)
         return [jax.tree.map(lambda x, i=i: x[i], lanes) for i in range(count)]
 

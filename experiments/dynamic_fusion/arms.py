@@ -39,10 +39,7 @@ class Block:
 def blocks(scored: Sequence[Scored], heads: Sequence[np.ndarray], size: int) -> Any:
     """Blocks of `size` positions; the last one is filled up with positions that do not count.
 
-    Args:
-        scored: of the large model, the base and the experts.
-        heads: theirs, `[vocab, width]`; one array where they share it.
-        size: positions.
+    Heads are `[vocab, width]`: one array where models share it.
     """
     on_device: dict[int, jax.Array] = {}
     placed = [on_device.setdefault(id(head), jnp.asarray(head)) for head in heads]
@@ -68,7 +65,6 @@ def _logits(head: jax.Array, hidden: jax.Array) -> jax.Array:
 def _sums(
     logits: jax.Array, info: Mapping[str, Any], labels: jax.Array, where: jax.Array, options: Any
 ) -> dict[str, jax.Array]:
-    """Sums over the positions that count."""
     nll = -jnp.take_along_axis(log_softmax(logits), labels[:, None], -1)[:, 0]
     if options is None:
         best = logits.argmax(-1)
@@ -126,9 +122,6 @@ def score(
 
     Args:
         scored: of the large model, the base and the experts.
-        heads: theirs.
-        arms: strategies.
-        block_size: positions at a time.
         static: alphas of `static ALPHA` arms.
         options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
     """

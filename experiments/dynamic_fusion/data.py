@@ -85,8 +85,6 @@ def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[st
     """`topics:tfds:NAME`, articles whose `topic` is asked for; `letters`, a toy.
 
     Args:
-        spec: which task.
-        tokenizer: the models'.
         length: tokens a question, prompt and all.
         sizes: questions of each split.
     """
@@ -130,7 +128,6 @@ def _questions(
 
 
 def _letters(split: str, count: int) -> list[tuple[str, str, str]]:
-    """Which letter a word begins with."""
     rng = random.Random(split)
     words = ["".join(rng.choices("abcd", k=4)) for _ in range(count)]
     return [(word, ":", word[0]) for word in words]

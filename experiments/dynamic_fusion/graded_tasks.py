@@ -218,9 +218,7 @@ def grade(
 
     Args:
         model: whatever decodes: a model or a `decoding.Ensemble`.
-        kind: of the task.
         questions: asked without examples.
-        tokenizer: the models'.
         batch_size: questions together; choices count each.
         max_prompt: tokens of a prompt; longer ones lose their beginning.
     """

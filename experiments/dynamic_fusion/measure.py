@@ -120,7 +120,6 @@ class Measured:
         )
 
     def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, Any]]:
-        """Mean grade of the answers to the domain's questions, by arm."""
         assert self.graded is not None
         config, kind = self.config, self.graded.kind
         questions = self.graded.splits["test"][: config.graded_questions]
@@ -198,7 +197,6 @@ class Measured:
         return {"single": single, "several": several, "part": part}
 
     def speeds(self) -> list[dict[str, Any]]:
-        """Tokens a second of greedy decoding, one row."""
         config = self.config
         large, base, expert = (v.model for v in self.models(["domain"], 0))
         prompt = self.tokenizer.encode(config.prompt, add_bos=None)

@@ -191,7 +191,6 @@ class Lineup:
         seed: int,
         constants: Any = None,
     ) -> models.Decoder:
-        """Trains, or goes on, or reads what is finished."""
         config = self.config
         apply_fn, params = models.from_nnx(models.with_layout(start, config.layout))
         logging.info("%s: %d steps", directory, steps)

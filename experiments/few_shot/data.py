@@ -23,7 +23,6 @@ class Task:
     """All pictures of a source, encoded.
 
     Attributes:
-        name: Name of the source.
         class_names: Names by class number.
         train: `[views, n, ...]` pictures to learn from.
         plain: The same pictures `[n, ...]` as they are validated and tested on.
@@ -141,7 +140,6 @@ def _class_weights(
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to length one."""
     return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True), np.float32)
 
 

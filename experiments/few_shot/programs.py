@@ -30,7 +30,6 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
 
 
 def _samples(config: Config, mesh: Mesh) -> tuple[few_shot.FewShotTask, dict[str, Any]]:
-    """Abstract samples of ImageNet and what is held out of them."""
     kind, _, count = config.views.partition(":")
     views = int(count) if kind == "random" else 1
     runs, shown = config.at_once * mesh.devices.shape[0], max(config.shots) * _CLASSES

@@ -55,7 +55,6 @@ def _row(arm: str, values: Mapping[int, Any]) -> Row:
 
 
 def _known(arm: str, table: Mapping[str, Mapping[int, float]], shots: Any, label: str) -> list[Row]:
-    """A row of figures from elsewhere, where there are any."""
     entries = {n: f"{table[arm][n]:.1f}" for n in shots if n in table.get(arm, {})}
     return [_row(f"{arm}, {label}", entries)] if entries else []
 

@@ -125,17 +125,14 @@ class Run:
         return self._asked(Deployed(model=taught), first=first)
 
     def _first(self, name: str, make: Callable[[], Record]) -> Record:
-        """The part of the first seed, which others follow."""
         first = self._part(f"{name}-0", make)
         if first is None:
             raise ValueError(f"only: other seeds of {name} need the part {name}-0")
         return first
 
     def _asked(self, model: Deployed, *, first: Record | None = None) -> Record:
-        """Ask a model, attack it, and teach it again.
-
-        Other seeds than the `first` are taught again at the rate at which most came back there.
-        """
+        """Ask a model, attack it, and teach it again."""
+        # Other seeds than the first are taught again at the rate at which most came back there.
         config, questions = self.config, self.questions
         thorough, rates = config.thorough and first is None, config.relearn_rates
         if first is not None:
@@ -168,7 +165,6 @@ class Run:
         return [float(right - np.mean(wrong)) for right, *wrong in items]
 
     def _method(self, method: str, seed: int) -> Record:
-        """The first seed's trials, or the rate that did best in them."""
         first = self._first(method, lambda: self._method(method, 0)) if seed else None
         rates = self.config.learning_rates(method) if first is None else [first["rate"]]
         tried: list[Record] = []
@@ -204,7 +200,6 @@ class Run:
 
     @functools.cached_property
     def _kept_alone(self) -> str:
-        """A small model that learned the rows to keep."""
         folder = self.workdir / "models" / "small"
         if not (folder / "config.json").exists():
             layers = self.config.layers or -(-self.start.config.num_layers // 4)

@@ -18,12 +18,6 @@ _MULTIPLE = 32
 def batch_of_alike(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
     """The rows of a step: alike in length, so that little is padded, and all in every epoch.
 
-    Args:
-        lengths: Of the rows.
-        step: Of training.
-        batch: Number of rows.
-        seed: Of the order.
-
     Returns:
         Indices of rows. What fills no batch is left out of an epoch, others in each.
     """
@@ -65,11 +59,9 @@ def teach(
     Args:
         model: Before, its layers listed.
         rows: Token ids and which of them are answers'.
-        directory: Of checkpoints.
         steps: Of AdamW.
         batch: Rows of a step.
         rate: Peak of the learning rate.
-        rank: Of the adapters.
         seed: Of the order and of the adapters.
         pad_id: Any id the model has.
         mesh: Axes and sizes of the device mesh.

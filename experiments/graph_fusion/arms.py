@@ -41,7 +41,6 @@ class Settings:
 
     @property
     def mixes(self) -> bool:
-        """Whether there is something beside SFT to be weighed."""
         return self.arm not in ("sft", "kl_only")
 
     def objective(self, config: Config, *, even: float = 1.0) -> distillation.Objective:
@@ -113,8 +112,6 @@ def choose(
     on beyond it; what is left, an arm spends on rates between those it has tried.
 
     Args:
-        config: What there is to choose from.
-        arm: The arm.
         validate: Runs settings and says how well they do; less is better.
 
     Returns:

@@ -170,7 +170,6 @@ def write_parts(config: Config, parts: Mapping[str, Record], workdir: epath.Path
 
 
 def _frozen(config: Config, drop: Record) -> str:
-    """Say in words what was not trained."""
     frozen = []
     if config.freeze_below and drop["layers"]:
         frozen.append("the embedding and what lies below the cut")
@@ -180,7 +179,6 @@ def _frozen(config: Config, drop: Record) -> str:
 
 
 def _plain_healed(parts: Mapping[str, Record]) -> Sequence[Record]:
-    """Runs of SFT on the rows that all healed students saw."""
     local = parts.get("healed_own")
     return local["drops"][0]["arms"].get("sft", {"runs": ()})["runs"] if local else ()
 

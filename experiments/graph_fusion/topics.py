@@ -24,7 +24,6 @@ class Topics:
     topic.
 
     Attributes:
-        student: Who answers.
         tokens: int32 `[articles, length]`, zeros behind the question.
         ends: int `[articles]`, the place of the question's last token.
         firsts: int `[topics]`, the first token of each topic, all different.

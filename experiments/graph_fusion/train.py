@@ -22,9 +22,6 @@ class Session:
     """Values that all arms share.
 
     Attributes:
-        config: Settings of the run.
-        workdir: Its folder.
-        mesh: Mesh of all training.
         whole: The model that students are cut from.
         corpus: Text, and what the sources say of it.
     """
@@ -91,7 +88,6 @@ class Pruned:
     """The student without some layers, before it is healed.
 
     Attributes:
-        session: What it is part of.
         layers: Number of layers that went.
         dropped: Which ones.
         freeze: Regular expression of what stays as it is.
@@ -298,7 +294,6 @@ def _scores(scorer: distillation.Scorer, trained: Any, mesh: Mesh) -> Record:
 
 
 def _validate(pruned: Pruned, settings: arms.Settings) -> float:
-    """Validation loss of a run with the first seed."""
     return run_arm(pruned, settings, seed=0, validate=True)["validation_loss"]
 
 

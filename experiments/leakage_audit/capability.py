@@ -105,17 +105,14 @@ def _step(graphdef: Any, prompt: int, shown: str, steps: int) -> tuple[Any, Any]
 
 
 def _nats(graphdef: Any, params: Any, rows: np.ndarray) -> float:
-    """Nats a byte of text."""
     return float(_loss(_log_p(graphdef, params, rows), jnp.asarray(rows), 1, "all", None))
 
 
 def _fit(
     graphdef: Any, params: Any, rows: np.ndarray, told: Any, other: np.ndarray, **how: Any
 ) -> Any:
-    """Parameters of steps of 32 rows, as they foretold other text best; `told` has answers' rows.
-
-    A few answers are learned by heart long before many are learned at all.
-    """
+    """Parameters of steps of 32 rows that foretold other text best; `told` has answers' rows."""
+    # A few answers are learned by heart long before many are learned at all.
     looks = how.pop("looks")
     optimizer, step = _step(graphdef, **how)
     state, rng = optimizer.init(params), np.random.default_rng(0)

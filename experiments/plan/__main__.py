@@ -57,7 +57,6 @@ class Plan(costs.Collectives):
     Attributes:
         chip: The chip, as it was asked for.
         estimate: Whether it was compiled for other devices than it is planned for.
-        slices: Number of slices.
         devices: Number of devices that share the work: those that only repeat it do not count.
         memory: Bytes that a device has; 0 where it is not known.
         argument_bytes: Bytes of the arguments on one device, as are all bytes.
@@ -440,7 +439,6 @@ def _main(argv: Sequence[str]) -> None:
 def _smallest(
     plan: Callable[..., Iterator[Plan]], chip: chips.Chip, mesh: str
 ) -> tuple[chips.Chip, str]:
-    """The smallest slice of this chip, and the mesh on it, in which the main program fits."""
     for topology in chips.SLICES[chip.name]:
         smaller = chips.parse_chip(f"{chip.name}:{topology}")
         fitted = runs.fit_mesh(mesh, math.prod(map(int, topology.split("x"))))
@@ -452,7 +450,6 @@ def _smallest(
 
 
 def _mesh_of(experiment: str | None, preset: str) -> str:
-    """Commands split over all devices that there are."""
     if experiment is None:
         return "data:1"
     module = importlib.import_module(f"experiments.{experiment}.config")

@@ -68,9 +68,6 @@ def collectives(text: str) -> Collectives:
 
     An all-gather or all-reduce counts what it makes, a reduce-scatter what it takes: the whole
     array, of which a ring moves nearly all past every device (an all-reduce twice).
-
-    Args:
-        text: What `compiled.as_text()` returns.
     """
     calls, apart = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     sizes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
@@ -112,11 +109,9 @@ def collectives(text: str) -> Collectives:
 def estimated_cycles(text: str) -> float:
     """Read the TPU compiler's estimate of a program's cycles, loops as often as they run.
 
-    It writes its estimate beside each fusion. What runs at the same time counts one after the
-    other, and copies that it starts early count nothing. Good for comparing programs of one chip.
-
-    Args:
-        text: What `compiled.as_text()` returns; 0 where no TPU compiler wrote it.
+    It writes its estimate beside each fusion, and 0 is returned where no TPU compiler wrote one.
+    What runs at the same time counts one after the other, and copies that it starts early count
+    nothing. Good for comparing programs of one chip.
     """
     total = 0.0
     for _, instruction, times, fused, _ in _executed(text):

@@ -68,7 +68,6 @@ class Student:
     """A network as functions of what is trained and of what is given.
 
     Attributes:
-        trunk: Its trunk.
         kind: One of `config.KINDS`, or `teacher`.
     """
 
@@ -97,11 +96,9 @@ def start(kind: str, trunk: Any, teacher: Any, basis: Any, *, layers: int, seed:
     """Return a student's trained parameters and its constants, `(params, given)`.
 
     Args:
-        kind: One of `config.KINDS`.
         trunk: Parameters of its trunk before training.
         teacher: Parameters of the teacher, `trunk` and `head`.
         basis: `[vocab, width]`, the recovered columns of the teacher's head.
-        layers: Layers of the student.
         seed: Seed of a head that starts at random.
     """
     vocab, width = teacher["head"].shape

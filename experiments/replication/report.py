@@ -73,7 +73,6 @@ def _row(name: str, group: Sequence[Mapping[str, Any]], teacher: Mapping[str, An
 
 
 def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The abstract's numbers beside ours."""
     by_name = {row["student"]: row for row in rows}
     items = []
     for layers, claims in PAPER.items():

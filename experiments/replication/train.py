@@ -24,9 +24,6 @@ class Scene:
     """Surroundings that all students share.
 
     Attributes:
-        config: Settings of the run.
-        mesh: Mesh of all training.
-        text: Text over the small vocabulary.
         trunk: The teacher's trunk.
         teacher: The teacher's parameters, `trunk` and `head`.
         recovered: What the audit found, numbers only.
@@ -187,7 +184,6 @@ def _recover(
 def _states(
     scene: Scene, student: arms.Student, params: Any, given: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Last hidden states of student and teacher at the same test positions."""
     run = jax.jit(lambda *arguments: student.hidden_and_head(*arguments)[0])
     taught = jax.jit(scene.trunk.hidden)
     mine, other = [], []
@@ -204,7 +200,6 @@ def _size(tree: Any) -> int:
 
 
 def _speed(scene: Scene, student: arms.Student, params: Any, given: Any) -> float:
-    """Seconds of a forward pass over the teacher's, taken in turns."""
     tokens = jnp.asarray(scene.text.blocks("test")[0]["tokens"])
 
     def logits(one: arms.Student, params: Any, given: Any) -> Any:

@@ -114,7 +114,6 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """A digest of everything that it shows."""
         return storage.digest(json.dumps(dataclasses.asdict(self), sort_keys=True), length=16)
 
 

@@ -18,11 +18,7 @@ from logitjax.training import Program
 class Update:
     """A compiled update with its optimizer; a run trains with it, a plan traces it.
 
-    Attributes:
-        tx: Optimizer.
-        step: Compiled update.
-        mesh: Mesh of the state.
-        rules: Where each leaf of the state goes.
+    `rules` say where each leaf of the state goes.
     """
 
     tx: optax.GradientTransformation
@@ -31,7 +27,6 @@ class Update:
     rules: ops.sharding.ShardingRules
 
     def start(self, params: Any, seed: int = 0) -> training.TrainState:
-        """The state before the first step."""
         return training.TrainState.create(
             params, self.tx, mesh=self.mesh, rules=self.rules, seed=seed
         )
@@ -62,14 +57,8 @@ def make_update(
     Args:
         loss_fn: As `training.TrainStep` takes it.
         schedule: The learning rate by step.
-        mesh: Mesh of the state.
         rules: Where each leaf of the state goes.
         trainable: Regular expression of the parameters that are trained; all if None.
-        weight_decay: Weight decay of AdamW.
-        b2: Decay of AdamW's second moment.
-
-    Returns:
-        The update.
     """
     tx = schedule.optimizer(trainable=trainable, weight_decay=weight_decay, b2=b2)
     step = training.TrainStep(loss_fn, tx, mesh=mesh, trainable=trainable, schedule=schedule)
@@ -91,15 +80,10 @@ def fit(
     """Trains, goes on from the newest checkpoint, or reads what is finished.
 
     Args:
-        update: The compiled update.
-        params: Parameters before the first step.
         batches: Step -> rows of the whole batch, of which each process takes its own.
         steps: Steps of the whole run.
         directory: Folder of the checkpoints and of `metrics.jsonl`.
         constants: What every step gets and none changes.
-        seed: Seed of the steps' keys.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between log lines.
 
     Returns:
         The trained parameters; every process holds them whole.

@@ -16,7 +16,6 @@ def kept(path: epath.Path, make: Callable[[], Any]) -> Any:
     """A record from disk, measured and written first if it is not there.
 
     Args:
-        path: File of the record.
         make: Measures it; every process calls it.
 
     Returns:
@@ -36,13 +35,7 @@ def tuned_seeds(
     """Runs of an arm: the first seed tries every learning rate, the others take its best.
 
     Args:
-        path: File of a seed's record.
-        seeds: Number of runs.
-        rates: Learning rates to choose from.
         run: `(seed, rates)` to the record of the best of the rates, which it has as `lr`.
-
-    Returns:
-        A record a seed.
     """
     records: list[Record] = []
     for seed in range(seeds):

@@ -56,13 +56,9 @@ def write_report(
     Args:
         workdir: Gets `report.md`, `results.json` with tables and pictures as numbers, which
             `python -m experiments.gallery --add` takes, and a PNG file a picture.
-        text: The report.
         records: What else was measured, for `metrics.jsonl`, a line each.
         tables: Rows by the table's name.
         pictures: By name, which is that of the file.
-
-    Returns:
-        The text.
     """
     text = text.rstrip() + "\n"
     storage.write_atomic(workdir / "report.md", text)

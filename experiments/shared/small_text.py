@@ -46,9 +46,6 @@ def pack_splits(
     Args:
         spec: `text:PATH`, `jsonl:PATH` or `tfds:NAME`.
         splits: What of a tfds dataset to train, choose and report on.
-        tokenizer: Tokenizer of the stream.
-        seq_len: Tokens a row.
-        directory: Folder of the packed rows.
     """
     examples: Mapping[str, data.Examples]
     if spec.startswith("tfds:"):

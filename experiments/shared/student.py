@@ -42,7 +42,6 @@ def update_programs(
     Args:
         model: Makes the decoder; it is only traced.
         reading: Sizes of rows and of the teachers' output.
-        name: Description of the update.
         on_policy: How much of each batch the student writes.
         decoder_config: Function from a model's name to its configuration.
         **options: For `Student.of`.
@@ -114,7 +113,6 @@ def update_programs(
 def _answer(
     rows: Callable[..., jax.ShapeDtypeStruct], length: int, k: int, *, chunks: bool
 ) -> Teacher:
-    """Shapes of a cached teacher's answer for so many positions."""
     number, places, ids = (rows(kind, length) for kind in (jnp.float32, jnp.bool_, jnp.int32))
     statistics = losses.GraphStatistics(
         values=rows(jnp.float32, length, k),

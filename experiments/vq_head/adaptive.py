@@ -172,13 +172,7 @@ def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
 def adaptive_cost(
     params: dict[str, Any], tables: dict[str, Any], labels_in: Sequence[float]
 ) -> heads.HeadCost:
-    """Return its cost if decoding looks into every tail.
-
-    Args:
-        params: Trained arrays.
-        tables: `order` and `rank`.
-        labels_in: How often a label lies in each tail.
-    """
+    """Return its cost if decoding looks into every tail, given how often a label lies in each."""
     sizes = [sum(x.size for x in tail.values()) for tail in params["tails"]]
     head = params["head"].size + params["head_bias"].size
     read = head + sum(sizes)

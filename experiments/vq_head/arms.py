@@ -70,7 +70,6 @@ class Converted:
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """All arrays, by name."""
         return {**self.params, **self.given}
 
 
@@ -191,7 +190,6 @@ def _top_5(logits: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _linear(params: Any, given: Any, cost: heads.HeadCost, **changes: Any) -> Converted:
-    """A head that is a kernel in the end."""
     return Converted(
         nll=_linear_nll,
         top_k=_top_5(_linear_logits),

@@ -32,7 +32,6 @@ class Context:
     """The old head, the text, and a cache of k-means fits.
 
     Attributes:
-        config: Settings of the run.
         rows: `[vocab, hidden]` of the old head.
         row_bias: Its bias or None.
         tied: Whether the rows are the input embedding.
@@ -40,7 +39,6 @@ class Context:
         unigram: `[vocab]` counts over the whole training text, plus a tenth.
         statistics: Moments of the training hidden states.
         splits: `train`, `validation`, `test`.
-        packed: The rows of tokens.
         mesh: Over which the positions of a step are split.
     """
 

@@ -190,7 +190,6 @@ def frontier(
 
 
 def _line(arm: str, codes: int) -> str:
-    """Name the line of the frontier that a point belongs to."""
     if arm.startswith("screened"):
         return f"{_NAMES[arm.removeprefix('screened_').rpartition('_')[0]][1]} + exact rows"
     return _NAMES[arm][1]

@@ -27,7 +27,6 @@ _TABLE = _tables.read("config_values")
 
 
 def _values(name: str) -> dict[str, Sequence[Any]]:
-    """By key what a group of the table tries, after the groups that it builds on."""
     values, inherited = dict(_TABLE[name]), {}
     for base in values.pop("of", ()):
         inherited |= _values(base)
@@ -47,11 +46,7 @@ VALUES = {family: _values(family) for family in FAMILIES}
 
 
 def covering(values: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` assignments in which every two values of every two keys meet, as far as that goes.
-
-    Greedy: the next one is grown from a pair that is still missing, key by key by what each value
-    adds.
-    """
+    """`count` assignments, grown greedily so that as many values as can of every two keys meet."""
     draw = random.Random(seed)
     keys = list(values)
     missing = set(_pairs(values))
@@ -136,11 +131,7 @@ def raw_config(family: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def torch_models(raws: Sequence[dict[str, Any]], directory: Path) -> list[str | None]:
-    """Writes a model of transformers for each configuration, with logits of whole and of steps.
-
-    Returns:
-        For each what transformers said where it refused.
-    """
+    """Writes a model of transformers and its logits for each; returns what it said to refuse."""
     import torch
     import transformers
 
@@ -291,10 +282,8 @@ def compared(folder: Path) -> dict[str, float]:
 
 
 def compared_gguf(folder: Path) -> tuple[float, list[str]]:
-    """How much llama.cpp's file differs, and what of the configuration it does not say.
-
-    Equal weights under an equal configuration give equal logits, which are not computed again.
-    """
+    """How much llama.cpp's file differs, and what of the configuration it does not say."""
+    # Equal weights under an equal configuration give equal logits: these are not computed again.
     from logitjax import models
 
     names, unsaid = ("model", "model.gguf"), []

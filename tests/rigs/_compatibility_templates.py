@@ -42,11 +42,7 @@ def archives() -> str:
 
 
 def read_templates(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of every known template whose archive lies in a folder.
-
-    Raises:
-        ValueError: A text is not the one that is known.
-    """
+    """Name and text of every known template in a folder's archives; ValueError for another text."""
     for archive, members in members_of_archives().items():
         path = folder / archive
         if not path.exists():

@@ -128,7 +128,6 @@ def _tokamax_mosaic(case: Any, hidden: Any, kernel: Any) -> Any:
 
 
 def _maxtext(case: Any, hidden: Any, kernel: Any) -> Any:
-    """Vocabulary tiling, which wants a model and a configuration."""
     import jax
     import jax.numpy as jnp
     from flax import nnx

@@ -232,7 +232,6 @@ def gguf_bombs() -> list[bytes]:
 
 
 def _gguf_sizes(text: Any, i: Any, q: Any) -> list[list[bytes]]:
-    """Whole numbers of a llama that the weights do not back."""
     keys = ("embedding_length", "attention.head_count", "block_count")
     keys += ("feed_forward_length", "context_length")
     good = dict(zip(keys, (32, 4, 2, 64, 128), strict=True))

@@ -43,7 +43,6 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        count: How many of it in the whole run.
         write: Writes file `number` into a directory; the first are the bombs.
         load: Reads what lies in a directory; returns the bytes of the tensors it made.
         warm: The file that is read first, not counted: imports and compiles.

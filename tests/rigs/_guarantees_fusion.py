@@ -151,7 +151,6 @@ class Path64(NamedTuple):
         }[method]
 
     def root(self, method: str) -> np.ndarray:
-        """The alpha of a root search, in the range."""
         low, high = np.zeros(len(self.mean)), np.full(len(self.mean), _HIGH)
         for _ in range(50):
             middle = (low + high) / 2
@@ -160,11 +159,8 @@ class Path64(NamedTuple):
         return (low + high) / 2
 
     def optimum(self) -> tuple[np.ndarray, np.ndarray]:
-        """The best of 100,001 points a row, and its objective.
-
-        Both divergences grow: a cell of the grid whose ends exclude anything better is not looked
-        into, and all others are cut in ten.
-        """
+        """The best of 100,001 points a row, and its objective."""
+        # Both divergences grow: cells of the grid whose ends exclude anything better are left out.
         answers = []
         for i in range(len(self.mean)):
             row = Path64(*(x[i : i + 1] for x in self))
@@ -258,7 +254,6 @@ def judge(
 
 @functools.cache
 def _search(method: Any) -> Callable[..., Any]:
-    """The result of a search on logits."""
     return jax.jit(lambda *logits: DynamicFusion(method=method)(*logits)[1])
 
 

@@ -179,10 +179,7 @@ def _others(
 
 
 def gavish_donoho(values: np.ndarray, rows: int, columns: int) -> int:
-    """Values above the optimal hard threshold for an unknown noise: omega(beta) times the median.
-
-    Gavish and Donoho, 2014 (The optimal hard threshold for singular values is 4 / sqrt(3)), eq. 5.
-    """
+    """Values above omega(beta) times the median, of unknown noise: Gavish, Donoho (2014), eq. 5."""
     beta = min(rows, columns) / max(rows, columns)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
     return int((values > omega * np.median(values)).sum())
@@ -277,7 +274,6 @@ def report(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
 
 
 def _more(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[suite.Bar]]:
-    """Rows and bars of the kinds that have neither another's width nor a floor."""
     rows, bars = [], []
     for kind, error in _MORE.items():
         some = [case for case in cases if case["kind"] == kind]

@@ -29,11 +29,7 @@ def start(command: Sequence[str], log: Path, **variables: str) -> subprocess.Pop
 
 
 def finish(command: Sequence[str], log: Path, **variables: str) -> None:
-    """Runs a command that has to end well.
-
-    Raises:
-        RuntimeError: It did not; with the end of what it said.
-    """
+    """Runs a command; a RuntimeError has the end of what it said where it does not end well."""
     if status := start(command, log, **variables).wait():
         raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{output_of(log)[-4000:]}")
 

@@ -15,12 +15,7 @@ _TOPICS = _TABLE["topics"]
 
 
 def write_tasks(directory: pathlib.Path, count: int) -> list[str]:
-    """Writes a yaml file and a jsonl file a task; returns the tasks' names.
-
-    Args:
-        directory: Where they go.
-        count: Documents of a task; the longer ones have a share of so many.
-    """
+    """Writes a yaml and a jsonl file a task, of up to `count` documents; returns the names."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rows = {"sums": _sums(rng, count), "articles": _articles(rng, count)}

@@ -44,17 +44,10 @@ _MASKS = ("where", "vocab_where", "mask")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One edit: ``text[start:end]`` of the file becomes ``new``.
+    """One edit: ``text[start:end]`` of the file becomes ``new``, by a rule.
 
-    Attributes:
-      path: of the file, from the root of the tree.
-      rule: which rule made it.
-      start: where the edit begins, in characters.
-      end: where it ends.
-      new: what stands there afterwards.
-      before: the lines that the edit touches, without indentation, as they are.
-      after: the same lines with the edit.
-      line: number of the first of them.
+    `path` is from the root of the tree; `before` and `after` are the lines that the edit touches,
+    without indentation, and `line` is the number of the first of them.
     """
 
     path: str
@@ -133,14 +126,12 @@ class Source:
 
 
 def _name(function: ast.expr) -> str:
-    """The last part of what is called."""
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""
 
 
 def _number(node: ast.AST) -> float | int | None:
-    """The value of a plain number, with its sign."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = _number(node.operand)
         return None if value is None else -value
@@ -346,7 +337,6 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
-    """The parts of a node to look into."""
     skipped: set[str] = {"annotation", "returns", "decorator_list", "type_params"}
     if isinstance(node, ast.If) and _only_raises(node.body):
         skipped |= {"test", "body"}
@@ -404,7 +394,6 @@ def mutants(path: str, text: str) -> list[Mutant]:
 
 
 def _stripped(lines: str) -> str:
-    """Lines without what they have in common on the left."""
     return "\n".join(line.strip() for line in lines.strip().splitlines())
 
 
@@ -430,11 +419,8 @@ def named(path: str, text: str, before: str, after: str) -> Mutant:
 
 
 def choose(texts: Mapping[str, str], count: int, seed: int) -> list[Mutant]:
-    """So many mutants of some files (path -> text), spread over files and rules.
-
-    What is drawn hangs on the texts of mutants and not on their number: after a change elsewhere in
-    a file most of the others are drawn again.
-    """
+    """So many mutants of some files (path -> text), spread over files and rules."""
+    # Draws hang on mutants' texts, not their number: changes elsewhere leave most of them alone.
     drawn = {
         path: sorted(mutants(path, texts[path]), key=lambda mutant: _rank(mutant, seed))
         for path in sorted(

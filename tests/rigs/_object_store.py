@@ -38,23 +38,14 @@ class _Refused(Exception):
 
 @dataclasses.dataclass
 class Fault:
-    """Faults of requests: `kind` is `503` or `hang`.
-
-    Attributes:
-        concerns: Regular expression of "METHOD object"; all if empty.
-    """
+    """Faults of requests, `503` or `hang`; `concerns` matches "METHOD object", all if empty."""
 
     kind: str
     concerns: str = ""
 
 
 class Store:
-    """The store, serving at `address` until `close`.
-
-    Attributes:
-        faults: Those that hold now.
-        faulted: By kind how many a fault has met.
-    """
+    """The store, serving at `address` until `close`; `faulted` counts by kind what met `faults`."""
 
     def __init__(self) -> None:
         self._objects: dict[str, dict[str, _Object]] = {}
@@ -90,7 +81,6 @@ class Store:
         }
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
-        """Names of the objects that begin so."""
         with self._lock:
             return sorted(n for n in self._objects.get(bucket, {}) if n.startswith(prefix))
 

@@ -26,8 +26,6 @@ class Config:
 
 
 class _Bytes:
-    """A tokenizer whose tokens are bytes."""
-
     vocab_size, bos_id, eos_id, pad_id, fingerprint = 257, None, 256, 256, "bytes"
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:

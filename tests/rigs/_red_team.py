@@ -97,10 +97,7 @@ def _thresholds(
     steps: int = _STEPS,
     field: str = "",
 ) -> list[tuple[float, float] | None]:
-    """Where `above` turns from true below to false above, by halving; None where it is refused.
-
-    A server that rounds a `field` tells: what it took counts.
-    """
+    """Where `above` turns from true to false, by halving what the server took; None if refused."""
     ends: list[Any] = [(low, high)] * len(bodies)
     for _ in range(steps):
         going = [k for k, end in enumerate(ends) if end is not None]
@@ -157,11 +154,8 @@ def values(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
 
 
 def counts(ask: Asker, body: Body, **_: Any) -> Readings:
-    """Fresh draws are counted beside the most frequent, by intervals that are exact.
-
-    Who counts a token because it was drawn finds it too often. So the first half of the draws says
-    which tokens are counted, and the second half counts them.
-    """
+    """Fresh draws are counted beside the most frequent, by intervals that are exact."""
+    # A token counted because it was drawn is found too often: half of the draws choose, half count.
     readings, half = Readings(), ask.left // 2
     for heat in (1.0, 2.0):
         replies = ask([body | {"temperature": heat, "seed": 10**6 + s} for s in range(half)])
@@ -300,10 +294,7 @@ def biases(ask: Asker, body: Body, vocab: int, **_: Any) -> Readings:
 def numeric(
     ask: Asker, body: Body, vocab: int, name: str, low: float, high: float, whole: bool, **_: Any
 ) -> Readings:
-    """A field of unknown meaning: values where answers of one seed change, checked on both sides.
-
-    Each tells a function of the row to a share of the field's range.
-    """
+    """A field of unknown meaning: where answers of one seed change, checked on both sides."""
     readings, heat = Readings(), {} if name == "temperature" else {"temperature": 2.0}
     base = body | heat | ({} if name == "max_tokens" else {"max_tokens": 2})
     high, make = (min(high, float(vocab)), round) if whole else (high, float)
@@ -334,7 +325,6 @@ def numeric(
 
 
 def _agree(one: Reply, two: Reply) -> bool:
-    """Whether answers are the same as far as both go."""
     size = min(len(one.tokens), len(two.tokens))
     return one.tokens[:size] == two.tokens[:size]
 

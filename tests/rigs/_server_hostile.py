@@ -58,7 +58,6 @@ while not select.select([sys.stdin], [], [], 0.005)[0]:
 
 
 def _bomb(i: int) -> dict[str, Any]:
-    """A schema that nobody has sent before: slow to begin, slow to follow, or large."""
     patterns = [f"^(.*a.{{{i + k}}})$" for k in range(1, 30)]
     bombs: list[dict[str, Any]] = [
         {"type": "integer", "multipleOf": 1_000_003 + 2 * i},
@@ -70,11 +69,8 @@ def _bomb(i: int) -> dict[str, Any]:
 
 
 def bombs(options: suite.Options, model: str) -> Found:
-    """How long short answers take, alone and beside four clients with schemas made to be slow.
-
-    Beside as many clients without a schema too, which says what their decoding alone costs. Each
-    kind has its turn in every round: what else the machine does meets all three.
-    """
+    """How long short answers take: alone, beside four clients with slow schemas, or with none."""
+    # Each kind has its turn in every round: what else the machine does meets all three.
     rounds, seconds = (1, 3.0) if options.smoke else (12, 5.0)
     times: dict[str, list[list[float]]] = {"alone": [], "beside others": [], "beside bombs": []}
     codes: collections.Counter = collections.Counter()
@@ -126,7 +122,6 @@ def bombs(options: suite.Options, model: str) -> Found:
 def _health_beside(
     address: str, bodies: list[bytes], wide: int
 ) -> tuple[np.ndarray, collections.Counter]:
-    """Seconds that /health took while these were asked, and what they were answered."""
 
     def one(body: bytes) -> int:
         return post(connect(address), body)[0]

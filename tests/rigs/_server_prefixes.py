@@ -15,7 +15,6 @@ from tests.rigs._server_client import call, small_decoder
 
 
 async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_mb: int) -> Any:
-    """Tokens read, tokens reused, and the answers of prompts that begin alike, all at once."""
     config = ServerConfig(
         model="small",
         policy=LogitPolicy(returns="token"),

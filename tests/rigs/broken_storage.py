@@ -33,8 +33,6 @@ _DOCUMENTED = 75
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """One fault: which kind, in which phase, of which process, on a disk or on a store."""
-
     phase: str
     kind: str
     process: str
@@ -59,7 +57,6 @@ def _cases() -> list[_Case]:
 
 
 def _library(directory: Path) -> Path | None:
-    """The library that fails calls, where there is a compiler for it."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         return None

@@ -77,7 +77,6 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def _empty_environment(folder: pathlib.Path) -> str:
-    """An interpreter that has this repository with the extra `serve`, and nothing else."""
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     command = [python, "-m", "pip", "install", "--quiet", f"{suite.ROOT}[serve]"]
@@ -86,7 +85,6 @@ def _empty_environment(folder: pathlib.Path) -> str:
 
 
 def _calls(address: str, new: int) -> list[dict[str, Any]]:
-    """Each call of the client, and what is wrong with its answer."""
     import openai
 
     base = {"base_url": f"{address}/v1", "max_retries": 0, "timeout": 3600}
@@ -231,7 +229,6 @@ def _tried(name: str, call: Callable[[], bool]) -> dict[str, Any]:
 
 
 def _structured(address: str, count: int, new: int, options: suite.Options) -> dict[str, Any]:
-    """Answers that are held to schemas, and what that costs."""
     import openai
 
     client: Any = openai.OpenAI(

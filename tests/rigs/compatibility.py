@@ -108,7 +108,6 @@ def _family(
 
 
 def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
-    """Outcomes of the GGUF files: equal, different, refused, or not all of a model in them."""
     total: Counter[str] = Counter()
     unsaid: Counter[str] = Counter()
     refused: Counter[str] = Counter()

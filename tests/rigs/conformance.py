@@ -179,7 +179,6 @@ def error(case: Case, expected: dict[str, np.ndarray], answer: Any) -> float:
 
 
 def _interpreter(peer: str) -> str | None:
-    """The first interpreter that has the package of a peer."""
     if peer.startswith("ours"):
         return sys.executable
     named = os.environ.get("LOGITJAX_PEER_PYTHONS", "").split(":")

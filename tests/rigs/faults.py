@@ -97,7 +97,6 @@ class _Start:
         return self.status
 
     def until(self, reached: Callable[[], bool], seconds: float = 1800.0) -> int | None:
-        """Waits until something is reached, or the start has ended."""
         end = time.monotonic() + seconds
         while self.poll() is None and not reached():
             if time.monotonic() > end:
@@ -124,7 +123,6 @@ class _Start:
 
 
 def _damage(kind: str, folder: Path, draw: random.Random) -> list[Path]:
-    """Damages files of a run, and says which."""
     newest = max(_complete(folder), default=None)
     inside = [] if newest is None else sorted((folder / "checkpoints" / str(newest)).rglob("*"))
     inside = [path for path in inside if path.is_file() and path.stat().st_size]
@@ -151,8 +149,6 @@ def _complete(folder: Path) -> list[int]:
 
 
 class _Run:
-    """One run of a job in a folder, from its first start to its end."""
-
     def __init__(self, job: _Job, folder: Path, disk: Callable[[int], None], peace: str):
         self.job, self.folder, self.disk, self.peace = job, folder, disk, peace
         # Beside the disk that fills up.
@@ -213,7 +209,6 @@ class _Run:
         return [] if refused else [text]
 
     def _look(self, status: int | None, kind: str) -> list[str]:
-        """Mistakes of a start."""
         text, wrong = _jobs.output_of(self.log), []
         match = _FROM.search(text)
         newest = max(self._readable, default=0)
@@ -239,7 +234,6 @@ class _Run:
         return self.job[1](self.folder) or _jobs.digest(self.log)
 
     def finish(self) -> list[str]:
-        """Goes on to the end; twice where a file has to be mended first."""
         wrong: list[str] = []
         for _ in range(2):
             status = _Start(self.job, self.folder, self.log).end()
@@ -271,7 +265,6 @@ def _small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
 
 
 def _faults(name: str, directory: Path, count: int, record: Path) -> list[dict[str, Any]]:
-    """So many faults of one job, those on record among them."""
     lines = record.read_text().splitlines() if record.exists() else []
     rows = [row for row in map(json.loads, lines) if row["job"] == name]
     job, draw = _JOBS[name], random.Random(time.time_ns())

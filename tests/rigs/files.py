@@ -80,11 +80,8 @@ def _read_until_it_dies(
 
 
 def _answers(pid: int, answers: IO[str], patience: float) -> bool:
-    """Whether there is something to read before a process has taken so many CPU-seconds.
-
-    On a machine that is shared the clock says what others do. It counts twentyfold, for what only
-    waits.
-    """
+    """Whether there is something to read before a process has taken so many CPU-seconds."""
+    # On a shared machine the clock says what others do: it counts twentyfold, for mere waits.
     begin, taken = time.monotonic(), _cpu_seconds(pid)
     while not select.select([answers], [], [], 1.0)[0]:
         waited = time.monotonic() - begin

@@ -76,7 +76,6 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def _missing(python: str, *packages: str) -> str:
-    """The first package that an interpreter lacks."""
     script = (
         "import importlib.util, sys\n"
         "print(next((p for p in sys.argv[1:] if importlib.util.find_spec(p) is None), ''))"

@@ -60,7 +60,6 @@ def fuzz(*, calls: int, seed: int) -> dict[str, Count]:
 
 
 def _lookup_sums(rng: np.random.Generator) -> Any:
-    """The sums of one shape: a function that draws arguments, and one that compares."""
     positions, blocks = int(rng.integers(0, 5)), int(rng.integers(0, 9))
     # Sums of more than 128 pairs need more than 16 bits.
     pairs = int(rng.choice([0, 1, 2, 7, 127, 128, 129, 300]))

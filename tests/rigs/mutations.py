@@ -120,11 +120,7 @@ def equivalents(root: Path) -> Mapping[tuple[str, str, str], str]:
 
 
 def by_hand(root: Path) -> list[tuple[str, Mutant]]:
-    """Faults that tests once let pass, each with its name.
-
-    Raises:
-        ValueError: A fault's text does not stand once in its file, or in one of its files.
-    """
+    """Faults that tests once let pass, by name; ValueError: its text is not once in its file."""
     made = []
     for entry in table()["fault"]:
         texts = {path: (root / path).read_text() for path in paths(root, "logitjax", entry["file"])}
@@ -162,10 +158,9 @@ def fresh_cases(root: Path, chosen: Mapping[str, Area], seed: int) -> list[Case]
 
 
 class Laboratory:
-    """A copy of the tree in which one file at a time is changed, and where tests run.
+    """A copy of the tree `root` in which one file at a time is changed, and where tests run.
 
     Args:
-      root: the tree.
       directory: where the copy, the log and compiled programs go.
       package: what is mutated; its name at the top of the tree.
       marks: which tests run, as pytest's ``-m``.
@@ -202,8 +197,6 @@ class Laboratory:
         """Runs tests and the doctests of files until one fails.
 
         Args:
-          tests: files of tests.
-          files: files with doctests.
           limit: seconds of the processor, after which the tests are ended.
           bytecode: whether Python may keep what it compiled, which it must not of a mutant.
 
@@ -360,7 +353,6 @@ def _counts(outcomes: Sequence[tuple[Case, str]], part: str) -> list[dict[str, A
 
 
 def _page(outcomes: Sequence[tuple[Case, str]]) -> str:
-    """The report: counts by file and by rule, then each mutant that was not killed."""
     parts = ["# Mutants\n", markdown_table(_counts(outcomes, "file")) + "\n"]
     parts += [markdown_table(_counts(outcomes, "rule")) + "\n"]
     for verdict in ("survived", "equivalent"):

@@ -47,7 +47,6 @@ def _wheel(directory: Path) -> Path:
 
 
 def _install(directory: Path, wheel: Path, *, borrow: bool) -> Path:
-    """The console script in a new environment."""
     environment = directory / "environment"
     venv.create(environment, with_pip=not borrow)
     python = environment / "bin" / "python"

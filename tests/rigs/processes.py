@@ -27,7 +27,6 @@ class _Job:
 
 
 def _logged(workdir: Path) -> list[float]:
-    """Of all arms or models, in the order of their names."""
     logged: list[float] = []
     for path in sorted(workdir.glob("*/**/metrics.jsonl")):
         records = map(json.loads, path.read_text().splitlines())

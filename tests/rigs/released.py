@@ -108,7 +108,6 @@ def _ours(rows: dict[str, np.ndarray], clip: Path) -> dict[str, np.ndarray]:
         of: Any = weights,
         **more: Any,
     ) -> np.ndarray:
-        """Of the queries, after training with every picture in each step."""
         pairs = ("support", "hidden"), ("queries", "query_hidden")
         images, shown = (
             few_shot.Inputs.of(more.pop(x, rows[x]), weights, auxiliary=rows[y], hidden=rows[y])
