@@ -1,7 +1,7 @@
 """The models that `generate` and `serve` load: one, several fused, or one less its assistant."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epath
 
@@ -51,8 +51,8 @@ class LineUp:
         if self.draft not in (None, "expert", "base", "prompt"):
             models.load_config(self.draft)
 
-    def drafts(self, tokenizer: models.Tokenizer) -> decoding.DraftControl | None:
-        """Who drafts for the models of this tokenizer, loaded if need be."""
+    def drafts(self, tokenizer: Any) -> decoding.DraftControl | None:
+        """The drafter for the models of this tokenizer, loaded if need be."""
         if self.draft is None or self.draft in ("expert", "base", "prompt"):
             return None if self.draft is None else decoding.DraftControl(self.draft)
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))

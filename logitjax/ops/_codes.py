@@ -27,9 +27,9 @@ class Codes:
         outer_axis: axis of `outer` in the matrix that the codes stand for.
 
     >>> import numpy as np
-    >>> codes = Codes.of(np.float32([[1.0, -2.0], [0.5, 0.25]]), "int8")
-    >>> codes.product(jnp.ones((1, 2))).round(2)
-    Array([[-1.  ,  0.75]], dtype=float32)
+    >>> codes = Codes.of(np.float32([[1.0, -1.0], [0.5, 0.5]]), "int8")
+    >>> codes.product(jnp.array([[1.0, 2.0]])).round(2)
+    Array([[-1. ,  1.5]], dtype=float32)
     """
 
     values: Any

@@ -182,7 +182,7 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
 def test_a_random_beginning_of_amu_is_that_of_torchs_linear():
     images, _ = inputs()
     kernel = np.asarray(start(few_shot.methods.AMU(initial="random"), images).trained)
-    limit = len(kernel) ** -0.5
+    limit = kernel.shape[1] ** -0.5
     assert np.abs(kernel).max() <= limit
     # Uniform: a third of the square, and no mean, each within four of its deviations.
     assert abs(kernel.mean()) < 4 * limit / np.sqrt(3 * kernel.size)
