@@ -98,7 +98,7 @@ def collectives(text: str) -> Collectives:
     return Collectives(
         calls={kind: count for kind, count in calls.items() if count},
         apart={kind: count for kind, count in apart.items() if count},
-        collective_bytes={kind: size for kind, size in sizes.items() if calls[kind]},
+        collective_bytes={kind: sizes[kind] for kind, count in calls.items() if count},
         unknown_loops=unknown,
         received=received,
         between_calls={kind: int(sent[0]) for kind, sent in between.items()},

@@ -56,7 +56,7 @@ class LineUp:
         if self.draft is None or self.draft in ("expert", "base", "prompt"):
             return None if self.draft is None else decoding.DraftControl(self.draft)
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
-        kinds = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
+        kinds: Any = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
         model, _ = models.load(self.draft, **kinds)
         model = model if self.quantize is None else models.quantize(model, self.quantize)
         token_map = None if mapping.is_identity else mapping
@@ -67,7 +67,7 @@ class LineUp:
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")
-            kinds = dict(dtype=self.dtype, quantize=self.quantize)
+            kinds: Any = dict(dtype=self.dtype, quantize=self.quantize)
             fuse = strategy(self.fusion)
             return decoding.load_ensemble(self.model, self.expert, self.base, fuse, **kinds)
         if self.expert or self.base or self.fusion:

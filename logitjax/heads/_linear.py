@@ -14,6 +14,9 @@ from logitjax.ops import Array, Codes
 class FullHead(VocabularyHead):
     """The shared part of `LinearHead` and `TiedHead`: a kernel over the whole vocabulary."""
 
+    kernel: Any
+    bias: Any
+
     def __call__(self, hidden: Array, embedding: Any = None) -> jax.Array:
         stored: Any = self.kernel[...] if hasattr(self, "kernel") else embedding
         hidden = jnp.asarray(hidden, self.dtype)

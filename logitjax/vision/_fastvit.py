@@ -204,7 +204,8 @@ def _sum(parts: list[np.ndarray]) -> np.ndarray:
         return np.sum(parts, 0)
     size = max(part.shape[-1] for part in parts)
     sides = [(size - part.shape[-1]) // 2 for part in parts]
-    return sum(np.pad(part, [(0, 0), (0, 0), (n, n), (n, n)]) for n, part in zip(sides, parts))
+    padded = [np.pad(p, [(0, 0), (0, 0), (n, n), (n, n)]) for n, p in zip(sides, parts)]
+    return np.sum(padded, axis=0)
 
 
 def _beside_itself(kernel: np.ndarray) -> np.ndarray:
