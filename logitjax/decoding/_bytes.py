@@ -89,6 +89,8 @@ class _Reader:
             mass = path.weight * path.probs[low:high][inside].sum()
             stay += [(mass, path)] if mass > 0 else []
         masses = [*stay, *((path.weight, path) for path in fresh)]
+        if not masses:
+            raise ValueError(f"text: expected bytes that tokens can spell, got {self.text[-16:]!r}")
         total = sum(mass for mass, _ in masses)
         kept = [pair for pair in masses if pair[0] > self._least * total]
         kept = sorted(kept, key=lambda pair: -pair[0])[: self._most]
@@ -199,7 +201,8 @@ class ByteEnsemble:
         """Read a text; its log-probability in nats."""
         total = 0.0
         for byte in text:
-            total += float(np.log(self.probs()[byte]))
+            with np.errstate(divide="ignore"):
+                total += float(np.log(self.probs()[byte]))
             for reader in self.readers:
                 reader.feed(byte)
         return total

@@ -108,3 +108,7 @@ def test_models_of_other_tokens_write_together():
     text = moved.generate("", max_bytes=12, temperature=0.7, seed=3)
     assert text == moved.generate("", max_bytes=12, temperature=0.7, seed=3)
     assert set(text) <= set(b"ab")
+    with pytest.raises(
+        ValueError, match="text: expected bytes that tokens can spell, got b'ababc'"
+    ):
+        alone[0].feed(b"c")
