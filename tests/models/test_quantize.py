@@ -39,9 +39,9 @@ def test_products_are_those_of_the_numbers_that_the_codes_stand_for(bits):
     np.testing.assert_allclose(slope, np.broadcast_to(dense.sum(1), x.shape), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "bits", ["int8", pytest.param("int4", marks=[pytest.mark.slow, pytest.mark.every_change])]
-)
+@BITS
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.many_programs("writing, reading and decoding of a coded model")
 def test_a_small_model_decodes_takes_adapters_and_is_written(bits, tmp_path):
     model = models.load_model("tiny")
