@@ -17,6 +17,7 @@ leaves these with a picture in WORKDIR/report.
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -384,6 +385,9 @@ def keep(plan: Plan, workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     words = (plan.experiment, plan.preset, plan.program, plan.chip, plan.mesh)
     name = re.sub(r"[^\w.]+", "-", "-".join(words))
+    if len(name) > 200:
+        # Preset and mesh of a command have all its flags, and a file's name 255 bytes.
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     (workdir / f"{name}.json").write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
 
 

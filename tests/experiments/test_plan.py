@@ -211,7 +211,7 @@ def test_chips():
             chips.parse_chip(wrong)
 
 
-def test_verdicts():
+def test_verdicts(tmp_path):
     fits = plan.Plan(
         experiment="graph_fusion",
         preset="paper",
@@ -232,6 +232,11 @@ def test_verdicts():
         cycles=3e9,
     )
     assert fits.verdict == "fits: 12.00 GiB of 16 GiB"
+    # A command's flags name its plan, however long they are, and two that end alike are two.
+    flags = [dataclasses.replace(fits, preset=f"--data={'x' * 300} {n}") for n in (1, 2)]
+    for each in flags:
+        plan.keep(each, plan.epath.Path(tmp_path))
+    assert {p.preset for p in plan.read(plan.epath.Path(tmp_path))} == {p.preset for p in flags}
     over = plan.dataclasses.replace(fits, temp_bytes=9 * 2**30)
     assert over.verdict.startswith("does not fit: 17.00 GiB")
     compiler_error = (
