@@ -70,6 +70,10 @@ def run(config: Config) -> None:
     if config.api_keys is not None:
         keys = serving.Key.read(config.api_keys)
     config.line_up.check()
+    drafter, choices = config.line_up.draft, config.server.choices
+    if drafter not in (None, "prompt") and choices != "free":
+        # A model's drafts are accepted by draws of their own, which the keys of choices are not.
+        raise ValueError(f"draft: expected prompt with --choices={choices}, got {drafter}")
     server = dataclasses.replace(
         config.server,
         # Its folder, and not where that lies on this machine.

@@ -141,6 +141,9 @@ class Guidance(Strategy):
     Attributes:
         weight: 1 is the large model alone; context-aware decoding calls it 1 + alpha.
 
+    Raises:
+        ValueError: when called, for another number of bases than one.
+
     >>> fused, _ = jax.jit(Guidance(weight=2.0))(jnp.zeros(2), None, jnp.log(jnp.array([0.8, 0.2])))
     >>> [f"{p:.2f}" for p in jax.nn.softmax(fused)]
     ['0.20', '0.80']

@@ -94,7 +94,7 @@ class _Stage(nnx.Module):
         self.mix: Any = nnx.Linear(width, width, **options) if number else None
         shrink = config.shrinks[number]
         self.se: Any = _Excite(width, shrink, **options) if shrink else None
-        self.place: Any = DepthwiseConv(width, **wide) if attention else None
+        self.positions: Any = DepthwiseConv(width, **wide) if attention else None
         sizes = width, config.hidden[number], attention, config.layer_norm
         self.blocks = nnx.List([_Block(*sizes, **options) for _ in range(config.depths[number])])
 
@@ -103,7 +103,7 @@ class _Stage(nnx.Module):
             x = self.large(x)
             x = x if self.se is None else self.se(x)
             x = _gelu(self.mix(_gelu(x) if self.activated else x))
-        x = x if self.place is None else self.place(x)
+        x = x if self.positions is None else self.positions(x)
         for block in self.blocks:
             x = block(x)
         return x
@@ -161,7 +161,7 @@ _NAMES = (
     (r"\.downsample\.proj\.0\.se\.", ".se."),
     (r"\.downsample\.proj\.0\.", ".large."),
     (r"\.downsample\.proj\.1\.", ".mix."),
-    (r"\.pos_emb\.", ".place."),
+    (r"\.pos_emb\.", ".positions."),
     (r"\.token_mixer\.(qkv\.)", r".\1"),
     (r"\.token_mixer\.proj\.", ".out."),
     (r"\.token_mixer\.", ".mixer."),

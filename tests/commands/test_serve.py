@@ -30,4 +30,7 @@ def test_a_server_is_called_by_its_folder_and_says_what_its_answers_tell(
     server = dataclasses.replace(serve.Config().server, choices=choices)
     serve.run(serve.Config(line_up=LineUp(model="/srv/models/mine/"), server=server))
     assert configs[0].model == "mine"
+    if choices != "free":
+        with pytest.raises(ValueError, match=f"draft: expected prompt with --choices={choices}"):
+            serve.run(serve.Config(line_up=LineUp(expert=("x",), draft="expert"), server=server))
     assert line in lines[0]

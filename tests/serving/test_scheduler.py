@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,3 +188,21 @@ def test_drafted_answers_are_those_of_plain_decoding():
         scheduler.close()
     assert answers == generate(model, prompts, max_new_tokens=12).rows()
     assert scheduler.engine.rounds.stats[2].sum() > 0
+
+
+def test_a_row_without_probabilities_ends_in_an_error():
+    received = []
+    job = SimpleNamespace(follower=None, give=received.extend)
+    state = SimpleNamespace(stopped=np.array([False]))
+    scheduler = SimpleNamespace(
+        engine=SimpleNamespace(active=np.array([False]), state=state),
+        _jobs=[job],
+        _tokens=lambda emitted: [[]],
+        _started=[time.monotonic()],
+        _seconds=0.0,
+    )
+    Scheduler._hand_out(scheduler, None, [0])
+    assert scheduler._jobs == [None]
+    assert [(error.status, str(error)) for error in received] == [
+        (500, "the model gave no probabilities")
+    ]
