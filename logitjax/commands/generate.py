@@ -210,7 +210,10 @@ def _entries(config: Config, chat: bool) -> Iterable[dict[str, Any]]:
         return ({"prompt": prompt} for prompt in config.prompt or _typed())
     if config.prompt:
         raise ValueError("prompt, prompt_file: expected one of them, got both")
-    text = epath.Path(config.prompt_file).read_text()
+    path = epath.Path(config.prompt_file)
+    if not path.exists():
+        raise FileNotFoundError(f"prompt_file: no such file: {path}")
+    text = path.read_text()
     if not config.prompt_file.endswith(".jsonl"):
         return [{"prompt": text}]
     entries = []

@@ -49,7 +49,10 @@ class LineUp:
         if self.draft in ("expert", "base") and not getattr(self, self.draft):
             raise ValueError(f"draft: expected a model from --{self.draft}, got none")
         if self.draft not in (None, "expert", "base", "prompt"):
-            models.load_config(self.draft)
+            try:
+                models.load_config(self.draft)
+            except ValueError as error:
+                raise ValueError(f"draft: expected expert, base, prompt or a {error}") from None
 
     def drafts(self, tokenizer: Any) -> decoding.DraftControl | None:
         """The drafter for the models of this tokenizer, loaded if need be."""

@@ -166,7 +166,8 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
         ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
         ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
-        ("nowhere", dict(draft=str(tmp_path / "nowhere"))),
+        ("draft: expected expert, base, prompt or a model 'nowhere': no such", dict(draft="nowhere")),
+        ("prompt_file: no such file: nowhere", dict(prompt_file="nowhere")),
     ):
         assert message in refused(model=directory, **values)
     typo = str(tmp_path / "typo")
