@@ -166,13 +166,15 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
         ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
         ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
-        ("draft: expected expert, base, prompt or a model 'nowhere': no such", dict(draft="nowhere")),
-        ("prompt_file: no such file: nowhere", dict(prompt_file="nowhere")),
+        ("draft: expected expert, base, prompt or a model 'nowhere'", dict(draft="nowhere")),
     ):
         assert message in refused(model=directory, **values)
     typo = str(tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
         LineUp(model=directory, assistant=typo).load()
+    config = generate.Config(line_up=LineUp(model=directory), prompt_file=typo)
+    with pytest.raises(FileNotFoundError, match="prompt_file: no such file: .*typo"):
+        generate.run(config)
 
 
 def test_settings_of_a_strategy_may_be_pairs():
