@@ -173,7 +173,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
     with pytest.raises(FileNotFoundError, match="assistant: no such file"):
         LineUp(model=directory, assistant=typo).load()
     config = generate.Config(line_up=LineUp(model=directory), prompt_file=typo)
-    with pytest.raises(FileNotFoundError, match="prompt_file: no such file: .*typo"):
+    with pytest.raises(FileNotFoundError, match="prompt_file: no such file"):
         generate.run(config)
 
 
