@@ -39,6 +39,9 @@ def quantize(model: Decoder, bits: str) -> Decoder:
     Args:
         bits: `"int8"` or `"int4"`.
 
+    Raises:
+        ValueError: for another type.
+
     >>> from logitjax.models import load_model
     >>> small = quantize(load_model("tiny"), "int8")
     >>> small.embedding[...].values.dtype

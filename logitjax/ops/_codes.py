@@ -41,7 +41,7 @@ class Codes:
         """The nearest codes of a matrix, or of several along leading axes.
 
         Args:
-            bits: `"int8"` or `"int4"`.
+            bits: `"int8"` or `"int4"`; another is a ValueError.
         """
         if bits not in _BITS:
             raise ValueError(f"bits: expected one of {', '.join(_BITS)}, got {bits!r}")
