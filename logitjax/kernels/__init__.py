@@ -1,9 +1,9 @@
-"""C++ kernels for CPUs, for operations that XLA's compiler does slowly when a cheap head decodes.
+"""C++ kernels for CPUs, for operations that XLA's compiler does slowly while a model decodes.
 
-They compute sums of look-ups in small tables, products with chosen rows, and the indices of the
-largest entries. XLA calls them through ``jax.ffi``. They are optional: `logitjax.ops` and
-`logitjax.vq` return the same results without them, and use them where they are built and a program
-has one device, a CPU ::
+They compute sums of look-ups in small tables, products with chosen rows and with rows of 8 bits,
+and the indices of the largest entries. XLA calls them through ``jax.ffi``. They are optional:
+`logitjax.ops` and `logitjax.vq` return the same results without them, and use them where they are
+built and a program has one device, a CPU ::
 
     python -m logitjax.kernels
 

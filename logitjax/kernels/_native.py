@@ -20,7 +20,7 @@ from logitjax.storage import digest, write_atomic
 _SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
 # For the machine that builds: the library is never copied to another, see `_library`.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
-_TARGETS = ("lookup_sums", "row_products", "largest_ids")
+_TARGETS = ("lookup_sums", "row_products", "code_products", "largest_ids")
 
 
 def build() -> pathlib.Path:
@@ -86,6 +86,15 @@ def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Arr
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
     return _call("row_products", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(vectors, rows, ids)
+
+
+def code_products(vectors: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """Products ``[n, o]`` of float32 vectors ``[n, d]`` with the rows of `ops.Codes` of 8 bits.
+
+    ``values`` are int8 ``[o, d]``, ``scales`` float32 ``[o, g]``, one for each ``d / g`` values.
+    """
+    result = jax.ShapeDtypeStruct((vectors.shape[0], values.shape[0]), jnp.float32)
+    return _call("code_products", result)(vectors, values, scales)
 
 
 def largest_ids(values: jax.Array, k: int) -> jax.Array:

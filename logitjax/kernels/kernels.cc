@@ -1,5 +1,5 @@
 // What XLA's CPU compiler has no fast form of: look-ups in 16-entry tables, products with rows
-// chosen by number, and the places of the largest entries. See __init__.py for what they compute.
+// chosen by number or stored in 8 bits, and the places of the largest entries. See __init__.py.
 //
 // Portable C++17; with AVX2 the look-ups are byte shuffles. Everything else is written so that
 // compilers vectorise it.
@@ -241,6 +241,63 @@ ffi::Error RowProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors, ffi:
   }
 }
 
+// ---- Products with rows of 8 bits -----------------------------------------------------------
+
+// A row is `values` times one scale for each `size` of them.
+float ScaledDot(const float* x, const int8_t* values, const float* scales, int64_t groups,
+                int64_t size) {
+  constexpr int64_t kLanes = 32;
+  float lanes[kLanes] = {0};
+  float sum = 0;
+  for (int64_t group = 0; group < groups; ++group, x += size, values += size) {
+    const float scale = scales[group];
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        lanes[j] += x[i + j] * (scale * static_cast<float>(values[i + j]));
+      }
+    }
+    for (; i < size; ++i) sum += x[i] * (scale * static_cast<float>(values[i]));
+  }
+  for (int64_t half = kLanes / 2; half; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return sum + lanes[0];
+}
+
+ffi::Error CodeProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors,
+                        ffi::Buffer<ffi::S8> values, ffi::Buffer<ffi::F32> scales,
+                        ffi::ResultBuffer<ffi::F32> products) {
+  const auto x = vectors.dimensions();
+  const auto v = values.dimensions();
+  const auto s = scales.dimensions();
+  const auto out = products->dimensions();
+  if (x.size() != 2 || v.size() != 2 || s.size() != 2 || out.size() != 2 || x[1] != v[1] ||
+      v[0] != s[0] || !s[1] || v[1] % s[1] || out[0] != x[0] || out[1] != v[0]) {
+    return Expected("vectors, values, scales: expected [n, d], [o, d] and [o, g], g dividing d",
+                    {x, v, s});
+  }
+  const int64_t count = x[0], width = x[1], rows = v[0], groups = s[1], size = width / groups;
+  const int64_t each = std::max<int64_t>(1, 200000 / std::max<int64_t>(1, width));
+  const auto run = [=, from = vectors.typed_data(), codes = values.typed_data(),
+                    steps = scales.typed_data(), to = products->typed_data()](int64_t piece) {
+    std::vector<float> wide(count > 1 ? width : 0);
+    for (int64_t i = piece * each; i < std::min(rows, (piece + 1) * each); ++i) {
+      const int8_t* row = codes + i * width;
+      const float* scale = steps + i * groups;
+      if (count == 1) to[i] = ScaledDot(from, row, scale, groups, size);
+      for (size_t j = 0; j < wide.size(); j += size) {
+        for (int64_t k = 0; k < size; ++k) wide[j + k] = scale[j / size] * row[j + k];
+      }
+      for (int64_t n = 0; count > 1 && n < count; ++n) {
+        to[n * rows + i] = Dot(from + n * width, wide.data(), wide.data(), width);
+      }
+    }
+  };
+  InParallel(pool, (rows + each - 1) / each, run);
+  return ffi::Error::Success();
+}
+
 // ---- Places of the largest entries ----------------------------------------------------------
 
 // Integers in the order of `lax.top_k`, IEEE 754's total one: 0.0 before -0.0, nan above inf and
@@ -324,6 +381,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_row_products, RowProducts,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_code_products, CodeProducts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_largest_ids, LargestIds,

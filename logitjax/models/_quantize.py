@@ -32,7 +32,7 @@ class QuantizedLinear(nnx.Module):
 def quantize(model: Decoder, bits: str) -> Decoder:
     """A decoder with linear maps, embedding and full head in whole numbers: int8 or int4.
 
-    Activations stay as they are: int8 has a scale an output channel, int4 one for each 32 weights.
+    Activations stay as they are. Each 32 weights have a scale, as in llama.cpp's Q8_0 and Q4_0.
     Norms, biases, learned positions and experts of mixtures keep their type. Adapters lie beside
     it as before; `save_pretrained` writes the numbers that the codes stand for.
 

@@ -221,6 +221,24 @@ def test_row_products_equal_a_gather(rng, used, dtype):
     np.testing.assert_array_equal(one_by_one, products)
 
 
+# A scale for each 32 numbers, and one a row where the width is no multiple of 32.
+@pytest.mark.parametrize("width", [64, 40])
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_with_codes_are_those_of_their_matrix(rng, used, width, count):
+    matrix = rng.normal(size=(70, width)) * 10.0 ** rng.integers(-3, 3, size=(70, 1))
+    x = rng.normal(size=(count, width)).astype(np.float32)
+
+    @jax.jit
+    def products(matrix, x):
+        codes = ops.Codes.of(matrix, "int8")
+        return codes.product(x), codes.dense(), jax.grad(lambda x: codes.product(x)[:, 5].sum())(x)
+
+    product, dense, slope = (np.asarray(a, np.float64) for a in products(np.float32(matrix), x))
+    atol = 1e-6 * (np.abs(x) @ np.abs(dense).T).max(0)
+    assert (np.abs(product - x @ dense.T) <= atol).all()
+    np.testing.assert_allclose(slope, np.broadcast_to(dense[5], x.shape), rtol=1e-6)
+
+
 def test_row_products_have_the_gradients_of_a_gather(rng, used):
     vectors = rng.normal(size=(2, 9)).astype(np.float32)
     rows = rng.normal(size=(20, 9)).astype(np.float32)

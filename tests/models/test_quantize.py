@@ -29,14 +29,23 @@ def test_products_are_those_of_the_numbers_that_the_codes_stand_for(bits):
         return codes.dense(), codes.product(x), codes.product(x[0]), slope
 
     dense, several, one, slope = (np.asarray(a, np.float64) for a in products(matrix, x))
-    # Half a step; of four bits a whole one, at the end that has no 8.
-    limit = np.abs(matrix).max(0) * {"int8": 0.501 / 127, "int4": 1.001 / 8}[bits]
+    # Half a step, of scales up to a third wider; of four bits a whole one, at the end without an 8.
+    limit = np.abs(matrix).max(0) * {"int8": 0.501 / 96, "int4": 1.001 / 8}[bits]
     assert (np.abs(dense - matrix) <= limit + 1e-12).all()
     size = np.abs(x) @ np.abs(dense)
     assert (np.abs(several - x @ dense) <= 1e-4 * size.max(1, keepdims=True)).all()
     np.testing.assert_allclose(several[:, 20:], (x @ dense)[:, 20:], rtol=2e-3, atol=0.02)
     np.testing.assert_allclose(one, several[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(slope, np.broadcast_to(dense.sum(1), x.shape), rtol=1e-4)
+
+
+def test_weights_that_had_6_bits_are_met():
+    rng = np.random.default_rng(0)
+    wide = rng.integers(-31, 32, size=(40, 2, 32)).astype(np.float32)
+    wide[:, :, 0] = 31
+    wide = (wide * rng.uniform(1e-3, 1, size=(40, 2, 1))).reshape(40, 64)
+    # Rounded to 127 steps of the largest they would be .004 off.
+    np.testing.assert_allclose(Codes.of(wide, "int8").dense(), wide, rtol=1e-5)
 
 
 @BITS
