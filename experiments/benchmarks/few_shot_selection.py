@@ -52,7 +52,7 @@ def gaussian(number: int, classes: int, shots: int) -> Set:
     return Set(name=f"gaussian {number}", pictures=pictures, test=test, shots=shots)
 
 
-def digits(number: int, names: tuple[int, ...], shots: int) -> Set:
+def digits(number: int, names: range, shots: int) -> Set:
     rng = np.random.default_rng(number)
     # 500 of each digit: 784 pixels, and the digit.
     file = storage.package_file(
@@ -76,12 +76,8 @@ def sets(smoke: bool) -> Iterator[Set]:
     for number in range(2 if smoke else 24):
         yield gaussian(number, *sizes[0 if smoke else number % 3])
     for number in range(0 if smoke else 6):
-        names = (
-            tuple(range(10))
-            if number % 3 == 2
-            else tuple(range(number % 2 * 5, 5 + number % 2 * 5))
-        )
-        yield digits(number, names, sizes[number % 3][1])
+        first, count = (0, 10) if number % 3 == 2 else (number % 2 * 5, 5)
+        yield digits(number, range(first, first + count), sizes[number % 3][1])
 
 
 def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, Any]:
@@ -91,7 +87,7 @@ def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, An
         for number in range(_SAMPLES)
     ]
     task, held_out = one.pictures.stack(samples, room=samples[0], test=one.test)
-    right, test = {}, {}
+    credit, test = {}, {}
     for name in methods:
         candidate = existing[name].at_scale(one.pictures.scale)
         labels = one.pictures.labels[samples[0].train]
@@ -106,9 +102,9 @@ def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, An
         )
         judged = scores["train" if validation == "folds" else "validation"]
         chosen = few_shot.best_setting(judged)
-        right[name] = list(judged["right"])
-        test[name] = scores["test"]["accuracy"][np.arange(_SAMPLES), chosen].mean()
-    name, accuracy, *_ = few_shot.recommend(right)
+        credit[name] = list(judged["credit"])
+        test[name] = float(scores["test"]["accuracy"][np.arange(_SAMPLES), chosen].mean())
+    name, accuracy, *_ = few_shot.recommend(credit)
     best = max(test, key=lambda method: test[method])
     return {
         "set": one.name,

@@ -27,7 +27,9 @@ def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Iterator[Callable[
         yield None
         return
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [python, os.fspath(script), *map(str, arguments), str(os.cpu_count())]
+    # Of the cores that this process may use, as XLA counts them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    command = [python, os.fspath(script), *map(str, arguments), str(cores)]
     process = subprocess.Popen(command, **pipes)
     with process, cast(IO[str], process.stdin) as send, cast(IO[str], process.stdout) as receive:
 

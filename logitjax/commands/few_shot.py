@@ -184,10 +184,11 @@ class Problem:
             folds=folds,
         )
         best, by = np.zeros(len(samples), int), scores.get("train", scores.get("validation"))
-        record: dict[str, Any] = {"right": []}
+        record: dict[str, Any] = {"credit": []}
         if by is not None:
             # One setting a sample, each chosen on its own validation pictures.
-            best, record["right"] = few_shot.best_setting(by), by["right"].tolist()
+            best = few_shot.best_setting(by)
+            record["credit"] = by["credit"].astype(float).round(4).tolist()
         rows, record["chosen"] = np.arange(len(best)), best.tolist()
         record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
@@ -251,7 +252,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
         if not (directory / "head.json").exists():
             setting = records[name][most]["chosen"][0]
             problem.head(candidate, setting).save(directory)
-    advice = _advice({name: records[name][most]["right"] for name in chosen})
+    advice = _advice({name: records[name][most]["credit"] for name in chosen})
     heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
     mistakes(problem, heads[advice[0]], out / "mistakes.html")
     text = report(problem, chosen, records, left_out, heads, advice)
@@ -259,16 +260,16 @@ def _run(problem: Problem, out: epath.Path) -> None:
     print(text)
 
 
-def _advice(right: Mapping[str, Any]) -> tuple[str, str]:
+def _advice(credit: Mapping[str, Any]) -> tuple[str, str]:
     """The recommended method, and why it is."""
-    judged = {name: list(map(np.asarray, samples)) for name, samples in right.items() if samples}
+    judged = {name: list(map(np.asarray, samples)) for name, samples in credit.items() if samples}
     if not judged:
         # Nothing may choose among methods: the first is shown.
-        return next(iter(right)), "the first, as nothing was held out to choose among them"
+        return next(iter(credit)), "the first, as nothing was held out to choose among them"
     name, accuracy, low, high = few_shot.recommend(judged)
     return name, (
-        "recommended: it is right most often on the pictures to choose on. On pictures that did "
-        f"not choose, such a choice is right in {100 * accuracy:.1f} % "
+        "recommended: it is right most often, and surest of the classes, on the pictures to choose "
+        f"on. On pictures that did not choose, such a choice is right in {100 * accuracy:.1f} % "
         f"[{100 * low:.1f}, {100 * high:.1f}]"
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.core import Tracer
 from jaxtyping import Float, Int
+from scipy.special import softmax
 
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate
@@ -255,22 +256,16 @@ def _likeness(features: np.ndarray) -> float:
 
 def _calibrated(head: FittedHead, logits: Any, labels: np.ndarray) -> FittedHead:
     """The head at the temperature of the best likelihood of pictures that it did not learn from."""
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(1, keepdims=True)
-    rows, classes = np.arange(len(labels)), logits.shape[1]
-
-    def probabilities(temperature: float) -> np.ndarray:
-        odds = np.exp(logits / temperature)
-        return odds / odds.sum(1, keepdims=True)
-
+    logits, rows = np.asarray(logits, np.float64), np.arange(len(labels))
     # A picture's worth of doubt: where all are right no head is sure without bound.
     doubt = 1 / (1 + len(labels))
+    least = doubt / logits.shape[1]
     losses = {
-        t: -np.log((1 - doubt) * probabilities(t)[rows, labels] + doubt / classes).mean()
+        t: -np.log((1 - doubt) * softmax(logits / t, 1)[rows, labels] + least).mean()
         for t in np.geomspace(0.01, 100, 161).tolist()
     }
     temperature = min(losses, key=lambda t: losses[t])
-    right = probabilities(temperature)[rows, labels].astype(np.float32)
+    right = softmax(logits / temperature, 1)[rows, labels].astype(np.float32)
     return dataclasses.replace(head, temperature=temperature, calibration=right)
 
 

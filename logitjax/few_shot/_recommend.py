@@ -1,6 +1,7 @@
 """Which of several methods to use, and how right it will be, from pictures that chose it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -10,9 +11,9 @@ _HALVES = 50
 
 
 def recommend(
-    right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0
+    credit: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0
 ) -> tuple[str, float, float, float]:
-    """The method that is right most often at its best setting, with an estimate without bias.
+    """The method with the most credit at its best setting, with an estimate without bias.
 
     A method is judged by the one setting that is best over all samples: with few pictures, the best
     of each sample flatters methods whose settings differ most. The best of many still looks better
@@ -21,24 +22,24 @@ def recommend(
     Gives the method, the estimate of its accuracy, and the ends of its 95 % interval.
 
     Args:
-        right: By method, of each sample `[settings, n]` whether a setting is right on a picture
-            that it did not learn from, as of `sweep`; -1 where a picture does not count.
-            No method, or a sample without pictures, is a ValueError.
+        credit: By method, of each sample `[settings, n]`, as of `sweep`: at least 1 where a setting
+            is right on a picture that it did not learn from, else less, and -1 where a picture does
+            not count. No method, or a sample without pictures, is a ValueError.
 
     >>> good, bad = np.tile([1.0, 1, 1, 0], (2, 5)), np.tile([1.0, 0, 0, 0], (2, 5))
     >>> recommend({"bad": [bad], "good": [good]})[:2]
     ('good', 0.75)
     """
-    if not right or not all(np.size(one) for samples in right.values() for one in samples):
-        raise ValueError("right: expected pictures of at least one method, got none")
-    counts = [np.shape(sample)[1] for sample in next(iter(right.values()))]
+    if not credit or not all(np.size(one) for samples in credit.values() for one in samples):
+        raise ValueError("credit: expected pictures of at least one method, got none")
+    counts = [np.shape(sample)[1] for sample in next(iter(credit.values()))]
     rng = np.random.default_rng(seed)
 
     def choose(masks: Sequence[np.ndarray]) -> tuple[str, int]:
         """The method and its setting, by the pictures of the masks."""
         means = {
             name: np.mean([_mean(one[:, mask]) for one, mask in zip(samples, masks)], 0)
-            for name, samples in right.items()
+            for name, samples in credit.items()
         }
         # Ties go to what stands first.
         name = max(means, key=lambda name: means[name].max())
@@ -50,8 +51,8 @@ def recommend(
         halves = [rng.permutation(n) < n / 2 for n in counts]
         for masks in (halves, [~half for half in halves]):
             name, setting = choose(masks)
-            others = zip(right[name], masks)
-            estimates += [_mean(one[[setting]][:, ~mask])[0] for one, mask in others]
+            others = zip(credit[name], masks)
+            estimates += [_mean(one[setting, ~mask], right=True) for one, mask in others]
     accuracy = float(np.mean(estimates))
     # All pictures choose what is said.
     name, _ = choose([np.ones(n, bool) for n in counts])
@@ -61,6 +62,7 @@ def recommend(
     return name, accuracy, float(low), float(high)
 
 
-def _mean(right: np.ndarray) -> np.ndarray:
-    """Means over pictures that count; 0 where none does."""
-    return (right == 1).sum(-1) / np.maximum((right >= 0).sum(-1), 1)
+def _mean(credit: np.ndarray, *, right: bool = False) -> Any:
+    """Means over pictures that count, of credit or of being right; 0 where none does."""
+    values = credit >= 1 if right else np.maximum(credit, 0)
+    return values.sum(-1) / np.maximum((credit >= 0).sum(-1), 1)

@@ -114,8 +114,8 @@ def sweep(
     Returns:
         For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
         `auxiliary_accuracy`, that of the bias alone. Of `"train"`, which is there with folds only,
-        and of `"validation"` also `right` `[runs, settings, m]`: 1 where an image is, -1 where its
-        label is negative.
+        and of `"validation"` also `credit` `[runs, settings, m]`: the probability of an image's
+        label at the likeliest temperature, plus 1 where it is predicted; -1 for negative labels.
 
     Raises:
         TypeError: Labels that are not integers.
@@ -309,16 +309,23 @@ def _in_batches(run: Callable[..., jax.Array], state: State, inputs: Any, size: 
 
 def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict[str, jax.Array]:
     present = labels >= 0
-    count = jnp.maximum(present.sum(), 1)
 
     def share(values: jax.Array) -> jax.Array:
-        return jnp.where(present, values, 0).sum() / count
+        return jnp.where(present, values, 0).sum() / jnp.maximum(present.sum(), 1)
+
+    def losses(temperature: Any) -> jax.Array:
+        return cross_entropy(logits / temperature, jnp.where(present, labels, 0))
 
     # The largest of logits with a nan is the first nan, and may be the label by chance.
     right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
-    entropy = share(cross_entropy(logits, jnp.where(present, labels, 0)))
-    scores = {"accuracy": share(right), "cross_entropy": entropy}
-    return scores | ({"right": jnp.where(present, right, -1).astype(jnp.int8)} if each else {})
+    scores = {"accuracy": share(right), "cross_entropy": share(losses(1.0))}
+    if each:
+        # Logits may be cosines, or hundreds of times as large.
+        temperatures = jnp.geomspace(0.1, 300.0, 30)
+        totals = jax.lax.map(lambda t: share(losses(t)), temperatures)
+        likely = jnp.nan_to_num(jnp.exp(-losses(temperatures[totals.argmin()])))
+        scores["credit"] = jnp.where(present, right + likely, -1.0)
+    return scores
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -343,8 +350,6 @@ def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     if not numbers.any(-1).all():
         run = int(np.flatnonzero(~numbers.any(-1))[0])
         raise ValueError(f"scores: expected a setting without nan in each run, got none in {run}")
-    accuracy = np.where(numbers, accuracy, -np.inf)
-    tied = accuracy == accuracy.max(-1, keepdims=True)
-    entropy = np.where(tied, entropy, np.inf)
-    # Of equal ones, even at infinity, one that is tied.
-    return np.where(tied, entropy == entropy.min(-1, keepdims=True), False).argmax(-1)
+    # The last key sorts first; of equal settings the first stays so.
+    keys = np.where(numbers, entropy, np.inf), np.where(numbers, -accuracy, np.inf)
+    return np.lexsort(keys, axis=-1)[:, 0]

@@ -150,3 +150,12 @@ def test_the_estimate_of_the_recommended_method_has_no_bias():
         best = max(one[0].mean(1).max() for one in right.values())
         assert best > 0.78
     assert abs(np.mean(errors)) < 0.02
+
+
+def test_of_methods_that_are_right_as_often_the_surer_one_is_recommended():
+    # Whether right, and the probability of the label.
+    vague, sure = (np.array([[1.6, 1.6, p, 0.1, -1.0]]) for p in (0.2, 0.4))
+    assert few_shot.recommend({"vague": [vague], "sure": [sure]})[0] == "sure"
+    # Being right is worth more than being a little surer.
+    often = np.array([[1.6, 1.6, 1.5, 0.0, -1.0]])
+    assert few_shot.recommend({"sure": [sure], "often": [often]})[0] == "often"

@@ -222,7 +222,10 @@ def test_every_method_learns_is_kept_and_given_back(tmp_path):
         *files["features"].split(","), class_weights=files["class_weights"]
     )
     rest = pictures[pictures.sample(8, seed=(0, 0)).rest]
-    for name in few_shot.Candidate.all():
+    for name, candidate in few_shot.Candidate.all().items():
+        # These files have no features of texts.
+        if "texts" in candidate.method.needs:
+            continue
         head = few_shot.load(out / "heads" / name)
         record = json.loads((out / "results" / f"{name}_8.json").read_text())
         # Settings are traced in the sweep and constants here: a picture may fall on either side.

@@ -6,6 +6,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import scipy.special
 
 from logitjax import few_shot, training
 from logitjax.few_shot import _sweep as few_shot_sweep
@@ -109,7 +110,8 @@ def test_a_sweep_is_its_runs_one_by_one():
         "training.learning_rate": [1e-3, 3e-2] * 2,
     }
     options = dict(training=recipe, grid=grid, seed=3)
-    task, scored = few_shot.FewShotTask(support=support, labels=labels), {"test": (held_out, truth)}
+    task = few_shot.FewShotTask(support=support, labels=labels)
+    scored = dict.fromkeys(("test", "validation"), (held_out, truth))
     swept = few_shot.sweep(config, task, scored, **options)
     # Two runs on four devices: the last one is computed three times, and kept once.
     mesh = training.make_mesh("data:4,fsdp:2")
@@ -135,8 +137,16 @@ def test_a_sweep_is_its_runs_one_by_one():
         order = settings.order((3, run), 15)
         single = few_shot.FewShotTask(support=images(*runs[run][:2]), labels=labels[run])
         logits = alone(single, order, images(*tests[run][:2]), run)
-        right = (np.asarray(logits).argmax(-1) == truth[run])[truth[run] >= 0]
+        present = truth[run] >= 0
+        right = (np.asarray(logits).argmax(-1) == truth[run])[present]
         np.testing.assert_allclose(scores["accuracy"][run, 3], right.mean(), rtol=1e-5)
+        credit = swept["validation"]["credit"][run, 3]
+        by_temperature = np.asarray(logits)[present] / np.geomspace(0.1, 300, 30)[:, None, None]
+        likely = scipy.special.softmax(by_temperature, -1)
+        likely = likely[:, np.arange(present.sum()), truth[run][present]]
+        best = likely[np.log(likely).mean(1).argmax()]
+        np.testing.assert_allclose(credit[present], right + best, rtol=1e-3, atol=1e-4)
+        assert (credit[~present] == -1).all()
 
 
 @pytest.mark.slow
