@@ -17,7 +17,7 @@ _FEW = 16
 _BITS = {"int8": jnp.int8, "int4": jnp.int4}
 # Of these scales of 8 bits, the one of least error is kept: weights that a file had in 5 or 6 bits
 # are often met exactly. With 4 bits it made a small model worse.
-_WIDER = np.float32(127 / np.arange(126, 95, -1))
+_WIDER = np.array(127 / np.arange(126, 95, -1), np.float32)
 
 
 @jax.tree_util.register_dataclass
