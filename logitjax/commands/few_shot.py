@@ -63,6 +63,11 @@ class Config:
     )
     fit: Literal["crop", "pad"] = field("crop", "How to make pictures square: crop or pad.")
     rows: str = field("all", "Pictures to learn from: all, a number, or per_class:N.")
+    towers: Literal["frozen", "lora", "norms"] = field(
+        "frozen",
+        "Train the encoder's towers first, on one sample: their adapters as CLIP-LoRA (lora) or "
+        "their norms as 2SFS (norms).",
+    )
     views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
     features: str | None = field(
@@ -111,7 +116,13 @@ class Config:
             raise ValueError("class_weights: expected a file to go with --features, got none")
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots: expected positive numbers, got {self.shots}")
-        candidates = few_shot.Candidate.all()
+        one = self.data is not None and self.samples == 1 and len(self.shots) == 1
+        if self.towers != "frozen" and (not one or self.validation in ("folds", "none")):
+            raise ValueError(
+                f"towers: {self.towers} expects --data, --samples=1, one number of --shots and "
+                "other pictures to choose on, since the encoder learns from the sample"
+            )
+        candidates = few_shot.Candidate.all() | self.of_towers
         for name in self.method:
             if name != "all" and name not in candidates:
                 raise ValueError(
@@ -120,6 +131,18 @@ class Config:
         for prompt in self.prompts:
             if "{}" not in prompt:
                 raise ValueError(f"prompts: expected {{}} in place of the name, got {prompt!r}")
+
+    @property
+    def of_towers(self) -> dict[str, few_shot.Candidate]:
+        """The tuned encoder by itself, and the second stage of 2SFS."""
+        if self.towers == "frozen":
+            return {}
+        free, probe = few_shot.methods.TipAdapter(beta=0.0), few_shot.methods.CLAP(penalty=0.0)
+        second = few_shot.Recipe.published("two_stage", shots=max(self.shots))
+        return {
+            "towers": few_shot.Candidate(method=free),
+            "two_stage": few_shot.Candidate(method=probe, recipe=second),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +160,7 @@ class Problem:
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     made_of: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    encoder: vision.Encoder | None = None
 
     def sample(self, shots: int, number: int) -> Any:
         return self.pictures.sample(
@@ -250,6 +274,12 @@ def _run(problem: Problem, out: epath.Path) -> None:
         directory = out / "heads" / name
         if not (directory / "head.json").exists():
             setting = records[name][most]["chosen"][0]
+            if problem.encoder is not None and problem.encoder.changes is not None:
+                problem.encoder.save_changes(
+                    directory / "encoder",
+                    base=str(problem.config.encoder),
+                    tokenizer=problem.config.tokenizer,
+                )
             problem.head(candidate, setting).save(directory)
     advice = _advice({name: records[name][most]["right"] for name in chosen})
     heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
@@ -318,9 +348,11 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         fit=config.fit,
         batch_size=config.batch_size,
     )
-    first = encoders.first
     # What can be refused is refused before hours of encoding.
-    parts, notes = _survey(config, first)
+    parts, notes = _survey(config, encoders.first)
+    if config.towers != "frozen":
+        notes.append(_tune(config, encoders, parts, out / "encoder"))
+    first = encoders.first
     scale = config.scale
     if scale is None and config.class_weights is None:
         # Trained with the text tower.
@@ -358,7 +390,58 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         part: tuple(str(images.files[row]) for row in rows) if images.files else ()
         for part, (_, images, rows) in parts.items()
     }
-    return Problem(config=config, **entries, files=files, notes=notes, made_of=made_of)
+    return Problem(
+        config=config, **entries, files=files, notes=notes, made_of=made_of, encoder=first
+    )
+
+
+def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epath.Path) -> str:
+    """Train the towers on the first sample, unless `out` has them, and tell so."""
+    first = encoders.first
+
+    def unseen(part: str) -> few_shot.Pictures | None:
+        # Samples depend on the labels alone.
+        if part not in parts:
+            return None
+        _, images, rows = parts[part]
+        labels, names = images.labels[rows], images.class_names
+        blank = dict(features=np.ones((len(rows), 1)), class_weights=np.ones((1, len(names))))
+        return few_shot.Pictures(labels=labels, class_names=names, **blank)
+
+    problem = Problem(
+        config=config, **{part: unseen(part) for part in ("pictures", "validation", "test")}
+    )
+    _, images, rows = parts["pictures"]
+    chosen = rows[problem.first.train]
+    names, (shots,) = _words(images.class_names), config.shots
+    kind = "clip_lora" if config.towers == "lora" else "two_stage_norms"
+    made_of = {
+        "encoder": first.fingerprint,
+        "pictures": storage.digest(images.fingerprint, chosen, length=12),
+        **{name: getattr(config, name) for name in ("towers", "views", "fit", "seed")},
+        "shots": shots,
+        "prompt": config.prompts[0],
+    }
+    manifest = storage.Manifest(out, "tuned towers")
+    with processes.first_before_others("tuned towers"):
+        if manifest.exists():
+            manifest.check(made_of)
+        else:
+            views = data.ImageViews.of(first, config.views, fit=config.fit, seed=config.seed)
+            seen = [views(images[row][0], row=row) for row in chosen.tolist()]
+            tuned = few_shot.tune_towers(
+                first,
+                np.stack(seen, 1).reshape(-1, *seen[0].shape[1:]),
+                images.labels[chosen],
+                first.tokenize([config.prompts[0].format(name) for name in names]),
+                learn=config.towers,
+                recipe=few_shot.Recipe.published(kind, shots=shots),
+                seed=config.seed,
+            )
+            tuned.save_changes(out, base=str(config.encoder), tokenizer=config.tokenizer)
+            manifest.write(made_of)
+    encoders.tuned(out)
+    return f"The towers ({config.towers}) learned from the {len(chosen)} pictures of the sample."
 
 
 def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], list[str]]:
@@ -366,7 +449,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
 
     Refuses methods and pictures that no head can be trained with.
     """
-    candidates = few_shot.Candidate.all(config.grid, steps=config.steps)
+    candidates = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
     for name in config.method:
         if (
             name != "all"
@@ -450,7 +533,8 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
     """The methods that were asked for, and of all of them those that cannot be, with a reason."""
     config, pictures = problem.config, problem.pictures
     chosen, left_out = {}, {}
-    for name, candidate in few_shot.Candidate.all(config.grid, steps=config.steps).items():
+    existing = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
+    for name, candidate in existing.items():
         if name not in config.method and "all" not in config.method:
             continue
         sides = [pictures] if problem.test is None else [pictures, problem.test]

@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax.models import load_tokenizer
-from logitjax.storage import hub_snapshot, package_file, progress, read_json
+from logitjax.storage import guard, hub_snapshot, package_file, progress, read_head, read_json
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
 from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip import CLIP, network_of
@@ -20,7 +20,7 @@ from logitjax.vision._clip_config import clip_config, clip_names
 from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer, load_clip_tokenizer
 from logitjax.vision._conv_features import alexnet_features, vgg16_features
 from logitjax.vision._convnext import ConvNeXt
-from logitjax.vision._encoder import Encoder
+from logitjax.vision._encoder import CHANGES, Encoder
 from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
 from logitjax.vision._refused import refused
@@ -82,7 +82,12 @@ class _Checkpoint:
 
 
 def load_encoder(
-    spec: str, *, size: int | None = None, tokenizer: str | None = None, dtype: Any = jnp.float32
+    spec: str,
+    *,
+    size: int | None = None,
+    tokenizer: str | None = None,
+    dtype: Any = jnp.float32,
+    base: str | None = None,
 ) -> Encoder:
     """A frozen image encoder.
 
@@ -106,6 +111,7 @@ def load_encoder(
       (``base_encoder.``) among them; with its class head where it has a linear one, features alone
       otherwise.
     * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
+    * what `Encoder.save_changes` wrote.
 
     Args:
         spec: one of these; ValueError if nothing is there, or no encoder's weights.
@@ -114,6 +120,7 @@ def load_encoder(
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
             where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
+        base: encoder that a tuned one began as, where it has moved since.
     """
     progress.mark(f"loading encoder {spec}", log=True)
     if spec == "efficientnet_lite0":
@@ -131,6 +138,8 @@ def load_encoder(
         encoder = _conv_features(spec, _from_flax(read_numpy_pickle(path)), dtype)
     elif spec.startswith("random:"):
         encoder = _random(spec, dtype)
+    elif (epath.Path(spec) / "head.json").exists():
+        encoder = _changed(epath.Path(spec), tokenizer, dtype, base)
     else:
         encoder = _from_path(spec, tokenizer, dtype)
     if size is not None and size != encoder.preprocessing.size:
@@ -142,6 +151,20 @@ def load_encoder(
             )
         encoder.preprocessing = encoder.preprocessing.resized(size)
     return encoder
+
+
+def _changed(path: epath.Path, tokenizer: str | None, dtype: Any, base: str | None) -> Encoder:
+    record, changes = read_head(path)
+    with guard.naming(path, "a tuned encoder"):
+        if record.get("kind") != CHANGES:
+            raise ValueError(f"kind: expected {CHANGES!r}, got {guard.short(record.get('kind'))}")
+        base = base or str(record["base"])
+        encoder = load_encoder(base, tokenizer=tokenizer or record["tokenizer"], dtype=dtype)
+        if encoder.fingerprint != record["fingerprint"]:
+            raise ValueError(
+                f"base: expected the encoder that it began as, got other weights in {base}"
+            )
+        return encoder.changed(changes)
 
 
 def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:

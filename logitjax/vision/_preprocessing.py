@@ -30,6 +30,8 @@ class Preprocessing:
         interpolation: between pixels when a picture is scaled.
         fit: whether a picture that is no square loses its margins (``crop``) or its proportions
             (``squash``).
+        floor: whether of an odd margin the smaller half is cut off first, as transformers does, and
+            not what torchvision rounds it to.
     """
 
     size: int
@@ -38,6 +40,7 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     fit: Literal["crop", "squash"] = "crop"
+    floor: bool = False
 
     def __post_init__(self) -> None:
         if self.resize < self.size:

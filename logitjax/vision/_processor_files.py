@@ -49,6 +49,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
         std=std,
         interpolation=entries.get(content.get("resample"), default.interpolation),
         fit=fit,
+        floor=True,
     )
 
 
