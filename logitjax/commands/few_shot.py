@@ -197,22 +197,17 @@ class Problem:
         folds = 0
         if self.config.validation == "folds" and self.validation is None:
             folds = min(candidate.folds(self.pictures.labels[one.train]) for one in samples)
-        scores = few_shot.sweep(
-            candidate.method,
+        scores, best, chosen = candidate.sweep(
             task,
             held_out,
-            training=candidate.recipe,
-            grid=candidate.grid,
+            "train" if folds else "validation",
             seed=self.config.seed,
             sequential=True,
             folds=folds,
         )
-        best, by = np.zeros(len(samples), int), scores.get("train", scores.get("validation"))
-        record: dict[str, Any] = {"right": []}
-        if by is not None:
-            # One setting a sample, each chosen on its own validation pictures.
-            best, record["right"] = few_shot.best_setting(by), by["right"].tolist()
-        rows, record["chosen"] = np.arange(len(best)), best.tolist()
+        judged = scores.get("train", scores.get("validation"))
+        record = {"right": judged["right"].tolist() if judged else [], "chosen": chosen}
+        rows = np.arange(len(best))
         record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
         # Rows of padding have the label -1, which no argmax is.
@@ -221,14 +216,17 @@ class Problem:
         record["updates"] = candidate.updates(len(samples[0].train))
         return record
 
-    def head(self, candidate: few_shot.Candidate, setting: int) -> Any:
+    def head(self, candidate: few_shot.Candidate, chosen: Mapping[str, list[float]]) -> Any:
         """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
         sample, config = self.first, self.config
         validation = self.pictures[sample.validation] if len(sample.validation) else None
         if self.validation is not None:
             validation = self.validation
         head = few_shot.fit(
-            candidate.chosen(setting), self.pictures[sample.train], validation, seed=config.seed
+            candidate.at({name: values[0] for name, values in chosen.items()}),
+            self.pictures[sample.train],
+            validation,
+            seed=config.seed,
         )
         files = self.files.get("pictures", ())
         about = {
@@ -273,14 +271,10 @@ def _run(problem: Problem, out: epath.Path) -> None:
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
         directory = out / "heads" / name
         if not (directory / "head.json").exists():
-            setting = records[name][most]["chosen"][0]
             if problem.encoder is not None and problem.encoder.changes is not None:
-                problem.encoder.save_changes(
-                    directory / "encoder",
-                    base=str(problem.config.encoder),
-                    tokenizer=problem.config.tokenizer,
-                )
-            problem.head(candidate, setting).save(directory)
+                base = str(problem.config.encoder)
+                problem.encoder.save_changes(directory / "encoder", base=base)
+            problem.head(candidate, records[name][most]["chosen"]).save(directory)
     advice = _advice({name: records[name][most]["right"] for name in chosen})
     heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
     mistakes(problem, heads[advice[0]], out / "mistakes.html")
@@ -398,19 +392,16 @@ def _encode(config: Config, out: epath.Path) -> Problem:
 def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epath.Path) -> str:
     """Train the towers on the first sample, unless `out` has them, and tell so."""
     first = encoders.first
-
-    def unseen(part: str) -> few_shot.Pictures | None:
-        # Samples depend on the labels alone.
-        if part not in parts:
-            return None
-        _, images, rows = parts[part]
-        labels, names = images.labels[rows], images.class_names
-        blank = dict(features=np.ones((len(rows), 1)), class_weights=np.ones((1, len(names))))
-        return few_shot.Pictures(labels=labels, class_names=names, **blank)
-
-    problem = Problem(
-        config=config, **{part: unseen(part) for part in ("pictures", "validation", "test")}
-    )
+    # Samples depend on the labels alone.
+    blank: dict[str, Any] = {
+        part: few_shot.Pictures(
+            features=np.ones((len(rows), 1)),
+            labels=images.labels[rows],
+            class_weights=np.ones((1, len(images.class_names))),
+        )
+        for part, (_, images, rows) in parts.items()
+    }
+    problem = Problem(config=config, **blank)
     _, images, rows = parts["pictures"]
     chosen = rows[problem.first.train]
     names, (shots,) = _words(images.class_names), config.shots
@@ -438,7 +429,7 @@ def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epa
                 recipe=few_shot.Recipe.published(kind, shots=shots),
                 seed=config.seed,
             )
-            tuned.save_changes(out, base=str(config.encoder), tokenizer=config.tokenizer)
+            tuned.save_changes(out, base=str(config.encoder))
             manifest.write(made_of)
     encoders.tuned(out)
     return f"The towers ({config.towers}) learned from the {len(chosen)} pictures of the sample."
@@ -551,7 +542,8 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
             grid = None if config.validation == "none" else candidate.grid
             if config.validation == "folds" and not candidate.folds(pictures.labels[learnt]):
                 grid = None
-            candidate = dataclasses.replace(candidate, grid=grid)
+            before = candidate.before if grid else ()
+            candidate = dataclasses.replace(candidate, grid=grid, before=before)
             chosen[name] = candidate.at_scale(pictures.scale)
         elif name in config.method:
             raise ValueError(f"method: expected {missing[0]}, which {name} needs, got none")

