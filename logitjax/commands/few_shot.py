@@ -539,11 +539,9 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
         if not missing:
-            grid = None if config.validation == "none" else candidate.grid
-            if config.validation == "folds" and not candidate.folds(pictures.labels[learnt]):
-                grid = None
-            before = candidate.before if grid else ()
-            candidate = dataclasses.replace(candidate, grid=grid, before=before)
+            single = not candidate.folds(pictures.labels[learnt])
+            if config.validation == "none" or (config.validation == "folds" and single):
+                candidate = dataclasses.replace(candidate, grid=None, before=())
             chosen[name] = candidate.at_scale(pictures.scale)
         elif name in config.method:
             raise ValueError(f"method: expected {missing[0]}, which {name} needs, got none")

@@ -57,11 +57,6 @@ class FeatureIdentity:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
-    @property
-    def bytes_per_row(self) -> int:
-        """Size of one row on disk."""
-        return _Codec(self).bytes_per_row
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:

@@ -33,20 +33,14 @@ class _LowRank(nnx.Module):
         # The key of the step, which the loop sets; None where nothing is dropped.
         self.key: Any = None
 
-    @property
-    def added(self) -> jax.Array:
-        """`[width, 3 * width]`, what the adapters add to the kernel: not alpha / rank."""
-        down, up = self.down[...], self.up[...]
-        product = jnp.einsum("qir,qro->iqo", down, up) / np.sqrt(down.shape[-1])
-        return product.reshape(len(product), -1)
-
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.key is None:
-            return self.linear(x) + x @ self.added.astype(x.dtype)
-        stay = jax.random.bernoulli(self.key, 1 - self.drop, (3, *x.shape))
-        dropped = jnp.where(stay, x / (1 - self.drop), 0.0)
-        inner = jnp.einsum("q...i,qir->q...r", dropped, self.down[...])
+        seen = jnp.broadcast_to(x, (3, *x.shape))
+        if self.key is not None:
+            stay = jax.random.bernoulli(self.key, 1 - self.drop, seen.shape)
+            seen = jnp.where(stay, seen / (1 - self.drop), 0.0)
+        inner = jnp.einsum("q...i,qir->q...r", seen, self.down[...])
         added = jnp.einsum("q...r,qro->...qo", inner, self.up[...])
+        # Not alpha / rank.
         added = added.reshape(*x.shape[:-1], -1) / np.sqrt(inner.shape[-1])
         return self.linear(x) + added.astype(x.dtype)
 

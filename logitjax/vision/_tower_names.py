@@ -134,6 +134,11 @@ def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
     return named
 
 
+def below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
+    """What begins with a prefix, without it."""
+    return {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
+
+
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
     """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, its projections joined."""
     named = renamed(weights, _TRANSFORMER)
@@ -320,10 +325,7 @@ def clip_config(
     Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
     `tower` is the configuration of a picture tower that is known.
     """
-    vision, text = (
-        {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
-        for part in ("vision.", "text.")
-    )
+    vision, text = below(weights, "vision."), below(weights, "text.")
     table = None if tower is not None else vision.get("attnpool.positional_embedding")
     try:
         if table is None:
@@ -409,9 +411,8 @@ def clip_names(weights: Weights) -> dict[str, np.ndarray]:
 def _from_transformers(weights: Weights) -> dict[str, np.ndarray]:
     named = {}
     for side, head in (("vision", "projection"), ("text", "head")):
-        prefix = f"{side}_model."
-        tower = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        named |= {f"{side}.{name}": value for name, value in transformer_names(tower).items()}
+        tower = transformer_names(below(weights, f"{side}_model."))
+        named |= {f"{side}.{name}": value for name, value in tower.items()}
         projection = f"{'visual' if side == 'vision' else side}_projection.weight"
         if projection in weights:
             named[f"{side}.{head}.weight"] = weights[projection]
