@@ -405,7 +405,7 @@ def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epa
     _, images, rows = parts["pictures"]
     chosen = rows[problem.first.train]
     names, (shots,) = _words(images.class_names), config.shots
-    kind = "clip_lora" if config.towers == "lora" else "two_stage_norms"
+    learn, kind = ("lora", "clip_lora") if config.towers == "lora" else ("norms", "two_stage_norms")
     made_of = {
         "encoder": first.fingerprint,
         "pictures": storage.digest(images.fingerprint, chosen, length=12),
@@ -425,7 +425,7 @@ def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epa
                 np.stack(seen, 1).reshape(-1, *seen[0].shape[1:]),
                 images.labels[chosen],
                 first.tokenize([config.prompts[0].format(name) for name in names]),
-                learn=config.towers,
+                learn=learn,
                 recipe=few_shot.Recipe.published(kind, shots=shots),
                 seed=config.seed,
             )

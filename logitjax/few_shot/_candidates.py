@@ -83,7 +83,9 @@ class Candidate:
         for grid in grids:
             length, *_ = [*map(len, grid.values()), 1]
             kept = {k: np.repeat(np.array(x)[:, None], length, 1) for k, x in chosen.items()}
-            columns = kept | {k: np.tile(np.float32(x), (len(runs), 1)) for k, x in grid.items()}
+            columns = kept | {
+                k: np.tile(np.asarray(x, np.float32), (len(runs), 1)) for k, x in grid.items()
+            }
             scores = sweep(
                 self.method, task, held_out, training=self.recipe, grid=columns, **options
             )

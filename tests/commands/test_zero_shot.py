@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_embeddings_and_probabilities_of_zero_shot_and_search_are_those_of_trans
     folder.mkdir()
     for number, pixels in enumerate(photographs()):
         image.fromarray(pixels).save(folder / f"{number}.png")
-    given = dict(encoder=clip_folder(tmp_path / "clip"), pictures=str(folder))
+    given: Any = dict(encoder=clip_folder(tmp_path / "clip"), pictures=str(folder))
     seen, write = [], pictures.write_answers
     monkeypatch.setattr(pictures, "write_answers", lambda *a: (seen.append(a[:2]), write(*a)))
     out = epath.Path(tmp_path) / "out"
@@ -80,8 +81,8 @@ def test_tuned_towers_are_saved_with_the_head_and_classify_uses_them(tmp_path, m
     short = few_shot.Recipe(steps=40, batch_size=8, learning_rate=1e-2, eps=1e-8)
     monkeypatch.setattr(few_shot.Recipe, "published", lambda *_, **__: short)
     out = epath.Path(tmp_path) / "out"
-    given = dict(data=f"folder:{folder}", encoder=clip_folder(tmp_path / "clip"), towers=towers)
-    given |= dict(method=("towers", "two_stage", "gda"), views="random:2")
+    given: Any = dict(data=f"folder:{folder}", encoder=clip_folder(tmp_path / "clip"))
+    given |= dict(towers=towers, method=("towers", "two_stage", "gda"), views="random:2")
     config = command.Config(**given, shots=(3,), samples=1)
     command.run(config, out)
     report = (out / "report.md").read_text()
