@@ -23,8 +23,8 @@ Weights = Mapping[str, np.ndarray]
 
 # What models of transformers are called that wrap a tower.
 PREFIX = re.compile(r"^(vision_model|vit|dinov2|dinov2_with_registers|resnet|convnext(v2)?)\.")
-_ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
-_ACTIVATIONS |= {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 _TRANSFORMER = (
     # CLIP and SigLIP.
     (r"^embeddings\.class_embedding$", "class_token"),
