@@ -110,7 +110,8 @@ class FittedHead:
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")
-        number = int((len(self.calibration) + 1) * (1 - coverage))
+        # A tenth of ten is one, but 1 - .9 is less.
+        number = int((len(self.calibration) + 1) * (1 - coverage) + 1e-9)
         least = np.sort(self.calibration)[number - 1] if number else 0.0
         return self.predict_proba(*features, **named) >= least
 

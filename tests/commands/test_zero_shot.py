@@ -42,7 +42,11 @@ def test_embeddings_and_probabilities_of_zero_shot_and_search_are_those_of_trans
     seen, write = [], pictures.write_answers
     monkeypatch.setattr(pictures, "write_answers", lambda *a: (seen.append(a[:2]), write(*a)))
     out = epath.Path(tmp_path) / "out"
-    zero_shot.run(zero_shot.Config(**given, classes=CLASSES, prompts=(PROMPT,)), out)
+    # As the flag has them.
+    asked = zero_shot.Config(**given, classes=(", ".join(CLASSES),), prompts=(PROMPT,))
+    with pytest.raises(ValueError, match="classes: expected two names or more, got 'cat'"):
+        dataclasses.replace(asked, classes=("cat",))
+    zero_shot.run(asked, out)
     ((head, encoded),) = seen
     np.testing.assert_allclose(encoded.features, GOLDENS["images"], atol=1e-5)
     np.testing.assert_allclose(head.class_weights.T, GOLDENS["texts"], atol=1e-5)
