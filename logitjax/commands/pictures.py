@@ -67,11 +67,10 @@ class Encoders:
 
     def tuned(self, directory: epath.Path) -> None:
         """Take the first encoder with the changes in a directory from now on."""
-        tokenizer = self.first.tokenizer
-        self.first = vision.load_encoder(str(directory), base=self.specs[0])
-        self.first.tokenizer = tokenizer
+        encoder = vision.load_encoder(str(directory), base=self.specs[0])
+        encoder.tokenizer = self.first.tokenizer
+        self.first = self._loaded[0] = encoder
         self.specs = [f"{self.specs[0]} tuned", *self.specs[1:]]
-        self._loaded[0] = self.first
 
     def encode(
         self, images: data.ImageSet, rows: Any, out: epath.Path, name: str, *views: Any

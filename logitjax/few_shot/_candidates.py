@@ -226,11 +226,10 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         "linear_probe": (methods.LinearProbe(), short, probe),
         "linear_probe_auxiliary": (auxiliary, short, probe),
     }
-    candidates = {
+    return {
         name: Candidate(method=method, recipe=recipe, grid=_grid(few, **ranges))
         for name, (method, recipe, ranges) in table.items()
-    }
-    return candidates | {"timo_s": _timo_s(short)}
+    } | {"timo_s": _timo_s(short)}
 
 
 def _timo_s(recipe: Recipe) -> Candidate:

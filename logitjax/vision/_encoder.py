@@ -88,13 +88,12 @@ class Encoder:
         """The encoder whose features are the inputs of `projection`; ValueError without one."""
         if self.projection is None:
             raise ValueError(f"encoder {self.name!r} has no linear projection at its end")
-        encoder = Encoder(
-            f"{self.name} before its projection",
-            _BeforeProjection(self.model),
-            self.preprocessing,
-            num_features=len(self.projection[0]),
-            dtype=self.dtype,
-        )
+        name, width = f"{self.name} before its projection", len(self.projection[0])
+        return self._other(name, _BeforeProjection(self.model), num_features=width)
+
+    def _other(self, name: str, model: Any, **options: Any) -> "Encoder":
+        options = {"num_features": self.num_features, "dtype": self.dtype, **options}
+        encoder = Encoder(name, model, self.preprocessing, **options)
         encoder.changes = self.changes
         return encoder
 
@@ -120,14 +119,7 @@ class Encoder:
                 raise ValueError(f"changes: expected weights of {self.name!r}, got {name!r}")
             flat[path] = flat[path][0], old.replace(value.astype(old.dtype))
         nnx.update(model, nnx.from_flat_state(flat.values()))
-        encoder = Encoder(
-            f"{self.name}, tuned",
-            model,
-            self.preprocessing,
-            num_features=self.num_features,
-            tokenizer=self.tokenizer,
-            dtype=self.dtype,
-        )
+        encoder = self._other(f"{self.name}, tuned", model, tokenizer=self.tokenizer)
         encoder.changes = self.fingerprint, {k: np.asarray(v) for k, v in changes.items()}
         return encoder
 
