@@ -76,18 +76,10 @@ def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> R
         samples = few_shot_samples.draw(task, shots, runs=runs, **sizes)
         samples = samples.with_auxiliary(arm.auxiliary)
         held_out = samples.held_out
-        scores = few_shot.sweep(
-            candidate.method,
-            samples.task,
-            held_out,
-            training=candidate.recipe,
-            grid=candidate.grid,
-            seed=config.seed,
-            first=first,
-            sequential=config.at_once == 1,
-            mesh=mesh,
+        options: Any = {"first": first, "sequential": config.at_once == 1, "mesh": mesh}
+        scores, best, _ = candidate.sweep(
+            samples.task, held_out, "validation", seed=config.seed, **options
         )
-        best = few_shot.best_setting(scores["validation"])
         rows = np.arange(len(best))
         record["zero_shot"] += _zero_shot_accuracy(*held_out["test"])
         for name, scored in record["shifted"].items():

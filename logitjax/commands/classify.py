@@ -2,7 +2,8 @@
 
     logitjax classify --head=runs/birds/heads/gda --pictures=NEW --out=runs/new
 
-The head records its encoder; a different encoder, size or fit is rejected. OUT/predictions.csv has
+The head records its encoder; a different encoder, size or fit is rejected. Towers that
+`logitjax few-shot --towers=...` trained are saved with the head and used. OUT/predictions.csv has
 for each picture its class, the probability, the second class, a set of classes that contains the
 right one with probability `--coverage`, and its rank in the order in which labels would help most.
 OUT/index.html shows the pictures in this order next to the most similar labelled ones. Pictures may
@@ -34,8 +35,8 @@ class Config(pictures.Folder):
 
 def run(config: Config, out: epath.Path) -> None:
     """Encode, predict, write."""
-    head = few_shot.load(config.head)
-    specs = [config.encoder or head.about.get("encoder")]
+    head, tuned = few_shot.load(config.head), epath.Path(config.head) / "encoder"
+    specs = [str(tuned) if tuned.exists() else config.encoder or head.about.get("encoder")]
     if "auxiliary" in head.method.needs:
         specs.append(config.auxiliary or head.about.get("auxiliary"))
     if None in specs:
@@ -43,7 +44,10 @@ def run(config: Config, out: epath.Path) -> None:
             f"encoder: expected one, because {config.head} was trained on files, got none"
         )
     encoders = pictures.Encoders(
-        list(map(str, specs)), fit=head.about.get("fit", "crop"), batch_size=config.batch_size
+        list(map(str, specs)),
+        base=config.encoder,
+        fit=head.about.get("fit", "crop"),
+        batch_size=config.batch_size,
     )
     classifier = {"class_weights": head.class_weights, "class_names": head.class_names}
     new, files = encoders.encode_folder(config.pictures, out, scale=head.scale, **classifier)

@@ -63,6 +63,11 @@ class Config:
     )
     fit: Literal["crop", "pad"] = field("crop", "How to make pictures square: crop or pad.")
     rows: str = field("all", "Pictures to learn from: all, a number, or per_class:N.")
+    towers: Literal["frozen", "lora", "norms"] = field(
+        "frozen",
+        "Train the encoder's towers first, on one sample: their adapters as CLIP-LoRA (lora) or "
+        "their norms as 2SFS (norms).",
+    )
     views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
     features: str | None = field(
@@ -111,7 +116,13 @@ class Config:
             raise ValueError("class_weights: expected a file to go with --features, got none")
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots: expected positive numbers, got {self.shots}")
-        candidates = few_shot.Candidate.all()
+        one = self.data is not None and self.samples == 1 and len(self.shots) == 1
+        if self.towers != "frozen" and (not one or self.validation in ("folds", "none")):
+            raise ValueError(
+                f"towers: {self.towers} expects --data, --samples=1, one number of --shots and "
+                "other pictures to choose on, since the encoder learns from the sample"
+            )
+        candidates = few_shot.Candidate.all() | self.of_towers
         for name in self.method:
             if name != "all" and name not in candidates:
                 raise ValueError(
@@ -120,6 +131,18 @@ class Config:
         for prompt in self.prompts:
             if "{}" not in prompt:
                 raise ValueError(f"prompts: expected {{}} in place of the name, got {prompt!r}")
+
+    @property
+    def of_towers(self) -> dict[str, few_shot.Candidate]:
+        """The tuned encoder by itself, and the second stage of 2SFS."""
+        if self.towers == "frozen":
+            return {}
+        free, probe = few_shot.methods.TipAdapter(beta=0.0), few_shot.methods.CLAP(penalty=0.0)
+        second = few_shot.Recipe.published("two_stage", shots=max(self.shots))
+        return {
+            "towers": few_shot.Candidate(method=free),
+            "two_stage": few_shot.Candidate(method=probe, recipe=second),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +160,7 @@ class Problem:
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     made_of: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    encoder: vision.Encoder | None = None
 
     def sample(self, shots: int, number: int) -> Any:
         return self.pictures.sample(
@@ -173,23 +197,18 @@ class Problem:
         folds = 0
         if self.config.validation == "folds" and self.validation is None:
             folds = min(candidate.folds(self.pictures.labels[one.train]) for one in samples)
-        scores = few_shot.sweep(
-            candidate.method,
+        scores, best, chosen = candidate.sweep(
             task,
             held_out,
-            training=candidate.recipe,
-            grid=candidate.grid,
+            "train" if folds else "validation",
             seed=self.config.seed,
             sequential=True,
             folds=folds,
         )
-        best, by = np.zeros(len(samples), int), scores.get("train", scores.get("validation"))
-        record: dict[str, Any] = {"credit": []}
-        if by is not None:
-            # One setting a sample, each chosen on its own validation pictures.
-            best = few_shot.best_setting(by)
-            record["credit"] = by["credit"].astype(float).round(4).tolist()
-        rows, record["chosen"] = np.arange(len(best)), best.tolist()
+        judged = scores.get("train", scores.get("validation"))
+        credit = judged["credit"].astype(float).round(4).tolist() if judged else []
+        record: dict[str, Any] = {"credit": credit, "chosen": chosen}
+        rows = np.arange(len(best))
         record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
         # Rows of padding have the label -1, which no argmax is.
@@ -198,14 +217,17 @@ class Problem:
         record["updates"] = candidate.updates(len(samples[0].train))
         return record
 
-    def head(self, candidate: few_shot.Candidate, setting: int) -> Any:
+    def head(self, candidate: few_shot.Candidate, chosen: Mapping[str, list[float]]) -> Any:
         """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
         sample, config = self.first, self.config
         validation = self.pictures[sample.validation] if len(sample.validation) else None
         if self.validation is not None:
             validation = self.validation
         head = few_shot.fit(
-            candidate.chosen(setting), self.pictures[sample.train], validation, seed=config.seed
+            candidate.at({name: values[0] for name, values in chosen.items()}),
+            self.pictures[sample.train],
+            validation,
+            seed=config.seed,
         )
         files = self.files.get("pictures", ())
         about = {
@@ -250,8 +272,10 @@ def _run(problem: Problem, out: epath.Path) -> None:
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
         directory = out / "heads" / name
         if not (directory / "head.json").exists():
-            setting = records[name][most]["chosen"][0]
-            problem.head(candidate, setting).save(directory)
+            if problem.encoder is not None and problem.encoder.changes is not None:
+                base = str(problem.config.encoder)
+                problem.encoder.save_changes(directory / "encoder", base=base)
+            problem.head(candidate, records[name][most]["chosen"]).save(directory)
     advice = _advice({name: records[name][most]["credit"] for name in chosen})
     heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
     mistakes(problem, heads[advice[0]], out / "mistakes.html")
@@ -319,9 +343,11 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         fit=config.fit,
         batch_size=config.batch_size,
     )
-    first = encoders.first
     # What can be refused is refused before hours of encoding.
-    parts, notes = _survey(config, first)
+    parts, notes = _survey(config, encoders.first)
+    if config.towers != "frozen":
+        notes.append(_tune(config, encoders, parts, out / "encoder"))
+    first = encoders.first
     scale = config.scale
     if scale is None and config.class_weights is None:
         # Trained with the text tower.
@@ -359,7 +385,55 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         part: tuple(str(images.files[row]) for row in rows) if images.files else ()
         for part, (_, images, rows) in parts.items()
     }
-    return Problem(config=config, **entries, files=files, notes=notes, made_of=made_of)
+    return Problem(
+        config=config, **entries, files=files, notes=notes, made_of=made_of, encoder=first
+    )
+
+
+def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epath.Path) -> str:
+    """Train the towers on the first sample, unless `out` has them, and tell so."""
+    first = encoders.first
+    # Samples depend on the labels alone.
+    blank: dict[str, Any] = {
+        part: few_shot.Pictures(
+            features=np.ones((len(rows), 1)),
+            labels=images.labels[rows],
+            class_weights=np.ones((1, len(images.class_names))),
+        )
+        for part, (_, images, rows) in parts.items()
+    }
+    problem = Problem(config=config, **blank)
+    _, images, rows = parts["pictures"]
+    chosen = rows[problem.first.train]
+    names, (shots,) = _words(images.class_names), config.shots
+    learn, kind = ("lora", "clip_lora") if config.towers == "lora" else ("norms", "two_stage_norms")
+    made_of = {
+        "encoder": first.fingerprint,
+        "pictures": storage.digest(images.fingerprint, chosen, length=12),
+        **{name: getattr(config, name) for name in ("towers", "views", "fit", "seed")},
+        "shots": shots,
+        "prompt": config.prompts[0],
+    }
+    manifest = storage.Manifest(out, "tuned towers")
+    with processes.first_before_others("tuned towers"):
+        if manifest.exists():
+            manifest.check(made_of)
+        else:
+            views = data.ImageViews.of(first, config.views, fit=config.fit, seed=config.seed)
+            seen = [views(images[row][0], row=row) for row in chosen.tolist()]
+            tuned = few_shot.tune_towers(
+                first,
+                np.stack(seen, 1).reshape(-1, *seen[0].shape[1:]),
+                images.labels[chosen],
+                first.tokenize([config.prompts[0].format(name) for name in names]),
+                learn=learn,
+                recipe=few_shot.Recipe.published(kind, shots=shots),
+                seed=config.seed,
+            )
+            tuned.save_changes(out, base=str(config.encoder))
+            manifest.write(made_of)
+    encoders.tuned(out)
+    return f"The towers ({config.towers}) learned from the {len(chosen)} pictures of the sample."
 
 
 def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], list[str]]:
@@ -367,7 +441,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
 
     Refuses methods and pictures that no head can be trained with.
     """
-    candidates = few_shot.Candidate.all(config.grid, steps=config.steps)
+    candidates = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
     for name in config.method:
         if (
             name != "all"
@@ -451,7 +525,8 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
     """The methods that were asked for, and of all of them those that cannot be, with a reason."""
     config, pictures = problem.config, problem.pictures
     chosen, left_out = {}, {}
-    for name, candidate in few_shot.Candidate.all(config.grid, steps=config.steps).items():
+    existing = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
+    for name, candidate in existing.items():
         if name not in config.method and "all" not in config.method:
             continue
         sides = [pictures] if problem.test is None else [pictures, problem.test]
@@ -465,10 +540,9 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
         if not missing:
-            grid = None if config.validation == "none" else candidate.grid
-            if config.validation == "folds" and not candidate.folds(pictures.labels[learnt]):
-                grid = None
-            candidate = dataclasses.replace(candidate, grid=grid)
+            single = not candidate.folds(pictures.labels[learnt])
+            if config.validation == "none" or (config.validation == "folds" and single):
+                candidate = dataclasses.replace(candidate, grid=None, before=())
             chosen[name] = candidate.at_scale(pictures.scale)
         elif name in config.method:
             raise ValueError(f"method: expected {missing[0]}, which {name} needs, got none")

@@ -72,7 +72,8 @@ def report(
         cells = {names[n]: cell(record[part]) for n, record in by_shots.items()}
         return {"method": name, **cells}
 
-    rows = [row("zero-shot", "zero_shot", records[best])]
+    # Of tuned towers that is a method.
+    rows = [row("zero-shot", "zero_shot", records[best])] if config.towers == "frozen" else []
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)

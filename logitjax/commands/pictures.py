@@ -56,13 +56,21 @@ class Encoders:
         specs: Sequence[str],
         *,
         tokenizer: str | None = None,
+        base: str | None = None,
         fit: str = "crop",
         batch_size: int = 16,
     ):
         self.specs, self._fit, self._batch_size = specs, fit, batch_size
-        self._loaded = [vision.load_encoder(specs[0], tokenizer=tokenizer)]
+        self._loaded = [vision.load_encoder(specs[0], tokenizer=tokenizer, base=base)]
         self._loaded += map(vision.load_encoder, specs[1:])
         self.first = self._loaded[0]
+
+    def tuned(self, directory: epath.Path) -> None:
+        """Take the first encoder with the changes in a directory from now on."""
+        encoder = vision.load_encoder(str(directory), base=self.specs[0])
+        encoder.tokenizer = self.first.tokenizer
+        self.first = self._loaded[0] = encoder
+        self.specs = [f"{self.specs[0]} tuned", *self.specs[1:]]
 
     def encode(
         self, images: data.ImageSet, rows: Any, out: epath.Path, name: str, *views: Any

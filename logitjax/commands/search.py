@@ -38,8 +38,10 @@ def run(config: Config, out: epath.Path) -> None:
     else:
         query = first.text_features(first.tokenize([config.query]))
     # What is looked for stands where classes have their weights; the second column is not read.
-    weights = np.stack([np.asarray(query)[0]] * 2, 1)
-    seen, files = encoders.encode_folder(config.pictures, out, class_weights=weights, scale=1.0)
+    weights, names = np.stack([np.asarray(query)[0]] * 2, 1), (config.query, "")
+    seen, files = encoders.encode_folder(
+        config.pictures, out, class_weights=weights, class_names=names, scale=1.0
+    )
     cosines = seen.inputs.zero_shot[:, 0]
     order = np.argsort(-cosines, kind="stable").tolist()
     rows = [{"picture": files[row], "cosine": f"{cosines[row]:.4f}"} for row in order]

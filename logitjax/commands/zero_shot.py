@@ -22,8 +22,17 @@ class Config(pictures.Folder):
     """The encoder, the pictures and the classes."""
 
     encoder: str = field(REQUIRED, "Encoder with a text tower, by name or path.")
-    classes: tuple[str, ...] = field(REQUIRED, "Name of a class.")
+    classes: tuple[str, ...] = field(REQUIRED, "Names of the classes, separated by commas.")
     prompts: tuple[str, ...] = field(("a photo of a {}.",), "Prompt with {} for a class's name.")
+
+    @property
+    def names(self) -> list[str]:
+        """The classes one by one."""
+        return [name.strip() for each in self.classes for name in each.split(",")]
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2 or not all(self.names):
+            raise ValueError(f"classes: expected two names or more, got {', '.join(self.names)!r}")
 
 
 def run(config: Config, out: epath.Path) -> None:
@@ -31,10 +40,10 @@ def run(config: Config, out: epath.Path) -> None:
     encoders = pictures.Encoders(
         [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
     )
-    weights = np.asarray(encoders.first.zero_shot(config.classes, config.prompts))
+    weights = np.asarray(encoders.first.zero_shot(config.names, config.prompts))
     scale = encoders.first.logit_scale
     new, files = encoders.encode_folder(
-        config.pictures, out, class_weights=weights, class_names=config.classes, scale=scale
+        config.pictures, out, class_weights=weights, class_names=config.names, scale=scale
     )
     # A bias of weight 0; one picture teaches and calibrates nothing.
     nothing = few_shot.Candidate(method=few_shot.methods.TipAdapter(beta=0.0))

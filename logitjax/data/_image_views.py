@@ -28,6 +28,7 @@ class ImageViews:
         kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
             ``size`` and mirrors it half of the time.
         scale: smallest and largest share of the area that a random view keeps.
+        floor: as of `vision.Encoder.preprocessing`, for plain views.
 
     >>> views = ImageViews(size=8, resize=9, kind="random", count=2)
     >>> views(np.zeros((20, 30, 3), np.uint8), row=5).shape
@@ -42,6 +43,7 @@ class ImageViews:
     count: int = 1
     scale: tuple[float, float] = (0.5, 1.0)
     seed: int = 0
+    floor: bool = False
 
     def __post_init__(self) -> None:
         for name, existing in (
@@ -76,6 +78,7 @@ class ImageViews:
             size=encoder.preprocessing.size,
             resize=encoder.preprocessing.resize,
             interpolation=encoder.preprocessing.interpolation,
+            floor=encoder.preprocessing.floor,
             count=int(count or 1),
             # Plain views have none.
             seed=seed if kind == "random" else 0,
@@ -86,7 +89,8 @@ class ImageViews:
         """Return the settings that decide the pixels, for manifests."""
         parts = [f"{self.kind} {self.size} px", self.fit, self.interpolation]
         if self.kind == "plain":
-            return " ".join([*parts, f"of {self.resize}" if self.fit == "crop" else "whole"])
+            cut = f"of {self.resize}{', floor' if self.floor else ''}"
+            return " ".join([*parts, cut if self.fit == "crop" else "whole"])
         low, high = self.scale
         return " ".join([*parts, f"scale {low:g}-{high:g} seed {self.seed}"])
 
@@ -129,11 +133,11 @@ class ImageViews:
         if self.fit == "squash":
             return np.asarray(picture.resize((size, size), self._filter))
         target = size if self.fit == "pad" else self.resize
-        # torchvision's Resize and CenterCrop round like this.
+        # Of halves torchvision's CenterCrop takes the even neighbour.
         short = min(picture.size)
         width, height = (target * n // short for n in picture.size)
         picture = picture.resize((width, height), self._filter)
-        left, top = round((width - size) / 2), round((height - size) / 2)
+        left, top = (n // 2 if self.floor else round(n / 2) for n in (width - size, height - size))
         return np.asarray(picture.crop((left, top, left + size, top + size)))
 
     def _random(self, picture: Any, rng: np.random.Generator) -> np.ndarray:

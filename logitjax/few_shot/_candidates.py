@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax.few_shot import methods
 from logitjax.few_shot._method import FewShotTask, Inputs, Method
-from logitjax.few_shot._sweep import Runs, compiled_sweep, with_settings
+from logitjax.few_shot._sweep import Runs, best_setting, compiled_sweep, sweep, with_settings
 from logitjax.few_shot._train import Recipe
 from logitjax.training import Program
 
@@ -24,11 +24,13 @@ class Candidate:
         method: The method at its published setting, which holds where nothing can be chosen.
         recipe: How it is trained; None for a method without training.
         grid: Columns of equal length, as for `sweep`; None if there is nothing to choose.
+        before: Grids to choose from first, one after another; what a later grid has is not kept.
     """
 
     method: Method
     recipe: Recipe = Recipe()  # noqa: RUF009 (frozen)
     grid: Mapping[str, Sequence[float]] | None = None
+    before: tuple[Mapping[str, Sequence[float]], ...] = ()
 
     @classmethod
     def all(
@@ -43,13 +45,14 @@ class Candidate:
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
         are the published ones; methods without one for all features take `steps` of 32 images.
+        `timo_s` alone tries what its authors do, 20 settings and then 90.
 
         Args:
             grid: `'small'` for 4 settings, `'full'` for 12; others are a ValueError.
             epochs, batch_size: Those of AMU.
 
-        >>> {len(next(iter(c.grid.values()))) for c in Candidate.all().values()}
-        {4}
+        >>> sorted({candidate.settings for candidate in Candidate.all().values()})
+        [4, 110]
         """
         if grid not in ("small", "full"):
             raise ValueError(f"grid: expected small or full, got {grid!r}")
@@ -61,11 +64,34 @@ class Candidate:
         """The same for zero-shot logits that are cosines of this scale."""
         return dataclasses.replace(self, method=self.method.at_scale(scale))
 
-    def chosen(self, number: int) -> "Candidate":
-        """The candidate with the setting of this number, and nothing left to choose."""
-        settings = {name: float(column[number]) for name, column in (self.grid or {}).items()}
-        method, recipe = with_settings(self.method, self.recipe, settings)
+    def at(self, settings: Mapping[str, float]) -> "Candidate":
+        """The candidate with these settings, and nothing left to choose."""
+        method, recipe = with_settings(self.method, self.recipe, dict(settings))
         return Candidate(method=method, recipe=recipe)
+
+    def sweep(
+        self, task: FewShotTask, held_out: Mapping[str, tuple[Inputs, Any]], by: str, **options: Any
+    ) -> tuple[dict[str, Any], np.ndarray, dict[str, list[float]]]:
+        """Scores of `sweep` with the grid, and of each run its best setting and what that is.
+
+        Args:
+            by: Name of the images that choose, `"validation"` or with folds `"train"`; without
+                them the first setting is taken.
+        """
+        chosen: dict[str, list[float]] = {}
+        runs, grids = np.arange(len(task.labels)), (*self.before, self.grid or {})
+        for grid in grids:
+            length, *_ = [*map(len, grid.values()), 1]
+            kept = {k: np.repeat(np.array(x)[:, None], length, 1) for k, x in chosen.items()}
+            columns = kept | {
+                k: np.tile(np.asarray(x, np.float32), (len(runs), 1)) for k, x in grid.items()
+            }
+            scores = sweep(
+                self.method, task, held_out, training=self.recipe, grid=columns, **options
+            )
+            best = best_setting(scores[by]) if by in scores else 0 * runs
+            chosen = {name: column[runs, best].tolist() for name, column in columns.items()}
+        return scores, best, chosen
 
     def updates(self, images: int) -> int:
         """Gradient steps on so many labelled images."""
@@ -82,8 +108,9 @@ class Candidate:
 
     @property
     def settings(self) -> int:
-        """Number of settings to choose among."""
-        return max(map(len, (self.grid or {}).values()), default=1)
+        """Number of settings to choose among, one after another."""
+        grids = (*self.before, self.grid or {})
+        return sum(max(map(len, grid.values()), default=1) for grid in grids)
 
     def program(
         self,
@@ -101,8 +128,12 @@ class Candidate:
         (count, shown), recipe = task.labels.shape, self.recipe
         # The shape of `Recipe.order`, with an axis of runs.
         order = (count, recipe.total_steps(shown), min(recipe.batch_size, shown))
+        # The last grid's; with the name of the axis, where no field is searched.
+        length, *_ = [*map(len, (self.grid or {}).values()), 1]
+        columns = array((count, length), jnp.float32)
         runs = Runs(
             numbers=array((count,), jnp.int32),
+            settings=dict.fromkeys([*(self.grid or {}), ""], columns),
             task=task,
             orders=array(order, jnp.int32),
             held_out=dict(held_out),
@@ -113,15 +144,11 @@ class Candidate:
             runs.shardings(mesh),
         )
         whole = NamedSharding(mesh, PartitionSpec())
-        columns = {name: len(column) for name, column in (self.grid or {}).items()}
-        # As in `sweep`: the axis, where no field is searched.
-        columns[""] = self.settings
-        settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
         number = array((), jnp.int32, sharding=whole)
         return Program(
             name=f"{type(self.method).__name__}, {shown} images",
             jitted=compiled_sweep,
-            arguments=(runs, settings, number, number),
+            arguments=(runs, number, number),
             options=dict(method=self.method, training=recipe, sequential=sequential, mesh=mesh),
         )
 
@@ -173,11 +200,6 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         "pro_ker": (methods.ProKeR(), short, dict(penalty=(0.1, 3.0), sharpness=(1.5, 10.0))),
         "rehark": (methods.ReHARK(), short, dict(penalty=(0.1, 1.0), text=(3.0, 10.0))),
         "timo": (methods.TIMO(), short, dict(text=(1.0, 1e4))),
-        "timo_s": (
-            methods.TIMO(),
-            short,
-            dict(text=(10.0, 1e3), sharpness=(5.0, 100.0), kept=(0.5, 2.0)),
-        ),
         "task_res": (methods.TaskRes(), short, dict(training__learning_rate=rate, beta=(0.5, 1.0))),
         # Its step sizes follow from the data: what is left is the share of the zero-shot logits.
         "lp_plus_plus": (methods.LPPlusPlus(), short, dict(beta=(0.25, 1.0))),
@@ -207,4 +229,13 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
     return {
         name: Candidate(method=method, recipe=recipe, grid=_grid(few, **ranges))
         for name, (method, recipe, ranges) in table.items()
-    }
+    } | {"timo_s": _timo_s(short)}
+
+
+def _timo_s(recipe: Recipe) -> Candidate:
+    """The search of TIMO-S as released: `sharpness` by the texts alone, then text and texts."""
+    texts = dict(sharpness=list(range(5, 101, 5)), pictures=[0.0] * 20)
+    pairs = [(10.0**power, step / 9) for step in range(10) for power in range(-4, 5)]
+    text, kept = map(list, zip(*pairs))
+    grid = dict(text=text, kept=kept, pictures=[1.0] * len(pairs))
+    return Candidate(method=methods.TIMO(), recipe=recipe, grid=grid, before=(texts,))

@@ -1,4 +1,4 @@
-"""Few-shot methods that need no gradient step but a linear system: GDA, ProKeR and ReHARK."""
+"""Few-shot methods that need no gradient step but a linear system: GDA, ProKeR, ReHARK, TIMO."""
 
 import dataclasses
 from typing import ClassVar
@@ -224,4 +224,73 @@ class ReHARK(Method):
         features = self._shaped(needed(inputs.features, "features", self))
         kernel = self._kernel(features, keys) @ state.trained
         local = self.scale * (features @ prior.T + kernel / self.text)
+        return without_zero_shot(local, inputs.zero_shot)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TIMO(Method):
+    """TIMO: Gaussian discriminant analysis of pictures and texts, with texts that pictures weigh.
+
+    ::
+
+        m_p = v . t_p, v the class's mean picture
+        w = unit(sum_p softmax_p(sharpness m / |m|) t_p)
+        logits = text f . w + f W + b,   W, b of `GDA` on all views and on the `kept` texts of the
+                                         largest m, each times its m
+
+    The logits are not at CLIP's scale, as released. TIMO-S chooses `sharpness` and `kept` too:
+    `Candidate.all` has the released search. On ImageNet sharpness is 1, on Flowers 100. A class
+    without a picture takes all its texts alike. Source: Li et al. (arXiv 2412.11375), which reads
+    the zero-shot classifier only through its texts.
+
+    Attributes:
+        beta: 1 is the method by itself, less mixes it with the zero-shot logits.
+        text: alpha, of which .0001 to 10,000 by factors of ten are searched.
+        sharpness: gamma.
+        kept: How many of a class's texts are among the examples, the best first, from 0 for one to
+            1 for twice as many as there are, of which the best count twice. None for all.
+        pictures: Weight of all but the text; at 0 TIMO-S chooses `sharpness`.
+    """
+
+    text: Number = 10.0
+    sharpness: Number = 50.0
+    kept: Number | None = None
+    pictures: Number = 1.0
+    trains: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("texts",)
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        texts = needed(task.texts, "texts", self)
+        if task.text_projection is not None:
+            texts = texts @ needed(task.text_projection, "text_projection", self)
+        texts = unit_rows(texts)  # [classes, prompts, features]
+        classes, prompts, width = texts.shape
+        seen = task.mean_view("features", self)
+        means = unit_rows(class_means(seen, task.labels, classes).T)
+        existing = one_hot(task.labels, classes).any(0)[:, None]
+        match = jnp.where(existing, jnp.einsum("cpd,cd->cp", texts, means), 1.0)
+        length = jnp.linalg.norm(match, axis=-1, keepdims=True)
+        share = jax.nn.softmax(self.sharpness * match / length)
+        guided = unit_rows(jnp.einsum("cp,cpd->cd", share, texts))
+        best = jnp.argsort(-match)[..., None]
+        taught = jnp.take_along_axis(texts * match[..., None], best, 1)
+        labels = jnp.broadcast_to(jnp.arange(classes)[:, None], match.shape)
+        if self.kept is not None:
+            # More than there are take the best once more. Of thirds a count may be off by rounding.
+            taught, count = jnp.concatenate([taught, taught], 1), 1 + self.kept * (2 * prompts - 1)
+            used = jnp.arange(2 * prompts) < jnp.floor(count + 1e-4)
+            labels = jnp.where(used, jnp.arange(classes)[:, None], -1)
+        features, of_features = task.every_view("features", self)
+        kernel, bias = gaussian_classifier(
+            jnp.concatenate([taught.reshape(-1, width), features]),
+            jnp.concatenate([labels.reshape(-1), jnp.asarray(of_features)]),
+            classes,
+        )
+        return State({"kernel": kernel, "bias": bias, "guided": guided}, None)
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        features, learnt = needed(inputs.features, "features", self), state.trained
+        seen = features @ learnt["kernel"] + learnt["bias"]
+        local = self.text * features @ learnt["guided"].T + self.pictures * seen
         return without_zero_shot(local, inputs.zero_shot)

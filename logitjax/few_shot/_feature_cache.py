@@ -1,13 +1,18 @@
-"""Image features on disk: features of every view, logits, and the classes."""
+"""Image features on disk: features of every view, logits, and the classes; pictures into them."""
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from logitjax import data, vision
 from logitjax.ops import checks
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
@@ -51,11 +56,6 @@ class FeatureIdentity:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Size of one row on disk."""
-        return _Codec(self).bytes_per_row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,3 +181,94 @@ def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
     # a list in JSON.
     names = tuple(made_from["class_names"])
     return FeatureIdentity(**{**made_from, "class_names": names})
+
+
+def _made_of(
+    encoder: vision.Encoder, images: data.ImageSet, views: data.ImageViews, *, dtype: str
+) -> FeatureIdentity:
+    colours = dataclasses.asdict(encoder.preprocessing)
+    return FeatureIdentity(
+        encoder=encoder.name,
+        encoder_fingerprint=encoder.fingerprint,
+        preprocessing=" ".join(f"{k}={colours[k]}" for k in ("mean", "std")),
+        views=str(views),
+        data=images.source,
+        data_fingerprint=images.fingerprint,
+        class_names=images.class_names,
+        num_views=views.count,
+        num_features=encoder.num_features,
+        num_logits=encoder.num_classes,
+        compute_dtype=encoder.dtype,
+        dtype=dtype,
+    )
+
+
+def extract_features(
+    encoder: vision.Encoder,
+    images: data.ImageSet,
+    directory: epath.PathLike,
+    *,
+    views: data.ImageViews,
+    rows: Any = None,
+    batch_size: int = 16,
+    dtype: str = "float16",
+) -> FeatureCache:
+    """Encode pictures once by a frozen encoder, and keep the features.
+
+    Rows that the directory already holds are left alone, so a killed call continues when repeated.
+    All views of a batch are encoded at once on this process's devices. Processes share the shards.
+
+    Args:
+        directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
+        views: Views of each picture, such as `data.ImageViews.of` makes.
+        rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.
+        batch_size: Pictures encoded together, with all their views.
+        dtype: Type on disk.
+
+    Raises:
+        TypeError: Rows that are not integers, such as a mask.
+        ValueError: The directory holds the features of something else (it says which part differs),
+            or a row does not exist.
+    """
+    chosen = np.arange(len(images)) if rows is None else np.asarray(rows)
+    checks.ids(chosen, len(images), "rows")
+    total = batch_size * views.count
+    devices = jax.local_devices()
+    # a batch splits evenly.
+    used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
+    mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
+    spread = NamedSharding(mesh, PartitionSpec("data"))
+    # Whole on each device.
+    placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
+
+    def fetch(row: int) -> tuple[np.ndarray, int]:
+        picture, label = images[row]
+        return views(picture, row=row), label
+
+    # PIL decodes without the GIL.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def compute(chunk: np.ndarray) -> Features:
+            fetched = list(pool.map(fetch, chunk.tolist()))
+            pixels = np.concatenate([picture for picture, _ in fetched])
+            features, logits = placed.encode(jax.device_put(pixels, spread))
+            # Features or logits last.
+            shape = (len(chunk), views.count, -1)
+            # Nothing is waited for: `fill` takes this when the next batch is on its way.
+            return Features(
+                features=features.reshape(shape),
+                logits=None if logits is None else logits.reshape(shape),
+                labels=np.array([label for _, label in fetched], np.int32),
+            )
+
+        cache = FeatureCache(directory, _made_of(encoder, images, views, dtype=dtype))
+        cache.fill(
+            chosen,
+            compute,
+            batch_size=batch_size,
+            rows_per_shard=256,
+            label=encoder.name,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return cache

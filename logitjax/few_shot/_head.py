@@ -18,12 +18,13 @@ from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate
 from logitjax.few_shot._labelled import Pictures, finite, unit
 from logitjax.few_shot._method import CLASSIFIER, FewShotTask, Inputs, Method, State
-from logitjax.few_shot._sweep import best_setting, fold_logits, sweep
+from logitjax.few_shot._sweep import fold_logits
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
 # Files of other heads lie under the same names.
 _KIND = "few-shot head"
+_WRITTEN = ("scale", "class_names", "encoders", "about", "temperature", "likeness")
 # Arrays that are no part of the state.
 _KEPT = ("calibration", "examples", "example_labels")
 
@@ -110,7 +111,8 @@ class FittedHead:
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")
-        number = int((len(self.calibration) + 1) * (1 - coverage))
+        # A tenth of ten is one, but 1 - .9 is less.
+        number = int((len(self.calibration) + 1) * (1 - coverage) + 1e-9)
         least = np.sort(self.calibration)[number - 1] if number else 0.0
         return self.predict_proba(*features, **named) >= least
 
@@ -145,12 +147,7 @@ class FittedHead:
             "kind": _KIND,
             "method": _described(self.method),
             "state": state,
-            "scale": self.scale,
-            "class_names": list(self.class_names),
-            "encoders": list(self.encoders),
-            "about": dict(self.about),
-            "temperature": self.temperature,
-            "likeness": self.likeness,
+            **{name: getattr(self, name) for name in _WRITTEN},
         }
         for name in _KEPT:
             if getattr(self, name) is not None:
@@ -214,18 +211,16 @@ def fit(
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
         shared = {name: getattr(task, name) for name in fixed}
         name, shown = ("validation", validation) if validation is not None else ("train", pictures)
-        scores = sweep(
-            candidate.method,
+        *_, best = candidate.sweep(
             dataclasses.replace(one, **shared),
             {name: (shown.inputs[None], shown.labels[None])},
-            training=candidate.recipe,
-            grid=candidate.grid,
+            name,
             seed=seed,
             # The memory of one setting, not of the grid.
             sequential=True,
             folds=0 if validation is not None else folds,
         )
-        candidate = candidate.chosen(int(best_setting(scores[name])[0]))
+        candidate = candidate.at({field: values[0] for field, values in best.items()})
     head = FittedHead(
         method=candidate.method,
         state=_learnt(candidate, task, seed),

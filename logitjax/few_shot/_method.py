@@ -85,8 +85,7 @@ class FewShotTask:
         support: `[views * n, ...]` labelled images, view after view of all of them.
         labels: `[n]` classes; images with the label -1 are padding.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
-            methods that read them. `methods.CLAP` and a `methods.TaskRes` that renormalises take
-            columns of any length.
+            methods that read them. `methods.CLAP` takes columns of any length.
         projection: `[hidden, features]`, the encoder's last one; for methods that train it.
         projection_bias: `[features]`, the projection's bias; None for none.
         texts: `[classes, prompts, width]`, the text features of every prompt of a class, before

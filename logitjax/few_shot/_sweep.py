@@ -15,8 +15,8 @@ from logitjax.few_shot._train import Recipe
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
 
-# Held-out images that are scored at a time.
-_SCORED = 1024
+# Held-out images that are scored at a time, and settings without training.
+_SCORED, _AT_ONCE = 1024, 12
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +25,11 @@ class Runs:
     """Samples of images that a sweep trains on, an axis of runs in front.
 
     A run's random start follows from its number; of each step `orders` has the rows. `held_out`
-    has, by name, images and labels to score on.
+    has, by name, images and labels to score on, `settings` `[runs, settings]` values by field.
     """
 
     numbers: Any
+    settings: dict[str, Any]
     task: FewShotTask
     orders: Any
     held_out: Mapping[str, tuple[Inputs, Any]]
@@ -81,7 +82,7 @@ def sweep(
     held_out: Mapping[str, tuple[Inputs, Any]],
     *,
     training: Recipe,
-    grid: Mapping[str, Sequence[float]] | None = None,
+    grid: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     seed: int = 0,
     first: int = 0,
     sequential: bool = False,
@@ -101,7 +102,7 @@ def sweep(
             negative labels do not count.
         training: The optimizer's settings, for methods that train.
         grid: Columns of equal length, named by field: `beta`, `uncertainty.exponent`,
-            `training.learning_rate`.
+            `training.learning_rate`; `[settings]`, or `[runs, settings]` where runs differ.
         seed: Seed of the orders and of random starts.
         first: Number of the first run, so that several calls are as one.
         sequential: One run after another, and in training one setting after another: for heads too
@@ -131,7 +132,7 @@ def sweep(
     [[0.0, 1.0]]
     """
     columns = {name: np.asarray(column, np.float32) for name, column in (grid or {}).items()}
-    lengths = {len(column) for column in columns.values()} or {1}
+    lengths = {column.shape[-1] for column in columns.values()} or {1}
     if len(lengths) > 1 or 0 in lengths:
         raise ValueError(f"grid: expected columns of one length, got {sorted(lengths)}")
     labels = np.asarray(task.labels)
@@ -155,14 +156,17 @@ def sweep(
     with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
     orders, steps = _orders(numbers, labels, counts.pop(), training, views=task.views, seed=seed)
-    runs = Runs(numbers=numbers, task=task, orders=orders, held_out=dict(held_out))
+    # The axis, where no field is searched.
+    columns[""] = np.zeros(lengths.pop(), np.float32)
+    columns = {k: np.broadcast_to(x, (len(labels), x.shape[-1])) for k, x in columns.items()}
+    runs = Runs(
+        numbers=numbers, settings=columns, task=task, orders=orders, held_out=dict(held_out)
+    )
     if mesh is not None and mesh.size > 1:
         runs = _padded(runs, mesh.devices.shape[0])
         runs = jax.device_put(runs, runs.shardings(mesh))
     scores = compiled_sweep(
         runs,
-        # The axis, where no field is searched.
-        columns | {"": np.zeros(lengths.pop(), np.float32)},
         steps if method.trains else 0,
         seed,
         method=method,
@@ -202,7 +206,6 @@ def _padded(runs: Runs, multiple: int) -> Runs:
 @functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "folds", "mesh"))
 def compiled_sweep(
     runs: Runs,
-    settings: dict[str, jax.Array],
     steps: Any,
     seed: Any,
     *,
@@ -214,18 +217,14 @@ def compiled_sweep(
 ) -> Any:
     """The compiled part of :func:`sweep`: every run with every setting, trained and scored."""
     bare, shared = _apart(runs)
-    arguments = (bare, settings, shared, steps, jax.random.key(seed))
+    arguments = (bare, shared, steps, jax.random.key(seed))
     run = functools.partial(_sweep, method, training, sequential, folds)
     if mesh is None or mesh.size == 1:
         return run(*arguments)
     split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
     # Runs need nothing of each other: each device trains its own.
     each = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(split, whole, whole, whole, whole),
-        out_specs=split,
-        check_vma=False,
+        run, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split, check_vma=False
     )
     return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, whole))
 
@@ -236,7 +235,6 @@ def _sweep(
     sequential: bool,
     folds: int,
     runs: Runs,
-    settings: dict[str, jax.Array],
     shared: Mapping[str, Any],
     steps: Any,
     key: jax.Array,
@@ -270,14 +268,17 @@ def _sweep(
         return scores
 
     if sequential and method.trains:
-        return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), runs)
+        return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), run.settings), runs)
     if sequential:
-        # What does not depend on the setting, such as the whole of LP++, is done once for all.
-        fewer = max(1, _SCORED // len(settings[""]))
-        scored = jax.vmap(functools.partial(one, batch_size=fewer), in_axes=(None, 0))
-        return jax.lax.map(lambda run: scored(run, settings), runs)
-    over_grid = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(over_grid, in_axes=(0, None))(runs, settings)
+        # What does not depend on the setting, such as the whole of LP++, is done once for some.
+        some = min(_AT_ONCE, len(runs.settings[""][0]))
+        scored = functools.partial(one, batch_size=max(1, _SCORED // some))
+
+        def each(run: Runs) -> Any:
+            return jax.lax.map(lambda x: scored(run, x), run.settings, batch_size=some)
+
+        return jax.lax.map(each, runs)
+    return jax.vmap(lambda run: jax.vmap(lambda x: one(run, x))(run.settings))(runs)
 
 
 def fold_logits(

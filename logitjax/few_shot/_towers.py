@@ -33,27 +33,21 @@ class _LowRank(nnx.Module):
         # The key of the step, which the loop sets; None where nothing is dropped.
         self.key: Any = None
 
-    @property
-    def added(self) -> jax.Array:
-        """`[width, 3 * width]`, what the adapters add to the kernel: not alpha / rank."""
-        down, up = self.down[...], self.up[...]
-        product = jnp.einsum("qir,qro->iqo", down, up) / np.sqrt(down.shape[-1])
-        return product.reshape(len(product), -1)
-
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.key is None:
-            return self.linear(x) + x @ self.added.astype(x.dtype)
-        stay = jax.random.bernoulli(self.key, 1 - self.drop, (3, *x.shape))
-        dropped = jnp.where(stay, x / (1 - self.drop), 0.0)
-        inner = jnp.einsum("q...i,qir->q...r", dropped, self.down[...])
+        seen = jnp.broadcast_to(x, (3, *x.shape))
+        if self.key is not None:
+            stay = jax.random.bernoulli(self.key, 1 - self.drop, seen.shape)
+            seen = jnp.where(stay, seen / (1 - self.drop), 0.0)
+        inner = jnp.einsum("q...i,qir->q...r", seen, self.down[...])
         added = jnp.einsum("q...r,qro->...qo", inner, self.up[...])
+        # Not alpha / rank.
         added = added.reshape(*x.shape[:-1], -1) / np.sqrt(inner.shape[-1])
         return self.linear(x) + added.astype(x.dtype)
 
 
 def tune_towers(
     encoder: vision.Encoder,
-    images: Num[Array, "n height width channels"],
+    images: Num[Array, "views_n height width channels"],
     labels: Int[Array, " n"],
     tokens: Int[Array, "classes length"],
     *,
@@ -72,12 +66,14 @@ def tune_towers(
     cross-entropy of scaled cosines with the texts, which every step encodes again, and take no
     validation. Of 2SFS the second stage trains `methods.CLAP(penalty=0.0)` on features of the tuned
     encoder, with `Recipe.published("two_stage", shots=...)`. Such an encoder has another
-    fingerprint: heads of the one refuse features of the other. It is not written to a file.
+    fingerprint: heads of the one refuse features of the other. `vision.Encoder.save_changes` writes
+    what was learned, `logitjax few-shot --towers=lora` does it all.
 
     Args:
         encoder: A CLIP whose picture tower is a transformer.
-        images: Pictures as `vision.Encoder.encode` takes them.
-        labels: Their classes.
+        images: Pictures as `vision.Encoder.encode` takes them, perhaps view after view of all, of
+            which each epoch takes the next.
+        labels: Classes of the pictures of one view.
         tokens: A prompt for each class, of `vision.Encoder.tokenize`.
         learn: Which weights.
         recipe: `Recipe.published("clip_lora", shots=...)` or `"two_stage_norms"`.
@@ -107,7 +103,7 @@ def tune_towers(
         return "blocks" in path and bool({"norm1", "norm2"} & set(path))
 
     graph, trained, rest = nnx.split(model, learns, ...)
-    order = recipe.order(seed, len(labels))
+    order = recipe.order(seed, len(labels), views=len(images) // len(labels))
     tx, scale = recipe.optimizer(len(order)), encoder.logit_scale
     normalize = encoder.preprocessing.normalize
 
@@ -131,18 +127,13 @@ def tune_towers(
     state, keys = tx.init(trained), jax.random.split(jax.random.key(seed), len(order))
     images, labels = np.asarray(images), np.asarray(labels)
     for rows, key in zip(order, keys):
-        shown = np.where(rows < 0, -1, labels[rows])
+        shown = np.where(rows < 0, -1, labels[rows % len(labels)])
         trained, state = step(trained, state, rest, images[rows], shown, key)
-    model = nnx.merge(graph, trained, rest)
-    for block in (*model.vision.blocks, *model.text.blocks) if learn == "lora" else ():
-        linear, added = block.qkv.linear, block.qkv.added
-        linear.kernel[...] = linear.kernel[...] + added
-        block.qkv = linear
-    return vision.Encoder(
-        f"{encoder.name} tuned ({learn})",
-        model,
-        encoder.preprocessing,
-        num_features=encoder.num_features,
-        tokenizer=encoder.tokenizer,
-        dtype=encoder.dtype,
-    )
+    learned = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(trained)}
+    if learn == "lora":
+        # Products are added as they are.
+        learned = {
+            name.replace(".qkv.", ".qkv.kernel."): x / np.sqrt(rank) if name.endswith("up") else x
+            for name, x in learned.items()
+        }
+    return encoder.changed(learned)

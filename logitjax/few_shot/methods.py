@@ -6,17 +6,17 @@ what solves a linear system: `GDA`, `ProKeR`, `ReHARK` and `TIMO`; and what lear
 are `logitjax.few_shot.Method`.
 """
 
+from logitjax.few_shot._adapters import CLAP as CLAP
+from logitjax.few_shot._adapters import LinearProbe as LinearProbe
+from logitjax.few_shot._adapters import LPPlusPlus as LPPlusPlus
+from logitjax.few_shot._adapters import ProLIP as ProLIP
+from logitjax.few_shot._adapters import ProLIPText as ProLIPText
+from logitjax.few_shot._adapters import TaskRes as TaskRes
+from logitjax.few_shot._adapters import TipAdapter as TipAdapter
+from logitjax.few_shot._adapters import TipAdapterF as TipAdapterF
 from logitjax.few_shot._amu import AMU as AMU
 from logitjax.few_shot._amu import Uncertainty as Uncertainty
-from logitjax.few_shot._cache_adapters import TipAdapter as TipAdapter
-from logitjax.few_shot._cache_adapters import TipAdapterF as TipAdapterF
 from logitjax.few_shot._closed_form import GDA as GDA
+from logitjax.few_shot._closed_form import TIMO as TIMO
 from logitjax.few_shot._closed_form import ProKeR as ProKeR
 from logitjax.few_shot._closed_form import ReHARK as ReHARK
-from logitjax.few_shot._linear_adapters import CLAP as CLAP
-from logitjax.few_shot._linear_adapters import LinearProbe as LinearProbe
-from logitjax.few_shot._linear_adapters import LPPlusPlus as LPPlusPlus
-from logitjax.few_shot._linear_adapters import ProLIP as ProLIP
-from logitjax.few_shot._linear_adapters import ProLIPText as ProLIPText
-from logitjax.few_shot._linear_adapters import TaskRes as TaskRes
-from logitjax.few_shot._timo import TIMO as TIMO

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from logitjax.heads import torch_linear
 from logitjax.ops import Array
 from logitjax.storage.weights import read_state_dict
-from logitjax.vision._efficientnet import EfficientNetLite0
+from logitjax.vision._packaged import EfficientNetLite0
 from logitjax.vision._resnet import CifarResNet, ResNet
 from logitjax.vision._torch_layout import fill_weights, torch_names
 

@@ -1,5 +1,6 @@
 """CLIP: a picture and a text become vectors of one space."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from logitjax.ops import Array
 from logitjax.vision._fastvit import FastViT, FastViTConfig
 from logitjax.vision._layers import Features, Images, avg_pool, batch_norm, conv
-from logitjax.vision._resnet import Bottleneck
+from logitjax.vision._resnet import Bottleneck, four_stages
 from logitjax.vision._vit import (
     StagesConfig,
     TextTower,
@@ -58,19 +59,12 @@ class ModifiedResNet(nnx.Module):
         self.bn2 = batch_norm(width // 2, **options)
         self.conv3 = conv(width // 2, width, 3, **options)
         self.bn3 = batch_norm(width, **options)
-        stages, inside = [], width
-        for stage, count in enumerate(config.blocks):
-            planes, stage_blocks = width * 2**stage, []
-            for block in range(count):
-                # The stem shrinks for the first.
-                stride = 2 if stage and not block else 1
-                norms = options | {"axis_name": None}
-                stage_blocks.append(Bottleneck(inside, 4 * planes, stride, norms, pooled=True))
-                inside = 4 * planes
-            stages.append(nnx.List(stage_blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        block, norms = functools.partial(Bottleneck, pooled=True), options | {"axis_name": None}
+        self.layer1, self.layer2, self.layer3, self.layer4 = four_stages(
+            width, 4 * width, config.blocks, norms, block
+        )
         tokens = config.grid**2 + 1  # and the mean
-        sizes = tokens, inside, config.heads, config.embed_dim
+        sizes = tokens, 32 * width, config.heads, config.embed_dim
         self.attnpool = _AttentionPool(*sizes, dtype, rngs)
 
     def __call__(self, images: Images) -> Features:
@@ -85,9 +79,8 @@ class ModifiedResNet(nnx.Module):
         for layer, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = nnx.relu(norm(layer(x), use_running_average=True))
         x = avg_pool(x, 2)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = block(x)
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = block(x)
         return self.attnpool(x)
 
 

@@ -2,8 +2,9 @@
 
 import copy
 import functools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Num
 
 from logitjax.ops import Array
-from logitjax.storage import digest
+from logitjax.storage import digest, write_head
 from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer
 from logitjax.vision._layers import Features, Images
@@ -21,6 +22,8 @@ from logitjax.vision._preprocessing import Preprocessing
 
 # Prompts that are encoded at once.
 _PROMPTS = 256
+# What `Encoder.save_changes` writes.
+CHANGES = "changes of an encoder"
 
 
 class Encoder:
@@ -35,7 +38,11 @@ class Encoder:
         num_classes: number of classes of the class head; 0 where there is none.
         tokenizer: tokenizer of the text tower, or None.
         dtype: the name of its compute type.
+        changes: weights that differ from those of the encoder it began as, as of `changed`; and
+            that encoder's fingerprint. None for an encoder with the weights of its file.
     """
+
+    changes: tuple[str, Mapping[str, Any]] | None = None
 
     def __init__(
         self,
@@ -81,13 +88,50 @@ class Encoder:
         """The encoder whose features are the inputs of `projection`; ValueError without one."""
         if self.projection is None:
             raise ValueError(f"encoder {self.name!r} has no linear projection at its end")
-        return Encoder(
-            f"{self.name} before its projection",
-            _BeforeProjection(self.model),
-            self.preprocessing,
-            num_features=len(self.projection[0]),
-            dtype=self.dtype,
-        )
+        name, width = f"{self.name} before its projection", len(self.projection[0])
+        return self._other(name, _BeforeProjection(self.model), num_features=width)
+
+    def _other(self, name: str, model: Any, **options: Any) -> "Encoder":
+        options = {"num_features": self.num_features, "dtype": self.dtype, **options}
+        encoder = Encoder(name, model, self.preprocessing, **options)
+        encoder.changes = self.changes
+        return encoder
+
+    def changed(self, changes: Mapping[str, Array]) -> "Encoder":
+        """The encoder with some other weights, whose fingerprint is another; this one stays.
+
+        Args:
+            changes: Weights by path, such as ``text.norm.scale``. ``PATH.down`` and ``PATH.up``,
+                `[parts, in, rank]` and `[parts, rank, out]`, are added to a kernel
+                `[in, parts * out]` as products. ValueError for a path or a shape that is not there.
+        """
+        model = nnx.clone(self.model)
+        flat = {".".join(map(str, k)): (k, v) for k, v in nnx.to_flat_state(nnx.state(model))}
+        for name in changes:
+            if name.endswith(".down"):
+                continue
+            path, value = name.removesuffix(".up"), jnp.asarray(changes[name])
+            old = flat[path][1] if path in flat else None
+            if path != name and old is not None:
+                product = jnp.einsum("pir,pro->ipo", changes[f"{path}.down"], value)
+                value = old[...] + product.reshape(len(old[...]), -1)
+            if old is None or old.shape != value.shape:
+                raise ValueError(f"changes: expected weights of {self.name!r}, got {name!r}")
+            flat[path] = flat[path][0], old.replace(value.astype(old.dtype))
+        nnx.update(model, nnx.from_flat_state(flat.values()))
+        encoder = self._other(f"{self.name}, tuned", model, tokenizer=self.tokenizer)
+        encoder.changes = self.fingerprint, {k: np.asarray(v) for k, v in changes.items()}
+        return encoder
+
+    def save_changes(self, directory: str | os.PathLike[str], *, base: str) -> None:
+        """Writes `changes`, so that `load_encoder` of the directory makes the encoder again.
+
+        `base` is the encoder that it began as, by name or path. ValueError without changes.
+        """
+        if self.changes is None:
+            raise ValueError(f"encoder {self.name!r} has no changes: its own files have it")
+        fingerprint, changes = self.changes
+        write_head(directory, dict(kind=CHANGES, base=base, fingerprint=fingerprint), changes)
 
     @functools.cached_property
     def logit_scale(self) -> float | None:
@@ -223,6 +267,9 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A sha256 of the architecture and every weight."""
+        if self.changes is not None:
+            # Sums of products differ between machines in their last bits.
+            return digest(type(self.model).__name__, *self.changes)
         # Neither attention heads nor the activation show in the weights.
         network = getattr(self.model, "backbone", self.model)
         config = repr(network.config) if hasattr(network, "config") else None

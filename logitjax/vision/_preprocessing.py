@@ -1,4 +1,4 @@
-"""Preprocessing of pictures before an encoder sees them."""
+"""Preprocessing of pictures before an encoder sees them, and the files that say so."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Num
 
 from logitjax.ops import Array, checks
+from logitjax.storage import read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,6 +32,8 @@ class Preprocessing:
         interpolation: between pixels when a picture is scaled.
         fit: whether a picture that is no square loses its margins (``crop``) or its proportions
             (``squash``).
+        floor: whether of an odd margin the smaller half is cut off first, as transformers does, and
+            not what torchvision rounds it to.
     """
 
     size: int
@@ -38,6 +42,7 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     fit: Literal["crop", "squash"] = "crop"
+    floor: bool = False
 
     def __post_init__(self) -> None:
         if self.resize < self.size:
@@ -86,3 +91,55 @@ class Preprocessing:
         low, high = (0, 255) if whole else (0.5 - _FURTHEST, 0.5 + _FURTHEST)
         expected = "whole numbers 0 to 255" if whole else "floats 0 to 1"
         checks.values(images, lambda x: (x >= low) & (x <= high), "images", expected)
+
+
+def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
+    """Read transformers' ``preprocessor_config.json``, with the family's values as defaults."""
+    file = path / "preprocessor_config.json"
+    if not path.is_dir() or not file.exists():
+        return default
+    content = read_json(file, form=dict)
+
+    def side(value: Any) -> int | None:
+        if isinstance(value, Mapping):
+            value = value.get("height") or value.get("shortest_edge")
+        return int(value) if value else None
+
+    scaled, cut = side(content.get("size")), side(content.get("crop_size"))
+    size, resize, fit = default.size, default.resize, default.fit
+    processor = f"{content.get('image_processor_type')} {content.get('feature_extractor_type')}"
+    if "convnext" in processor.lower() and scaled:
+        # Smaller pictures are cut out of larger ones, larger ones lose their proportions.
+        share = content.get("crop_pct") or 224 / 256
+        size, fit = scaled, "crop" if scaled < 384 else "squash"
+        resize = int(scaled / share) if fit == "crop" else scaled
+    elif scaled and cut and content.get("do_center_crop", True):
+        size, resize, fit = cut, max(scaled, cut), "crop"
+        message = content["size"]
+        if scaled > cut and isinstance(message, Mapping) and "height" in message:
+            raise ValueError(
+                f"{file}: size: expected shortest_edge beside a crop_size that is smaller, got "
+                f"{message}"
+            )
+    elif scaled:
+        size, resize, fit = scaled, scaled, "squash"
+    entries: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+    mean: Any = tuple(content.get("image_mean") or default.mean)
+    std: Any = tuple(content.get("image_std") or default.std)
+    return Preprocessing(
+        size=size,
+        resize=resize,
+        mean=mean,
+        std=std,
+        interpolation=entries.get(content.get("resample"), default.interpolation),
+        fit=fit,
+        floor=True,
+    )
+
+
+def open_clip_preprocessing(default: Preprocessing, fields: Mapping[str, Any]) -> Preprocessing:
+    """Read open_clip's ``preprocess_cfg``, with OpenAI's values as defaults."""
+    mode = fields.get("resize_mode")
+    if mode not in (None, "shortest", "squash"):
+        raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")
+    return Preprocessing.of_names(fields, default, fit="squash" if mode == "squash" else "crop")

@@ -108,6 +108,17 @@ def _stage(
     return nnx.List([first, *rest])
 
 
+def four_stages(
+    inside: int, width: int, blocks: Sequence[int], options: dict[str, Any], block: Any
+) -> list[Any]:
+    """Stages of so many blocks, each but the first twice as wide and half as large."""
+    stages = []
+    for number, count in enumerate(blocks):
+        stages.append(_stage(inside, width << number, count, 1 + (number > 0), options, block))
+        inside = width << number
+    return stages
+
+
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
@@ -139,9 +150,8 @@ class CifarResNet(nnx.Module):
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            for block in stage:
-                x = block(x, train=train)
+        for block in (*self.layer1, *self.layer2, *self.layer3):
+            x = block(x, train=train)
         return global_mean(x)
 
 
@@ -178,16 +188,14 @@ class ResNet(nnx.Module):
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(64, **options)
-        self.layer1 = _stage(64, 64 * more, blocks[0], 1, options, block)
-        self.layer2 = _stage(64 * more, 128 * more, blocks[1], 2, options, block)
-        self.layer3 = _stage(128 * more, 256 * more, blocks[2], 2, options, block)
-        self.layer4 = _stage(256 * more, 512 * more, blocks[3], 2, options, block)
+        self.layer1, self.layer2, self.layer3, self.layer4 = four_stages(
+            64, 64 * more, blocks, options, block
+        )
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         if not self.small_stem:
             x = max_pool(x, 3, 2, pad=1)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = block(x, train=train)
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = block(x, train=train)
         return global_mean(x)

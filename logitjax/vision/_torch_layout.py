@@ -16,6 +16,8 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# Of a kernel of torch's its axes in our layout, and the other way round.
+_HWIO, _OIHW = (2, 3, 1, 0), (3, 2, 0, 1)
 # Written by torch for every norm, and no part of the function.
 _IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 
@@ -44,17 +46,11 @@ def torch_name(path: tuple[Any, ...]) -> str:
     return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
 
 
-def _to_ours(value: np.ndarray, leaf: str) -> np.ndarray:
+def _turned(value: np.ndarray, leaf: str, axes: tuple[int, ...]) -> np.ndarray:
     # Tables and vectors lie the same way on both sides.
     if leaf != "kernel":
         return value
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T  # OIHW to HWIO
-
-
-def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
-    if leaf != "kernel":
-        return value
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # HWIO to OIHW
+    return value.transpose(axes) if value.ndim == 4 else value.T
 
 
 def fill_weights(
@@ -68,7 +64,7 @@ def fill_weights(
         raise ValueError(f"weights hold {len(unknown)} entries more, the first is {unknown[0]!r}")
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     for name, path in names.items():
-        value, variable = _to_ours(np.asarray(weights[name]), str(path[-1])), flat[path]
+        value, variable = _turned(np.asarray(weights[name]), str(path[-1]), _HWIO), flat[path]
         if value.shape != variable.shape:
             raise ValueError(
                 f"weight {name!r}: expected shape {variable.shape} (in our layout), got "
@@ -82,4 +78,4 @@ def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndar
     """Zeros in the shapes torch gives the weights of a model, whose leaves may be shapes alone."""
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     zeros = {name: np.zeros(flat[path].shape, np.float32) for name, path in names.items()}
-    return {name: _to_torch(value, str(names[name][-1])) for name, value in zeros.items()}
+    return {name: _turned(value, str(names[name][-1]), _OIHW) for name, value in zeros.items()}

@@ -1,4 +1,4 @@
-"""Towers of transformers: the names of their weights in ours, and their sizes read off these."""
+"""Towers of transformers, and CLIPs: names of their weights in ours, and sizes read off these."""
 
 import dataclasses
 import re
@@ -14,6 +14,7 @@ from logitjax.vision._vit import (
     Pooling,
     Positions,
     Rotary,
+    StagesConfig,
     TowersConfig,
     ViTConfig,
 )
@@ -22,12 +23,8 @@ Weights = Mapping[str, np.ndarray]
 
 # What models of transformers are called that wrap a tower.
 PREFIX = re.compile(r"^(vision_model|vit|dinov2|dinov2_with_registers|resnet|convnext(v2)?)\.")
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-}
+_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 _TRANSFORMER = (
     # CLIP and SigLIP.
     (r"^embeddings\.class_embedding$", "class_token"),
@@ -109,11 +106,15 @@ _CONVNEXT = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "fc."),
 )
-_RESNET = (
+# Of transformers, in torchvision's names.
+RESNET = (
     (r"^embedder\.embedder\.convolution\.", "conv1."),
     (r"^embedder\.embedder\.normalization\.", "bn1."),
+    (r"^encoder\.stages\.(\d)\.layers\.", lambda match: f"layer{int(match[1]) + 1}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"\.layer\.(\d)\.convolution\.", lambda match: f".conv{int(match[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
     (r"^classifier\.1\.", "fc."),
 )
 # Masks, and positions' own numbers.
@@ -131,6 +132,11 @@ def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
             name = re.sub(pattern, replacement, name)
         named[name] = value
     return named
+
+
+def below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
+    """What begins with a prefix, without it."""
+    return {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
 
 
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
@@ -183,22 +189,6 @@ def convnext_names(weights: Weights) -> dict[str, np.ndarray]:
             named[name] = value.reshape(-1)
         elif re.search(r"\.(up|down)\.weight$", name):  # of timm's perhaps convolutions of 1 x 1
             named[name] = value.reshape(value.shape[:2])
-    return named
-
-
-def resnet_names(weights: Weights) -> dict[str, np.ndarray]:
-    """A ResNet of transformers in torchvision's names."""
-    named = {}
-    for name, value in renamed(weights, _RESNET).items():
-        match = re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.*)", name)
-        if match:
-            rest = re.sub(
-                r"^layer\.(\d+)\.(convolution|normalization)\.",
-                lambda m: f"{'conv' if m[2][0] == 'c' else 'bn'}{int(m[1]) + 1}.",
-                match[3],
-            )
-            name = f"layer{int(match[1]) + 1}.{match[2]}.{rest}"
-        named[name] = value
     return named
 
 
@@ -318,3 +308,112 @@ def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConf
         )
     except KeyError as error:
         raise ValueError(f"a ConvNeXt without {error.args[0]!r}") from None
+
+
+# Keys of open_clip's files that change a network in a way that ours does not know.
+_STRANGE = re.compile(
+    r"no_ln_pre|final_ln|pool_type|ls_init|attentional|proj_|(norm|act)_kwargs|embed_cls|eos_id|"
+    r"hf_(model|pool|proj)"
+)
+
+
+def clip_config(
+    weights: Weights, settings: Mapping[str, Any] | None = None, tower: Any = None
+) -> TowersConfig:
+    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights.
+
+    Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
+    `tower` is the configuration of a picture tower that is known.
+    """
+    vision, text = below(weights, "vision."), below(weights, "text.")
+    table = None if tower is not None else vision.get("attnpool.positional_embedding")
+    try:
+        if table is None:
+            channels = 64 if tower is not None else len(vision["norm.weight"])
+            return two_towers(vision, text, *_clip_settings(channels, settings), tower)
+        width = len(vision["conv3.weight"])
+        seen, read = _clip_settings(32 * width, settings)
+        tower = StagesConfig(
+            blocks=tuple(count_of(vision, f"layer{stage}") for stage in (1, 2, 3, 4)),
+            width=width,
+            heads=seen["num_attention_heads"] or max(1, width // 2),
+            grid=round((len(table) - 1) ** 0.5),
+            embed_dim=len(vision["attnpool.c_proj.bias"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"not the weights of a CLIP model: {error.args[0]!r} is missing") from None
+    return two_towers(vision, text, seen, read, tower)
+
+
+def _clip_settings(
+    channels: int, settings: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Heads and activations of both towers as transformers calls them; None by default."""
+    settings, activation, causal = settings or {}, "quick_gelu", True
+    heads: list[int | None] = [None, None]
+    if "model_cfg" in settings:  # open_clip
+        model = settings["model_cfg"]
+        vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+        if strange := [key for key in (*vision, *text) if _STRANGE.match(key)]:
+            raise ValueError(f"{strange[0]}: open_clip's option is not supported")
+        heads = [channels // vision.get("head_width", 64), text.get("heads")]
+        activation = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
+        causal = not text.get("no_causal_mask", False)
+    elif "vision_config" in settings:  # transformers leaves out what has its default
+        vision, text = settings["vision_config"] or {}, settings.get("text_config") or {}
+        heads = [vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)]
+        activation = vision.get("hidden_act", "quick_gelu")
+    seen, read = ({"num_attention_heads": n, "hidden_act": activation} for n in heads)
+    return seen, read | {"causal": causal}
+
+
+# Numbers that OpenAI's archives carry along, and masks.
+_NO_CLIP_WEIGHTS = re.compile(
+    r"(input_resolution|context_length|vocab_size|attn_mask|logit_bias|.*position_ids)$"
+)
+_OPENAI = (
+    # Of models with a separate text module.
+    (r"^text\.", ""),
+    (r"^visual\.", "vision."),
+    (r"^(transformer|ln_final)\.", r"text.\1."),
+    (r"^token_embedding\.", "text.tokens."),
+    (r"^positional_embedding$", "text.positions"),
+    (r"\.ln_(final|post)\.", ".norm."),
+    (r"^text_projection$", "text.head.weight"),
+    (r"\.transformer\.resblocks\.", ".blocks."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.attn\.in_proj_(weight|bias)$", r".qkv.\1"),
+    (r"\.attn\.out_proj\.", ".out."),
+    (r"\.mlp\.c_fc\.", ".up."),
+    (r"\.mlp\.c_proj\.", ".down."),
+)
+# Of a vision transformer alone: a ResNet has other layers of these names.
+_OPENAI_VIT = (
+    (r"^vision\.class_embedding$", "vision.class_token"),
+    (r"^vision\.conv1\.", "vision.patch."),
+    (r"^vision\.positional_embedding$", "vision.positions"),
+    (r"^vision\.ln_pre\.", "vision.pre_norm."),
+    (r"^vision\.proj$", "vision.projection.weight"),
+)
+
+
+def clip_names(weights: Weights) -> dict[str, np.ndarray]:
+    """A CLIP checkpoint of OpenAI, open_clip or transformers in the names of `CLIP`."""
+    weights = {k: v for k, v in weights.items() if not _NO_CLIP_WEIGHTS.match(k)}
+    if any(name.startswith("vision_model.") for name in weights):
+        return _from_transformers(weights)
+    rules = _OPENAI + (_OPENAI_VIT if "visual.class_embedding" in weights else ())
+    # These two are kept the other way round than the layers of torch.
+    turned = ("vision.projection.weight", "text.head.weight")
+    return {k: v.T if k in turned else v for k, v in renamed(weights, rules).items()}
+
+
+def _from_transformers(weights: Weights) -> dict[str, np.ndarray]:
+    named = {}
+    for side, head in (("vision", "projection"), ("text", "head")):
+        tower = transformer_names(below(weights, f"{side}_model."))
+        named |= {f"{side}.{name}": value for name, value in tower.items()}
+        projection = f"{'visual' if side == 'vision' else side}_projection.weight"
+        if projection in weights:
+            named[f"{side}.{head}.weight"] = weights[projection]
+    return named | {k: v for k, v in weights.items() if k == "logit_scale"}

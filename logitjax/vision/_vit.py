@@ -205,10 +205,8 @@ class Block(nnx.Module):
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        if self.gate is not None:
-            inner = activation(self.gate(x)) * self.up(x)
-        else:
-            inner = activation(self.up(x))
+        up = self.up(x)
+        inner = activation(up) if self.gate is None else activation(self.gate(x)) * up
         return self.down(_normed(inner, self.mlp_norm))
 
 
@@ -243,15 +241,35 @@ class _Probe(nnx.Module):
         return x + self.down(inner)
 
 
-class ViT(nnx.Module):
+class Projected(nnx.Module):
+    """A tower of pictures that a linear layer may project at its end; it has `hidden`."""
+
+    classifier_name = "fc"
+    projection: Any
+
+    def __call__(self, images: Images, *, train: bool = False) -> Features:
+        # Nothing here depends on the batch.
+        del train
+        x = self.hidden(images)
+        return x if self.projection is None else self.projection(x)
+
+    @property
+    def last_projection(self) -> tuple[jax.Array, jax.Array | None] | None:
+        """`[hidden, embed_dim]` and a bias or None; None without a projection."""
+        return None if self.projection is None else kernel_and_bias(self.projection)
+
+    def hidden(self, images: Images) -> Features:
+        """float32 `[batch, hidden]`, the features before a projection."""
+        raise NotImplementedError
+
+
+class ViT(Projected):
     """A vision transformer: CLIP's, SigLIP's, EVA-CLIP's, PE's and MobileCLIP-B's tower, ViT, DINO.
 
     Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al. (2309.16588),
     Zhai et al. (2303.15343), Simeoni et al. (2508.10104), Fang et al. (2303.11331), Bolya et al.
     (2504.13181), Vasu et al. (2311.17049).
     """
-
-    classifier_name = "fc"
 
     def __init__(self, config: ViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -276,21 +294,9 @@ class ViT(nnx.Module):
         probe = (config.probe or config.blocks) if "probe" in config.pooling else None
         self.pool: Any = _Probe(probe, dtype=dtype, rngs=rngs) if probe else None
         out, bias = config.embed_dim, config.embed_bias
-        self.projection: Any = nnx.Linear(width, out, use_bias=bias, rngs=rngs) if out else None
-
-    def __call__(self, images: Images, *, train: bool = False) -> Features:
-        # Nothing here depends on the batch.
-        del train
-        x = self.hidden(images)
-        return x if self.projection is None else self.projection(x)
-
-    @property
-    def last_projection(self) -> tuple[jax.Array, jax.Array | None] | None:
-        """`[hidden, embed_dim]` and a bias or None; None without a projection."""
-        return None if self.projection is None else kernel_and_bias(self.projection)
+        self.projection = nnx.Linear(width, out, use_bias=bias, rngs=rngs) if out else None
 
     def hidden(self, images: Images) -> Features:
-        """float32 `[batch, hidden]`, the features before a projection."""
         config = self.config
         x = jnp.asarray(images, self.dtype)
         for layer in self.stem:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import few_shot
+from logitjax import few_shot, vision
 from logitjax.commands import classify
 from logitjax.commands import few_shot as command
 
@@ -66,6 +66,8 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
         "1 skipped, as equal pixels occur in several classes",
         "32 a class have the same pictures as 4.",
         "Level with it on these pictures",
+        "By class, from the worst (at most 20):",
+        "most often taken for |",
         "| 4 a class | 12 (4 a class) | 9         | 3         |",
     ):
         assert line in report, line
@@ -121,6 +123,19 @@ def test_a_folder_val_is_chosen_on_and_equal_pictures_are_not_tested_on(tmp_path
     assert command._splits(config) == {"pictures": "train", "validation": "val", "test": "test"}
     without = dataclasses.replace(config, validation="none")
     assert command._splits(without) == {"pictures": "train", "test": "test"}
+    encoder = vision.load_encoder("random:resnet8")
+    parts, notes = command._survey(config, encoder)
+    assert {part: len(rows) for part, (*_, rows) in parts.items()} == {
+        "pictures": 4, "validation": 4, "test": 4,
+    }  # fmt: skip
+    (note,) = notes
+    assert "2 skipped, as they equal other pictures of this run" in note
+    assert f"{tmp_path / 'train' / 'a' / '0.png'}, as {tmp_path / 'test' / 'a' / '0.png'}" in note
+    alone = dataclasses.replace(config, data=f"folder:{tmp_path / 'train' / 'a'}")
+    (tmp_path / "train" / "a" / "a").mkdir()
+    (tmp_path / "train" / "a" / "1.png").rename(tmp_path / "train" / "a" / "a" / "1.png")
+    with pytest.raises(ValueError, match="data: expected two classes or more, got 'a' alone"):
+        command._survey(alone, encoder)
 
 
 def test_probabilities_are_as_sure_as_right_and_sets_hold_the_class():
@@ -138,6 +153,9 @@ def test_probabilities_are_as_sure_as_right_and_sets_hold_the_class():
     sets = head.predict_sets(**head.inputs(test), coverage=0.8)
     assert 0.6 < sets[np.arange(448), test.labels].mean() < 0.95
     assert head.predict_sets(**head.inputs(test), coverage=0.999).all()
+    # Of nine pictures the least probable may be missed at .9, which is less than a tenth in floats.
+    few = dataclasses.replace(head, calibration=np.linspace(0.5, 0.9, 9, dtype=np.float32))
+    assert not few.predict_sets(**few.inputs(test), coverage=0.9).all(1).any()
 
 
 def test_the_estimate_of_the_recommended_method_has_no_bias():

@@ -28,7 +28,9 @@ def write_features(directory, count=80) -> dict[str, Any]:
     np.savez(second, features=auxiliary.astype(np.float16), labels=labels)
     text = directory / "text.npz"
     noisy = weights + 2.0 * rng.normal(size=weights.shape)
-    np.savez(text, class_weights=noisy, scale=20.0, projection=np.eye(WIDTH))
+    texts = noisy.T[:, None] + rng.normal(size=(CLASSES, 3, WIDTH))
+    last = dict(projection=np.eye(WIDTH), text_projection=np.eye(WIDTH))
+    np.savez(text, class_weights=noisy, scale=20.0, texts=texts, **last)
     return {"features": f"{first},{second}", "class_weights": str(text)}
 
 

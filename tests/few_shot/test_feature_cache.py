@@ -83,7 +83,7 @@ def test_encoders_without_a_class_head_have_no_logits(tmp_path):
     cache = write(tmp_path, who, [1, 2], features_alone, batch_size=2)
     assert cache.all().logits is None
     np.testing.assert_allclose(cache.all().features, look([1, 2]).features, atol=1e-6)
-    assert who.bytes_per_row == 4 + 4 * VIEWS * FEATURES
+    assert cache._codec.bytes_per_row == 4 + 4 * VIEWS * FEATURES
 
 
 def test_more_rows_can_follow_and_none_is_computed_twice(tmp_path):

@@ -36,3 +36,20 @@ def test_towers_learn_the_pictures_and_the_encoder_given_stays_as_it_was(tmp_pat
     assert encoder.fingerprint == fingerprint != tuned.fingerprint
     again = few_shot.tune_towers(encoder, pictures, labels, TOKENS, **options)
     assert again.fingerprint == tuned.fingerprint
+    # What was learned is a small file beside the encoder that it began as.
+    place = str(tmp_path / "tuned")
+    tuned.save_changes(place, base=str(tmp_path))
+    loaded = vision.load_encoder(place)
+    assert loaded.fingerprint == tuned.fingerprint
+    np.testing.assert_array_equal(loaded.features(pictures), tuned.features(pictures))
+    np.testing.assert_array_equal(loaded.text_features(TOKENS), tuned.text_features(TOKENS))
+    before = loaded.before_projection().fingerprint
+    assert before not in (loaded.fingerprint, encoder.before_projection().fingerprint)
+    with pytest.raises(ValueError, match="has no changes: its own files have it"):
+        encoder.save_changes(place, base=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"changes: expected weights of .*, got 'text\.norm\.none'"
+    ):
+        encoder.changed({"text.norm.none": np.zeros(3)})
+    with pytest.raises(ValueError, match="base: expected the encoder that it began as, got other"):
+        vision.load_encoder(place, base=place)

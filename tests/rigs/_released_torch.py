@@ -117,6 +117,25 @@ def timo(clone: Path, rows: Rows) -> torch.Tensor:
     return kept[-1]
 
 
+def timo_s(clone: Path, rows: Rows) -> torch.Tensor:
+    """Logits at every setting of the search, each over their largest."""
+    module = load(clone, "models")
+    kept = recorded(module, lambda call: float(call == 0))
+    means = functional.normalize(rows["support"].reshape(7, 4, -1).mean(1))
+    options = {"return_matching": True}
+    guided = [
+        module.image_guide_text({"dataset": "dtd"}, rows["texts"], means, gamma=gamma, **options)
+        for gamma in range(5, 101, 5)
+    ]
+    weights, match = guided[6]
+    given = (rows["queries"], rows["query_labels"]) * 2
+    options = {"vecs_labels": (rows["support"], rows["labels"]), "grid_search": True}
+    module.TIMO({}, *given, weights.T, rows["texts"], match, n_quick_search=10, **options)
+    # The last are those of the test.
+    every = [rows["queries"] @ text.T for text, _ in guided] + kept[:-1]
+    return torch.stack([logits / logits.abs().max() for logits in every])
+
+
 def tda(clone: Path, rows: Rows) -> torch.Tensor:
     module = load(clone, "tda_runner")
     kept = recorded(module)
@@ -322,6 +341,7 @@ def main(clones: Path, given: Path, taken: Path) -> None:
         "TransCLIP": ("transduction-for-vlms", transclip, {"head": False}),
         "TransCLIP over a head": ("transduction-for-vlms", transclip, {"head": True}),
         "TIMO": ("TIMO", timo, {}),
+        "TIMO-S, all settings": ("TIMO", timo_s, {}),
         "TDA": ("TDA", tda, {}),
         "ProLIP, 1 / shots": ("ProLIP", pro_lip, {"text": False}),
         "ProLIP, text": ("ProLIP", pro_lip, {"text": True}),

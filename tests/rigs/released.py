@@ -13,6 +13,7 @@ import os
 import subprocess
 import tempfile
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _REPOSITORIES = {
     "TransCLIP": "MaxZanella/transduction-for-vlms",
     "TransCLIP over a head": "MaxZanella/transduction-for-vlms",
     "TIMO": "lyymuwu/TIMO",
+    "TIMO-S, all settings": "lyymuwu/TIMO",
     "TDA": "kdiAAA/TDA",
     "ProLIP, 1 / shots": "astra-vision/ProLIP",
     "ProLIP, text": "astra-vision/ProLIP",
@@ -98,6 +100,14 @@ def _rows(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return rows
 
 
+def _timo_s() -> Iterator[dict[str, Any]]:
+    """Every setting of both stages, the second at a sharpness of 35."""
+    search = few_shot.Candidate.all()["timo_s"]
+    for grid in (*search.before, {"sharpness": [35.0] * 90, **(search.grid or {})}):
+        for values in zip(*grid.values(), strict=True):
+            yield dict(zip(grid, values))
+
+
 def _ours(rows: dict[str, np.ndarray], clip: Path) -> dict[str, np.ndarray]:
     weights, queries, methods = rows["weights"].T, rows["queries"], few_shot.methods
     labels = rows["labels"]
@@ -140,6 +150,13 @@ def _ours(rows: dict[str, np.ndarray], clip: Path) -> dict[str, np.ndarray]:
         "TransCLIP": np.exp(few_shot.transduce(100 * zero_shot, queries)),
         "TransCLIP over a head": np.exp(few_shot.transduce(3 * zero_shot, queries)),
         "TIMO": logits(methods.TIMO(), texts=rows["texts"]),
+        "TIMO-S, all settings": np.stack(
+            [
+                one / np.abs(one).max()
+                for setting in _timo_s()
+                for one in [logits(methods.TIMO(**setting), texts=rows["texts"])]
+            ]
+        ),
         "TDA": np.asarray(few_shot.adapt_online(10 * zero_shot, queries)),
         "ProLIP, 1 / shots": logits(methods.ProLIP(), lip, **projection),
         "ProLIP, text": logits(methods.ProLIPText(), lip, **texts, **projected),

@@ -20,9 +20,9 @@ from flax import nnx
 from logitjax import vision
 from logitjax.storage.weights import read_numpy_pickle, read_state_dict
 from logitjax.vision._clip import CLIP
-from logitjax.vision._clip_config import clip_config, clip_names
 from logitjax.vision._clip_tokenizer import load_clip_tokenizer
 from logitjax.vision._resnet import ResNet
+from logitjax.vision._tower_names import clip_config, clip_names
 from logitjax.vision._vit import BlockConfig, StagesConfig, TowersConfig, ViTConfig
 from tests._modules import num_params
 from tests.storage.test_torch_checkpoint import Call

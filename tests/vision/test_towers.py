@@ -15,8 +15,11 @@ from safetensors.numpy import save_file
 from logitjax import models, vision
 from logitjax.vision import _refused
 from logitjax.vision._clip_tokenizer import SigLIPTokenizer
-from logitjax.vision._preprocessing import Preprocessing
-from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
+from logitjax.vision._preprocessing import (
+    Preprocessing,
+    open_clip_preprocessing,
+    processor_preprocessing,
+)
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._vit import BlockConfig, SigLIP, TowersConfig, ViT, ViTConfig, resize_matrix
 from tests._modules import num_params

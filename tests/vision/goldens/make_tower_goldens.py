@@ -178,6 +178,7 @@ FASTVIT = dict(layers=[1, 1, 2, 1], embed_dims=[8, 16, 32, 32])
 TIMM = {
     "timm_vit": ("vit_small_patch16_224", dict(VIT, num_classes=5)),
     "timm_clip": ("vit_base_patch32_clip_quickgelu_224", dict(VIT, num_classes=5)),
+    "timm_clip_large": ("vit_large_patch14_clip_224", dict(VIT, num_classes=5)),
     # Of its registers positions have rows too, of DINOv2's not even the class token.
     "timm_mean": (
         "vit_medium_patch16_reg4_gap_256",
@@ -247,6 +248,7 @@ OPEN_CLIP = {
     "open_clip_eva": ("timm_eva02", "token", {}),
     "open_clip_pe": ("timm_pe", "map", {}),
     "open_clip_mobileclip": ("timm_fastvit_s0", "avg", dict(no_causal_mask=True)),
+    "open_clip_mobileclip2_l": ("timm_clip_large", "token", dict(no_causal_mask=True)),
 }
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: mobile inverted bottlenecks without squeeze-and-excitation."""
+"""Networks whose weights packages bring: EfficientNet-Lite0, convolutions of AlexNet, VGG-16."""
 
 from typing import Any
 
@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.vision._layers import DepthwiseConv, Features, Images, batch_norm, conv, global_mean
+from logitjax.vision._layers import (
+    DepthwiseConv,
+    Features,
+    Images,
+    batch_norm,
+    conv,
+    global_mean,
+    max_pool,
+)
 
 # Channels, blocks, kernel, stride of the first block, expansion.
 _STAGES = (
@@ -90,4 +98,46 @@ class EfficientNetLite0(nnx.Module):
         for block in self.blocks:
             x = block(x, train=train)
         x = nnx.relu6(self.bn1(self.conv_head(x), use_running_average=running))
+        return global_mean(x)
+
+
+# (channels, kernel, stride, padding), or the kernel of a max-pooling of stride 2.
+_ALEXNET = ((64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), 3)
+_VGG16 = tuple(
+    layer
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+    for layer in ((width, 3, 1, 1),) * count + (2,)
+)
+_LAYERS: dict[str, tuple[Any, ...]] = {"alexnet": _ALEXNET, "vgg16": _VGG16}
+
+
+class ConvFeatures(nnx.Module):
+    """Convolutions with biases and ReLUs, max-poolings, and the mean over all positions.
+
+    ``features`` is numbered as torchvision's ``features`` are. Pictures of any size will do that
+    leave something to pool: 63 pixels for `alexnet`, 32 for `vgg16`.
+    """
+
+    def __init__(self, network: str, *, dtype: Any = None, rngs: nnx.Rngs):
+        modules: dict[str, Any] = {}
+        order: list[tuple[str, int]] = []
+        number, previous = 0, 3
+        for layer in _LAYERS[network]:
+            if isinstance(layer, int):
+                order.append(("", layer))
+                number += 1
+                continue
+            width, kernel, stride, pad = layer
+            options: Any = dict(stride=stride, pad=pad, use_bias=True, dtype=dtype, rngs=rngs)
+            modules[str(number)] = conv(previous, width, kernel, **options)
+            order.append((str(number), 0))
+            # The ReLU has a number too.
+            number, previous = number + 2, width
+        self.features: Any = nnx.Dict(modules)
+        self.order, self.num_features = tuple(order), previous
+
+    def __call__(self, images: Images) -> Features:
+        x = jnp.asarray(images)
+        for name, pool in self.order:
+            x = max_pool(x, pool, 2) if pool else nnx.relu(self.features[name](x))
         return global_mean(x)
