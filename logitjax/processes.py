@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from logitjax.storage import may_pass, progress, write_atomic
+from logitjax.storage import may_pass, progress, read_json, write_json
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
@@ -126,7 +127,25 @@ def local_copy(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def write_json(path: epath.Path, record: Any) -> None:
-    """Process 0 writes a JSON file, whole or not at all; the others do not wait."""
-    if jax.process_index() == 0:
-        write_atomic(path, json.dumps(record, indent=1) + "\n")
+def kept(path: epath.Path, make: Callable[[], Any]) -> Any:
+    """A JSON record from disk; made and written first where there is none that can be read.
+
+    Args:
+        make: Makes it; every process calls it.
+
+    Returns:
+        What JSON makes of the record, the same on every process and in a run that goes on.
+    """
+    if not broadcast_from_first(lambda: _is_readable(path)):
+        record = make()
+        if jax.process_index() == 0:
+            write_json(path, record)
+    return broadcast_from_first(lambda: read_json(path))
+
+
+def _is_readable(path: epath.Path) -> bool:
+    try:
+        return path.exists() and read_json(path) is not None
+    except ValueError as error:
+        logging.warning("%s: creating it again", error)
+        return False

@@ -1,14 +1,17 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 import uuid
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import fsspec.config
 from etils import epath
+
+from logitjax.storage import _guard as guard
 
 # gcsfs keeps listings forever, and with them files that others wrote or removed since.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -59,6 +62,13 @@ def write_atomic(
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file with a checksum, so that `read_json` notices a changed bit."""
+    record = value if isinstance(value, dict) else {"": value}
+    record |= {guard.CHECKSUM: guard.checksum(record)}
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def _sync_folder(folder: epath.Path) -> None:

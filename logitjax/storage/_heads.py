@@ -1,6 +1,5 @@
 """A trained head as two files: its description as JSON, and its arrays."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage._files import write_atomic
+from logitjax.storage._files import write_atomic, write_json
 from logitjax.storage._guard import read_json
 from logitjax.storage._require import require
 from logitjax.storage._safetensors import SafetensorsSource
@@ -25,7 +24,7 @@ def write_head(
     # Without it there is no head, so that none is ever half of one and half of another.
     (root / "head.json").unlink(missing_ok=True)
     write_atomic(root / "head.safetensors", lambda file: file.write(content))
-    write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
+    write_json(root / "head.json", dict(record))
 
 
 def read_head(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

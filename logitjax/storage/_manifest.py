@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from logitjax.storage import _guard as guard
-from logitjax.storage._files import write_atomic
+from logitjax.storage._files import write_json
 from logitjax.storage._guard import read_json
 
 _NAME = "manifest.json"
@@ -55,7 +55,11 @@ class Manifest:
             contents: What else readers need, such as names and sizes of files; write it last.
         """
         record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
-        write_atomic(self.path, json.dumps(record | dict(contents or {}), indent=1).encode())
+        write_json(self.path, record | dict(contents or {}))
+
+    def claim(self, made_from: Mapping[str, Any]) -> None:
+        """`check` a directory that has a manifest; `write` one where there is none."""
+        (self.check if self.exists() else self.write)(made_from)
 
     def read(self) -> dict[str, Any]:
         """Read what `write` wrote: `made_from` and the contents, by name.

@@ -3,7 +3,6 @@
 A part, a shard and a JSON file of its rows, counts once both are there: processes need not talk.
 """
 
-import json
 import os
 import re
 import time
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from logitjax.storage import _guard as guard
 from logitjax.storage._digest import digest
-from logitjax.storage._files import write_atomic
+from logitjax.storage._files import write_json
 from logitjax.storage._guard import read_json
 from logitjax.storage._manifest import Manifest
 from logitjax.storage._progress import progress
@@ -265,7 +264,7 @@ class RowCache:
                     write(record)
                 written(count)
         part = {"rows": _ranges(rows), "shard": shard}
-        write_atomic(self.directory / f"{name}.json", json.dumps(part))
+        write_json(self.directory / f"{name}.json", part)
         # Read when somebody asks: to look at all parts after each is slow.
         self._added = True
 

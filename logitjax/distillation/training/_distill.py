@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -391,12 +390,12 @@ def distill(
         made_from["on_policy"] = dataclasses.asdict(on_policy)
     _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
-    first = workdir / "before.json"
-    if not processes.broadcast_from_first(lambda: _is_readable(first)):
+
+    def measure() -> dict[str, Any]:
         start = models.DECODER_RULES.place(student.trained, mesh)
-        record = {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
-        processes.write_json(first, record)
-    before = processes.broadcast_from_first(lambda: storage.read_json(first))
+        return {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
+
+    before = processes.kept(workdir / "before.json", measure)
     trained = train_student(
         student,
         corpus,
@@ -416,15 +415,6 @@ def distill(
         trained=trained,
         samples={"prompt": prompt, "before": before["sample"][1], "after": message},
     )
-
-
-def _is_readable(path: epath.Path) -> bool:
-    """Whether a record is there; a damaged one costs no run where it can be made again."""
-    try:
-        return path.exists() and storage.read_json(path) is not None
-    except ValueError as error:
-        logging.warning("%s: creating it again", error)
-        return False
 
 
 def _made_from(
