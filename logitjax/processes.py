@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from logitjax.storage import may_pass, progress, read_json, write_json
+from logitjax import storage
+from logitjax.storage import may_pass, progress
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
@@ -136,16 +136,8 @@ def kept(path: epath.Path, make: Callable[[], Any]) -> Any:
     Returns:
         What JSON makes of the record, the same on every process and in a run that goes on.
     """
-    if not broadcast_from_first(lambda: _is_readable(path)):
-        record = make()
-        if jax.process_index() == 0:
-            write_json(path, record)
-    return broadcast_from_first(lambda: read_json(path))
-
-
-def _is_readable(path: epath.Path) -> bool:
-    try:
-        return path.exists() and read_json(path) is not None
-    except ValueError as error:
-        logging.warning("%s: creating it again", error)
-        return False
+    record = broadcast_from_first(lambda: storage.kept(path))
+    if record is None:
+        made = make()
+        record = broadcast_from_first(lambda: storage.kept(path, lambda: made))
+    return record

@@ -119,7 +119,7 @@ def _run(config: Config, out: epath.Path) -> None:
     records = []
     for name in names:
         ask = functools.partial(_audit, config, name, prompts, vocab, truth, out)
-        records.append(processes.kept(out / "policies" / f"{name}.json", ask))
+        records.append(storage.kept(out / "policies" / f"{name}.json", ask))
         logging.info("%s: %s", name, records[-1]["verdict"])
     text = _report(config, prompts, vocab, truth, records)
     storage.write_atomic(out / "report.md", text)

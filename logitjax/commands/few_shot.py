@@ -241,7 +241,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
                 return problem.score(candidate, shots)
 
             path = out / "results" / f"{name}_{shots}.json"
-            records[name][shots] = processes.kept(path, score)
+            records[name][shots] = storage.kept(path, score)
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
         directory = out / "heads" / name
         if not (directory / "head.json").exists():

@@ -158,7 +158,7 @@ def _records(
     for start in range(0, len(items), _PART):
         picked = items[start : start + _PART]
         make = functools.partial(_scored, nll_fn, picked, batch_size)
-        records += processes.kept(parts / f"{start:08d}.json", make)
+        records += storage.kept(parts / f"{start:08d}.json", make)
         logging.info("%s: %d of %d rows", parts.name, start + len(picked), len(items))
     return records
 

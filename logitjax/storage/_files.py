@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 import fsspec.config
+from absl import logging
 from etils import epath
 
 from logitjax.storage import _guard as guard
@@ -69,6 +70,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     record = value if isinstance(value, dict) else {"": value}
     record |= {guard.CHECKSUM: guard.checksum(record)}
     write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+def kept(path: epath.Path, make: Callable[[], Any] | None = None) -> Any:
+    """A record of `write_json`; made and written first where none can be read (None if not)."""
+    try:
+        if path.exists():
+            return guard.read_json(path)
+    except ValueError as error:
+        logging.warning("%s: creating it again", error)
+    if make is None:
+        return None
+    write_json(path, make())
+    # As a run that goes on has it.
+    return guard.read_json(path)
 
 
 def _sync_folder(folder: epath.Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from logitjax import storage
 from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Decoder, Tokenizer
 from logitjax.storage import guard
@@ -130,11 +131,11 @@ class Questions:
             # A completion begins with a space; without it, its tokens would differ.
             return {row.question: text.rstrip() for row, text in zip(made, message)}
 
-        texts = say() if file is None else processes.kept(file, say)
+        texts = say() if file is None else storage.kept(file, say)
         if file is not None and not all(row.question in texts for row in made):
             # Of rows that were refused.
             file.unlink()
-            texts = processes.kept(file, say)
+            texts = storage.kept(file, say)
         kept = [
             dataclasses.replace(row, answer=text)
             for row in made

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from logitjax import processes, training
+from logitjax import storage, training
 from logitjax.models import (
     DECODER_RULES,
     Decoder,
@@ -22,7 +22,6 @@ from logitjax.models import (
     save_pretrained,
     with_layout,
 )
-from logitjax.storage import digest
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
@@ -49,20 +48,20 @@ class Training:
 
     def record(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
         """A record from disk, in the folder or at a path; made and written if missing."""
-        return processes.kept(self.directory / name if isinstance(name, str) else name, make)
+        return storage.kept(self.directory / name if isinstance(name, str) else name, make)
 
     def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
         """The adapters of a candidate, or the model if all its weights were trained."""
         folder = self.directory / name_of(candidate)
         for name, stored in candidate.get("files", {}).items():
-            if not (path := folder / name).exists() or digest(path, length=12) != stored:
+            if not (path := folder / name).exists() or storage.digest(path, length=12) != stored:
                 raise ValueError(f"{path}: damaged; remove {folder}, which is then trained again")
         return Lora.load(folder, self._adapted) if self.config.adapters else self._model(folder)
 
     def files(self, candidate: Mapping[str, Any]) -> dict[str, str]:
         """Digests of the files of a candidate, by name."""
         paths = sorted((self.directory / name_of(candidate)).iterdir())
-        return {path.name: digest(path, length=12) for path in paths}
+        return {path.name: storage.digest(path, length=12) for path in paths}
 
     def at(self, trained: Lora | Decoder, strength: float) -> Deployed:
         method = self.config.method
