@@ -128,14 +128,7 @@ def local_copy(tree: Any) -> Any:
 
 
 def kept(path: epath.Path, make: Callable[[], Any]) -> Any:
-    """A JSON record from disk; made and written first where there is none that can be read.
-
-    Args:
-        make: Makes it; every process calls it.
-
-    Returns:
-        What JSON makes of the record, the same on every process and in a run that goes on.
-    """
+    """`storage.kept` of several processes: all make the record, and have the one on disk."""
     record = broadcast_from_first(lambda: storage.kept(path))
     if record is None:
         made = make()

@@ -57,9 +57,12 @@ class Manifest:
         record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
         write_json(self.path, record | dict(contents or {}))
 
-    def claim(self, made_from: Mapping[str, Any]) -> None:
-        """`check` a directory that has a manifest; `write` one where there is none."""
-        (self.check if self.exists() else self.write)(made_from)
+    def claim(self, made_from: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """`check` a directory that has a manifest, else `write` it; what it is made from."""
+        if self.exists():
+            return self.check(made_from, **options)["made_from"]
+        self.write(made_from)
+        return dict(made_from)
 
     def read(self) -> dict[str, Any]:
         """Read what `write` wrote: `made_from` and the contents, by name.

@@ -125,14 +125,11 @@ class RowCache:
     ):
         self.directory = epath.Path(directory).expanduser()
         self._codec, self._kind = codec, kind
+        manifest = Manifest(self.directory, kind)
         if made_from is None:
-            self.made_from = Manifest(self.directory, kind).read()["made_from"]
-        elif Manifest(self.directory, kind).exists():
-            stored = Manifest(self.directory, kind).check(made_from, names_of=names_of)
-            self.made_from = stored["made_from"]
+            self.made_from = manifest.read()["made_from"]
         else:
-            Manifest(self.directory, kind).write(made_from)
-            self.made_from = dict(made_from)
+            self.made_from = manifest.claim(made_from, names_of=names_of)
         self._load()
 
     def _load(self) -> None:

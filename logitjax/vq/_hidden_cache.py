@@ -173,10 +173,7 @@ class HiddenCache:
         arrays = {name: read_npy(root / f"{name}.npy", mapped=True) for name in _FILES}
         for name, array in arrays.items():
             if sums.get(name) not in (None, zlib.crc32(array.data)):
-                raise ValueError(
-                    f"{root / name}.npy: its checksum differs; delete {root} and let it be made "
-                    "again"
-                )
+                raise ValueError(f"{root / name}.npy: damaged; delete {root}, which is made again")
         return cls(**arrays)
 
     def __len__(self) -> int:

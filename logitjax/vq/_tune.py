@@ -33,11 +33,6 @@ class _Tuned(training.TrainState):
     losses: Any
 
 
-@jax.jit
-def _with_loss(losses: Array, index: Any, total: Array, size: Array) -> jax.Array:
-    return jnp.asarray(losses).at[index].set(total / size)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
     """Tunes a head by Adam with a cosine schedule, on mini-batches of cached positions.
@@ -88,8 +83,8 @@ class Tuning:
         constants: Any = None,
         between: Callable[[int, Any, Any], tuple[Any, Any] | None] | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[Any, list[float]]:
-        """Tunes any head on cached positions.
+    ) -> tuple[Any, list[float], Any]:
+        """Tunes any head on cached positions: parameters, the loss by step, changed constants.
 
         Args:
             loss_fn: `(params, constants, *batch) -> loss of each position`.
@@ -104,18 +99,10 @@ class Tuning:
 
         >>> loss = lambda params, _, x: (params - x) ** 2
         >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
-        >>> params, losses = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
+        >>> params, losses, _ = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
         >>> bool(abs(params - 1) < 0.1)
         True
         """
-        tuned = self._tuned(loss_fn, params, arrays, constants, between, mesh)
-        # Other code has no mesh, and nothing of several processes.
-        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tuned.params)
-        return params, np.asarray(tuned.losses).tolist()
-
-    def _tuned(
-        self, loss_fn: HeadLoss, params: Any, arrays: Any, constants: Any, between: Any, mesh: Any
-    ) -> Any:
         if mesh is None:
             mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
         tx, step = self.update(mesh, loss_fn)
@@ -146,7 +133,7 @@ class Tuning:
             varied = tuned.constants
             state = training.TrainState(tuned.step, tuned.params, tuned.opt_state, tuned.rng)
             state, output = step(state, batch, varied if between else fixed)
-            losses = _with_loss(tuned.losses, index, *output.metrics["loss"])
+            losses = tuned.losses.at[index].set(jnp.divide(*output.metrics["loss"]))
             changed = between and between(index + 1, state.params, varied)
             if changed:
                 stored, varied = jax.device_put(changed, everywhere)
@@ -154,20 +141,25 @@ class Tuning:
             return _Tuned(**vars(state), constants=varied, losses=losses), output
 
         tenth = max(1, self.steps // 10)
-        with contextlib.ExitStack() as stack:
-            more: Any = {}
-            if self.workdir is not None:
-                saver = training.Checkpointer(self.workdir / "checkpoints")
-                more["checkpointer"] = stack.enter_context(saver)
-                more |= dict(workdir=self.workdir, writer=training.make_writer(self.workdir))
-            return training.train_loop(
+        folder, saver = self.workdir, contextlib.nullcontext()
+        if folder is not None:
+            saver = training.Checkpointer(folder / "checkpoints")
+        with saver as checkpointer:
+            tuned: Any = training.train_loop(
                 start,
                 update,
                 batches,
                 total_steps=self.steps,
+                workdir=folder,
+                checkpointer=checkpointer,
+                writer=None if folder is None else training.make_writer(folder),
                 options=training.LoopOptions(checkpoint_every=tenth, log_every=tenth),
-                **more,
             )
+        # Other code has no mesh, and nothing of several processes.
+        params, constants = jax.tree.map(
+            lambda x: jnp.asarray(np.asarray(x)), (tuned.params, tuned.constants)
+        )
+        return params, np.asarray(tuned.losses).tolist(), constants
 
     def imitate(
         self,
@@ -203,7 +195,7 @@ class Tuning:
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 
         batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
-        params, losses = self.run(loss, params, batch, constants=constants, mesh=mesh)
+        params, losses, _ = self.run(loss, params, batch, constants=constants, mesh=mesh)
         return params, [value - targets.entropy for value in losses]
 
 
@@ -279,16 +271,13 @@ def tune_vq_head(
         moves[step // reassign_every - 1] = moved
         return params | {"bias": bias}, constants_of(assignment, moves)
 
-    tuned = tuning._tuned(
+    params, losses, constants = tuning.run(
         vq_distillation_loss,
         params,
         [hidden, targets.top_probs, targets.top_tokens],
-        constants_of(jnp.asarray(assignment), np.zeros(changes, np.float32)),
-        between,
-        mesh,
+        constants=constants_of(jnp.asarray(assignment), np.zeros(changes, np.float32)),
+        between=between,
+        mesh=mesh,
     )
-    params, constants, losses = jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x)), (tuned.params, tuned.constants, tuned.losses)
-    )
-    history = {"loss": losses.tolist(), "moved": constants["moved"].tolist()}
+    history = {"loss": losses, "moved": constants["moved"].tolist()}
     return params["codebook"], params.get("bias"), constants["assignment"], history
