@@ -28,6 +28,7 @@ docs/few_shot.md.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -235,12 +236,10 @@ def _run(problem: Problem, out: epath.Path) -> None:
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     for name, candidate in chosen.items():
         for shots in names:
-
-            def score(name: str = name, candidate: Any = candidate, shots: int = shots) -> Any:
-                storage.progress.mark(f"training {name}, {shots} shots", log=True)
-                return problem.score(candidate, shots)
-
             path = out / "results" / f"{name}_{shots}.json"
+            if not path.exists():
+                storage.progress.mark(f"training {name}, {shots} shots", log=True)
+            score = functools.partial(problem.score, candidate, shots)
             records[name][shots] = storage.kept(path, score)
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
         directory = out / "heads" / name

@@ -131,11 +131,10 @@ class Questions:
             # A completion begins with a space; without it, its tokens would differ.
             return {row.question: text.rstrip() for row, text in zip(made, message)}
 
-        texts = say() if file is None else storage.kept(file, say)
-        if file is not None and not all(row.question in texts for row in made):
-            # Of rows that were refused.
-            file.unlink()
-            texts = storage.kept(file, say)
+        # A start that was refused may have left answers to other rows.
+        key = storage.digest([row.question for row in made], length=8)
+        at = None if file is None else file.parent / f"{file.stem}-{key}.json"
+        texts = say() if at is None else storage.kept(at, say)
         kept = [
             dataclasses.replace(row, answer=text)
             for row in made

@@ -117,9 +117,8 @@ class Tuning:
         def start() -> Any:
             state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
             rest = {"constants": varied, "losses": np.zeros(self.steps, np.float32)}
-            # Copies, which a checkpoint that is restored may take the place of.
-            copies = jax.jit(lambda rest: jax.tree.map(jnp.copy, rest), out_shardings=everywhere)
-            return _Tuned(**vars(state), **copies(rest))
+            # Copies: a checkpoint that is restored takes their place.
+            return _Tuned(**vars(state), **jax.device_put(jax.tree.map(np.array, rest), everywhere))
 
         def batches(index: int) -> Any:
             epoch, location = divmod(index, per_epoch)
