@@ -415,6 +415,7 @@ def _report(
     share = config.on_policy.share
     written = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
+    sizes = ", ".join(f"{len(packed.splits[name]):,}" for name in data.SPLITS)
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(distilled.samples[n])} for n in names]
     return (
@@ -423,7 +424,7 @@ def _report(
         f"{course.batch_size} x {reading.seq_len} tokens{written}, learning rate {config.peak:g}, "
         f"{distilled.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
-        f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "
+        f"The text has {sizes} rows to train, validate and test on. Scores are "
         f"computed on {min(course.eval_rows, len(packed.splits['test']))} test rows. Agreement is "
         "the share of positions at which model and teacher rank the same token highest. KL is "
         f"computed over the teacher's top {reading.top_k} tokens, with all others as one. tokens/s "
@@ -432,10 +433,6 @@ def _report(
         f"{markdown_table(samples)}\n\n"
         "`model/` has the model as a Hugging Face directory.\n"
     )
-
-
-def _split_sizes(packed: data.PackedSplits) -> str:
-    return ", ".join(f"{len(packed.splits[name]):,}" for name in data.SPLITS)
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 _CLASSES = 20
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
-
-
 def cell(values: Sequence[float]) -> str:
-    return f"{100 * _mean(values):.1f} +- {100 * float(np.std(values)):.1f}"
+    mean = math.fsum(values) / len(values) if values else 0.0
+    return f"{100 * mean:.1f} +- {100 * float(np.std(values)):.1f}"
 
 
 def _range(values: Sequence[int]) -> str:

@@ -47,17 +47,14 @@ def _values(tensor: TensorSpec, params: dict, places: list, dtype: Any) -> np.nd
         for key in path:
             leaf = leaf[key]
         for index in (row, tensor.expert):
-            leaf = leaf if index is None else _layer(leaf, index)
+            if index is not None:
+                leaf = leaf[index] if isinstance(leaf, np.ndarray) else _sliced(leaf, index)
         leaf = leaf.dense().astype(dtype) if isinstance(leaf, Codes) else leaf
         values = _on_host(leaf)
         values = values.T if tensor.transpose else values
         parts.append(interleaved(values, tensor) if tensor.rope_heads else values)
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)
     return np.ascontiguousarray(joined)
-
-
-def _layer(leaf: Any, row: int) -> Any:
-    return leaf[row] if isinstance(leaf, np.ndarray) else _sliced(leaf, row)
 
 
 # One program for all rows.

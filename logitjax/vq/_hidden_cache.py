@@ -114,11 +114,9 @@ class HiddenCache:
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)
-        made_from = {
-            "max_tokens": max_tokens,
-            "model": sampled_digest(_without_head(state)),
-            "source": source,
-        }
+        # Hidden states depend on these alone.
+        weights = {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
+        made_from = {"max_tokens": max_tokens, "model": sampled_digest(weights), "source": source}
         manifest = Manifest(root, _KIND)
         if manifest.exists():
             manifest.check(made_from)
@@ -267,8 +265,3 @@ class _Codec:
             parts.append((hidden.reshape(count, width), labels))
         hidden, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return HiddenCache(hidden, labels)
-
-
-def _without_head(state: Any) -> Any:
-    """The parameters that hidden states depend on."""
-    return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}

@@ -281,7 +281,9 @@ def train_student(
             },
             options=course.loop,
         )
-    lines = processes.broadcast_from_first(lambda: _lines(directory / "metrics.jsonl"))
+    path = directory / "metrics.jsonl"
+    texts = processes.broadcast_from_first(lambda: path.read_text().splitlines())
+    lines = [json.loads(text) for text in texts]
     # The first interval holds the compilation.
     speeds = _column(lines, "tokens_per_second")
     return Trained(
@@ -329,10 +331,6 @@ def _check_seen(
 def _identity(objective: Objective, course: Course) -> str:
     terms = "+".join(f"{term!r}:{weight:g}" for term, weight in objective.terms)
     return f"{terms}, rate {course.learning_rate:g}, seed {course.seed}, {course.steps} steps"
-
-
-def _lines(path: epath.Path) -> list[Mapping[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:
