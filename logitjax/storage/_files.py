@@ -68,7 +68,7 @@ def write_atomic(
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a JSON file with a checksum, so that `read_json` notices a changed bit."""
     record = value if isinstance(value, dict) else {"": value}
-    record |= {guard.CHECKSUM: guard.checksum(record)}
+    record = {**record, guard.CHECKSUM: guard.checksum(record)}
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
