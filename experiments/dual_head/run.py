@@ -20,7 +20,7 @@ from experiments.dual_head.data import Placed, load_task, place
 from experiments.dual_head.score import Scorer
 from experiments.dual_head.train import Course, Teacher, Trainer, by_lane
 from experiments.shared.records import Record, kept, remove_directory
-from logitjax import processes, training
+from logitjax import processes, storage, training
 
 
 def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:

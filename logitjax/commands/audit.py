@@ -23,6 +23,7 @@ queries, cost to honest users, verdict. OUT/recovered/POLICY.npz holds the recov
 """
 
 import dataclasses
+import functools
 import sys
 from typing import Any, Literal
 

@@ -22,6 +22,7 @@ It writes OUT/scores.jsonl (a line for each row), OUT/results.json and OUT/repor
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
