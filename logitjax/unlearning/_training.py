@@ -60,7 +60,8 @@ class Training:
 
     def files(self, candidate: Mapping[str, Any]) -> dict[str, str]:
         """Digests of the files of a candidate, by name."""
-        paths = sorted((self.directory / name_of(candidate)).iterdir())
+        # Not what a kill left of a write.
+        paths = sorted((self.directory / name_of(candidate)).glob("[!.]*"))
         return {path.name: storage.digest(path, length=12) for path in paths}
 
     def at(self, trained: Lora | Decoder, strength: float) -> Deployed:
