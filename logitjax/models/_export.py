@@ -177,7 +177,8 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
         text = None if id is None else tokenizer.token(id)
         settings[f"{name}_token"] = tokenizer.special_tokens.get(f"{name}_token", text)
     # A file of its own, which wins over tokenizer_config.json, may be left from a model before.
-    for old in (directory / "chat_template.jinja", *_extra_templates(directory)):
+    others = directory.glob("additional_chat_templates/*.jinja")
+    for old in (directory / "chat_template.jinja", *others):
         if old.exists():
             old.unlink()
     template = tokenizer.chat_template
@@ -187,8 +188,3 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
     if template is not None:
         settings["chat_template"] = template
     _write_json(directory / "tokenizer_config.json", settings)
-
-
-def _extra_templates(directory: epath.Path) -> list[epath.Path]:
-    folder = directory / "additional_chat_templates"
-    return list(folder.glob("*.jinja")) if folder.exists() else []
