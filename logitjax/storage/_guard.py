@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 import stat
@@ -211,8 +212,9 @@ def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = o
     content = read_bytes(path, most=LIMITS.json_bytes)
     try:
         result = parse_json(content)
-        if isinstance(result, dict) and (stored := result.pop(CHECKSUM, None)) is not None:
-            if stored != checksum(result):
+        # A flipped bit may be in the name as well.
+        for name in [n for n in result if _is_near(n)] if isinstance(result, dict) else ():
+            if result.pop(name) != checksum(result) or name != CHECKSUM:
                 raise ValueError("its checksum differs")
             result = result.get("", result)
     except ValueError as error:
@@ -220,6 +222,10 @@ def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = o
     if not isinstance(result, form):
         raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {short(result)}")
     return result
+
+
+def _is_near(name: str) -> bool:
+    return len(name) == len(CHECKSUM) and sum(map(operator.ne, name, CHECKSUM)) < 2
 
 
 def checksum(value: Any) -> int:

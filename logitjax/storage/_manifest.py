@@ -83,7 +83,7 @@ class Manifest:
             # Work that cannot be made again in minutes is not to be thrown away for its label.
             advice = (
                 "remove this file, which is then written again"
-                if self.kind.endswith("run")
+                if self.kind.endswith(("run", "audit"))
                 else f"delete {root} and let it be made again"
             )
             raise ValueError(f"{path} is damaged ({guard.one_line(error)}); {advice}") from None

@@ -120,9 +120,7 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_one_line_that_names_it(tmp_path
     RowCache(tmp_path, CODEC, made_from=MADE)
     path = tmp_path / "manifest.json"
     whole = path.read_bytes()
-    # Without its name the checksum says nothing; the rest is whole.
-    name = whole.index(b"crc32"), whole.rindex(b'":')
-    for position in {*range(len(whole))} - {*range(*name)}:
+    for position in range(len(whole)):
         damaged = bytearray(whole)
         damaged[position] ^= 1
         path.write_bytes(damaged)
