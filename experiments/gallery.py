@@ -91,12 +91,10 @@ def take_parts(workdir: pathlib.Path, name: str, docs: pathlib.Path = DOCS) -> l
     Returns:
         A file for each part.
     """
-    records = {path.name: path.read_text() for path in (workdir / "parts").glob("*.json")}
     parts = []
-    for part, text in sorted(records.items()):
-        parts.append(docs / "results" / name / part)
-        parts[-1].parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(parts[-1], json.dumps(_rounded(json.loads(text))) + "\n")
+    for path in sorted((workdir / "parts").glob("*.json")):
+        parts.append(docs / "results" / name / path.name)
+        storage.write_atomic(parts[-1], json.dumps(_rounded(storage.read_json(path))) + "\n")
     return parts
 
 

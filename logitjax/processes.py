@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from logitjax.storage import may_pass, progress, write_atomic
+from logitjax import storage
+from logitjax.storage import may_pass, progress
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
@@ -126,7 +127,10 @@ def local_copy(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def write_json(path: epath.Path, record: Any) -> None:
-    """Process 0 writes a JSON file, whole or not at all; the others do not wait."""
-    if jax.process_index() == 0:
-        write_atomic(path, json.dumps(record, indent=1) + "\n")
+def kept(path: epath.Path, make: Callable[[], Any]) -> Any:
+    """`storage.kept` of several processes: all make the record, and have the one on disk."""
+    record = broadcast_from_first(lambda: storage.kept(path))
+    if record is None:
+        made = make()
+        record = broadcast_from_first(lambda: storage.kept(path, lambda: made))
+    return record

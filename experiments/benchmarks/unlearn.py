@@ -72,7 +72,8 @@ def run(options: suite.Options) -> suite.Result:
     return suite.Result(rows=rows, bars=bars)
 
 
-def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
+def prepare(folder: Path, number: int, *, smoke: bool) -> list[str]:
+    """Write a set's rows and teach them to a model; the flags with which to unlearn them."""
     made = people(number)
     items = [dict(question=q, answer=a) for q, a in facts(number)["retain"]]
     for name, rows in (made | {"retain": made["neighbours"] + items}).items():
@@ -82,15 +83,19 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     target = folder / "target"
     if not (target / "config.json").exists():
         _teach(folder, target, smoke=smoke)
-    out = folder / "out"
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
-    if smoke:
-        flags += ["--text=text:LICENSE", "--steps=2"]
-        flags += ["--check_every=1", "--text_length=32", "--new_tokens=4", "--most_perplexity=9"]
-        flags += [f"--least_{name}=0" for name in ("probability", "row", "rouge", "fluency")]
-    else:
-        flags.append("--text=tfds:wiki_summaries")
-    command = [sys.executable, "-m", "logitjax", "unlearn", f"--model={target}", *flags]
+    flags.append(f"--model={target}")
+    if not smoke:
+        return [*flags, "--text=tfds:wiki_summaries"]
+    flags += ["--text=text:LICENSE", "--text_length=32", "--text_windows=8", "--new_tokens=4"]
+    flags.append("--most_perplexity=9")
+    return flags + [f"--least_{name}=0" for name in ("probability", "row", "rouge", "fluency")]
+
+
+def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
+    flags, target, out = prepare(folder, number, smoke=smoke), folder / "target", folder / "out"
+    flags += ["--steps=2", "--check_every=1"] if smoke else []
+    command = [sys.executable, "-m", "logitjax", "unlearn", *flags]
     ended = _ended(folder / "ended.json", [*command, f"--out={out}"])
     row = {"set": number} | ended | _measured(folder, target, out)
     if ended["status"] == 0 and number == (0 if smoke else _MERGED):

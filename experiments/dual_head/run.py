@@ -20,7 +20,7 @@ from experiments.dual_head.data import Placed, load_task, place
 from experiments.dual_head.score import Scorer
 from experiments.dual_head.train import Course, Teacher, Trainer, by_lane
 from experiments.shared.records import Record, kept, remove_directory
-from logitjax import processes, training
+from logitjax import processes, storage, training
 
 
 def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -36,7 +36,8 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
         lanes, record = _load(teaching, config.teacher_weights)
     else:
         lanes, record = fit(teaching, workdir / "teacher", seed=0)
-    processes.write_json(workdir / "teacher" / "result.json", record)
+    result = workdir / "teacher" / "result.json"
+    processes.run_on_first("teacher", lambda: storage.write_json(result, record))
     teacher = make_teacher(teaching.trainer, lanes, placed)
     logging.info("teacher %s: test accuracy %.4f", config.teacher, record["test"][0])
     results: dict[str, Any] = {"teacher": record, "arms": {}}

@@ -1,7 +1,6 @@
 """Measurements on disk as JSON: a run that is started again measures what is missing."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +9,7 @@ from etils import epath
 from logitjax import processes
 
 Record = dict[str, Any]
-
-
-def kept(path: epath.Path, make: Callable[[], Any]) -> Any:
-    """A record from disk, measured and written first if it is not there.
-
-    Args:
-        make: Measures it; every process calls it.
-
-    Returns:
-        What JSON makes of the record, the same on every process.
-    """
-    if not processes.broadcast_from_first(path.exists):
-        processes.write_json(path, make())
-    return processes.broadcast_from_first(lambda: json.loads(path.read_text()))
+kept = processes.kept
 
 
 def tuned_seeds(

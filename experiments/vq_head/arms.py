@@ -96,7 +96,7 @@ def tune(
 ) -> tuple[Any, tuple[float, ...]]:
     """Tuned parameters and the loss by step, with the budget that all arms have."""
     tuning = _tuning(ctx, trial)
-    params, curve = tuning.run(loss, params, arrays, constants=constants, mesh=ctx.mesh)
+    params, curve, _ = tuning.run(loss, params, arrays, constants=constants, mesh=ctx.mesh)
     return params, tuple(curve)
 
 

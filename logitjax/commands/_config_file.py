@@ -69,7 +69,7 @@ def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> Non
         changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
         if changed and _has_results(folder):
             raise ValueError(
-                f"{flag}: expected a folder of this configuration, got {folder} with another "
+                f"{flag}: expected a folder of this configuration, got {path} with another "
                 f"{', '.join(changed)}; choose a new --{flag}"
             )
     # Others have only compared: two writers of one file on a store would race.

@@ -23,7 +23,7 @@ queries, cost to honest users, verdict. OUT/recovered/POLICY.npz holds the recov
 """
 
 import dataclasses
-import json
+import functools
 import sys
 from typing import Any, Literal
 
@@ -112,23 +112,15 @@ def _run(config: Config, out: epath.Path) -> None:
         # Where a bias moves what is drawn, the token alone answers comparisons.
         names = ("server", "draws") if config.server.bias == "sampling" else ("server",)
     # What is in the folder was asked of this head, with these prompts.
-    manifest = storage.Manifest(out, "audit")
     made_from = {
         "prompts": storage.digest(prompts, length=12),
         "model": None if truth is None else storage.digest(truth.head, sample=256, length=12),
     }
-    if manifest.exists():
-        manifest.check(made_from)
-    else:
-        manifest.write(made_from)
+    storage.Manifest(out, "audit").claim(made_from)
     records = []
     for name in names:
-        path = out / "policies" / f"{name}.json"
-        if not path.exists():
-            storage.progress.mark(f"asking {name}", log=True)
-            record = _audit(config, name, prompts, vocab, truth, out)
-            storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
-        records.append(storage.read_json(path))
+        ask = functools.partial(_audit, config, name, prompts, vocab, truth, out)
+        records.append(storage.kept(out / "policies" / f"{name}.json", ask))
         logging.info("%s: %s", name, records[-1]["verdict"])
     text = _report(config, prompts, vocab, truth, records)
     storage.write_atomic(out / "report.md", text)
@@ -196,6 +188,7 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
 def _audit(
     config: Config, name: str, prompts: np.ndarray, vocab: int, truth: Truth | None, out: epath.Path
 ) -> dict[str, Any]:
+    storage.progress.mark(f"asking {name}", log=True)
     oracle = _oracle(config, name, prompts, truth)
     result = leakage.audit(
         oracle,

@@ -128,11 +128,6 @@ def _is_ours(record: Any) -> bool:
     return shown
 
 
-def _devices() -> str:
-    kinds = collections.Counter(device.device_kind for device in jax.devices())
-    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-
-
 @contextlib.contextmanager
 def _narrated() -> Iterator[None]:
     """Log the current activity after some seconds of silence; on a terminal, bars do so."""
@@ -370,7 +365,9 @@ def _main(
                 jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")
             with processes.first_before_others("writing config.json"):
                 _config_file.write_config(config, folder, kept)
-            logging.info("%s on %s, into %s", program, _devices(), folder)
+            kinds = collections.Counter(device.device_kind for device in jax.devices())
+            devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+            logging.info("%s on %s, into %s", program, devices, folder)
             run(config, folder)
     except _ONE_LINE_ERRORS as error:
         _let_others_speak(error)

@@ -266,10 +266,9 @@ def objective_of(config: Config) -> distillation.Objective:
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
     """Refuse a folder that was begun with other weights of the student."""
     # A name may point to other weights by now.
-    path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
-    if not processes.broadcast_from_first(path.exists):
-        processes.write_json(path, {"weights": weights})
-    if _stored(path, "weights")["weights"] != weights:
+    weights = distillation.Student.of(whole).fingerprint
+    record = processes.kept(out / "student.json", lambda: {"weights": weights})
+    if record["weights"] != weights:
         raise ValueError(
             f"student: expected the weights that {out} was started with, got others in "
             f"{config.student!r}; name a new --out"
@@ -310,13 +309,12 @@ def _pruned(
 
     kept, freeze = config.pruning.keep_layers, config.freeze
     if drop:
-        path = out / "pruning.json"
-        if not processes.broadcast_from_first(path.exists):
-            chosen = distillation.prune_layers(whole, calibration(), drop)
-            processes.write_json(path, dataclasses.asdict(chosen))
-        names = [field.name for field in dataclasses.fields(distillation.LayerPruning)]
-        record = _stored(path, *names)
-        chosen = distillation.LayerPruning(**{name: tuple(record[name]) for name in names})
+
+        def prune() -> dict[str, Any]:
+            return dataclasses.asdict(distillation.prune_layers(whole, calibration(), drop))
+
+        record = processes.kept(out / "pruning.json", prune)
+        chosen = distillation.LayerPruning(**{n: tuple(v) for n, v in record.items()})
         kept, freeze = chosen.kept, chosen.below if freeze == "below" else freeze
     model = models.keep_layers(whole, kept) if kept else whole
     if kept:
@@ -370,27 +368,14 @@ def _whole_row(
     out: epath.Path,
 ) -> dict[str, Any]:
     """Scores of the model that the student is pruned from, kept on disk."""
-    path = out / "whole.json"
-    if not processes.broadcast_from_first(path.exists):
+
+    def score() -> dict[str, Any]:
         storage.progress.mark("scoring the whole model", log=True)
         student = distillation.Student.of(whole)
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
-        scores = scorer.scores(student.trained, "test")
-        processes.write_json(path, scores | {"parameters": student.size})
-    scores = _stored(path, "perplexity", "bits_per_byte", "parameters")
-    return _row(f"{config.student}, whole", scores)
+        return {**scorer.scores(student.trained, "test"), "parameters": student.size}
 
-
-def _stored(path: epath.Path, *names: str) -> dict[str, Any]:
-    """A record that an earlier start left, with these names."""
-    record = processes.broadcast_from_first(lambda: storage.read_json(path, form=dict))
-    for name in names:
-        if name not in record:
-            raise ValueError(
-                f"{path}: expected {name!r} in it, got {storage.guard.short(sorted(record))}; "
-                "remove this file, which is then written again"
-            )
-    return record
+    return _row(f"{config.student}, whole", processes.kept(out / "whole.json", score))
 
 
 def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:
@@ -430,6 +415,7 @@ def _report(
     share = config.on_policy.share
     written = f", with {share:.0%} of the rows written by the student" if share else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
+    sizes = ", ".join(f"{len(packed.splits[name]):,}" for name in data.SPLITS)
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(distilled.samples[n])} for n in names]
     return (
@@ -438,7 +424,7 @@ def _report(
         f"{course.batch_size} x {reading.seq_len} tokens{written}, learning rate {config.peak:g}, "
         f"{distilled.trained.tokens_per_second:,.0f} trained tokens per second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
-        f"The text has {_split_sizes(packed)} rows to train, validate and test on. Scores are "
+        f"The text has {sizes} rows to train, validate and test on. Scores are "
         f"computed on {min(course.eval_rows, len(packed.splits['test']))} test rows. Agreement is "
         "the share of positions at which model and teacher rank the same token highest. KL is "
         f"computed over the teacher's top {reading.top_k} tokens, with all others as one. tokens/s "
@@ -447,10 +433,6 @@ def _report(
         f"{markdown_table(samples)}\n\n"
         "`model/` has the model as a Hugging Face directory.\n"
     )
-
-
-def _split_sizes(packed: data.PackedSplits) -> str:
-    return ", ".join(f"{len(packed.splits[name]):,}" for name in data.SPLITS)
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:

@@ -28,7 +28,7 @@ docs/few_shot.md.
 """
 
 import dataclasses
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -255,20 +255,15 @@ def _run(problem: Problem, out: epath.Path) -> None:
     most = max(names)
     chosen, left_out = _methods(problem)
     # What is in the folder was made of these pictures.
-    manifest = storage.Manifest(out, "few-shot run")
-    if manifest.exists():
-        manifest.check(problem.made_of)
-    else:
-        manifest.write(problem.made_of)
+    storage.Manifest(out, "few-shot run").claim(problem.made_of)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     for name, candidate in chosen.items():
         for shots in names:
             path = out / "results" / f"{name}_{shots}.json"
             if not path.exists():
                 storage.progress.mark(f"training {name}, {shots} shots", log=True)
-                record = problem.score(candidate, shots)
-                storage.write_atomic(path, json.dumps(record) + "\n")
-            records[name][shots] = storage.read_json(path)
+            score = functools.partial(problem.score, candidate, shots)
+            records[name][shots] = storage.kept(path, score)
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
         directory = out / "heads" / name
         if not (directory / "head.json").exists():

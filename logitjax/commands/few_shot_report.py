@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 _CLASSES = 20
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
-
-
 def cell(values: Sequence[float]) -> str:
-    return f"{100 * _mean(values):.1f} +- {100 * float(np.std(values)):.1f}"
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low}" if low == high else f"{low} to {high}"
+    mean = math.fsum(values) / len(values) if values else 0.0
+    return f"{100 * mean:.1f} +- {100 * float(np.std(values)):.1f}"
 
 
 def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], list[str]]:
@@ -44,11 +36,13 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
             continue
         before = str(counts)
         names[shots] = f"{shots} a class" if min(counts) == shots else f"up to {shots} a class"
+        low, high = min(counts), max(counts)
+        each = f"{low}" if low == high else f"{low} to {high}"
         chosen, tested = sample.validation, sample.rest
         rows.append(
             {
                 "column": names[shots],
-                "learned on": f"{len(sample.train)} ({_range(counts)} a class)",
+                "learned on": f"{len(sample.train)} ({each} a class)",
                 "chosen on": len(problem.validation or chosen) or problem.config.validation,
                 "tested on": len(tested if problem.test is None else problem.test),
             }

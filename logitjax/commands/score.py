@@ -22,6 +22,7 @@ It writes OUT/scores.jsonl (a line for each row), OUT/results.json and OUT/repor
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -156,12 +157,10 @@ def _records(
     """A record an item; parts that an earlier run has finished are read."""
     records: list[dict[str, Any]] = []
     for start in range(0, len(items), _PART):
-        path = parts / f"{start:08d}.json"
-        if not path.exists():
-            picked = items[start : start + _PART]
-            storage.write_atomic(path, json.dumps(_scored(nll_fn, picked, batch_size)))
-            logging.info("%s: %d of %d rows", parts.name, start + len(picked), len(items))
-        records += storage.read_json(path)
+        picked = items[start : start + _PART]
+        make = functools.partial(_scored, nll_fn, picked, batch_size)
+        records += storage.kept(parts / f"{start:08d}.json", make)
+        logging.info("%s: %d of %d rows", parts.name, start + len(picked), len(items))
     return records
 
 

@@ -200,9 +200,11 @@ def finish(
         markdown_table([_candidate_row(candidate) for candidate in outcome.candidates]),
     ]
     text = "\n\n".join(filter(None, sections)) + "\n"
-    verdict = outcome.verdict or {"passed": False, "words": _nothing(config, outcome)}
+    verdict = {"passed": False, "words": _nothing(config, outcome), "facts": [], "kept": {}}
+    if outcome.verdict is not None:
+        verdict = dataclasses.asdict(outcome.verdict)
     storage.write_atomic(out / "report.md", text)
-    storage.write_atomic(out / "verdict.json", _as_json(verdict))
+    storage.write_atomic(out / "verdict.json", json.dumps(verdict, indent=1) + "\n")
     print(text)
     return 0 if passed else _NOT_FORGOTTEN
 
@@ -237,11 +239,6 @@ def _cut(config: Config, questions: unlearning.Questions) -> str:
         f" **Cut at {config.max_length} tokens (`--max_length`); the rest was neither trained on "
         f"nor measured**: {parts}."
     )
-
-
-def _as_json(verdict: Any) -> str:
-    record: Any = verdict if isinstance(verdict, dict) else dataclasses.asdict(verdict)
-    return json.dumps({"facts": [], "kept": {}} | record, indent=1) + "\n"
 
 
 def _nothing(config: Config, outcome: Any) -> str:

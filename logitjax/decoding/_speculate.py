@@ -60,8 +60,9 @@ def accept_or_redraw(
             jnp.take_along_axis(x, jnp.asarray(drafted)[:, None], axis=-1)[:, 0] for x in (p, q)
         )
         keys = row_keys(rows.seed, counts)
+        u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, ACCEPT)))(keys)
         # Without a division, as q may be nought: u < p / q.
-        accepted = _uniform(keys) * q_x < p_x
+        accepted = u * q_x < p_x
         left = jnp.maximum(p - jnp.where(jnp.reshape(present, (-1, 1)), q, 0), 0)
         # Nothing is left where p equals q up to rounding.
         left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, p)
@@ -70,10 +71,6 @@ def accept_or_redraw(
         return jnp.where(rows.temperature == 0, greedy, chosen)
 
     return lax.cond((jnp.asarray(rows.temperature) > 0).any(), draw, lambda: greedy)
-
-
-def _uniform(keys: jax.Array) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, ACCEPT)))(keys)
 
 
 def _verified(

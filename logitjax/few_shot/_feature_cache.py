@@ -142,13 +142,9 @@ class FeatureCache(RowCache):
     ValueError: feature cache ... does not fit: its encoder_fingerprint is 'n', not 'other' ...
 
     Args:
-        directory: Where the cache is or will be; may be remote.
+        directory: As of `RowCache`, with its errors.
         identity: What it is made from; begins a cache where there is none. Without it there must be
             one. Encoder, data and classes may have other names if their fingerprints are the same.
-
-    Raises:
-        FileNotFoundError: There is no cache, and no `identity` to begin one with.
-        ValueError: The directory holds a cache of something else (names all that differs).
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: FeatureIdentity | None = None):

@@ -124,7 +124,9 @@ def find_minimum(
     points = Point.of(path.scan(values, axis_name=axis_name), targets, errors)
     left, right = jax.tree.map(lambda x: x[:-1], points), jax.tree.map(lambda x: x[1:], points)
     index = jnp.arange(len(values)).reshape(-1, *[1] * targets[0].ndim)
-    best = _only(index == points.objective.argmin(0), points)
+    marked = index == points.objective.argmin(0)
+    # By a sum, for batches may be sharded.
+    best = jax.tree.map(lambda x: jnp.where(marked, x, 0.0).sum(0), points)
     lower, upper = between(path, left, right).reach(best.extreme(1))
     return Solution(
         best.alpha,
@@ -203,8 +205,3 @@ def _variances(left: Point, right: Point, growth: jax.Array, decay: jax.Array) -
     most = jnp.where(beyond < 60, jnp.maximum(left.most, right.most) / share, jnp.inf)
     # Numbers from -x to y with mean 0 have no larger variance than x y (Bhatia and Davis).
     return jnp.minimum(left.least, right.least) * share, jnp.minimum(most, 1.001 * growth * decay)
-
-
-def _only(which: jax.Array, tree: Any) -> Any:
-    """Of stacked values the one that is marked; by a sum, for batches may be sharded."""
-    return jax.tree.map(lambda x: jnp.where(which, x, 0.0).sum(0), tree)

@@ -21,14 +21,11 @@ def by_rows(decide: Callable[..., _Info], batch: Sequence[int], *logits: Any) ->
     most = max(MOST_ENTRIES // max(logits[0].shape[-1], 1), 1)
     rows = max((n for n in range(1, min(count, most) + 1) if count % n == 0), default=0)
     # Rows that an explicit mesh splits are not cut again.
-    if count == rows or any(_is_split(values) for values in logits if values is not None):
+    specs = [jax.typeof(values).sharding.spec for values in logits if values is not None]
+    if count == rows or any(axis is not None for spec in specs for axis in spec):
         return decide(*logits)
     turns = functools.partial(_in_turns, decide, tuple(batch), rows)
     return lax.platform_dependent(*logits, cpu=turns, default=decide)
-
-
-def _is_split(values: jax.Array) -> bool:
-    return any(axis is not None for axis in jax.typeof(values).sharding.spec)
 
 
 def _in_turns(

@@ -47,17 +47,14 @@ def _values(tensor: TensorSpec, params: dict, places: list, dtype: Any) -> np.nd
         for key in path:
             leaf = leaf[key]
         for index in (row, tensor.expert):
-            leaf = leaf if index is None else _layer(leaf, index)
+            if index is not None:
+                leaf = leaf[index] if isinstance(leaf, np.ndarray) else _sliced(leaf, index)
         leaf = leaf.dense().astype(dtype) if isinstance(leaf, Codes) else leaf
         values = _on_host(leaf)
         values = values.T if tensor.transpose else values
         parts.append(interleaved(values, tensor) if tensor.rope_heads else values)
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)
     return np.ascontiguousarray(joined)
-
-
-def _layer(leaf: Any, row: int) -> Any:
-    return leaf[row] if isinstance(leaf, np.ndarray) else _sliced(leaf, row)
 
 
 # One program for all rows.
@@ -180,7 +177,8 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
         text = None if id is None else tokenizer.token(id)
         settings[f"{name}_token"] = tokenizer.special_tokens.get(f"{name}_token", text)
     # A file of its own, which wins over tokenizer_config.json, may be left from a model before.
-    for old in (directory / "chat_template.jinja", *_extra_templates(directory)):
+    others = directory.glob("additional_chat_templates/*.jinja")
+    for old in (directory / "chat_template.jinja", *others):
         if old.exists():
             old.unlink()
     template = tokenizer.chat_template
@@ -190,8 +188,3 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
     if template is not None:
         settings["chat_template"] = template
     _write_json(directory / "tokenizer_config.json", settings)
-
-
-def _extra_templates(directory: epath.Path) -> list[epath.Path]:
-    folder = directory / "additional_chat_templates"
-    return list(folder.glob("*.jinja")) if folder.exists() else []

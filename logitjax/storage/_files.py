@@ -1,14 +1,18 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 import uuid
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import fsspec.config
+from absl import logging
 from etils import epath
+
+from logitjax.storage import _guard as guard
 
 # gcsfs keeps listings forever, and with them files that others wrote or removed since.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -59,6 +63,27 @@ def write_atomic(
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file with a checksum, so that `read_json` notices a changed bit."""
+    record = value if isinstance(value, dict) else {"": value}
+    record = {**record, guard.CHECKSUM: guard.checksum(record)}
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+def kept(path: epath.Path, make: Callable[[], Any] | None = None) -> Any:
+    """A record of `write_json`; made and written first where none can be read (None if not)."""
+    try:
+        if path.exists():
+            return guard.read_json(path)
+    except ValueError as error:
+        logging.warning("%s: creating it again", error)
+    if make is None:
+        return None
+    write_json(path, make())
+    # As a run that goes on has it.
+    return guard.read_json(path)
 
 
 def _sync_folder(folder: epath.Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 import stat
@@ -62,6 +63,8 @@ class Limits:
 
 
 LIMITS = Limits()
+#: The name in a JSON object of the checksum of all else in it, which `write_json` adds.
+CHECKSUM = "crc32 of the rest"
 # Brackets inside count for nothing.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
@@ -203,16 +206,31 @@ def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = o
     """Read a JSON file, `form` at the top.
 
     Raises:
-        ValueError: No such file, not JSON, beyond `LIMITS` or of another form; names the file.
+        ValueError: No such file, not JSON, beyond `LIMITS`, of another form, or of other values
+            than its checksum says, where `write_json` wrote it; names the file.
     """
     content = read_bytes(path, most=LIMITS.json_bytes)
     try:
         result = parse_json(content)
+        # A flipped bit may be in the name as well.
+        for name in [n for n in result if _is_near(n)] if isinstance(result, dict) else ():
+            if result.pop(name) != checksum(result) or name != CHECKSUM:
+                raise ValueError("its checksum differs")
+            result = result.get("", result)
     except ValueError as error:
         raise ValueError(f"{epath.Path(path)}: not valid JSON ({one_line(error)})") from None
     if not isinstance(result, form):
         raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {short(result)}")
     return result
+
+
+def _is_near(name: str) -> bool:
+    return len(name) == len(CHECKSUM) and sum(map(operator.ne, name, CHECKSUM)) < 2
+
+
+def checksum(value: Any) -> int:
+    """The CRC of a value's JSON text."""
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def _form_name(form: type | tuple[type, ...]) -> str:

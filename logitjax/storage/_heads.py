@@ -1,6 +1,6 @@
 """A trained head as two files: its description as JSON, and its arrays."""
 
-import json
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage._files import write_atomic
+from logitjax.storage._files import write_atomic, write_json
 from logitjax.storage._guard import read_json
 from logitjax.storage._require import require
 from logitjax.storage._safetensors import SafetensorsSource
@@ -25,7 +25,7 @@ def write_head(
     # Without it there is no head, so that none is ever half of one and half of another.
     (root / "head.json").unlink(missing_ok=True)
     write_atomic(root / "head.safetensors", lambda file: file.write(content))
-    write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
+    write_json(root / "head.json", {**record, "sha256": hashlib.sha256(content).hexdigest()})
 
 
 def read_head(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -45,6 +45,9 @@ def read_head(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     root = epath.Path(directory)
     if not (root / "head.json").exists():
         raise FileNotFoundError(f"no head in {root} (it has no head.json)")
-    record = read_json(root / "head.json", form=dict)
-    source = SafetensorsSource(root / "head.safetensors")
+    record, path = read_json(root / "head.json", form=dict), root / "head.safetensors"
+    source = SafetensorsSource(path)
+    # Heads of before there were digests are read.
+    if record.pop("sha256", None) not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise ValueError(f"{path}: damaged, it is not what head.json was written for")
     return record, {name: source.read(name) for name in source.names()}

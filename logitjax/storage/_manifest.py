@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from logitjax.storage import _guard as guard
-from logitjax.storage._files import write_atomic
+from logitjax.storage._files import write_json
 from logitjax.storage._guard import read_json
 
 _NAME = "manifest.json"
@@ -55,7 +55,14 @@ class Manifest:
             contents: What else readers need, such as names and sizes of files; write it last.
         """
         record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
-        write_atomic(self.path, json.dumps(record | dict(contents or {}), indent=1).encode())
+        write_json(self.path, record | dict(contents or {}))
+
+    def claim(self, made_from: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """`check` a directory that has a manifest, else `write` it; what it is made from."""
+        if self.exists():
+            return self.check(made_from, **options)["made_from"]
+        self.write(made_from)
+        return dict(made_from)
 
     def read(self) -> dict[str, Any]:
         """Read what `write` wrote: `made_from` and the contents, by name.
@@ -76,7 +83,7 @@ class Manifest:
             # Work that cannot be made again in minutes is not to be thrown away for its label.
             advice = (
                 "remove this file, which is then written again"
-                if self.kind.endswith("run")
+                if self.kind.endswith(("run", "audit"))
                 else f"delete {root} and let it be made again"
             )
             raise ValueError(f"{path} is damaged ({guard.one_line(error)}); {advice}") from None

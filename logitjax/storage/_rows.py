@@ -3,7 +3,6 @@
 A part, a shard and a JSON file of its rows, counts once both are there: processes need not talk.
 """
 
-import json
 import os
 import re
 import time
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from logitjax.storage import _guard as guard
 from logitjax.storage._digest import digest
-from logitjax.storage._files import write_atomic
+from logitjax.storage._files import write_json
 from logitjax.storage._guard import read_json
 from logitjax.storage._manifest import Manifest
 from logitjax.storage._progress import progress
@@ -126,14 +125,11 @@ class RowCache:
     ):
         self.directory = epath.Path(directory).expanduser()
         self._codec, self._kind = codec, kind
+        manifest = Manifest(self.directory, kind)
         if made_from is None:
-            self.made_from = Manifest(self.directory, kind).read()["made_from"]
-        elif Manifest(self.directory, kind).exists():
-            stored = Manifest(self.directory, kind).check(made_from, names_of=names_of)
-            self.made_from = stored["made_from"]
+            self.made_from = manifest.read()["made_from"]
         else:
-            Manifest(self.directory, kind).write(made_from)
-            self.made_from = dict(made_from)
+            self.made_from = manifest.claim(made_from, names_of=names_of)
         self._load()
 
     def _load(self) -> None:
@@ -265,7 +261,7 @@ class RowCache:
                     write(record)
                 written(count)
         part = {"rows": _ranges(rows), "shard": shard}
-        write_atomic(self.directory / f"{name}.json", json.dumps(part))
+        write_json(self.directory / f"{name}.json", part)
         # Read when somebody asks: to look at all parts after each is slow.
         self._added = True
 

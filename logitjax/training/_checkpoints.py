@@ -242,7 +242,9 @@ class Checkpointer:
 
     def _read(self, state: Any, step: int) -> Restored:
         self._manager.wait_until_finished()
-        requested = _nested(jax.tree.map(_abstract, state))
+        shape = jax.ShapeDtypeStruct
+        requested = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=x.sharding), state)
+        requested = _nested(requested)
         mismatch: list[str | None] = []
         read: list[Any] = []
 
@@ -348,10 +350,6 @@ def _nested(tree: Any) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return nested
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -74,17 +74,14 @@ class FactoredGraph:
         return value, jax.lax.stop_gradient(rounding)
 
 
-def _shards(axis: str | None) -> int:
-    return 1 if axis is None else jax.lax.axis_size(axis)
-
-
 def _dense_distance(z: Array, w: Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
     z, w = real(z), real(w)
     c, d = (ops.mesh.psum(jnp.einsum("...tu,...tw->...uw", x, x), axis) for x in (z, w))
     value = jnp.sum(jnp.sum(jnp.square(c - d), axis=-1), axis=-1)
     squares = [jnp.sum(jnp.sum(jnp.square(x), -1), -1) for x in (z, w)]
     trace = ops.mesh.psum(squares[0] + squares[1], axis)
-    root = gamma(_shards(axis) * max(z.shape[-2], w.shape[-2])) * trace
+    shards = 1 if axis is None else jax.lax.axis_size(axis)
+    root = gamma(shards * max(z.shape[-2], w.shape[-2])) * trace
     # (x + root)^2 - x^2 at x = sqrt(value), and a little for what rounds that.
     rounding = 2 * gamma(2 * z.shape[-1]) * value + 2.01 * jnp.sqrt(value) * root + 1.01 * root**2
     if z.shape == w.shape:

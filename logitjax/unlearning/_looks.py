@@ -188,6 +188,7 @@ class Looks:
         kept = questions.probabilities(model, "validation"), before["probabilities"]["validation"]
         shares = kept_shares(*kept, kinds)
         return dict(at) | {
+            "files": self.training.files(at),
             "strength": strength,
             "forget": float(np.median(entries["asked"])),
             "worst": float(max(map(np.max, entries.values()))),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,9 +10,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from logitjax import storage
 from logitjax.evaluation import NllFn, rouge, score_rows
 from logitjax.models import Decoder, Tokenizer
-from logitjax.storage import guard, read_json, write_atomic
+from logitjax.storage import guard
 from logitjax.unlearning._rows import Row, encode_question, encode_row
 from logitjax.unlearning._selection import KNOWN
 from logitjax.unlearning._split import names, neighbours, twin
@@ -125,13 +125,16 @@ class Questions:
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
-        texts = read_json(file, form=dict) if file is not None and file.exists() else {}
-        if not all(row.question in texts for row in made):
+
+        def say() -> dict[str, str]:
             message = self._said(Deployed(model=model), made)
             # A completion begins with a space; without it, its tokens would differ.
-            texts = {row.question: text.rstrip() for row, text in zip(made, message)}
-            if file is not None:
-                write_atomic(file, json.dumps(texts, indent=1) + "\n")
+            return {row.question: text.rstrip() for row, text in zip(made, message)}
+
+        # A start that was refused may have left answers to other rows.
+        key = storage.digest([row.question for row in made], length=8)
+        at = None if file is None else file.parent / f"{file.stem}-{key}.json"
+        texts = say() if at is None else storage.kept(at, say)
         kept = [
             dataclasses.replace(row, answer=text)
             for row in made

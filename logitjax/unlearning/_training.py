@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,7 +12,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from logitjax import training
+from logitjax import storage, training
 from logitjax.models import (
     DECODER_RULES,
     Decoder,
@@ -23,7 +22,6 @@ from logitjax.models import (
     save_pretrained,
     with_layout,
 )
-from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
@@ -50,17 +48,21 @@ class Training:
 
     def record(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
         """A record from disk, in the folder or at a path; made and written if missing."""
-        path = self.directory / name if isinstance(name, str) else name
-        if not path.exists():
-            # Atomic, so that a kill leaves no partial record.
-            write_atomic(path, json.dumps(make(), indent=1) + "\n")
-        # As read back, so that a resumed run sees the same digits.
-        return read_json(path)
+        return storage.kept(self.directory / name if isinstance(name, str) else name, make)
 
     def read(self, candidate: Mapping[str, Any]) -> Lora | Decoder:
         """The adapters of a candidate, or the model if all its weights were trained."""
         folder = self.directory / name_of(candidate)
+        for name, stored in candidate.get("files", {}).items():
+            if not (path := folder / name).exists() or storage.digest(path, length=12) != stored:
+                raise ValueError(f"{path}: damaged; remove {folder}, which is then trained again")
         return Lora.load(folder, self._adapted) if self.config.adapters else self._model(folder)
+
+    def files(self, candidate: Mapping[str, Any]) -> dict[str, str]:
+        """Digests of the files of a candidate, by name."""
+        # Not what a kill left of a write.
+        paths = sorted((self.directory / name_of(candidate)).glob("[!.]*"))
+        return {path.name: storage.digest(path, length=12) for path in paths}
 
     def at(self, trained: Lora | Decoder, strength: float) -> Deployed:
         method = self.config.method
@@ -121,10 +123,16 @@ class Training:
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
 
         def done(at: int) -> bool:
-            return (self.directory / f"{name_of({'round': number, 'step': at})}.json").exists()
+            path = self.directory / name_of({"round": number, "step": at})
+            return path.exists() and path.with_name(f"{path.name}.json").exists()
 
         if not done(looks[0]):
             self._announce(update.batches(0), weights)
+        first = next((at for at in looks if not done(at)), looks[-1])
+        for path in folder.glob("checkpoints/*"):
+            # No way leads from later ones to a candidate that was removed.
+            if path.name.isdigit() and int(path.name) > first:
+                path.rmtree()
         # Only for resuming: candidates are stored elsewhere.
         with training.Checkpointer(folder / "checkpoints") as checkpointer:
             for at in looks:

@@ -215,10 +215,7 @@ class Unlearning:
             "text": digest(questions.texts, length=12),
             "model": model,
         }
-        if manifest.exists():
-            manifest.check(made_from)
-        else:
-            manifest.write(made_from)
+        manifest.claim(made_from)
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Candidates of all rounds, and the ways of asking used for training in the end."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from logitjax import processes
 from logitjax.losses import Head
 from logitjax.ops import Array, checks
-from logitjax.storage import guard, read_head
+from logitjax.storage import digest, guard, read_head
 from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
@@ -92,6 +92,7 @@ class ConvertConfig:
         start: VQFit | None = None,
         rows: Array | None = None,
         mesh: Mesh | None = None,
+        workdir: epath.Path | None = None,
     ) -> tuple[Any, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
@@ -102,6 +103,7 @@ class ConvertConfig:
             start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
             rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
             mesh: as for `Tuning.run`.
+            workdir: as of `Tuning`.
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         kmeans: Any = dict(
@@ -115,6 +117,7 @@ class ConvertConfig:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             seed=self.seed,
+            workdir=workdir,
         )
         if self.screen:
             codes, losses = _product_codes(head, statistics, kmeans, tuning, hidden, targets, mesh)
@@ -171,11 +174,11 @@ class ConvertConfig:
         Hidden states, and the old head's distribution on them, are computed once and kept in
         ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned
         to the old head's distribution, with tokens reassigned in between. The head is written to
-        ``workdir/head``. A killed call continues with the hidden states it has, and another
-        configuration with the same ``max_tokens`` reuses them. A workdir of another model, head,
-        ``source`` or number of tokens is a ValueError, as is a head that is not linear. K-means
-        over rows is the "pre-trained initialisation" of VQ-Logits, arXiv:2505.10202; what is done
-        beyond it is ours, see docs/vq_logits.md.
+        ``workdir/head``. A killed call continues with the hidden states and steps that it has, and
+        another configuration with the same ``max_tokens`` reuses the former. A workdir of another
+        model, head, ``source`` or number of tokens is a ValueError, as is a head that is not
+        linear. K-means over rows is the "pre-trained initialisation" of VQ-Logits,
+        arXiv:2505.10202; what is done beyond it is ours, see docs/vq_logits.md.
 
         The `Conversion`'s model shares the old one's parameters. Where the old logits were
         soft-capped the new head imitates the capped ones, and the new model caps nothing.
@@ -206,6 +209,8 @@ class ConvertConfig:
             targets,
             rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
             mesh=mesh,
+            # Others reuse the hidden states alone.
+            workdir=root / f"tuning_{digest(self, length=12)}",
         )
         logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
         if jax.process_index() == 0:

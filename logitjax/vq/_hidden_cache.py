@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,13 @@ from jaxtyping import Float
 
 from logitjax.losses import Head
 from logitjax.ops import Array
-from logitjax.storage import Manifest, RowCache, digest, write_atomic
+from logitjax.storage import Manifest, RowCache, digest, guard, write_atomic
 from logitjax.storage.weights import read_npy, read_npz
 from logitjax.vq._targets import HeadTargets, head_targets
 
 _KIND = "hidden states"
 _TARGETS = "head targets"
+_FILES = ("hidden", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +114,9 @@ class HiddenCache:
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)
-        made_from = {
-            "max_tokens": max_tokens,
-            "model": sampled_digest(_without_head(state)),
-            "source": source,
-        }
+        # Hidden states depend on these alone.
+        weights = {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
+        made_from = {"max_tokens": max_tokens, "model": sampled_digest(weights), "source": source}
         manifest = Manifest(root, _KIND)
         if manifest.exists():
             manifest.check(made_from)
@@ -152,10 +152,12 @@ class HiddenCache:
             raise ValueError("batches: nothing to run the model over")
         stored = parts.read(range(used))
         # Whole arrays, because tuning draws positions at random from memory-mapped ones.
-        for name in ("hidden", "labels"):
+        sums = {}
+        for name in _FILES:
             array = getattr(stored, name)[:max_tokens]
             write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
-        manifest.write(made_from, {"count": min(count, max_tokens)})
+            sums[name] = zlib.crc32(array.data)
+        manifest.write(made_from, {"count": min(count, max_tokens), "crc32": sums})
         # Not before the whole arrays are there.
         parts.directory.rmtree()
         return cls.open(root)
@@ -164,12 +166,13 @@ class HiddenCache:
     def open(cls, directory: str | os.PathLike[str]) -> "HiddenCache":
         """A finished cache, without the model that it was made with."""
         root = epath.Path(directory)
-        Manifest(root, _KIND).read()
-        return cls(
-            # Gigabytes, read where they lie.
-            hidden=read_npy(root / "hidden.npy", mapped=True),
-            labels=read_npy(root / "labels.npy", mapped=True),
-        )
+        sums = Manifest(root, _KIND).read().get("crc32", {})
+        # Gigabytes, read where they lie.
+        arrays = {name: read_npy(root / f"{name}.npy", mapped=True) for name in _FILES}
+        for name, array in arrays.items():
+            if sums.get(name) not in (None, zlib.crc32(array.data)):
+                raise ValueError(f"{root / name}.npy: damaged; delete {root}, which is made again")
+        return cls(**arrays)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -196,9 +199,11 @@ class HiddenCache:
         manifest = Manifest(root, _TARGETS)
         if manifest.exists():
             manifest.check(made_from)
-            arrays: dict[str, Any] = dict(read_npz(root / "targets.npz"))
-            arrays["entropy"] = float(arrays["entropy"])
-            return HeadTargets(**arrays)
+            path = root / "targets.npz"
+            with guard.naming(path):
+                arrays: dict[str, Any] = dict(read_npz(path))
+                arrays["entropy"] = float(arrays["entropy"])
+                return HeadTargets(**arrays)
         targets = head_targets(self.hidden, head, labels=self.labels, top=top)
         arrays = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
         write_atomic(root / "targets.npz", lambda file: np.savez(file, **arrays))
@@ -260,8 +265,3 @@ class _Codec:
             parts.append((hidden.reshape(count, width), labels))
         hidden, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return HiddenCache(hidden, labels)
-
-
-def _without_head(state: Any) -> Any:
-    """The parameters that hidden states depend on."""
-    return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}

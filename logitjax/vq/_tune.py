@@ -1,5 +1,6 @@
 """Tuning heads on cached hidden states: one loop for every kind, so that budgets are equal."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax import training
@@ -24,6 +26,13 @@ HeadLoss = Callable[..., jax.Array]
 _REPLICATED = ShardingRules()
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Tuned(training.TrainState):
+    constants: Any
+    losses: Any
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
     """Tunes a head by Adam with a cosine schedule, on mini-batches of cached positions.
@@ -31,6 +40,7 @@ class Tuning:
     Attributes:
         learning_rate: Peak.
         warmup: Share of the steps.
+        workdir: Folder of ten checkpoints, from which the same call continues; None for none.
     """
 
     steps: int
@@ -38,6 +48,7 @@ class Tuning:
     learning_rate: float
     warmup: float = 0.1
     seed: int = 0
+    workdir: epath.Path | None = None
 
     def update(
         self, mesh: Mesh, loss_fn: HeadLoss | None = None
@@ -72,8 +83,8 @@ class Tuning:
         constants: Any = None,
         between: Callable[[int, Any, Any], tuple[Any, Any] | None] | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[Any, list[float]]:
-        """Tunes any head on cached positions.
+    ) -> tuple[Any, list[float], Any]:
+        """Tunes any head on cached positions: parameters, the loss by step, changed constants.
 
         Args:
             loss_fn: `(params, constants, *batch) -> loss of each position`.
@@ -88,36 +99,66 @@ class Tuning:
 
         >>> loss = lambda params, _, x: (params - x) ** 2
         >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
-        >>> params, losses = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
+        >>> params, losses, _ = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
         >>> bool(abs(params - 1) < 0.1)
         True
         """
         if mesh is None:
             mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
         tx, step = self.update(mesh, loss_fn)
-        state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        constants = jax.device_put(constants, everywhere)
-        count = len(arrays[0])
+        # Those that stay the same are no part of a checkpoint.
+        fixed, varied = (None, constants) if between else (constants, None)
+        fixed, count = jax.device_put(fixed, everywhere), len(arrays[0])
         # Of all processes.
         batch_size = min(self.batch_size, count)
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
-        losses = []
-        for index in range(self.steps):
+
+        def start() -> Any:
+            state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
+            rest = {"constants": varied, "losses": np.zeros(self.steps, np.float32)}
+            # Copies: a checkpoint that is restored takes their place.
+            return _Tuned(**vars(state), **jax.device_put(jax.tree.map(np.array, rest), everywhere))
+
+        def batches(index: int) -> Any:
             epoch, location = divmod(index, per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
             # Sorted, because memory-mapped rows are read in order.
             chosen = np.sort(order[location * batch_size : (location + 1) * batch_size])[share]
-            batch = tuple(np.asarray(array[chosen]) for array in arrays)
-            state, output = step(state, batch, constants)
-            losses.append(output.metrics["loss"])
-            changed = between and between(index + 1, state.params, constants)
+            return index, tuple(np.asarray(array[chosen]) for array in arrays)
+
+        def update(tuned: Any, numbered: Any) -> Any:
+            index, batch = numbered
+            varied = tuned.constants
+            state = training.TrainState(tuned.step, tuned.params, tuned.opt_state, tuned.rng)
+            state, output = step(state, batch, varied if between else fixed)
+            losses = tuned.losses.at[index].set(jnp.divide(*output.metrics["loss"]))
+            changed = between and between(index + 1, state.params, varied)
             if changed:
-                stored, constants = jax.device_put(changed, everywhere)
+                stored, varied = jax.device_put(changed, everywhere)
                 state = state.replace(params=stored)
+            return _Tuned(**vars(state), constants=varied, losses=losses), output
+
+        tenth = max(1, self.steps // 10)
+        folder, saver = self.workdir, contextlib.nullcontext()
+        if folder is not None:
+            saver = training.Checkpointer(folder / "checkpoints")
+        with saver as checkpointer:
+            tuned: Any = training.train_loop(
+                start,
+                update,
+                batches,
+                total_steps=self.steps,
+                workdir=folder,
+                checkpointer=checkpointer,
+                writer=None if folder is None else training.make_writer(folder),
+                options=training.LoopOptions(checkpoint_every=tenth, log_every=tenth),
+            )
         # Other code has no mesh, and nothing of several processes.
-        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
-        return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
+        params, constants = jax.tree.map(
+            lambda x: jnp.asarray(np.asarray(x)), (tuned.params, tuned.constants)
+        )
+        return params, np.asarray(tuned.losses).tolist(), constants
 
     def imitate(
         self,
@@ -153,7 +194,7 @@ class Tuning:
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 
         batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
-        params, losses = self.run(loss, params, batch, constants=constants, mesh=mesh)
+        params, losses, _ = self.run(loss, params, batch, constants=constants, mesh=mesh)
         return params, [value - targets.entropy for value in losses]
 
 
@@ -198,45 +239,44 @@ def tune_vq_head(
     if bias is not None:
         params["bias"] = jnp.asarray(bias)
     count, codes = len(hidden), params["codebook"].shape[0]
-    moves: list[float] = []
+    # None after the last step.
+    changes = (tuning.steps - 1) // reassign_every if reassign_every else 0
 
-    def constants_of(assignment: Array) -> dict[str, Array]:
+    def constants_of(assignment: Array, moved: Any) -> dict[str, Array]:
         return {
             "assignment": assignment,
+            "moved": moved,
             "rest": jax.ops.segment_sum(
                 jnp.asarray(targets.rest_sums) / count, assignment, num_segments=codes
             ),
             "rest_counts": jnp.asarray(targets.rest_counts) / count,
         }
 
-    fixed = constants_of(jnp.asarray(assignment))
-
     def between(step: int, params: Any, constants: Any) -> Any:
-        nonlocal fixed
         if not reassign_every or step % reassign_every or step == tuning.steps:
             return None
         # On the host: every process does the same, on its own device.
-        params, assignment = jax.tree.map(np.asarray, (params, constants["assignment"]))
+        params, constants = jax.tree.map(np.asarray, (params, constants))
         assignment, bias, moved = reassign(
             params["codebook"],
             params["bias"],
-            assignment,
+            constants["assignment"],
             targets.sums,
             targets.counts,
             hidden,
             min_count=min_count,
         )
-        moves.append(float(moved))
-        fixed = constants_of(assignment)
-        return params | {"bias": bias}, fixed
+        moves = constants["moved"].copy()
+        moves[step // reassign_every - 1] = moved
+        return params | {"bias": bias}, constants_of(assignment, moves)
 
-    params, losses = tuning.run(
+    params, losses, constants = tuning.run(
         vq_distillation_loss,
         params,
         [hidden, targets.top_probs, targets.top_tokens],
-        constants=fixed,
+        constants=constants_of(jnp.asarray(assignment), np.zeros(changes, np.float32)),
         between=between,
         mesh=mesh,
     )
-    history = {"loss": losses, "moved": moves}
-    return params["codebook"], params.get("bias"), fixed["assignment"], history
+    history = {"loss": losses, "moved": constants["moved"].tolist()}
+    return params["codebook"], params.get("bias"), constants["assignment"], history

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import few_shot, vision
+from logitjax import few_shot, storage, vision
 from logitjax.commands import classify
 from logitjax.commands import few_shot as command
 
@@ -93,7 +93,7 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
     # Each with its three nearest labelled pictures.
     assert page.count("<img") == 2 * 4
     # The head refuses features of another size, and rows that are no numbers.
-    record = json.loads((out / "heads" / "pro_ker" / "head.json").read_text())
+    record = storage.read_json(out / "heads" / "pro_ker" / "head.json")
     (tmp_path / "other").mkdir()
     moved = record | {"encoders": [record["encoders"][0].replace("224 px", "96 px")]}
     (tmp_path / "other" / "head.json").write_text(json.dumps(moved))

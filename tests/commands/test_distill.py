@@ -25,7 +25,7 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file
 
-from logitjax import commands, distillation, leakage, models, training
+from logitjax import commands, distillation, leakage, models, processes, training
 from logitjax.commands import audit, cache_logits, cli, distill, hub, work
 from tests.serving._server import server
 
@@ -547,15 +547,20 @@ def test_where_the_time_of_a_run_that_is_killed_ten_times_went(text, tmp_path, m
     print(total, waited, flops)
 
 
-def test_a_record_with_a_flipped_bit_is_named(tmp_path):
+def test_a_record_with_a_flipped_bit_is_made_again(tmp_path):
     path = epath.Path(tmp_path) / "student.json"
-    content = json.dumps({"weights": "3777d4e00283"}).encode()
-    for i in range(len(content)):
-        for bit in range(8):
-            path.write_bytes(bytes([*content[:i], content[i] ^ (1 << bit), *content[i + 1 :]]))
-            # A digit of another fingerprint is what other weights have, and said so.
-            with contextlib.suppress(ValueError, KeyError):
-                assert json.loads(path.read_bytes().decode())["weights"]
-                continue
-            with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*$"):
-                distill._stored(path, "weights")
+    for record in ({"weights": "3777d4e00283", "n": 0.5}, [0.25]):
+        path.unlink(missing_ok=True)
+        assert processes.kept(path, lambda record=record: record) == record
+        content = path.read_bytes()
+        for i in range(len(content)):
+            for bit in range(8):
+                path.write_bytes(bytes([*content[:i], content[i] ^ (1 << bit), *content[i + 1 :]]))
+                assert processes.kept(path, lambda record=record: record) == record
+    # What is no object is wrapped, and records of before there were checksums are read.
+    for value in ([1, None], "text", 2):
+        path.unlink()
+        assert processes.kept(path, lambda value=value: value) == value
+        assert processes.kept(path, lambda: "another") == value
+    path.write_text(json.dumps([3]))
+    assert processes.kept(path, lambda: "another") == [3]

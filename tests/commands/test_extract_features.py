@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import data, few_shot, vision
+from logitjax import data, few_shot, storage, vision
 
 SPEC = "random:resnet8"
 
@@ -140,7 +140,7 @@ def test_two_processes_equal_one_and_errors_take_one_line(tmp_path):
     assert json.loads((tmp_path / "one" / "config.json").read_text())["data"] == "synthetic:4"
     # The weights changed behind the workdir's back.
     manifest = tmp_path / "one" / "random_resnet8" / "test_plain" / "manifest.json"
-    record = json.loads(manifest.read_text())
+    record = storage.read_json(manifest)
     record["made_from"]["encoder_fingerprint"] = "other"
     manifest.write_text(json.dumps(record))
     again = start(tmp_path / "one")

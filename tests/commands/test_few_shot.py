@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import data, few_shot, vision
+from logitjax import data, few_shot, storage, vision
 from logitjax.commands import few_shot as command
 
 CLASSES, WIDTH, AUXILIARY = 4, 12, 10
@@ -204,7 +204,7 @@ def test_heads_that_are_damaged_or_missing_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"features: expected \[batch, 5\], got \(8, 4\)"):
         head.logits(pictures.features[:, :4])
     path = tmp_path / "head.json"
-    record = json.loads(path.read_text())
+    record = storage.read_json(path)
     for change, message in [
         ({"kind": "other"}, "kind: expected 'few-shot head'"),
         ({"method": {"name": "os", "settings": {}}}, "method: expected one that is known"),

@@ -76,6 +76,12 @@ def ended(flags, out):
     return 0
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def examined(out, side):
     (path,) = out.glob(f"examined/{side}*.json")
     return json.loads(path.read_text())
@@ -121,6 +127,17 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert not (out / "assistant").exists()
     unlearn.run(config(files), out)
     assert (out / "assistant").exists()
+    # A flipped bit in a record costs one measurement, in a candidate its training.
+    flip(out / "candidates" / "before.json")
+    weights = [*out.glob("candidates/round-*/adapter_model.safetensors")]
+    for path in weights:
+        flip(path)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: damaged; remove .*step-"):
+        unlearn.run(config(files), out)
+    for path in weights:
+        path.parent.rmtree()
+    unlearn.run(config(files), out)
+    assert (out / "report.md").read_text() == report
     # What was made of some rows is not shown for others.
     more = json.dumps({"question": "13 + 1?", "answer": "it is 14 then"}) + "\n"
     (tmp_path / "more.jsonl").write_text((files / "retain.jsonl").read_text() + more)

@@ -20,7 +20,7 @@ from experiments.few_shot import data as few_shot_data
 from experiments.few_shot import report, samples, train
 from experiments.few_shot import sources as few_shot_sources
 from experiments.few_shot import synsets as few_shot_synsets
-from logitjax import data, training, vision
+from logitjax import data, storage, training, vision
 from logitjax.few_shot._sweep import with_settings
 from logitjax.vision._preprocessing import Preprocessing
 
@@ -75,7 +75,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path):
     assert without_clocks(resumed) == without_clocks(whole)
     # What is there is read and not trained again.
     path = halted / "results" / "synthetic_4" / "amu_2.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"test": [0.25, 0.5]}))
+    storage.write_json(path, storage.read_json(path) | {"test": [0.25, 0.5]})
     read = train.train_all(TINY, halted, never)
     assert read["synthetic:4"]["amu"][2]["test"] == [0.25, 0.5]
 

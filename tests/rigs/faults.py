@@ -5,7 +5,7 @@ of faults: `kill`; `flip` of a bit, `cut` of a file and `torn` (files of the new
 emptied or cut, as after a power loss), each of a run that was killed; `full` disks; a `clock` that
 jumps between starts; `two` runs in one folder. A run goes on until it ends, and has to have the
 bits of an uninterrupted one. Faults are kept in `faults.jsonl`, so that an ended rig goes on.
-`--only=loop,distill` runs the training loop, or `logitjax distill` with a teacher's cache.
+`--only=loop,distill,unlearn,convert-head` runs the training loop, or a command on a tiny model.
 """
 
 import collections
@@ -28,39 +28,60 @@ from typing import Any
 import jax
 import matplotlib.backends.backend_agg  # noqa: F401
 
+from experiments.benchmarks import unlearn
 from experiments.shared import suite
 from logitjax import commands
-from logitjax.commands import distill as _distill_command  # noqa: F401
+from logitjax.commands import convert_head, distill  # noqa: F401
 from tests.rigs import _faults_job, _jobs
 
-_STEP, _FROM = re.compile(r"\bstep (\d+):"), re.compile(r"resuming at step (\d+)")
+# A step of training, not a candidate that was judged after it.
+_STEP, _FROM = re.compile(r"\bstep (\d+): (?!{)"), re.compile(r"resuming at step (\d+)")
 _KINDS = ("kill", "flip", "cut", "torn", "full", "clock", "two")
-_FULL = {"loop": 860, "distill": 140}
+_FULL = {"loop": 860, "distill": 140, "unlearn": 84, "convert-head": 84}
 _DAY = 86_400.0
 _SMALL_DISK, _LARGE_DISK = 24 << 10, 64 << 20
 
 
-def _distill(folder: Path) -> None:
-    text = folder.parent / "text.txt"
-    if not text.exists():
-        text.write_text("\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120)))
-    flags = "--student=tiny --teacher=tiny:1 --seq_len=32 --batch_size=2 --cache_top_k=16"
-    flags += (
-        " --steps=24 --eval_rows=2 --eval_every=0 --checkpoint_every=5 --log_every=1 --mesh=data:1"
-    )
-    sys.argv = ["logitjax", "distill", f"--data=text:{text}", f"--out={folder}", *flags.split()]
-    commands.main()
+def _command(name: str, flags: str) -> Callable[[Path], None]:
+    def start(folder: Path) -> None:
+        words, text = flags.split(), folder.parent / "text.txt"
+        if name == "unlearn":
+            # The first start, which has no faults, teaches a model.
+            words += unlearn.prepare(folder.parent, 0, smoke=True)
+        else:
+            if not text.exists():
+                text.write_text("\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120)))
+            words += [f"--data=text:{text}", "--seq_len=32", "--mesh=data:1"]
+        sys.argv = ["logitjax", name, f"--out={folder}", *words]
+        commands.main()
+
+    return start
 
 
-def _weights(folder: Path) -> str:
-    return hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest()
-
-
-# What a start runs in a folder, and the digest of what it made; empty where the log has it.
-_Job = tuple[Callable[[Path], None], Callable[[Path], str]]
+# What a start runs in a folder, and which files it makes; none where the log has a digest.
+_Job = tuple[Callable[[Path], None], tuple[str, ...]]
 _JOBS: dict[str, _Job] = {
-    "loop": (lambda folder: _faults_job.main([str(folder), "40"]), lambda folder: ""),
-    "distill": (_distill, _weights),
+    "loop": (lambda folder: _faults_job.main([str(folder), "40"]), ()),
+    "distill": (
+        _command(
+            "distill",
+            "--student=tiny --teacher=tiny:1 --batch_size=2 --cache_top_k=16 --steps=24"
+            " --eval_rows=2 --eval_every=0 --checkpoint_every=5 --log_every=1",
+        ),
+        ("model/model.safetensors",),
+    ),
+    "unlearn": (
+        _command("unlearn", "--steps=20 --check_every=5 --rounds=1"),
+        ("report.md", "verdict.json", "assistant/*"),
+    ),
+    "convert-head": (
+        _command(
+            "convert-head",
+            "--model=tiny --max_tokens=400 --held_out_tokens=100 --num_codes=16 --steps=40"
+            " --batch_size=64 --reassign_every=10",
+        ),
+        ("report.md", "head/*"),
+    ),
 }
 
 
@@ -123,8 +144,7 @@ class _Start:
 
 
 def _damage(kind: str, folder: Path, draw: random.Random) -> list[Path]:
-    newest = max(_complete(folder), default=None)
-    inside = [] if newest is None else sorted((folder / "checkpoints" / str(newest)).rglob("*"))
+    inside = [path for newest in _complete(folder)[-1:] for path in sorted(newest.rglob("*"))]
     inside = [path for path in inside if path.is_file() and path.stat().st_size]
     others = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
     others = [p for p in others if "checkpoints" not in p.parts and p.name not in ("lock", "log")]
@@ -143,9 +163,10 @@ def _damage(kind: str, folder: Path, draw: random.Random) -> list[Path]:
     return chosen
 
 
-def _complete(folder: Path) -> list[int]:
-    paths = (folder / "checkpoints").glob("[0-9]*")
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints, the newest last."""
+    paths = [path for path in folder.rglob("checkpoints/*") if path.name.isdigit()]
+    return sorted(paths, key=lambda path: int(path.name))
 
 
 class _Run:
@@ -154,8 +175,8 @@ class _Run:
         # Beside the disk that fills up.
         self.log = folder.parents[1] / f"{folder.parent.name}-{folder.name}.log"
         self._copies: dict[Path, bytes] = {}
-        self._spoilt: set[int] = set()
-        self._readable: list[int] = []
+        self._spoilt: set[Path] = set()
+        self._readable: list[Path] = []
 
     def fault(self, kind: str, draw: random.Random) -> dict[str, Any]:
         """One start with a fault: its status, what was damaged after it, and what went wrong."""
@@ -190,8 +211,7 @@ class _Run:
             copies = {p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}
             chosen = _damage(kind, self.folder, draw)
             self._copies = {path: copies[path] for path in chosen} | self._copies
-            numbers = (part for path in chosen for part in path.parts if part.isdigit())
-            self._spoilt |= set(map(int, numbers))
+            self._spoilt |= {above for path in chosen for above in path.parents}
         self._readable = [s for s in _complete(self.folder) if s not in self._spoilt]
         names = [str(path.relative_to(self.folder)) for path in chosen]
         return {"kind": kind, "status": status, "files": names, "wrong": wrong}
@@ -211,7 +231,7 @@ class _Run:
     def _look(self, status: int | None, kind: str) -> list[str]:
         text, wrong = _jobs.output_of(self.log), []
         match = _FROM.search(text)
-        newest = max(self._readable, default=0)
+        newest = int(self._readable[-1].name) if self._readable else 0
         # It may be further than what was left whole: a bit may lie where nothing reads.
         if _STEP.search(text) and int(match[1] if match else 0) < newest:
             wrong.append(f"went on from {match and match[1]}, not from {newest}")
@@ -231,7 +251,9 @@ class _Run:
         return wrong
 
     def result(self) -> str:
-        return self.job[1](self.folder) or _jobs.digest(self.log)
+        paths = [path for name in self.job[1] for path in sorted(self.folder.glob(name))]
+        contents = b"".join(path.read_bytes() for path in paths)
+        return hashlib.sha256(contents).hexdigest() if paths else _jobs.digest(self.log)
 
     def finish(self) -> list[str]:
         wrong: list[str] = []

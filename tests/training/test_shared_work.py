@@ -37,9 +37,7 @@ folder = workdir / "folder"
 processes.run_on_first("made", lambda: folder.mkdir(parents=True))
 assert folder.exists()
 processes.barrier("seen")
-processes.write_json(workdir / f"from-{index}.json", index)
-processes.barrier("written")
-assert [path.name for path in workdir.glob("*.json")] == ["from-0.json"]
+assert processes.kept(workdir / "one.json", lambda: [index]) == [0]
 print("agreed")
 """
 

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import nnx
 
 from logitjax import ops, training, vq
@@ -236,14 +237,14 @@ def test_what_is_changed_between_steps_is_gone_on_with():
     data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
     options = dict(constants=np.ones((), np.float32))
-    whole, losses = tuning.run(squared_error, ONES, data, **options)
+    whole, losses, _ = tuning.run(squared_error, ONES, data, **options)
     asked = []
 
     def same(step, params, constants):
         asked.append(step)
         return (params, constants) if step == 4 else None
 
-    part, again = tuning.run(squared_error, ONES, data, **options, between=same)
+    part, again, _ = tuning.run(squared_error, ONES, data, **options, between=same)
     assert asked == list(range(1, 11))
     np.testing.assert_allclose(part, whole, rtol=1e-6)
     np.testing.assert_allclose(again, losses, rtol=1e-6)
@@ -251,9 +252,38 @@ def test_what_is_changed_between_steps_is_gone_on_with():
     def other(step, params, constants):
         return (0 * ONES, 0 * constants) if step == 4 else None
 
-    part, again = tuning.run(squared_error, ONES, data, **options, between=other)
+    part, again, _ = tuning.run(squared_error, ONES, data, **options, between=other)
     np.testing.assert_allclose(again[:4], losses[:4], rtol=1e-6)
     assert again[4] == 0
+
+
+def test_tuning_that_was_killed_goes_on_from_its_newest_readable_checkpoint(tmp_path):
+    data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
+    tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1, workdir=epath.Path(tmp_path))
+    asked = []
+
+    def between(step, params, constants):
+        asked.append(step)
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        return (params, constants + 1) if step == 4 else None
+
+    options = dict(constants=np.ones((), np.float32), between=between)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.run(squared_error, ONES, data, **options)
+    for path in (tmp_path / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    part, losses, constants = tuning.run(squared_error, ONES, data, **options)
+    assert (asked, constants) == ([*range(1, 8), *range(6, 11)], 2)
+    alone = dataclasses.replace(tuning, workdir=None)
+    whole, curve, _ = alone.run(squared_error, ONES, data, **options)
+    np.testing.assert_array_equal(part, whole)
+    assert losses == curve
+    # The end is there as well.
+    again, losses, constants = tuning.run(squared_error, ONES, data, **options)
+    np.testing.assert_array_equal(again, whole)
+    assert (losses, constants, len(asked)) == (curve, 2, 22)
 
 
 def test_tuning_over_a_mesh_is_tuning():
@@ -261,8 +291,8 @@ def test_tuning_over_a_mesh_is_tuning():
     mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
     options = dict(constants=np.ones((), np.float32))
-    one, losses = tuning.run(squared_error, ONES, data, **options)
-    many, shared = tuning.run(squared_error, ONES, data, **options, mesh=mesh)
+    one, losses, _ = tuning.run(squared_error, ONES, data, **options)
+    many, shared, _ = tuning.run(squared_error, ONES, data, **options, mesh=mesh)
     # What comes back is of no mesh: other code may go on with it.
     assert len(many.sharding.device_set) == 1
     np.testing.assert_allclose(many, one, rtol=1e-5)
@@ -285,6 +315,14 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
     other = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed"), seed=5)
     with pytest.raises(ValueError, match="its model is"):
         vq.HiddenCache.of(other, _batches(), tmp_path / "h", **options)
+    for name in ("hidden.npy", "labels.npy"):
+        content = bytearray((tmp_path / "h" / name).read_bytes())
+        content[-7] ^= 1
+        (tmp_path / "h" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: damaged; delete"):
+            vq.HiddenCache.of(model, iter(()), tmp_path / "h", **options)
+        content[-7] ^= 1
+        (tmp_path / "h" / name).write_bytes(content)
 
     rows, path = np.asarray(model.embedding[...]), tmp_path / "targets"
     head = Head(rows, vocab_axis=0)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -282,7 +281,9 @@ def train_student(
             },
             options=course.loop,
         )
-    lines = processes.broadcast_from_first(lambda: _lines(directory / "metrics.jsonl"))
+    path = directory / "metrics.jsonl"
+    texts = processes.broadcast_from_first(lambda: path.read_text().splitlines())
+    lines = [json.loads(text) for text in texts]
     # The first interval holds the compilation.
     speeds = _column(lines, "tokens_per_second")
     return Trained(
@@ -330,10 +331,6 @@ def _check_seen(
 def _identity(objective: Objective, course: Course) -> str:
     terms = "+".join(f"{term!r}:{weight:g}" for term, weight in objective.terms)
     return f"{terms}, rate {course.learning_rate:g}, seed {course.seed}, {course.steps} steps"
-
-
-def _lines(path: epath.Path) -> list[Mapping[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:
@@ -391,12 +388,12 @@ def distill(
         made_from["on_policy"] = dataclasses.asdict(on_policy)
     _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
-    first = workdir / "before.json"
-    if not processes.broadcast_from_first(lambda: _is_readable(first)):
+
+    def measure() -> dict[str, Any]:
         start = models.DECODER_RULES.place(student.trained, mesh)
-        record = {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
-        processes.write_json(first, record)
-    before = processes.broadcast_from_first(lambda: storage.read_json(first))
+        return {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
+
+    before = processes.kept(workdir / "before.json", measure)
     trained = train_student(
         student,
         corpus,
@@ -416,15 +413,6 @@ def distill(
         trained=trained,
         samples={"prompt": prompt, "before": before["sample"][1], "after": message},
     )
-
-
-def _is_readable(path: epath.Path) -> bool:
-    """Whether a record is there; a damaged one costs no run where it can be made again."""
-    try:
-        return path.exists() and storage.read_json(path) is not None
-    except ValueError as error:
-        logging.warning("%s: creating it again", error)
-        return False
 
 
 def _made_from(

@@ -145,12 +145,8 @@ class TeacherCache(RowCache):
     ValueError: teacher cache ... does not fit: its tokenizer is 't', not 'other' ...
 
     Args:
-        directory: Where the cache is or will be; may be remote.
+        directory: As of `RowCache`, with its errors.
         identity: Inputs it is made from; needed to begin a cache that does not exist.
-
-    Raises:
-        FileNotFoundError: There is no cache, and no `identity` to begin one with.
-        ValueError: The directory holds a cache of something else (names all that differs).
     """
 
     # A loss may use fewer logits than there are.

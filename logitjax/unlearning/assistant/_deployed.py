@@ -88,12 +88,9 @@ class Deployed:
         """
         if self.assistant is None:
             raise ValueError("assistant: expected one that is subtracted, got None")
-        self.assistant.lora.save(self.assistant.base.config, directory, base=base)
-        record = {
-            "layers": self.assistant.layers,
-            "alpha": self.alpha,
-            "relative": self.assistant.relative,
-        }
+        one = self.assistant
+        one.lora.save(one.base.config, directory, base=base)
+        record = {"layers": one.layers, "alpha": self.alpha, "relative": one.relative}
         write_atomic(epath.Path(directory) / _FILE, json.dumps(record, indent=1) + "\n")
 
     def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:

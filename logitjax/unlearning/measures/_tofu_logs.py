@@ -50,7 +50,7 @@ def set_name(file: str) -> str | None:
 def read_logs(source: Any) -> dict[str, Log]:
     source = getattr(source, "logs", source)
     if isinstance(source, Mapping):
-        if _is_open_unlearning(source):
+        if any(f"{name}{_MARK}" in source for name in _SETS):
             source = _from_open_unlearning(source)
         named = {set_name(key) or key: log for key, log in source.items()}
         return {name: check_log(log, name) for name, log in named.items()}
@@ -106,10 +106,6 @@ def plain(values: Any) -> Any:
     if isinstance(values, np.ndarray | np.generic):
         return values.tolist()
     return values
-
-
-def _is_open_unlearning(source: Mapping[str, Any]) -> bool:
-    return any(f"{name}{_MARK}" in source for name in _SETS)
 
 
 def _from_open_unlearning(source: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
