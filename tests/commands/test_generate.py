@@ -163,7 +163,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         assert message in refused(model=directory, **values)
     for message, values in (
         ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
-        ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
+        ("line 2: not JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
         ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
         ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
         ("draft: expected expert, base, prompt or a model 'nowhere'", dict(draft="nowhere")),
