@@ -61,7 +61,7 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
     for line in (
         "2 skipped because they cannot be read",
         "1 rotated by their EXIF tag",
-        "1 put on a white background, as they are transparent",
+        "1 put on a white background because they are transparent",
         "2 only the first of each is kept because their pixels are equal",
         "1 skipped because equal pixels occur in several classes",
         "32 a class have the same pictures as 4.",

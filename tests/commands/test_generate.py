@@ -149,7 +149,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("base: expected one, got 2", dict(fusion="contrastive", base=("tiny", "tiny"))),
         ("expert: expected one, ", dict(fusion="logit_difference", expert=("tiny", "tiny"))),
         (
-            "base: expected one or 3, as many as experts, got 2",
+            "base: expected one or 3, the number of experts, got 2",
             dict(fusion="proxy", expert=("tiny",) * 3, base=("tiny",) * 2),
         ),
         ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
