@@ -23,18 +23,18 @@ def cross_entropy(
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
-    with `e = label_smoothing`, `c = z_loss`. The mean is over the entries that exist: neither
-    `-inf` nor excluded by `vocab_where`.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    with `e = label_smoothing`, `c = z_loss`. The mean is over existing entries, which are neither
+    `-inf` nor excluded by `vocab_where`. See `logitjax.losses` for the common arguments, results
+    and errors.
 
     Args:
         label_smoothing: the weight `e` of the uniform distribution, in `[0, 1)`.
         z_loss: the weight `c` of the squared log-normaliser, which keeps logits from drifting.
 
     Returns:
-        `[*batch]`, float32. `inf` where the label's entry does not exist, and nan where the label
-        is outside the vocabulary (such as -100), so that it cannot pass unseen; `masked_mean(loss,
-        labels >= 0)` leaves both the nan and its gradient out.
+        `[*batch]`, float32. `inf` if the label's entry does not exist, and nan if the label is
+        outside the vocabulary (such as -100), so that it is noticed; `masked_mean(loss, labels >=
+        0)` excludes both the nan and its gradient.
 
     >>> import jax, numpy as np
     >>> logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
@@ -65,7 +65,7 @@ def cross_entropy(
         size = lax.axis_size(axis_name) * vocab
 
     log_z = neginf_to_zero(logsumexp(logits, axis_name=axis_name))
-    # Not a gather: along a vocabulary that a mesh splits it would move the logits.
+    # Not a gather: along a vocabulary split over a mesh it would move the logits.
     is_label = jnp.arange(vocab) + first == labels[..., None]
     label_logit = on_mesh.psum(jnp.where(is_label, logits, 0.0).sum(-1), axis_name)
     loss = log_z - label_logit

@@ -25,11 +25,11 @@ def kl_divergence(
         reverse   T^2 sum_v q_v (log q_v - log p_v)     seeks one of its modes
 
     `T^2` keeps the size of the gradient when the temperature changes.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for the common arguments, results and errors.
 
     Returns:
-        `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
-        in the second; its gradient is then that of the other entries, and finite.
+        `[*batch]`, float32. `inf` if the first distribution has mass on an entry that is `-inf` in
+        the second; its gradient is then that of the other entries, and finite.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))
@@ -68,15 +68,15 @@ def generalized_jensen_shannon(
         KL(p || q)                                     beta = 0, forward
         KL(q || p)                                     beta = 1, reverse
 
-    The formula itself tends to 0 at both ends, and divided by beta or 1 - beta to those two
-    divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    The formula itself tends to 0 at both ends and, divided by beta or 1 - beta, to those two
+    divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL. See
+    `logitjax.losses` for the common arguments, results and errors.
 
     Args:
         beta: the teacher's weight, in `[0, 1]`, a Python number.
 
     Returns:
-        `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
+        `[*batch]`, float32: finite for 0 < beta < 1, at the ends as `kl_divergence`.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.array([0.0, -jnp.inf])
@@ -132,9 +132,9 @@ def _log_probs(
 
 
 def kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """`p (log p - log q)` entry by entry."""
+    """Compute `p (log p - log q)` entry by entry."""
     p = jnp.exp(log_p)
-    # Masked before they are subtracted: -inf less -inf is nan, and so is nought times it.
+    # Masked before subtraction: -inf minus -inf is nan, and so is zero times it.
     both = (log_p != -jnp.inf) & (log_q != -jnp.inf)
     ratio = jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0)
     return jnp.where(both, p * ratio, jnp.where(p > 0, jnp.inf, 0.0))

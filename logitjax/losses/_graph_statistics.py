@@ -9,9 +9,9 @@ from logitjax import ops
 from logitjax.losses._tail_sample import TailSample
 from logitjax.ops import Array
 
-# The least share of the mean square that the variance may have for float32 sums about zero.
+# The smallest share of the mean square that the variance may have for float32 sums about zero.
 _STEADY = 1e-2
-# The squares of float32's largest number over it are far from either end of float32.
+# The squares of float32's largest number divided by it stay within float32's range.
 _LARGE = 2.0**80
 
 
@@ -20,17 +20,17 @@ _LARGE = 2.0**80
 class GraphStatistics:
     """Top-k logits of every position with the moments that scale them.
 
-    A training run computes these once for each teacher and never keeps its logits; a blocked loss
+    A training run computes these once for each teacher and never stores its logits; a blocked loss
     computes the student's in its sweep over the vocabulary.
 
     Attributes:
         values: the k largest raw logits, descending, `[*batch, positions, k]`.
         indices: their vocabulary ids, int32, `[*batch, positions, k]`.
-        log_z: log-sum-exp of the logits, `[*batch, positions]`; None where nobody kept more than
-            the top logits, and then so are the next two.
+        log_z: log-sum-exp of the logits, `[*batch, positions]`; None if only the top logits were
+            stored, and then the next two are None as well.
         mean: mean of the finite logits, `[*batch, positions]`.
         std: their population standard deviation, `[*batch, positions]`.
-        tail: draws from outside the top k, where a cache keeps some.
+        tail: draws from outside the top k, if a cache stores some.
         vocab_size: entries of the vocabulary, static; None if unknown.
     """
 
@@ -52,7 +52,7 @@ class GraphStatistics:
         """Keep the first k of each position; ValueError if there are fewer."""
         stored = self.values.shape[-1]
         if k > stored:
-            raise ValueError(f"k: the statistics hold the top {stored} logits, {k} are needed")
+            raise ValueError(f"k: expected at most the {stored} stored logits, got {k}")
         return dataclasses.replace(self, values=self.values[..., :k], indices=self.indices[..., :k])
 
 
@@ -65,8 +65,8 @@ def graph_statistics(
 ) -> GraphStatistics:
     """Top-k logits, log-sum-exp, mean and standard deviation of every position.
 
-    Entries of -inf (a padded vocabulary) and those that `vocab_where` leaves out count in none of
-    them. Differentiable in every field. Under `jit`, unused fields cost nothing.
+    Entries of -inf (a padded vocabulary) and those excluded by `vocab_where` are ignored.
+    Differentiable in every field. Under `jit`, unused fields cost nothing.
 
     Args:
         logits: `[*batch, positions, vocab]`, any float type.
@@ -110,7 +110,7 @@ def graph_statistics(
 
 def _moments(logits, axis_name):
     """Mean and deviation of the entries that are not -inf, in one pass over the logits."""
-    # The sums are taken about the first entry, which keeps float32 from cancelling.
+    # The sums are taken about the first entry, which prevents cancellation in float32.
     first = jax.lax.stop_gradient(logits[..., :1])
     first = jnp.where(jnp.isfinite(first), first, 0.0)
     if axis_name is not None:
@@ -125,7 +125,7 @@ def _moments(logits, axis_name):
     count = jnp.maximum(count, 1.0)
     offset = total / count
     variance = squares / count - jnp.square(offset)
-    # Not `variance > 0`: a nan has to stay one.
+    # Not `variance > 0`: a nan must stay a nan.
     flat = variance <= 0
     std = unit * jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
     # Halves, because a logit may be twice as far from the first as float32 reaches.

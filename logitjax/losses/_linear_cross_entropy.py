@@ -19,19 +19,19 @@ def linear_cross_entropy(
     z_loss: float | int = 0.0,
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`cross_entropy` of a linear head's logits, which never exist as a whole.
+    """`cross_entropy` of a linear head's logits, which are never held in full.
 
     The vocabulary is visited in blocks, once for the value and once more for the gradient, which
-    forms the logits of a block again and writes the head's gradient in place. What is saved between
-    the two is a few numbers a position. With `e = label_smoothing` and `c = z_loss` the loss is::
+    forms the logits of a block again and writes the head's gradient in place. Between the two only
+    a few numbers per position are saved. With `e = label_smoothing` and `c = z_loss` the loss is::
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
-    What all losses take, return and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for the common arguments, results and errors.
 
     Returns:
-        `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's
-        entry does not exist, nan where the label is outside the vocabulary.
+        `[*batch]` float32, or a scalar with `weights`. As for `cross_entropy`: `inf` if the label's
+        entry does not exist, nan if the label is outside the vocabulary.
 
     >>> import jax, numpy as np
     >>> hidden, head = np.eye(2), np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     head = Head.of(head).resolve(hidden.shape[-1])
     statistic = _CrossEntropy(
         labels=True,
-        # Read only where it is used.
+        # Read only if used.
         mean=bool(label_smoothing),
         vocab=head.vocab_size(options.get("axis_name")),
         label_smoothing=label_smoothing,

@@ -18,13 +18,13 @@ def linear_kl_divergence(
     direction: Literal["forward", "reverse"] = "forward",
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`kl_divergence` of two linear heads' logits, neither of which exist as a whole.
+    """`kl_divergence` of two linear heads' logits, neither of which is ever held in full.
 
     Both heads are visited block by block of one shared vocabulary, with the sums of both softmaxes
     and the expected log-ratio kept online: one sweep for the value, one for the gradient. The
     teacher gets no gradient, and nothing is kept for it. Forward and reverse cost the same. It
     is `T^2 KL(teacher || student)`, or `T^2 KL(student || teacher)`, of `logits / T`.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for the common arguments, results and errors.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -58,7 +58,7 @@ def linear_generalized_jensen_shannon(
         m = beta p + (1 - beta) q
         beta KL(p || m) + (1 - beta) KL(q || m),    KL(p || q) at beta = 0, KL(q || p) at beta = 1
 
-    What all losses take, return and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for the common arguments, results and errors.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))

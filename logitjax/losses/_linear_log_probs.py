@@ -16,7 +16,7 @@ class LogProbs(NamedTuple):
 
     Attributes:
         values: Log-probabilities of the tokens, in nats.
-        entropy: Entropies of the distributions that they are drawn from; None if not asked for.
+        entropy: Entropies of the distributions that they are drawn from; None if not requested.
     """
 
     values: jax.Array
@@ -35,36 +35,36 @@ def linear_log_probs(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> LogProbs:
-    """Compute the log-probabilities that policy-gradient losses are made of, without the logits.
+    """Compute the log-probabilities for policy-gradient losses, without the logits.
 
     One sweep over the vocabulary gives both numbers and one more their gradient. The distribution
-    has to be that of the sampler's number which it is compared with:
+    must match that of the sampler's number to compare with:
 
     | vLLM's `logprobs_mode`  | here                                                              |
     |-------------------------|-------------------------------------------------------------------|
     | `raw_logprobs`          | temperature 1 and no support, however the token was drawn         |
-    | `processed_logprobs`    | the temperature, and the ids that top-k, top-p and min-p have left|
+    | `processed_logprobs`    | the temperature, and the ids that top-k, top-p and min-p kept |
     | `raw_logits`,           | no log-probabilities: `linear_readout` has `label_logit`          |
     | `processed_logits`      |                                                                   |
 
     The sampler of tunix divides by the temperature and normalises over the whole vocabulary, even
-    where it has cut the vocabulary. Penalties and biases that differ from token to token cannot be
-    given here. Values, entropy and gradient are::
+    if it has truncated it. Penalties and biases that differ from token to token cannot be expressed
+    here. Values, entropy and gradient are::
 
         log p_y = z_y - log sum_{v in S} exp z_v,    H = -sum_{v in S} p_v log p_v,
         d z_v   = g (1[v = y] - p_v) - e p_v (log p_v + H)    for cotangents g, e
 
-    What all losses take and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for the common arguments and errors.
 
     Args:
         tokens: `[*batch]` ids, over the whole vocabulary, which the positions of `hidden` predict.
-        support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1
-            (see `pad_support`). A token that its set lacks is added, an id counts once, and an
-            empty set stands for the whole vocabulary. Sets found again from the trained model's own
-            logits would differ from those by rounding, and later by training.
+        support: The sets `S` as recorded by the sampler: `[*batch, n]` ids, padded with -1 (see
+            `pad_support`). The token is added if its set lacks it, an id counts once, and an empty
+            set means the whole vocabulary. Sets recomputed from the trained model's own logits
+            would differ by rounding, and later by training.
 
     Returns:
-        `LogProbs`; `-inf` where the token's entry does not exist, nan where an id is past the
+        `LogProbs`; `-inf` if the token's entry does not exist, nan if an id is outside the
         vocabulary.
 
     >>> import jax, numpy as np
@@ -101,15 +101,14 @@ def linear_log_probs(
 
 
 def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.ndarray:
-    """Lay out sets of ids as `[*batch, n]`, padded with -1, from one list of all of them.
+    """Lay out sets of ids as `[*batch, n]`, padded with -1, from one list of all ids.
 
     Args:
-        ids: `[total]`, the sets one after the other.
-        row_splits: `[positions + 1]`, where each begins, and the end, outside of `jit`: the largest
-            set tells `n`.
+        ids: `[total]`, the sets one after another.
+        row_splits: `[positions + 1]`, starts of the sets and the end, outside `jit`: they give `n`.
 
     Raises:
-        ValueError: The splits are none of these positions and ids.
+        ValueError: The splits do not match the positions and ids.
 
     >>> pad_support(np.array([5, 7, 2]), np.array([0, 2, 2, 3]), (3,)).tolist()
     [[5, 7], [-1, -1], [2, -1]]
@@ -131,7 +130,7 @@ def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
     checks.shapes(tokens=(tokens, "int *batch"), support=(support, "int *batch n"))
     ids = jnp.asarray(support).astype(jnp.int32)
     tokens = jnp.where((ids >= 0).any(-1), tokens.astype(jnp.int32), -1)
-    # Sorted, a repeated id lies beside itself, and every -1 before all others.
+    # Sorted, so that repeated ids are adjacent and every -1 comes first.
     ids = jnp.sort(jnp.concatenate([ids, tokens[..., None]], -1), -1)
     repeated = jnp.concatenate([ids[..., :1] < 0, ids[..., 1:] == ids[..., :-1]], -1)
     return jnp.where(repeated, -1, ids)
@@ -139,7 +138,7 @@ def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _LogProbs(ReadoutStatistic):
-    """Gives a `LogProbs` of what is read at the token and its set, and of a sum of its own."""
+    """Forms a `LogProbs` from values at the token and its set, and from a sum of its own."""
 
     vocab: int
     entropy: bool
@@ -151,7 +150,7 @@ class _LogProbs(ReadoutStatistic):
         read, z = super().absorb(state[0], block, passed), block.student
         if not self.entropy:
             return read, state[1]
-        # The sum of exp(z - peak) (z - peak): of logits far from zero nothing cancels.
+        # The sum of exp(z - peak) (z - peak): nothing cancels for logits far from zero.
         off = z - read.sums.peak[..., None]
         more = jnp.exp(off) * jnp.where(z != -jnp.inf, off, 0.0)
         return read, _about(read.sums.peak, state) + more.sum(-1)
@@ -182,7 +181,7 @@ class _LogProbs(ReadoutStatistic):
         values = read.label - neginf_to_zero(read.log_z)
         if self.ids:
             ids = tokens["ids"]
-            # Else of the whole vocabulary.
+            # Otherwise over the whole vocabulary.
             recorded = (ids >= 0).any(-1)
             z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, read.gathered, jnp.nan))
             z = jnp.where(recorded[..., None], z, 0.0)

@@ -14,7 +14,7 @@ from logitjax.ops import Array, AxisName, Number, TopK, checks, gather_at, logsu
 
 Tail = Literal["bucket", "renormalize"] | TailSample
 
-# The smallest mass 1 - sum(p) can resolve in float32.
+# The smallest mass that 1 - sum(p) can resolve in float32.
 _LEAST_MASS = 2.0**-24
 
 
@@ -30,10 +30,10 @@ def sparse_kl_divergence(
 ) -> Float[jax.Array, "*batch"]:
     """KL divergence to a teacher known by its top k logits and its log-normaliser.
 
-    The teacher's probabilities of its top k tokens are exact, because the log-normaliser is that of
-    the whole vocabulary. Everything else is one bucket, whose mass is exact as well: this is the
-    KL divergence between the two distributions after merging the tail, hence a lower bound of the
-    full one, and zero only where the student agrees on all k tokens. By `tail`::
+    The teacher's probabilities of its top k tokens are exact, because the log-normaliser covers the
+    whole vocabulary. Everything else is one bucket, whose mass is also exact: this is the KL
+    divergence between the two distributions after merging the tail, hence a lower bound of the full
+    one, and zero only if the student agrees on all k tokens. By `tail`::
 
         bucket        sum_{i<=k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),
                       p_rest = 1 - sum_{i<=k} p_i,  q_rest = 1 - sum_{i<=k} q_i
@@ -42,25 +42,25 @@ def sparse_kl_divergence(
                       reverse: sum_{i<=k} q_i log(q_i / p_i) + q_rest
                                + mean_s q_s / d_s (log(q_s / p_s) - 1)
 
-    With `m` tokens drawn from the tail by a law `d` (`TailSample.draw`), of the teacher or of the
-    student, now or some steps ago, the last is an unbiased estimate of the whole divergence, and so
-    is its gradient; a single position's value may be negative. For the reverse let the student
-    draw, at its own top k: of a teacher's draws the weights have no bound.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    With `m` tokens drawn from the tail by a distribution `d` (`TailSample.draw`), of the teacher or
+    of the student, now or some steps ago, the last is an unbiased estimate of the whole divergence,
+    and so is its gradient; a single position's value may be negative. For the reverse let the
+    student draw, at its own top k: with a teacher's draws the weights have no bound. See
+    `logitjax.losses` for the common arguments, results and errors.
 
     Args:
         student: logits `[*batch, vocab]`, or the student's `Readout` at the *teacher's* indices,
             followed by those of the sample.
         teacher: `TopK` with k entries, its largest or any others, such as the student's. Gets no
-            gradient. One without a `log_z` is compared by 'renormalize' alone.
+            gradient. Without a `log_z` only 'renormalize' is possible.
         tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
             which gets no gradient.
         temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
 
     Returns:
         `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32. nan
-        where a `Readout` was read at other ids, or where, under `jit`, one of the teacher's is
-        outside of the student's vocabulary.
+        if a `Readout` was read at other ids or if, under `jit`, one of the teacher's is outside the
+        student's vocabulary. outside of the student's vocabulary.
 
     Raises:
         TypeError: the student is a `TopK`, whose tokens are its own and not the teacher's.
@@ -75,14 +75,14 @@ def sparse_kl_divergence(
     0.1733
 
     References:
-        DistillKit keeps top logits with the same log-normaliser. MaxText keeps none, and its loss,
-        like others that drop the tail, is 'renormalize'.
+        DistillKit stores top logits with the same log-normaliser. MaxText stores none, and its
+        loss, like others that drop the tail, is 'renormalize'.
     """
     _check(direction, tail, temperature)
     _check_teacher(teacher, tail)
     expected = _ids(teacher, tail)
     if isinstance(student, TopK):
-        # By rank a student would be compared with other tokens than its own.
+        # By rank, the student's own tokens would be compared with other tokens.
         raise TypeError("student: expected logits, or a Readout at the teacher's ids, got a TopK")
     if isinstance(student, Readout):
         if student.gathered is None:
@@ -103,7 +103,7 @@ def sparse_kl_divergence(
             f"got {gathered.shape}"
         )
     if isinstance(student, Readout) and student.ids is not None:
-        # By rank as well a readout would be compared with other tokens than its own.
+        # By rank, a readout too would be compared with other tokens.
         same = (jnp.asarray(student.ids) == expected).all(-1, keepdims=True)
         gathered = jnp.where(same, gathered, jnp.nan)
     if tail == "renormalize":
@@ -122,12 +122,11 @@ def linear_sparse_kl_divergence(
     tail: Tail = "bucket",
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`sparse_kl_divergence` of a linear head's logits, which never exist as a whole.
+    """`sparse_kl_divergence` of a linear head's logits, which are never held in full.
 
-    Costs what `linear_cross_entropy` costs: the sweep over the vocabulary picks the student's
-    logits at the teacher's ids as it passes them. `linear_fused_loss` adds the labels'
-    cross-entropy in the same sweep.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    It costs as much as `linear_cross_entropy`: the sweep over the vocabulary picks the student's
+    logits at the teacher's ids on its way. `linear_fused_loss` adds the labels' cross-entropy in
+    the same sweep. See `logitjax.losses` for the common arguments, results and errors.
 
     Args:
         teacher: `TopK`, `[*batch, k]`. Gets no gradient.
@@ -173,7 +172,7 @@ class _SparseKL(ReadoutStatistic):
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
         values, ids = tokens["values"], tokens["ids"]
-        # The sweep never comes to an id that is outside of the vocabulary.
+        # The sweep never reaches an id outside the vocabulary.
         existing = (ids >= 0) & (ids < self.vocab)
         gathered = jnp.where(existing, outputs.gathered, jnp.nan)
         if self.renormalize:
@@ -183,7 +182,7 @@ class _SparseKL(ReadoutStatistic):
 
 
 def _ids(teacher: TopK, tail: Tail) -> jax.Array:
-    """Where the student's logits are needed: the top k, then what was drawn from the tail."""
+    """Ids at which the student's logits are needed: the top k, then those drawn from the tail."""
     ids = jnp.asarray(teacher.indices)
     if isinstance(tail, TailSample):
         return jnp.concatenate([ids, jnp.asarray(tail.indices)], axis=-1)
@@ -226,7 +225,7 @@ def _check(direction: str, tail: Tail, temperature: Number) -> None:
 def _renormalised_kl(
     gathered: jax.Array, values: Array, temperature: Any, direction: str
 ) -> jax.Array:
-    """`gathered`: the student's logits, already over the temperature, at the teacher's ids."""
+    """`gathered`: the student's logits over the temperature at the teacher's ids."""
     values = jax.lax.stop_gradient(jnp.asarray(values).astype(gathered.dtype))
     scale = jnp.asarray(temperature, gathered.dtype)
     values = values / (scale[..., None] if scale.ndim else scale)
@@ -238,40 +237,40 @@ def _renormalised_kl(
 def _sparse_kl(
     gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: Any, direction: str
 ) -> jax.Array:
-    """`gathered`: the student's logits at the teacher's ids, then at those that were drawn.
+    """`gathered`: the student's logits at the teacher's ids, then at the drawn ids.
 
-    `drawn`: None, or the teacher's logits there, and log-probabilities of the law that drew them.
+    `drawn`: None, or the teacher's logits there, and log-probabilities under the drawing model.
     """
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
     log_p = _of_teacher(values, teacher_log_z)
-    # Of a student's as well: beside an infinite logit all others would have no mass at all.
+    # The student's too: next to an infinite logit all others would have no mass at all.
     log_z = jnp.where(log_z == jnp.inf, jnp.nan, neginf_to_zero(log_z))
     log_q = gathered - log_z[..., None]
     if drawn is not None:
         k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
         teachers = log_p, _of_teacher(values, teacher_log_z)
         return _estimate(teachers, (log_q[..., :k], log_q[..., k:]), log_law, direction)
-    # All that is left is one bucket; merging entries can only lower a divergence.
+    # The rest is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
 
 
 def _of_teacher(values: jax.Array, log_z: jax.Array) -> jax.Array:
-    # An infinite logit, or a normaliser that overflowed, or is of nothing, beside one that exists.
+    # An infinite logit, or a normaliser that overflowed or is empty, next to an existing entry.
     wrong = (jnp.isinf(log_z)[..., None] & (values != -jnp.inf)) | (values == jnp.inf)
     return jnp.where(wrong, jnp.nan, values - neginf_to_zero(log_z)[..., None])
 
 
 def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
-    """The divergence by log-probabilities at the top k and at draws, weighed by importance."""
+    """The divergence by log-probabilities at the top k and at draws, weighted by importance."""
     (log_p, drawn_p), (log_q, drawn_q) = teacher, student
     # The teacher drew.
     if log_law is None:
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), 0.0)
         log_law = jnp.where(drawn_p == -jnp.inf, -jnp.inf, drawn_p - jnp.log(rest))
     over, under = (drawn_p, drawn_q) if direction == "forward" else (drawn_q, drawn_p)
-    # Without a draw nothing is left, and an entry that either lacks has no logarithm.
+    # Without draws nothing is left, and an entry that either lacks has no logarithm.
     present, both = log_law != -jnp.inf, (over != -jnp.inf) & (under != -jnp.inf)
     weight = jnp.exp(jnp.where(present & (over != -jnp.inf), over - log_law, -jnp.inf))
     gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
@@ -280,9 +279,9 @@ def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.A
     lost = jnp.where(weight > 0, jnp.inf, 0.0)
     tail = jnp.where(both, weight * gap, lost).mean(-1)
     if direction == "reverse":
-        # Taken off by the draws and added exactly, which leaves less noise.
+        # Subtracted by the draws and added exactly, which leaves less noise.
         tail = tail + jnp.maximum(1.0 - jnp.exp(log_q).sum(-1), 0.0)
-    # Where nothing was left to draw the other's mass still has a price.
+    # If nothing was left to draw, the other's mass still has a cost.
     bucket = _kl(_with_tail(log_p)[..., -1:], _with_tail(log_q)[..., -1:], direction)
     return _kl(log_p, log_q, direction) + jnp.where(present.any(-1), tail, bucket)
 

@@ -12,13 +12,13 @@ from logitjax.ops import Array, checks, logsumexp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TailSample:
-    """Tokens drawn from a distribution outside of a top k, with replacement.
+    """Tokens drawn with replacement from a distribution outside a top k.
 
     Attributes:
         values: the teacher's logits of them, on the scale of the top k's, `[*batch, m]`.
         indices: their vocabulary ids, int32, `[*batch, m]`.
-        log_probs: log-probabilities of the law that drew them, outside of the top k, `[*batch, m]`;
-            None for the teacher's. Of a student's draws, replace `values` by the teacher's.
+        log_probs: log-probabilities of the distribution that drew them, outside the top k,
+            `[*batch, m]`; None for the teacher's. For a student's draws, replace the `values`.
     """
 
     values: Any
@@ -39,17 +39,17 @@ class TailSample:
 
         Args:
             key: `jax.random.key`.
-            logits: `[*batch, vocab]`, of the model that draws; `-inf` entries are never drawn.
-            top_indices: `[*batch, k]`, what to leave out.
+            logits: `[*batch, vocab]`, of the drawing model; `-inf` entries are never drawn.
+            top_indices: `[*batch, k]`, tokens to exclude.
             samples: m, at least 1.
 
         Returns:
-            `TailSample`. Where nothing is left outside the top k, any id with a logit of `-inf`.
+            `TailSample`. If nothing is left outside the top k, any id with a logit of `-inf`.
 
         Raises:
             TypeError: logits that are not floating point, or ids that are not integers.
-            ValueError: fewer than one sample, shapes that do not fit, or (outside of `jit`) an id
-                outside of the vocabulary.
+            ValueError: fewer than one sample, shapes that do not fit, or (outside `jit`) an id
+                outside the vocabulary.
 
         >>> import jax, jax.numpy as jnp
         >>> logits = jnp.array([5.0, 1.0, -jnp.inf])
@@ -68,7 +68,7 @@ class TailSample:
         batch, vocab = logits.shape[:-1], logits.shape[-1]
         rows = logits.reshape(math.prod(batch), vocab)
         taken = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
-        # Not counted from the end.
+        # Negative ids do not count from the end.
         taken = jnp.where(taken < 0, vocab, taken)
         # beyond: dropped.
         rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
@@ -76,12 +76,12 @@ class TailSample:
         some = log_rest != -jnp.inf
         shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])
         cumulative = jnp.cumsum(shares, axis=-1)
-        # Drawn within what the sums add up to, in the open interval: no entry of mass zero is hit.
+        # Drawn within the computed sum, in the open interval: no entry of mass zero is hit.
         uniform = jax.random.uniform(
             key, (len(rows), samples), minval=jnp.finfo(jnp.float32).tiny, maxval=1.0
         )
         drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
-        # Rounding may go beyond.
+        # Rounding may exceed it.
         ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
         odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)

@@ -1,11 +1,11 @@
 """The sweep over the vocabulary: losses of hidden states and heads that never hold the logits.
 
 The logits of a batch, `[*batch, vocab]`, are by far the largest array of a training step, and a
-loss needs only a few numbers of each of its rows. So a sweep forms the logits of a block of columns
-for a block of positions, hands them to a `Statistic`, which adds them to its state, and forgets
-them. What is kept for the backward pass is a few numbers a position: it forms the logits of each
-block again, asks the statistic for the gradient with respect to them, and writes that of the head
-where it belongs.
+loss needs only a few numbers from each row. So a sweep forms the logits of a block of columns for a
+block of positions, passes them to a `Statistic`, which adds them to its state, and drops them. Only
+a few numbers per position are kept for the backward pass, which forms the logits of each block
+again, asks the statistic for the gradient with respect to them, and writes the head's gradient in
+place.
 
 ::
 
@@ -16,13 +16,13 @@ where it belongs.
 
 `run` does this for any statistic, and `logitjax.losses.linear_...` are such calls. It composes with
 `jit`, `grad`, `vmap` and `shard_map`. Nothing crosses positions, so a batch split over devices
-costs nothing; of a split vocabulary every shard sweeps its own columns and `Statistic.reduce` joins
-their states, once a sweep. A statistic may ask for several passes where its terms need a normaliser
+costs nothing; with a split vocabulary every shard sweeps its own columns and `Statistic.reduce`
+joins their states, once a sweep. A statistic may use several passes if its terms need a normaliser
 first. The head and its teacher's are `Head`s.
 
-That engine is `scan`. With the weights of the positions known there is `rows` as well, where the
-weighted sum of the losses and its gradient come out of one sweep, and for TPUs there is `pallas`,
-whose kernels call the statistic. `Blocks` says what each costs, and holds the sizes of the blocks,
+That engine is `scan`. With known weights of the positions there is also `rows`, which forms the
+weighted sum of the losses and its gradient in one sweep, and for TPUs there is `pallas`, whose
+kernels call the statistic. `Blocks` describes the cost of each, and sets the sizes of the blocks,
 the engine, and the rule that chooses them for a device and a budget of memory.
 
 A statistic of your own: the entropy of the next token, with its gradient `-p (log p + H)`.

@@ -1,9 +1,9 @@
 """The largest logits of a sweep without a sort: the best few of each of many bins, and a proof.
 
 Column `v` belongs to bin `v mod bins`, and each bin keeps its `depth` best, by comparisons alone.
-The `k` largest of all these are the `k` largest of the vocabulary unless some bin had to drop one
-of them: unless the last that a bin kept reaches the k-th largest. Rows where one does are read
-again, with a sort. For logits in random order that is one row in two hundred at k = 64.
+The `k` largest of all these are the `k` largest of the vocabulary unless a bin had to drop one of
+them: unless the last one that a bin kept reaches the k-th largest. Such rows are read again, with a
+sort. For logits in random order that is one row in two hundred at k = 64.
 
 References:
     Samaga et al., Faster approx. top-k: harnessing the full power of two stages, 2025 (arXiv
@@ -22,14 +22,14 @@ from logitjax.losses.sweep._readout import ReadoutStatistic
 from logitjax.losses.sweep._statistic import LogitBlock, Statistic
 
 DEPTH = 4
-# Eight bins for each that is wanted, in whole rows of lanes.
+# Eight bins for each requested entry, in whole rows of lanes.
 _LEAST_BINS, _BINS_A_VALUE, _LANES = 512, 8, 128
-# Of the rows, as many are read again by themselves; more than that, and all are.
+# Number of rows that are read again separately; if there are more, all rows are.
 _REREAD = 16
 
 
 class _State(NamedTuple):
-    # Of the statistic without its k.
+    # State of the statistic without its k.
     rest: Any
     values: jax.Array  # [*batch, depth * bins], the best of all bins first
     ids: jax.Array
@@ -37,15 +37,15 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Binned(Statistic):
-    """Sums by bins, in place of a `ReadoutStatistic` with `k`, for kernels."""
+    """Sums by bins, for kernels, in place of a `ReadoutStatistic` with `k`."""
 
     rest: ReadoutStatistic  # without its k
-    # a multiple of 128; a block has a multiple of it of columns.
+    # A multiple of 128; a block has a multiple of it as columns.
     bins: int
 
     @classmethod
     def of(cls, statistic: ReadoutStatistic) -> "Binned":
-        """With enough bins for the statistic's k."""
+        """The sums with enough bins for the statistic's k."""
         bins = max(_LEAST_BINS, -(-_BINS_A_VALUE * statistic.k // _LANES) * _LANES)
         return cls(rest=dataclasses.replace(statistic, k=0), bins=bins)
 
@@ -65,8 +65,8 @@ class Binned(Statistic):
         for at in range(0, block.student.shape[-1], self.bins):
             value = block.student[..., at : at + self.bins]
             id_ = jnp.broadcast_to(block.columns[..., at : at + self.bins], value.shape)
-            # Columns come in order, so of equal ones the first stays above, as in `lax.top_k`; and
-            # whatever lies below the place of a new one moves down.
+            # Columns come in order, so the first of equal ones stays above, as in `lax.top_k`;
+            # everything below a new entry moves down.
             moves = jnp.zeros(value.shape, jnp.bool_)
             for level in range(DEPTH):
                 moves = moves | (value > values[level])
@@ -88,7 +88,7 @@ class Binned(Statistic):
 
 
 def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> Any:
-    """The statistic's own state of these columns, its k largest proven or read again."""
+    """The statistic's own state for these columns, with its k largest proven or read again."""
     statistic = sweep.statistic
     assert isinstance(statistic, ReadoutStatistic)
     k = statistic.k
@@ -107,7 +107,7 @@ def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> A
     values, ids = -negative[:, :k], ids[:, :k]
     last = state.values[:, -binned.bins :]
     unsure = ((last >= values[:, -1:]) & (last != -jnp.inf)).any(-1)
-    # No comparison lets nan in, which a sort puts first.
+    # Comparisons never admit nan, which a sort puts first.
     unsure |= jnp.isnan(state.rest.sums.sums[0])
     most = -(-len(unsure) // _REREAD)
 

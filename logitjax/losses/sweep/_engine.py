@@ -1,4 +1,4 @@
-"""The sweep itself: blocks of columns, their logits, the gradient of what they were summed to."""
+"""The sweep itself: blocks of columns, their logits, and the gradient of the accumulated state."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ class Projection(NamedTuple):
     """Hidden states and the head that turns them into logits."""
 
     hidden: Array  # [*batch, hidden]
-    # Its vocab_axis known.
+    # With a known vocab_axis.
     head: Head
-    # scalar; None in a gradient.
+    # A scalar; None in a gradient.
     inverse_temperature: Any
 
 
@@ -44,9 +44,9 @@ class Sweep:
     """The static half of a sweep.
 
     Attributes:
-        forward: what forms outputs and residuals in the place of `swept`.
-        gradients: what forms the gradients in the place of `blockwise_gradients`.
-        on_accelerator: whether the compiler is a TPU's or a GPU's, which has to be told more.
+        forward: forms outputs and residuals in place of `swept`.
+        gradients: forms the gradients in place of `blockwise_gradients`.
+        on_accelerator: whether the compiler is a TPU's or a GPU's, which needs more hints.
     """
 
     statistic: Statistic
@@ -60,7 +60,7 @@ class Sweep:
     together: int = 0
 
     def vary(self, tree: Any) -> Any:
-        """Mark loop carries as device-varying, as `shard_map` asks of them."""
+        """Mark loop carries as device-varying, as `shard_map` requires."""
         return jax.tree.map(lambda x: ops.mesh.vary(x, self.varying), tree)
 
 
@@ -97,7 +97,7 @@ def finished_logits(logits, head: Head, inverse_temperature, valid):
     """From `hidden @ kernel` to a statistic's input: bias, cap, temperature, then the mask."""
     if head.bias is not None:
         logits = logits + head.bias.astype(logits.dtype)
-        # A cap would bring an entry at -inf to life; its bias tells, which is one row.
+        # A cap would revive an entry at -inf; its bias, which is one row, identifies it.
         valid = valid & (head.bias != -jnp.inf)
     if head.soft_cap is not None:
         logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
@@ -117,7 +117,7 @@ class Columns(NamedTuple):
 def column_ids(sweep: Sweep, operands: Operands, index):
     """A block's local start, its ids in the whole vocabulary, and the first of them that is new."""
     vocab = operands.student.head.vocab_size()
-    # The last block slides back to end at the vocabulary's end; columns it repeats do not count.
+    # The last block slides back to end with the vocabulary; columns it repeats do not count.
     start = jnp.minimum(index * sweep.block, vocab - sweep.block)
     shard = 0 if sweep.axis_name is None else lax.axis_index(sweep.axis_name)
     columns = shard * vocab + start + jnp.arange(sweep.block, dtype=jnp.int32)
@@ -131,7 +131,7 @@ def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
         valid &= lax.dynamic_slice_in_dim(operands.vocab_where, start, sweep.block)
     heads = tuple(head_block(side, start, sweep.block) for side in operands.sides)
     if sweep.on_accelerator:
-        # Cut out once: inside of each product it costs a fifth of that product's time.
+        # Sliced once: inside each product it costs a fifth of that product's time.
         kernels = lax.optimization_barrier([head.kernel for head in heads])
         pairs = zip(heads, kernels, strict=True)
         heads = tuple(dataclasses.replace(head, kernel=kernel) for head, kernel in pairs)
@@ -149,7 +149,7 @@ def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock
 
 
 def raw_gradient(student: Projection, block: LogitBlock, gradient, counts):
-    """The gradient at `hidden @ kernel + bias`; zero where a position does not count."""
+    """The gradient at `hidden @ kernel + bias`; zero at positions that do not count."""
     exists = block.student != -jnp.inf
     slope = student.inverse_temperature
     cap = student.head.soft_cap
@@ -161,13 +161,13 @@ def raw_gradient(student: Projection, block: LogitBlock, gradient, counts):
 
 
 def any_of(tree: Any, batch_ndim: int) -> jax.Array:
-    """Where any number of a position is not zero, `[*batch]`; nan is not."""
+    """Whether any number of a position is nonzero, `[*batch]`; nan is not."""
     leaves = [(x != 0).any(tuple(range(batch_ndim, x.ndim))) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_or, leaves)
 
 
 def silenced(operands: Operands, counts: jax.Array) -> Operands:
-    """With hidden states of zero where nothing counts: zero times what stands there may be nan."""
+    """Zero the hidden states where nothing counts: zero times a nan there would be nan."""
     hidden = operands.student.hidden
     hidden = jnp.where(counts[..., None], hidden, jnp.zeros((), hidden.dtype))
     return operands._replace(student=operands.student._replace(hidden=hidden))
@@ -188,14 +188,14 @@ def add_block(total, block, start, axis: int):
 
 
 def add_to_head(total: Head, block: Head, start) -> Head:
-    """The head's gradient with that of the columns from `start` on added."""
+    """Add the gradient of the columns from `start` on to the head's."""
     kernel = add_block(total.kernel, block.kernel, start, total.axis)
     bias = None if total.bias is None else add_block(total.bias, block.bias, start, 0)
     return dataclasses.replace(total, kernel=kernel, bias=bias)
 
 
 def put_in_head(sweep: Sweep, total: Head, block: Head, start) -> Head:
-    """The same with that of these columns in the place of what was there."""
+    """Set the gradient of these columns in the head's."""
 
     def put(total, block, axis: int):
         block = block.astype(total.dtype)
@@ -204,7 +204,7 @@ def put_in_head(sweep: Sweep, total: Head, block: Head, start) -> Head:
     bias = None if total.bias is None else put(total.bias, block.bias, 0)
     kernel = put(total.kernel, block.kernel, total.axis)
     if sweep.on_accelerator:
-        # The compiler would keep [hidden, vocab] the other way round, and copy it in the end.
+        # The compiler would keep [hidden, vocab] transposed, and copy it at the end.
         kernel = with_layout_constraint(kernel, Layout((0, 1)))
     return dataclasses.replace(total, kernel=kernel, bias=bias)
 
@@ -239,7 +239,7 @@ class Split:
         return lax.slice_in_dim(x.reshape(shape), 0, self.length, axis=self.axis)
 
     def each(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """`lax.scan` over blocks of positions, or one call where there is only one."""
+        """`lax.scan` over blocks of positions, or a single call for a single block."""
         return step(carry, xs) if self.whole else lax.scan(step, carry, xs)
 
 
@@ -291,8 +291,8 @@ def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
 
 
 def first_shard(sweep: Sweep, tree: Any) -> Any:
-    """Zero on all vocabulary shards but the first, for the caller's `psum` to restore the value."""
-    # Its transpose hands every shard the whole cotangent under either setting of `check_vma`.
+    """Zero on all vocabulary shards except the first; the caller's `psum` restores the value."""
+    # Its transpose gives every shard the whole cotangent under either setting of `check_vma`.
     if sweep.axis_name is None:
         return tree
     first = lax.axis_index(sweep.axis_name) == 0
@@ -316,7 +316,7 @@ def _backward(sweep: Sweep, saved, cotangents):
 def blockwise_gradients(
     sweep: Sweep, operands: Operands, residuals, cotangents, counts
 ) -> tuple[jax.Array, Head]:
-    """Those of the hidden states and of the head, given the outputs' and which positions count."""
+    """Gradients of hidden states and head, given the outputs' and which positions count."""
     operands, student = silenced(operands, counts), operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
     tokens, location = split_operands(operands, split)
@@ -349,7 +349,7 @@ def blockwise_gradients(
             jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), student.head),
         )
     )
-    # From the end: what the last block, which slid back, repeats is overwritten by the one before.
+    # From the end: columns that the last block repeats are overwritten by the block before.
     numbers = block_numbers(sweep, operands)
     (d_hidden, d_head), _ = lax.scan(step, start, numbers, reverse=True)
     return split.join(d_hidden).astype(student.hidden.dtype), d_head
@@ -359,11 +359,11 @@ def head_and_hidden_gradient(sweep: Sweep, operands: Operands, head: Head, raw, 
     """Add one block of columns to `d_hidden`, and return the gradient of the block."""
     cast = raw.astype(head.kernel.dtype)
     if sweep.on_accelerator:
-        # Written once: it would be formed again inside of each product, at half their speed.
+        # Materialised once: otherwise it is formed again inside each product, at half their speed.
         cast = lax.optimization_barrier(cast)
     d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
     if sweep.on_accelerator:
-        # This sum first: at the same time as the head's it takes half as long again on a v5p.
+        # This sum first: simultaneously with the head's it takes half as long again on a v5p.
         d_hidden, cast = lax.optimization_barrier((d_hidden, cast))
     hidden = operands.student.hidden.astype(head.kernel.dtype)
     bias = None if head.bias is None else raw.sum(tuple(range(raw.ndim - 1)))

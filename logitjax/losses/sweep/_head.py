@@ -12,9 +12,9 @@ from logitjax.ops import Array, AxisName
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """A linear output head, for every function that starts at hidden states.
+    """A linear output head, for every function that starts from hidden states.
 
-    A pytree of `kernel` and `bias`: a gradient with respect to a head is a head. Where a function
+    A pytree of `kernel` and `bias`: a gradient with respect to a head is a head. If a function
     takes a head, a kernel alone stands for `Head(kernel)`.
 
     ::
@@ -24,10 +24,10 @@ class Head:
     Attributes:
         kernel: `[hidden, vocab]` or `[vocab, hidden]`.
         bias: `[vocab]`; an entry of `-inf` does not exist, with or without a cap.
-        vocab_axis: the kernel's vocabulary axis, 0 or 1. None leaves it to the width of the hidden
-            states, which says nothing of a square kernel.
-        soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
-        compute_dtype: type that hidden states and kernel are multiplied in, block by block; their
+        vocab_axis: the kernel's vocabulary axis, 0 or 1. None infers it from the width of the
+            hidden states, which is impossible for a square kernel.
+        soft_cap: `cap`, as for Gemma 2's logits; none by default.
+        compute_dtype: type in which hidden states and kernel are multiplied, block by block; their
             common type if None. With float32 master weights `jnp.bfloat16` keeps accelerators at
             full speed: sums are float32, and the head's gradient has the head's own type.
 
@@ -43,7 +43,7 @@ class Head:
     0.9996 [[0.99... 0.  0. ]]
     """
 
-    # Not `jax.Array`: a tree of gradients, specs or shapes is built by the same constructor.
+    # Not `jax.Array`: trees of gradients, specs or shapes are built by the same constructor.
     kernel: Any
     bias: Any = None
     vocab_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -51,7 +51,7 @@ class Head:
     compute_dtype: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        # Only of what no transformation changes: under vmap and tree.map leaves are anything.
+        # Checks only static fields: under vmap and tree.map leaves may be anything.
         if self.vocab_axis not in (None, 0, 1):
             raise ValueError(f"vocab_axis: expected 0, 1 or None, got {self.vocab_axis}")
         if self.soft_cap is not None:
@@ -61,13 +61,13 @@ class Head:
 
     @classmethod
     def of(cls, head: "Head | Array") -> "Head":
-        """A head as it is, and that of a kernel alone."""
+        """Return a head unchanged, or the head of a kernel alone."""
         return head if isinstance(head, cls) else cls(head)
 
     def resolve(self, width: int, name: str = "head") -> "Head":
-        """The same head with its vocabulary axis known, checked against hidden states.
+        """Return the head with its vocabulary axis, checked against hidden states.
 
-        `width` is that of a hidden state; errors call the head by `name`.
+        `width` is that of a hidden state; errors use `name` for the head.
 
         Raises:
             TypeError: an array is not floating point.
@@ -104,18 +104,18 @@ class Head:
 
     @property
     def axis(self) -> int:
-        """`vocab_axis` where it is known, as `resolve` makes it; ValueError where it is not."""
+        """The `vocab_axis` set by `resolve`; ValueError if it is unknown."""
         if self.vocab_axis is None:
             raise ValueError("vocab_axis: expected 0 or 1, got None")
         return self.vocab_axis
 
     def vocab_size(self, axis_name: AxisName | None = None) -> int:
-        """Entries of the vocabulary; of all shards together inside `jax.shard_map`."""
+        """Number of vocabulary entries, of all shards together inside `jax.shard_map`."""
         size = jnp.shape(self.kernel)[self.axis]
         return size if axis_name is None else size * lax.axis_size(axis_name)
 
     def product_dtype(self, *dtypes: Any) -> Any:
-        """`compute_dtype`, or the common type of those given."""
+        """`compute_dtype`, or the common type of the arguments."""
         given = dtypes if self.compute_dtype is None else (self.compute_dtype,)
         return jnp.dtype(jnp.result_type(*map(jnp.dtype, given)))
 
@@ -128,7 +128,7 @@ class Head:
     def logits(self, hidden: Array) -> jax.Array:
         """The logits that the blocked functions never hold, `[*batch, vocab]`, in float32.
 
-        `hidden` is `[*batch, hidden]`; the errors are those of `resolve`.
+        `hidden` is `[*batch, hidden]`; errors are those of `resolve`.
         """
         hidden = jnp.asarray(hidden)
         head = self.resolve(hidden.shape[-1])

@@ -1,4 +1,4 @@
-"""Inputs of the kernels of a sweep: its arrays with one axis of positions, packed."""
+"""Inputs of a sweep's kernels: its arrays with one axis of positions, packed."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ _SUBLANES = 8
 
 
 class Packed:
-    """Arrays that start with the positions, `[T, ...]`, as a kernel takes and gives them.
+    """Arrays that start with the positions, `[T, ...]`, as a kernel takes and returns them.
 
-    An array `[T, 1]` would take 512 bytes a position, the lanes of a register for one number. So
-    those lie under each other, `[n, T]`, one array for each type; others stay, `[T, n]`. `like`
+    An array `[T, 1]` would take 512 bytes per position, all lanes of a register for one number.
+    Therefore such arrays are stacked as `[n, T]`, one array per type; others stay, `[T, n]`. `like`
     are the arrays, or their shapes.
     """
 
@@ -29,7 +29,7 @@ class Packed:
         self._like = [(x.ndim, x.dtype) for x in leaves]
         kinds = [_kind(x.dtype) if x.ndim == 1 else None for x in leaves]
         self.kinds = list(dict.fromkeys(kind for kind in kinds if kind is not None))
-        # Of each leaf the array that it is in and its row there, or its place among the others.
+        # For each leaf its array and row there, or its index among the others.
         seen = [0] * (len(self.kinds) + 1)
         self._places = []
         for kind in kinds:
@@ -73,9 +73,9 @@ def _kind(dtype: Any) -> Any:
 
 
 class Inputs(NamedTuple):
-    """A kernel's arrays, of two axes each; or how they are cut, or what a program has of them."""
+    """A kernel's arrays, of two axes each; or their block specs, or a program's views of them."""
 
-    hidden: Any  # [T, H], a side each
+    hidden: Any  # [T, H], for each side
     # `Packed`: [n, T] each.
     rows: Any
     wide: Any  # [T, n] each
@@ -87,7 +87,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(sweep: Sweep, operands: Operands, packed: Packed, tree: Any, length: int) -> Inputs:
-    """The arrays, those of numbers a position `length` long."""
+    """The arrays, with per-position numbers padded to `length`."""
 
     def head(side: Projection) -> Head:
         kernel, bias = side.head.kernel.astype(compute_dtype(side)), side.head.bias
@@ -112,10 +112,10 @@ def make_inputs(sweep: Sweep, operands: Operands, packed: Packed, tree: Any, len
 def cost(
     inputs: Inputs, vocab: int, shapes: Any, times: tuple[int, int], products: int = 0
 ) -> pl.CostEstimate:
-    """Estimate the cost of a kernel, which the compiler cannot look into.
+    """Estimate the cost of a kernel, which the compiler cannot inspect.
 
-    `shapes` are those of results, with their types; `times` how often what positions have is read,
-    and what columns have; `products` are beside the logits.
+    `shapes` are those of results, with their types; `times` how often data of positions, and of
+    columns, are read; `products` are in addition to the logits.
     """
     positions = inputs.hidden[0].shape[0]
 
@@ -133,6 +133,6 @@ def cost(
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any, inputs: Inputs) -> jax.ShapeDtypeStruct:
-    """Of a result, which differs over the mesh as the inputs do."""
+    """Shape of a result, which varies over the mesh as the inputs do."""
     kind = jax.typeof(inputs.hidden[0]).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

@@ -24,8 +24,8 @@ class KLStatistic(Statistic):
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         over, under = self.sides(block)
         both = (over != -jnp.inf) & (under != -jnp.inf)
-        # Less nearly the largest of each side: an offset of a side, whose digits hide those of the
-        # difference, never enters the sums. XLA would write out what the sums of `add` share.
+        # Subtract roughly the largest of each side: an offset of one side, whose digits would hide
+        # the difference, never enters the sums. XLA would materialise what the sums of `add` share.
         peaks = [sums.raised(x) for sums, x in zip(state, (over, under), strict=True)]
         gap = self.term(*(x - _base(peak)[..., None] for x, peak in zip((over, under), peaks)))
         terms = jnp.where(both, gap, 0.0), (under == -jnp.inf).astype(over.dtype)
@@ -39,7 +39,7 @@ class KLStatistic(Statistic):
         over, under = state
         total, gap, escaped = over.sums
         # Mass where the other distribution has none: the divergence is infinite, and its gradient
-        # that of the other entries. Of nothing at all there is nothing to share.
+        # is that of the other entries. An empty distribution has no mass to share.
         shared = jnp.where(total > 0, 1.0 - escaped / jnp.maximum(total, 1e-30), 0.0)
         bases = [_base(side.peak) for side in state]
         logs = [
@@ -65,7 +65,7 @@ class KLStatistic(Statistic):
         return cotangents[..., None] * gradient
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
-        """Logits of the distribution that weighs, and of the one that is compared with it."""
+        """Logits of the weighting distribution, and of the one compared with it."""
         assert block.teacher is not None
         if self.reverse:
             return block.student, block.teacher
@@ -80,13 +80,13 @@ class KLStatistic(Statistic):
         (over, (total, gap, escaped)), under = state
         sides = zip((over, under.peak), peaks)
         moved = self.term(*(_base(peak) - _base(new) for peak, new in sides))
-        # Of nothing yet the peaks are far below any logit.
+        # Initially the peaks are far below any logit.
         gap += jnp.where(total > escaped, (total - escaped) * moved, 0.0)
         return OnlineSums(over, (total, gap, escaped))
 
 
 def _base(peak: jax.Array) -> jax.Array:
-    """The whole number below: of few digits, so that differences with it are exact."""
+    """The integer below: it has few digits, so differences with it are exact."""
     return jnp.floor(peak)
 
 

@@ -12,7 +12,7 @@ from logitjax.ops import AxisName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureStatistic(Statistic):
-    """How far teacher `p` and student `q` are from their mixture, in two passes.
+    """Divergences of teacher `p` and student `q` from their mixture, in two passes.
 
     ::
 
@@ -23,7 +23,7 @@ class MixtureStatistic(Statistic):
         beta: The teacher's share, between 0 and 1.
         weights: `(beta, 1 - beta)` gives the generalised Jensen-Shannon divergence, `(1, 0)` and
             `(0, 1)` the two skew KL divergences.
-        fixed: Whether the gradient takes the mixture for a constant.
+        fixed: Whether the gradient treats the mixture as constant.
     """
 
     passes: ClassVar[int] = 2
@@ -57,7 +57,7 @@ class MixtureStatistic(Statistic):
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
         *log_zs, slope_sum = residuals
         log_q, log_p = self._log_probabilities(block, log_zs)
-        # log q = s - log Z: a logit moves its own term, and by Z all others, each by q.
+        # log q = s - log Z: a logit moves its own term and, by Z, all others, each by q.
         slope = self._terms(log_q, log_p)[1]
         return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
 
@@ -66,8 +66,8 @@ class MixtureStatistic(Statistic):
         return block.student - log_zs[0][..., None], block.teacher - log_zs[1][..., None]
 
     def _terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Per column the summand, and its derivative by the student's log-probability."""
-        # Where neither has an entry any number will do but -inf, whose derivatives are nan.
+        """For each column the summand, and its derivative by the student's log-probability."""
+        # If neither has an entry, any number works except -inf, whose derivatives are nan.
         exists = (log_q != -jnp.inf) | (log_p != -jnp.inf)
         shares = (log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
         log_m = jnp.logaddexp(*(jnp.where(exists, share, 0.0) for share in shares))

@@ -30,8 +30,8 @@ from logitjax.losses.sweep._statistic import Statistic
 from logitjax.losses.sweep._weighted import run_weighted, weighted_sum
 from logitjax.ops import Array, AxisName, Number
 
-# A TPU reads single numbers one after the other. Each id costs three operations a logit; with these
-# the logits wait for memory no longer.
+# A TPU reads single numbers one after another. Each id costs three operations per logit; with these
+# the logits no longer wait for memory.
 _IDS_TOGETHER = 4
 
 
@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
 
 
 def weighted_or_each(statistic: Statistic, *arrays: Any, **options: Any) -> jax.Array:
-    """`run` of a loss: of each position, or with weights the sum alone."""
+    """`run` for a loss: the loss of each position, or with weights only the sum."""
     loss = run(statistic, *arrays, **options)
     return loss if options.get("weights") is None else loss[0]
 
@@ -64,19 +64,19 @@ def run(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Any:
-    """Sum a statistic up over the vocabulary of a linear head, block by block.
+    """Accumulate a statistic over the vocabulary of a linear head, block by block.
 
-    Differentiable by the hidden states and the head, in reverse mode; the gradient is once more, so
-    that `grad` of `grad` gives second derivatives. With the weights of the positions known and
-    memory for `rows` (see `Blocks`), the gradient is formed in the same sweep as the value and no
-    logit is formed twice. A position whose weight or cotangent is zero adds nothing, even where its
-    hidden states are nan. Other arguments, and what is raised, are written in `logitjax.losses`.
+    Differentiable by the hidden states and the head, in reverse mode; so is the gradient, and
+    `grad` of `grad` gives second derivatives. With known weights of the positions and memory for
+    `rows` (see `Blocks`), the gradient is formed in the same sweep as the value and no logit is
+    formed twice. A position whose weight or cotangent is zero adds nothing, even if its hidden
+    states are nan. See `logitjax.losses` for the other arguments and the errors.
 
     Args:
-        statistic: what to sum up; static.
+        statistic: the statistic to accumulate; static.
         teacher: the hidden states, `[*batch, teacher_hidden]`, and the head of a teacher with the
             same vocabulary; neither gets a gradient.
-        tokens: arrays `[*batch, ...]` that the statistic reads, under names; without a gradient.
+        tokens: named arrays `[*batch, ...]` that the statistic reads; without a gradient.
 
     Returns:
         The statistic's outputs, through its `losses` method. With `weights`: the scalar
@@ -93,7 +93,7 @@ def run(
                 f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"
             )
         weights = weights.astype(sum_dtype(operands.student))
-    # Asked outside of shard_map, where arrays still say where they lie.
+    # Determined outside shard_map, where arrays still show their sharding.
     platform = ops.mesh.platform_of(operands.student.hidden, operands.student.head.kernel)
     local = (statistic, Blocks() if blocks is None else blocks, platform)
     outputs = _on_mesh(local, operands, weights, axis_name)
@@ -157,7 +157,7 @@ def _local(
     weights: Array | None,
     axis_name: AxisName | None,
 ) -> Any:
-    """The sweep of the rows and columns that are here: all of them, or a device's."""
+    """The sweep of the local rows and columns: all of them, or one device's."""
     student, batch = operands.student, operands.student.hidden.shape[:-1]
     layout = blocks.layout(
         Sizes(
@@ -206,9 +206,9 @@ def _local(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _losses(statistic: Statistic, batch_ndim: int, outputs: Any, tokens: Any) -> Any:
-    """`statistic.losses`, where a cotangent of zero stays zero however the losses are made."""
-    # Zero times the derivative at an undefined loss is nan; with zero the sweep leaves the position
-    # out of its gradients.
+    """`statistic.losses`, with a zero cotangent staying zero for any loss."""
+    # Zero times the derivative at an undefined loss is nan; with zero the sweep excludes the
+    # position from its gradients.
     return statistic.losses(outputs, tokens)
 
 
@@ -245,7 +245,7 @@ def _projection(name: str, hidden: Any, head: Any, temperature: Number) -> Proje
 
 
 def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
-    """Mesh axes over which anything here differs, vocabulary shards included."""
+    """Mesh axes over which anything here varies, vocabulary shards included."""
     axes = {a for x in jax.tree.leaves(tree) for a in ops.mesh.varying_axes(x)}
     if axis_name is not None and axes:
         axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
@@ -258,16 +258,16 @@ def _on_mesh(
     weights: Array | None,
     axis_name: AxisName | None,
 ) -> Any:
-    """Every device sweeps its own rows and columns, where the mesh they are split over is known."""
-    # Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
-    # once for every block of positions; so it does both once a sweep.
+    """Every device sweeps its own rows and columns, if the mesh they are split over is known."""
+    # Otherwise the compiler gathers a block of the head, and sums its gradient over all devices,
+    # for every block of positions; this does both once per sweep.
     hidden, head = operands.student.hidden, operands.student.head
     mesh = _mesh_of(head.kernel, hidden)
-    # Inside a `shard_map` of the caller's it has split what it wanted to.
+    # Inside a caller's `shard_map`, arrays are already split as intended.
     split = None if axis_name is not None else _split(mesh, hidden, head)
     if split is None:
         return _local(*local, operands, weights, axis_name)
-    # Outside of jit each of its operations would be a program over the mesh.
+    # Outside jit each of its operations would be a program over the mesh.
     return _everywhere(local, mesh, split, operands, weights)
 
 
@@ -281,7 +281,7 @@ def _everywhere(
 ) -> Any:
     """`_local` under a `shard_map` over the axes of rows and columns."""
     rows, columns = split
-    # Where arrays lie, in the place of arrays.
+    # Shardings in place of arrays.
     spec: Any = PartitionSpec
     by_row, by_column, whole = spec(*rows), spec(columns), spec()
 
@@ -302,12 +302,12 @@ def _everywhere(
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
     named = {name for names in (*rows, columns) for name in names}
     if not named:
-        # Under `vmap` a mesh names the axis that is mapped over, and `shard_map` may not.
+        # Under `vmap` a mesh names the mapped axis, which `shard_map` may not use.
         call: Any = functools.partial(_local, *local, axis_name=None)
         whole = NamedSharding(mesh, PartitionSpec())
         run = jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=whole)
         return run(operands, weights)  # pyright: ignore[reportCallIssue]
-    # All Auto axes where the others have one device: a part of a mesh is harder on the compiler.
+    # All Auto axes if the others have one device: compilers handle part of a mesh less well.
     free = {name for name, kind in kinds.items() if kind == AxisType.Auto}
     alone = all(mesh.shape[name] == 1 or name in named for name in free)
     batch = operands.student.hidden.shape[:-1]
@@ -336,7 +336,7 @@ def _mesh_of(*arrays: Any) -> Any:
 
 
 def _axes_of(x: Any) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes over which each axis of x is split, as far as x tells."""
+    """The mesh axes over which each axis of x is split, as far as x shows it."""
     notes = jax.typeof(x).sharding
     if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         notes = x.sharding
@@ -349,8 +349,8 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _split(mesh: Any, hidden: Any, head: Head) -> Any:
-    """Mesh axes of each batch axis, and of the vocabulary; None where nothing is split."""
-    # Explicit axes, and Auto ones of arrays outside of `jit`, are read; others go by `MeshAxes`.
+    """Mesh axes of each batch axis, and of the vocabulary; None if nothing is split."""
+    # Explicit axes, and Auto ones of arrays outside `jit`, are read; others follow `MeshAxes`.
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = ops.sharding.MeshAxes.current()
     auto = {n for n, kind in kinds.items() if kind == AxisType.Auto and mesh.shape[n] > 1}
@@ -363,7 +363,7 @@ def _split(mesh: Any, hidden: Any, head: Head) -> Any:
             new = tuple(n for n in expected if n in auto - taken)
             rows[location] += new
             taken |= set(new)
-    # An Explicit axis is used for a whole vocabulary only where the caller says so.
+    # An Explicit axis splits a vocabulary only if the caller requests it.
     by_name = auto if names == ops.sharding.MeshAxes() else free
     items = [n for n in _axes_of(head.kernel)[head.axis] if n in free]
     expected = [*items, *(n for n in names.columns if n in by_name)]
@@ -387,7 +387,7 @@ def _warn_of_unnamed(axes: set[str], head: Head) -> None:
 def _padded(
     mesh: Any, rows: Any, columns: tuple[str, ...], operands: Operands, weights: Array | None
 ) -> tuple[Operands, Array | None]:
-    """Padded to sizes that the mesh divides: by rows of zeros, and entries that do not exist."""
+    """Padded to sizes that the mesh divides, with rows of zeros and absent entries."""
 
     def missing(size: int, axes: tuple[str, ...]) -> int:
         return -size % math.prod(mesh.shape[name] for name in axes)
@@ -417,7 +417,7 @@ def _padded(
 
 
 def _resharded(mesh: Any, explicit: set[str], specs: Any, arrays: Any) -> Any:
-    """Laid out as `shard_map` asks of Explicit axes: a head is gathered here, once."""
+    """Laid out as `shard_map` requires for Explicit axes: a head is gathered here, once."""
 
     def reshard(spec: Any, tree: Any) -> Any:
         entries = [tuple(n for n in _names(entry) if n in explicit) for entry in spec]

@@ -1,4 +1,4 @@
-"""The engine `rows`: with the weights of the positions known, one sweep gives value and gradients.
+"""The engine `rows`: with known weights, one sweep gives the value and the gradients.
 
 Unreduced losses cannot do this, because their cotangents arrive only with the backward pass.
 """
@@ -52,7 +52,7 @@ weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 
 def _slope_of_weights(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """The losses, those of silent positions only where they are numbers."""
+    """The losses; at silent positions only if they are numbers."""
     return jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
 
 
@@ -76,7 +76,7 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
 
     def positions(d_head, xs):
         losses, outputs, d_hidden, d_head = _one_block(sweep, location(xs[0]), xs[1], d_head)
-        # Whole here, so that only a block of them is ever held in float32.
+        # Not cast here, so that only a block of them is ever held in float32.
         return d_head, (losses, outputs, d_hidden.astype(student.hidden.dtype))
 
     start = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), student.head))
@@ -114,7 +114,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
         outputs, residuals = statistic.finish(state, passed)
         passed = residuals
 
-    # The weights vary over the vocabulary's mesh axis by type, so the outputs have to as well.
+    # By type, the weights vary over the vocabulary's mesh axis, so the outputs must as well.
     outputs = sweep.vary(outputs)
     losses, pull = jax.vjp(lambda outputs: statistic.losses(outputs, operands.tokens), outputs)
     (cotangents,) = pull(weights.astype(losses.dtype))
@@ -145,7 +145,7 @@ def kept_block(sweep: Sweep, operands: Operands, index, logits):
 
 
 def _backward(sweep: Sweep, saved, cotangents):
-    # Forward formed the gradients for a cotangent of 1: this only scales them.
+    # The forward pass formed the gradients for a cotangent of 1: this only scales them.
     (grads, losses), (cotangent, _) = saved, cotangents
     d_hidden, d_head = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
     student = Projection(d_hidden, d_head, None)
