@@ -35,7 +35,7 @@ def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Arra
     def answer(student: jax.Array, teacher: jax.Array) -> jax.Array:
         p = jax.nn.sigmoid(teacher)
         gap = jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student)
-        # What the teacher rules out weighs nothing, also where it is infinitely far.
+        # Classes that the teacher rules out have no weight, even if infinitely far.
         return jnp.where(p == 0, 0.0, p * gap)
 
     return answer(student_logit, teacher_logit) + answer(-student_logit, -teacher_logit)
@@ -48,7 +48,7 @@ def _by_class(
     temperature: Number,
     reduction: str,
 ) -> jax.Array:
-    """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
+    """`t^2` times the sum or mean of a per-class loss of logits divided by the temperature t."""
     vocab_where, axis_name = classes
     student = checks.as_float(logits[0], "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(logits[1], "teacher_logits"))
@@ -62,8 +62,8 @@ def _by_class(
     keep = (student != -jnp.inf) & (teacher != -jnp.inf)
     if vocab_where is not None:
         keep = keep & vocab_where
-    # Zeros in place of -inf, whose difference would be nan and so would its gradient.
-    # An infinite answer of the teacher is an error of its own, not certainty.
+    # Zeros instead of -inf, whose difference, and its gradient, would be nan.
+    # An infinite logit of the teacher is an error rather than certainty.
     teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     values = jnp.square(jnp.asarray(temperature)) * loss(
@@ -84,9 +84,9 @@ def binary_kl(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
-    """Treat every class as its own yes-or-no question and match the teacher's answers.
+    """Treat every class as an independent yes-or-no question and match the teacher's answers.
 
-    Unlike softmax distillation this pins the absolute logits: adding a constant to the student's
+    Unlike softmax distillation this fixes the absolute logits: adding a constant to the student's
     logits changes the loss. Its gradient in a student logit is `temperature * (sigmoid(z_s / t) -
     sigmoid(z_t / t))`. The teacher gets no gradient.
 
@@ -97,7 +97,7 @@ def binary_kl(
     Args:
         student_logits, teacher_logits: `[*batch, classes]`; absolute logits, not log-probabilities.
         reduction: over classes: `'sum'` as published, growing with their number, or `'mean'`.
-        vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
+        vocab_where: the classes to compare. A class at `-inf` on either side is also excluded.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:
@@ -112,8 +112,8 @@ def binary_kl(
 
     References:
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL. The released
-        code takes logs of clamped float32 probabilities, which are infinite from a logit of about
-        17 on; here they are log-sigmoids.
+        code takes logs of clamped float32 probabilities, which are infinite for logits above about
+        17; here they are log-sigmoids.
     """
     logits, classes = (student_logits, teacher_logits), (vocab_where, axis_name)
     return _by_class(bernoulli_kl, logits, classes, temperature, reduction)

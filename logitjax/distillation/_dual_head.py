@@ -24,7 +24,7 @@ class MLPHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.hidden = torch_linear(in_features, hidden_features, dtype=dtype, rngs=rngs)
-        # torch's defaults: its momentum of 0.1 is 0.9 by flax's count.
+        # torch's default: its momentum of 0.1 is 0.9 in flax.
         self.norm = nnx.BatchNorm(
             hidden_features, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, rngs=rngs
         )
@@ -48,14 +48,14 @@ class MLPHead(nnx.Module):
 
 
 class DualHead(nnx.Module):
-    """A head for the labels and a second one for the teacher, which only training uses.
+    """A head for the labels and a second one for the teacher, used only in training.
 
-    Called, it is the first head alone: a model that holds it predicts as any other. `both` gives
-    the logits of the two; `without_auxiliary` is what to export.
+    A call uses the first head alone, so a model with it predicts like any other. `both` returns the
+    logits of both; `without_auxiliary` is the head to export.
 
     Args:
-        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) for a teacher of another structure,
-            with `hidden_features` and `dropout`.
+        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) for a teacher of another
+            architecture, with `hidden_features` and `dropout`.
         axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
         dtype: type of the computation; logits are float32.
         rngs: needs `params`.
@@ -113,7 +113,7 @@ class DualHead(nnx.Module):
         train: bool = False,
         key: jax.Array | None = None,
     ) -> Float[jax.Array, "*batch classes"]:
-        """The second head's logits; `key` draws the MLP's dropout, off without one."""
+        """The second head's logits; `key` draws the MLP's dropout, which is off without a key."""
         if isinstance(self.aux, MLPHead):
             return self.aux(features, train=train, key=key)
         return jnp.asarray(self.aux(jnp.asarray(features)), jnp.float32)
@@ -129,5 +129,5 @@ class DualHead(nnx.Module):
         return self(features), self.auxiliary(features, train=train, key=key)
 
     def without_auxiliary(self) -> nnx.Linear:
-        """The first head: all that a trained model needs."""
+        """The first head, which is all that a trained model needs."""
         return self.fc

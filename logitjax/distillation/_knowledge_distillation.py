@@ -20,7 +20,7 @@ from logitjax.ops import mesh as on_mesh
 def _softened(
     student_logits: Array, teacher_logits: Array, temperature: Number
 ) -> tuple[jax.Array, jax.Array]:
-    """Both logits over the temperature, the teacher's without a gradient."""
+    """Both logits divided by the temperature, the teacher's without a gradient."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
     pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
@@ -83,7 +83,7 @@ def decoupled_knowledge_distillation(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
-    """DKD: distillation split into "is it the label" and "which of the others", weighted apart.
+    """DKD: distillation split into "is it the label" and "which of the others", each with a weight.
 
     Plain distillation weighs the second part by the teacher's doubt, so a confident teacher says
     little about the other classes; here its weight is free.
@@ -95,17 +95,17 @@ def decoupled_knowledge_distillation(
 
     Args:
         student_logits, teacher_logits: `[*batch, classes]`, as in `knowledge_distillation`.
-        labels: the true classes, numbers of the whole where classes are split.
+        labels: the true classes; global ids if classes are split.
         target_weight: alpha of the paper.
         other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
 
     Returns:
-        float32 `[*batch]`. Under `jit`, nan where the label is none of the classes.
+        float32 `[*batch]`. Under `jit`, nan if the label is not one of the classes.
 
     Raises:
         TypeError: logits are not floating point, or labels not integers.
-        ValueError: different shapes, a temperature that is not positive, or (outside of `jit`) a
-            label that is none of the classes.
+        ValueError: different shapes, a temperature that is not positive, or (outside `jit`) a label
+            that is not one of the classes.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0]])
     >>> loss = jax.jit(decoupled_knowledge_distillation)(z, z, jnp.array([0]))
@@ -114,7 +114,7 @@ def decoupled_knowledge_distillation(
 
     References:
         Zhao et al., Decoupled Knowledge Distillation (CVPR 2022, arXiv 2203.08679), eq. 7. The
-        released code masks the label by subtracting 1000 from its logit; here it is left out.
+        released code masks the label by subtracting 1000 from its logit; here it is excluded.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     classes = student.shape[checks.axis(-1, student.shape, "student_logits")]
@@ -130,7 +130,7 @@ def decoupled_knowledge_distillation(
     others = ~target if vocab_where is None else ~target & vocab_where
 
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The label's logit and the evidence for all others; -inf where there is none."""
+        """The label's logit and the evidence for all others; -inf if there is none."""
         # One shard has the label; the others add zeros.
         selected = on_mesh.psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
         selected = jnp.where(
@@ -139,14 +139,14 @@ def decoupled_knowledge_distillation(
         return selected, logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
     def log_odds(label: jax.Array, rest: jax.Array) -> jax.Array:
-        # Masked before they are subtracted: -inf less -inf is nan, and so is its gradient.
+        # Masked before subtraction: -inf minus -inf is nan, and so is its gradient.
         both = (label != -jnp.inf) & (rest != -jnp.inf)
         odds = jnp.where(both, label, 0.0) - jnp.where(both, rest, 0.0)
         return jnp.where(both, odds, jnp.where(label == -jnp.inf, -jnp.inf, jnp.inf))
 
     of_teacher = sides(teacher)
     target_part = bernoulli_kl(log_odds(*sides(student)), log_odds(*of_teacher))
-    # A teacher without any class asks for nothing.
+    # A teacher without any class demands nothing.
     asked = (of_teacher[0] != -jnp.inf) | (of_teacher[1] != -jnp.inf)
     target_part = jnp.where(asked, target_part, 0.0)
     other_part = kl_divergence(student, teacher, vocab_where=others, axis_name=axis_name)
@@ -162,9 +162,9 @@ def standardize_logits(
     axis_name: AxisName | None = None,
     epsilon: float = 1e-7,
 ) -> Float[jax.Array, "..."]:
-    """Logits with mean 0 and standard deviation 1 in each row, before a distillation loss.
+    """Standardise logits in each row to mean 0 and deviation 1, before a distillation loss.
 
-    A student then has to match the teacher's shape and not its scale. Apply it to both sides and
+    A student then has to match the teacher's shape but not its scale. Apply it to both sides and
     pass the result to `knowledge_distillation` with the base temperature 2.
 
     ::
@@ -173,7 +173,7 @@ def standardize_logits(
 
     Args:
         logits: `[*batch, classes]`.
-        vocab_where: the classes that count. Those at `-inf` never do; both come back as `-inf`.
+        vocab_where: the classes that count. Those at `-inf` never do; both are returned as `-inf`.
             `axis_name` is that of `knowledge_distillation`.
         epsilon: as in the released code.
 
@@ -201,7 +201,7 @@ def standardize_logits(
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)
     # torch's, unbiased.
     variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
-    # The square root has no gradient at a row of equal logits; its deviations are 0 anyway.
+    # The square root has no gradient for a row of equal logits; its deviations are 0 anyway.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return jnp.where(keep, deviation / (std + epsilon), -jnp.inf)
 
@@ -215,7 +215,7 @@ def _pearson_distance(a: jax.Array, b: jax.Array, keep: jax.Array, axis: int) ->
 
     a, b = centred(a), centred(b)
     square = jnp.square(a).sum(axis) * jnp.square(b).sum(axis)
-    # Not `square > 0`: a nan has to stay one.
+    # Not `square > 0`: a nan must stay a nan.
     flat = square == 0
     norms = jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, square)))
     return 1.0 - (a * b).sum(axis) / (norms + 1e-8)
@@ -233,9 +233,9 @@ def dist(
     """DIST: match correlations of the probabilities, within an example and within a class.
 
     The first term asks for the same ranking of classes in each example, the second for the same
-    ranking of examples in each class. The second one is a property of the whole batch: its mean
-    over classes is added to every example's value, so that the mean over examples is the paper's
-    loss. On a batch split over devices under `jit` it is computed over all of them.
+    ranking of examples in each class. The second is a property of the whole batch: its mean over
+    classes is added to every example's value, so that the mean over examples is the paper's loss.
+    On a batch split over devices under `jit` it is computed over the whole batch.
 
     ::
 
@@ -247,10 +247,10 @@ def dist(
         inter_weight: beta of the paper (2 on ImageNet).
         intra_weight: gamma of the paper (2 on ImageNet).
         temperature: 1 on ImageNet, 4 on CIFAR.
-        where: the examples that count in the second term; the others get no gradient.
+        where: the examples included in the second term; the others get no gradient.
 
     Returns:
-        float32 `[batch]`. Classes at `-inf` on both sides of all examples that count are left out.
+        float32 `[batch]`. Classes at `-inf` on both sides of all included examples are excluded.
 
     Raises:
         TypeError: logits are not floating point, or `where` not boolean.
@@ -265,7 +265,7 @@ def dist(
         2205.10536), eqs. 7 to 10 and the released code.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    # Of logits of sequences the second term would correlate positions, not examples.
+    # For logits of sequences the second term would correlate positions, not examples.
     if student.ndim != 2 or not student.size:
         raise ValueError(f"student_logits: expected [batch, classes], got shape {student.shape}")
     present = jnp.ones(student.shape[:1], bool)
@@ -274,7 +274,7 @@ def dist(
         present = jnp.broadcast_to(where, present.shape)
         student = gradient_where(student, present)
     exist = (student != -jnp.inf) | (teacher != -jnp.inf)
-    # Not `jax.nn.softmax`, which makes nan of a row without any class.
+    # Not `jax.nn.softmax`, which returns nan for a row without any class.
     student, teacher = jnp.exp(log_softmax(student)), jnp.exp(log_softmax(teacher))
     # `[batch]`, over classes.
     inter = _pearson_distance(student, teacher, exist, -1)

@@ -33,11 +33,11 @@ class Objective:
     have read the same text, or chunks. Metric `seen/NAME` is the share of labels it learns from.
 
     Attributes:
-        terms: Terms and their weights. One of weight 0 is only reported.
+        terms: Terms and their weights. A term of weight 0 is only reported.
         teachers: Weights of the teachers, divided by their sum; equal if empty.
 
     Raises:
-        ValueError: No terms, the same one twice, negative weights or none above 0, or a weight of a
+        ValueError: No terms, a repeated term, negative weights or none above 0, or a weight for a
             term whose gradient is wrong.
 
     >>> from logitjax.distillation.terms import KL, SFT
@@ -77,12 +77,12 @@ class Objective:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The teachers' weights, summing to one."""
+        """The teachers' weights, which sum to 1."""
         return tuple(weight / sum(self.teachers) for weight in self.teachers)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """A name for each term in metrics; of several of one name, those with their options."""
+        """A name for each term in metrics; terms with the same name include their options."""
         plain = [term.name or type(term).__name__ for term, _ in self.terms]
         return tuple(
             name if plain.count(name) == 1 else str(term)
@@ -95,7 +95,7 @@ class Objective:
         return next((term for term, _ in self.terms if term.teacher is not None), None)
 
     def init(self, key: jax.Array, head: Head) -> dict[str, Any]:
-        """The arrays of terms that have some of their own, by the terms' names."""
+        """The arrays of terms that have some of their own, by term name."""
         arrays = {
             name: term.init(jax.random.fold_in(key, number), head)
             for number, (name, (term, _)) in enumerate(zip(self.names, self.terms, strict=True))
@@ -105,9 +105,9 @@ class Objective:
     def counts(
         self, batch: Mapping[str, Any], teachers: Sequence[Teacher] = (), *, where: Any
     ) -> dict[str, Any]:
-        """Count the positions that the terms see in a batch, for `value` of its parts.
+        """Count the positions that the terms see in a batch, for `value` of parts of it.
 
-        Arguments are those of `value`. Over micro-batches and shards, counts add up to the whole's.
+        Arguments are those of `value`. Counts of micro-batches and shards add up to the whole's.
         """
         teachers = [_with_statistics(self, teacher, None) for teacher in teachers]
         parts = self._parts(batch, teachers, {}, where)
@@ -127,33 +127,33 @@ class Objective:
         counts: Mapping[str, Any] | None = None,
         axis_name: ops.AxisName | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-        """The loss summed over the labels, their number, and metrics; pure.
+        """The loss summed over the labels, their number, and metrics; a pure function.
 
-        `sum / count` is the loss. Over micro-batches or shards, sums and counts add up to those of
-        the whole batch if `counts` are the whole's.
+        `sum / count` is the loss. Sums and counts of micro-batches or shards add up to those of the
+        whole batch if `counts` are the whole's.
 
         Args:
             hidden: `[*batch, hidden]`, the student's, at positions that predict `labels`.
             head: Its `losses.Head`, or a kernel alone. Entries that do not exist have bias `-inf`.
-            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`. Of labels that
-                have `log_probs`, which the student wrote, terms of the text alone learn nothing.
-            teachers: A `Teacher` each, if a term needs them.
+            batch: `labels`, `[*batch]`, and columns declared in `Term.batch`. Terms of the text
+                alone ignore labels with `log_probs`, which the student wrote.
+            teachers: One `Teacher` each, if a term needs them.
             params: The arrays of `init`.
-            where: `[*batch]` boolean: positions whose labels count; at others not even a NaN does.
+            where: `[*batch]` boolean: positions whose labels count; others may even be NaN.
             teacher_weights: `[teachers]`, or `[rows, teachers]` to send each row to its teacher;
                 `teachers` of the objective by default.
-            counts: The result of `counts` for the whole batch, where this is a part of it.
+            counts: The result of `counts` for the whole batch, if this is a part of it.
             axis_name: Mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
 
         Returns:
-            The sum, float32; the number of labels; for each term the pair of its sum and that
-            number, and for a term that sees a part of the text `seen/NAME`.
+            The sum, float32; the number of labels; for each term its sum and that number, and for a
+            term that sees a part of the text `seen/NAME`.
 
         Raises:
-            ValueError: A need that cannot be met, or one that was not declared; names the term.
+            ValueError: A need that cannot be met or was not declared; names the term.
         """
         hidden, where = jnp.asarray(hidden), jnp.asarray(where)
-        # A kernel alone does not say which of its axes is the vocabulary's; the width tells.
+        # A kernel alone does not show which axis is the vocabulary; the width does.
         head = Head.of(head).resolve(hidden.shape[-1])
         teachers = [_with_statistics(self, teacher, axis_name) for teacher in teachers]
         parts = self._parts(batch, teachers, params or {}, where, teacher_weights)
@@ -167,7 +167,7 @@ class Objective:
             value = value + total
             for part, part_value in zip(members, values, strict=True):
                 sums[part.name] = sums.get(part.name, 0.0) + part_value
-        # Metrics are an auxiliary output, which a loop may differentiate through by mistake.
+        # Metrics are an auxiliary output, which a loop may differentiate by mistake.
         metrics = {name: (jax.lax.stop_gradient(sums[name]), count) for name in self.names}
         return value, count, metrics | _shares_seen(parts, where)
 
@@ -179,7 +179,7 @@ class Objective:
         where: Any,
         teacher_weights: Any = None,
     ) -> list[Part]:
-        """Each term with each of its teachers, declared needs checked."""
+        """Each term with each of its teachers, after checking declared needs."""
         if self.teachers and teachers and len(self.teachers) != len(teachers):
             raise ValueError(f"teachers: expected {len(self.teachers)}, got {len(teachers)}")
         default = self.shares or (1.0 / max(len(teachers), 1),) * len(teachers)
@@ -198,7 +198,7 @@ class Objective:
             of_text = term.teacher is None
             local = None
             if of_text and "log_probs" in batch and "log_probs" not in term.batch:
-                # To maximise the likelihood of one's own text would only sharpen it.
+                # Maximising the likelihood of its own text would only sharpen the student.
                 local = jnp.isnan(batch["log_probs"])
             for number, teacher in enumerate([None] if of_text else teachers):
                 parts.append(
@@ -236,7 +236,7 @@ def parse_terms(texts: Sequence[str]) -> tuple[tuple[Term, float], ...]:
 
 
 def _with_statistics(objective: Objective, teacher: Teacher, axis_name: Any) -> Teacher:
-    """A teacher with the statistics that terms declare, read of its hidden states if need be."""
+    """A teacher with the statistics that terms declare, from hidden states if necessary."""
     # A live teacher shares no parameters with the student, but may share its arrays: a loop that
     # trains both must not move the teacher.
     teacher = jax.lax.stop_gradient(teacher)
@@ -245,7 +245,7 @@ def _with_statistics(objective: Objective, teacher: Teacher, axis_name: Any) -> 
     if teacher.statistics is not None or teacher.head is None or not top_k:
         return teacher
     head = Head.of(teacher.head).resolve(teacher.hidden.shape[-1])
-    # As many as a cache keeps, so that a live teacher and a cached one give equal values.
+    # As many as a cache stores, so that a live and a cached teacher give equal values.
     top_k = min(max(top_k, teacher.top_k), head.vocab_size(axis_name))
     readout = losses.linear_readout(teacher.hidden, head, top_k=top_k, axis_name=axis_name)
     statistics = jax.lax.stop_gradient(readout.statistics)
@@ -262,14 +262,14 @@ def _shares(default: Sequence[float], weights: Any) -> Sequence[Any]:
             f"{weights.shape}"
         )
     total = weights.sum(-1, keepdims=True)
-    # A row that is sent to no teacher learns from none, and is no division by zero.
+    # A row without any teacher learns from none, and must not divide by zero.
     weights = weights / jnp.where(total > 0, total, 1.0)
     return [weights[..., number] for number in range(len(default))]
 
 
 def _shares_seen(parts: Sequence[Part], where: Any) -> dict[str, tuple[Any, Any]]:
-    """How many of the labels each term that sees a part of the text learns from."""
-    # A loss that sees little of the text may be small for that alone.
+    """The share of the labels that each term of a part of the text learns from."""
+    # A loss that sees little of the text may be small for that reason alone.
     totals: dict[str, Any] = {}
     for part in parts:
         labels = part.term.labels_seen(*part.views)

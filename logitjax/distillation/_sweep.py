@@ -11,12 +11,12 @@ from logitjax.losses import Head, sweep
 
 
 def grouped(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts of each sweep over the vocabulary: as few sweeps as there can be."""
+    """Group the parts into as few sweeps over the vocabulary as possible."""
     groups: dict[Any, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.sweep, []).append(part)
     for head, teacher, alone in list(groups):
-        # What looks at no teacher's logits joins a sweep that forms some.
+        # Parts that use no teacher's logits join a sweep that forms some.
         # A host reads the same head, has a teacher and may be shared.
         hosts = [key for key in groups if key[0] == head and key[1] is not None and not key[2]]
         if teacher is None and not alone and hosts:
@@ -27,21 +27,21 @@ def grouped(parts: Sequence[Part]) -> list[list[Part]]:
 def swept(
     parts: Sequence[Part], hidden: Any, head: Head, where: Any, axis_name: Any
 ) -> tuple[Any, list[Any]]:
-    """Parts that share a sweep: their weighted sum over positions, and each one's own sum."""
+    """Parts that share a sweep: their weighted sum over positions, and the sum of each."""
     head = (parts[0].head or head).resolve(hidden.shape[-1])
     reading = _Reading.of(parts, head, axis_name)
     local = [part.tokens() for part in parts]
     formed = next((part.teacher for part in parts if part.sweep[1] is not None), None)
     options: dict[str, Any] = dict(
         teacher=None if formed is None else (formed.hidden, formed.head),
-        # One sweep has one tiling: the first part that asks for a size decides.
+        # A sweep has one tiling: the first part that requests a size decides.
         blocks=next((p.needs.blocks for p in parts if p.needs.blocks is not None), None),
         axis_name=axis_name,
     )
     if not all(part.is_pointwise for part in parts):
         # Every logit is formed once more in the backward pass.
-        # A nan where nothing counts, of the student or of a teacher, would have a gradient of nan,
-        # whatever it weighs.
+        # A nan of the student or of a teacher at an ignored position would have a gradient of nan,
+        # whatever its weight.
         hidden = jnp.where(where[..., None], hidden, 0.0)
         results = sweep.run(reading.statistic, hidden, head, tokens=reading.tokens, **options)
         results = jax.tree.map(
@@ -75,7 +75,7 @@ def swept(
 
 
 def _weighed(weight: float, value: Any) -> Any:
-    # What is only reported may be infinite.
+    # Values that are only reported may be infinite.
     return weight * value if weight else jnp.zeros_like(value)
 
 
@@ -85,10 +85,10 @@ def _summed(part: Part, value: Any, where: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reading:
-    """The statistic that serves some parts, and which of its results are whose.
+    """The statistic that serves some parts, and the results that belong to each.
 
-    `slices` says for each part where its ids are among those gathered, and `numbers` which of
-    `Several` statistics is its own; None for none.
+    `slices` locates each part's ids among the gathered ones, and `numbers` its own statistic among
+    the `Several`; None for none.
     """
 
     parts: Sequence[Part]
@@ -144,7 +144,7 @@ class _Reading:
 
 
 def _slice(gathered: list[Any], ids: Any) -> slice | None:
-    """Where the ids are among those gathered; added if they are new."""
+    """Locate the ids among the gathered ones, adding them if they are new."""
     if ids is None:
         return None
     start = 0

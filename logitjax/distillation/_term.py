@@ -15,15 +15,15 @@ class StudentNeeds:
 
     Attributes:
         label: `read.label_logit` and `read.cross_entropy` of the labels.
-        ids: `[*batch, n]` tokens whose logits are `read.gathered`, and with the normaliser
+        ids: `[*batch, n]` tokens whose logits are `read.gathered` and, with the normaliser,
             `read.top`, the `losses.Readout` that sparse divergences take.
         top_k: Number of the student's own largest logits, `read.statistics`.
         statistic: A `sweep.Statistic` of the term's own, whose results are `read.statistic`. It may
-            look at the logits of a teacher that gives hidden states and a head.
-        tokens: Arrays `[*batch, ...]` that the statistic reads beside the `labels`.
+            use the logits of a teacher that gives hidden states and a head.
+        tokens: Arrays `[*batch, ...]` that the statistic reads besides the `labels`.
         blocks: Sizes of the sweep's blocks, if the statistic has to choose them.
-        beside: Arrays `[*batch, ...]` that the term has worked out of its teacher for this,
-            handed back as `read.beside`.
+        beside: Arrays `[*batch, ...]` that the term has computed from its teacher for this,
+            returned as `read.beside`.
     """
 
     label: bool = False
@@ -36,7 +36,7 @@ class StudentNeeds:
 
     @property
     def names(self) -> set[str]:
-        """The attributes of `read` that there will be."""
+        """The attributes that `read` will have."""
         names = {"label_logit", "cross_entropy", "log_z"} if self.label else set()
         names |= {"gathered", "top", "log_z"} if self.ids is not None else set()
         names |= {"statistics", "log_z"} if self.top_k else set()
@@ -49,7 +49,7 @@ class TeacherNeeds:
     """Parts of each teacher that a term reads.
 
     Attributes:
-        top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all there are.
+        top_k: Minimum number of its top logits, `teacher.top`; 0 for none. A term gets all of them.
         moments: Also mean and deviation of all its logits, `teacher.statistics`.
         rest: Whether it needs the mass of all other tokens. A term that does not need it declares
             False, and `teacher.top.log_z` is None if unknown.
@@ -86,8 +86,8 @@ class Term(abc.ABC):
     """A loss that a student learns from: declared needs, and a value for one teacher.
 
     A term is a frozen, keyword-only dataclass whose fields are its options. It is hashable and
-    holds no arrays; its repr belongs to the identity of a run. `Objective` gives it the declared
-    readings of student and teachers alone: reading more is an error that names the term.
+    holds no arrays; its repr belongs to the identity of a run. `Objective` passes it only the
+    declared readings of student and teachers: reading more is an error that names the term.
 
     Attributes:
         name: Name in flags and metrics.
@@ -120,7 +120,7 @@ class Term(abc.ABC):
         return None
 
     def own_head(self, params: Any) -> Head | None:
-        """A head of the term's own, through which it reads the student's hidden states."""
+        """A head of the term's own, with which it reads the student's hidden states."""
         return None
 
     @abc.abstractmethod
@@ -142,17 +142,17 @@ class Term(abc.ABC):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         """The loss for one teacher, not reduced.
 
-        `read` has the attributes that `student` asked for, `teacher` the declared ones, and `batch`
-        `labels`, `where` they count, and what `Term.batch` names. `params` are the arrays of
-        `init`; None in a sweep, if the term has a head of its own.
+        `read` has the attributes that `student` requested, `teacher` the declared ones, and `batch`
+        has `labels`, `where` they count, and the columns in `Term.batch`. `params` are the arrays
+        of `init`; None in a sweep, if the term has a head of its own.
 
         Returns:
-            `[*batch]`, or, of a term that is not pointwise, whatever shape `seen` has.
+            `[*batch]` or, for a term that is not pointwise, the shape of `seen`.
         """
 
 
 class Declared:
-    """The attributes that a term has declared, and an error for any other."""
+    """The attributes that a term has declared; any other raises an error."""
 
     def __init__(self, term: Term, argument: str, values: Mapping[str, Any]):
         self._term, self._argument, self._values = term, argument, values

@@ -1,8 +1,6 @@
-"""Learning from own samples: a student writes, its teachers read, and it learns there.
+"""Learning from own samples: a student writes, its teachers read, and it learns from them.
 
-- `OnPolicy` says how much of a batch the student writes, and by which law.
-- `Rollouts` writes: rows are a function of the seed, the step and the weights. `rollout_program`
-  is what it runs, compiled.
+- `OnPolicy` sets how much of a batch the student writes, and how tokens are sampled.
 """
 
 from logitjax.distillation.on_policy._options import OnPolicy as OnPolicy

@@ -1,7 +1,7 @@
-"""Losses that a student learns from, a frozen value each.
+"""Losses that a student learns from, each a frozen value.
 
-`TERMS` maps the names of flags to them. Others come from entry points of the group
-`logitjax.terms`, or by `package.module:Name`; docs/add_a_term.md shows one.
+`TERMS` maps flag names to them. Others come from entry points of the group `logitjax.terms`, or by
+`package.module:Name`; docs/add_a_term.md shows one.
 """
 
 from logitjax.distillation._term import Term

@@ -40,5 +40,5 @@ class ALM(Term):
         tau = self.temperature
         value = likelihood_matching(read.statistic, teacher.chunks, temperature=tau)
         # Log-probabilities divided by tau have gradients divided by it, hence the factor. Infinity
-        # gives the limit of the product by itself.
+        # gives the limit of the product without it.
         return (tau if math.isfinite(tau) else 1.0) * value

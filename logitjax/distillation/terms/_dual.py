@@ -19,7 +19,7 @@ class Dual(Term):
     pointwise = False
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        # a copy: both heads train.
+        # A copy, because both heads train.
         return {"head": {"kernel": jnp.array(head.rows.T)}}
 
     def own_head(self, params: Any) -> Head:

@@ -12,7 +12,7 @@ class _Matched(Term):
 
     def student(self, teacher: Any) -> StudentNeeds:
         ids, _ = teacher.vocabularies.matches.ids(teacher.top.indices)
-        # The student's own likeliest tokens are sorted beside the teacher's.
+        # The student's own most likely tokens are sorted next to the teacher's.
         return StudentNeeds(ids=ids, top_k=teacher.top.values.shape[-1])
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:

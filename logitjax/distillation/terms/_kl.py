@@ -12,7 +12,7 @@ from logitjax.distillation.terms._sparse import SparseDivergence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KL(SparseDivergence):
-    """KL(teacher || student); with draws of the tail its estimate is unbiased."""
+    """KL(teacher || student); unbiased with draws from the tail."""
 
     name = "kl"
     teacher = TeacherNeeds(top_k=1, rest=False, tail=True, same_vocabulary=True)
@@ -41,7 +41,7 @@ class KL(SparseDivergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReverseKL(KL):
-    """KL(student || teacher); with draws of the tail its estimate is unbiased."""
+    """KL(student || teacher); unbiased with draws from the tail."""
 
     name = "rkl"
     direction = "reverse"

@@ -16,7 +16,7 @@ class ProjectedKL(Term):
     def student(self, teacher: Any) -> StudentNeeds:
         projection = teacher.vocabularies.projections[self.rule]
         if self._is_wide(teacher):
-            # A vocabulary that is seen from a much smaller one: sums over whole rows.
+            # For a vocabulary seen from a much smaller one: sums over whole rows.
             statistic, tokens, blocks = bucket_sums(teacher.top, projection)
             return StudentNeeds(statistic=statistic, tokens=tokens, blocks=blocks)
         merged = projection.merged(teacher.top)
@@ -32,14 +32,14 @@ class ProjectedKL(Term):
         return losses.sparse_kl_divergence(*project_top_k(read.top, *read.beside))
 
     def _is_wide(self, teacher: Any) -> bool:
-        """Whether too many of the student's logits stand for the teacher's top ones."""
+        """Whether too many of the student's logits correspond to the teacher's top ones."""
         projection = teacher.vocabularies.projections[self.rule]
         return projection.capacity(teacher.top.values.shape[-1]) > MOST_MEMBERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstPiece(ProjectedKL):
-    """KL where each token of the student is the first piece that the teacher cuts it into."""
+    """KL with each student token mapped to the first piece that the teacher splits it into."""
 
     name = "first_piece"
     rule = "first_piece"
@@ -48,7 +48,7 @@ class FirstPiece(ProjectedKL):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PKL(ProjectedKL):
-    """KL where each token of the student is spread over its pieces (X-Token)."""
+    """KL with each student token spread over its pieces (X-Token)."""
 
     name = "pkl"
     rule = "spread"

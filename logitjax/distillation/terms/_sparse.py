@@ -11,10 +11,10 @@ from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseDivergence(Term):
-    """A divergence over a teacher's top logits, with all others as one bucket.
+    """A divergence over a teacher's top logits, with all other tokens as one bucket.
 
-    At a temperature other than 1, or of a teacher that keeps no normaliser, the mass of the others
-    is not known. The top logits alone are then compared, both sides renormalised; the value is
+    At a temperature other than 1, or for a teacher without a normaliser, the mass of the others is
+    unknown. Then only the top logits are compared, renormalised on both sides; the value is
     multiplied by the square of the student's temperature.
 
     Attributes:
@@ -34,7 +34,7 @@ class SparseDivergence(Term):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         warm, top = self.temperature, teacher.top
         k = top.values.shape[-1]
-        # A normaliser at temperature 1 says nothing of another temperature's.
+        # A normaliser at temperature 1 says nothing about other temperatures.
         if warm == 1.0 and top.log_z is not None:
             return self.whole(losses.Readout(read.log_z, gathered=read.gathered[..., :k]), teacher)
         pair = (read.gathered[..., :k] / warm, top.values / warm)
@@ -47,4 +47,4 @@ class SparseDivergence(Term):
 
     @abc.abstractmethod
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        """The divergence of two softmaxes over the top tokens alone."""
+        """The divergence of two softmaxes over the top tokens only."""

@@ -4,28 +4,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-# More bytes than any text, and more turns than any document, in a packed row has.
+# More bytes than any text in a packed row has, and more turns than any document.
 _TEXT_STRIDE = 1 << 28
 _TURN_STRIDE = 1 << 16
-# More special tokens than follow one another; the first of its numbers is text itself.
+# More special tokens than follow one another; index 0 of each is text itself.
 _SPECIALS = 1 << 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """How the labels of two tokenizers align on the same text: ours and the other's.
+    """Alignment of the labels of two tokenizers on the same text: ours and theirs.
 
-    Position t predicts token t + 1, its label. A chunk is the shortest stretch of text
-    with a token boundary of both tokenizers at either end, or a special token that both have in one
-    place. All its tokens are labels that count, on both sides.
+    Position t predicts token t + 1, its label. A chunk is the shortest stretch of text with a token
+    boundary of both tokenizers at either end, or a special token that both have at the same place.
+    All its tokens are labels that count, on both sides.
 
     Attributes:
         ours, theirs: int32 `[rows, length - 1]`, chunk of each label, from 0 in a row; -1: none.
         our_sizes, their_sizes: int32 `[rows, length - 1]`, labels in each chunk; 0 beyond the last.
         starts: bool `[rows, length - 1]`, our positions whose label begins where one of theirs
-            does: both models have read the same text. Where the row ends inside a chunk, its start
-            is still here.
-        places: int `[rows, length - 1]`, the other's positions there; 0 elsewhere.
+            does: both models have read the same text. If the row ends inside a chunk, its start is
+            still included.
+        places: int `[rows, length - 1]`, their positions there; 0 elsewhere.
     """
 
     ours: np.ndarray
@@ -42,7 +42,7 @@ class Chunks:
 
     @property
     def one_to_one(self) -> np.ndarray:
-        """Our positions whose label is a chunk alone, and one token on the other side too."""
+        """Our positions whose label alone is a chunk, and one token on the other side too."""
         single = (self.our_sizes == 1) & (self.their_sizes == 1)
         return (self.ours >= 0) & np.take_along_axis(single, np.maximum(self.ours, 0), axis=1)
 
@@ -57,12 +57,12 @@ def align_chunks(
     their_prefix: int = 0,
     by: Literal["document", "turn"] = "document",
 ) -> Chunks:
-    """Cut packed rows of two tokenizers where both end a token.
+    """Split packed rows of two tokenizers where both end a token.
 
-    Bytes are counted from the ids, never from text that is encoded again: sampled ids are often not
-    what their text encodes to. A chunk that the end of a row cuts short is left out, and so is one
-    that holds a token which is not to be predicted. Special tokens are of no bytes; they pair with
-    special tokens of the same place, in their order, so that stopping is taught.
+    Bytes are counted from the ids, never from re-encoded text, because sampled ids often differ
+    from the encoding of their text. A chunk truncated by the end of a row is excluded, as is a
+    chunk with a token that should not be predicted. Special tokens have no bytes; they pair with
+    special tokens at the same place, in order, so that stopping is learned.
 
     ::
 
@@ -75,7 +75,7 @@ def align_chunks(
         our_lengths, their_lengths: `[vocab]`, bytes of text of each token; 0 for special tokens.
         our_prefix, their_prefix: bytes that a tokenizer writes before a text (Llama 2's space).
         by: where counting of bytes restarts: at each document, or at each learned part of it, as in
-            conversations, which two chat templates spell differently.
+            conversations, whose chat templates differ.
 
     >>> columns = lambda tokens: {
     ...     "tokens": np.array([[0, *tokens]]), "segment_ids": np.ones((1, 5), int),
@@ -88,8 +88,8 @@ def align_chunks(
     ([[0, 0, 1, 2]], [[0, 1, 2, 2]])
 
     References:
-        Minixhofer et al., ALM (arXiv 2503.20083), whose chunks these are; TRL's GOLD trainer cuts
-        by bytes as well.
+        Minixhofer et al., ALM (arXiv 2503.20083), whose chunks these are; TRL's GOLD trainer also
+        splits by bytes.
     """
     mine = _Side.of(student, our_lengths, our_prefix, by)
     other = _Side.of(teacher, their_lengths, their_prefix, by)
@@ -103,7 +103,7 @@ def align_chunks(
         cuts = np.intersect1d(a, b)
         one, two = mine.chunks(row, a, cuts), other.chunks(row, b, cuts)
         whole = mine.whole(row, one, len(cuts)) & other.whole(row, two, len(cuts))
-        # The last number is that of tokens outside of every chunk.
+        # The last index is for tokens outside every chunk.
         number = np.append(np.where(whole, np.cumsum(whole) - 1, -1), -1)
         chunk[row], their_chunk[row] = number[one][1:], number[two][1:]
         count = int(whole.sum())
@@ -135,9 +135,9 @@ def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """One tokenizer's rows as numbers that ascend: a token begins at its text and the byte of it.
+    """One tokenizer's rows as ascending numbers: each token's text and its first byte.
 
-    A special one ends where it begins. `counted` tokens are part of a text that both sides have.
+    A special token ends where it begins. `counted` tokens are part of a text on both sides.
     """
 
     begins: np.ndarray
@@ -153,7 +153,7 @@ class _Side:
         learnt, counted = np.asarray(columns["loss_mask"]), texts > 0
         sizes = lengths[np.clip(tokens, 0, len(lengths) - 1)]
         first = np.asarray(columns["positions"]) == 0
-        # What a tokenizer writes before a text, such as a space, is none of its bytes.
+        # Text that a tokenizer adds before a text, such as a space, is not counted.
         if prefix:
             text = counted & (sizes > 0)
             before = np.cumsum(text, axis=1) - text
@@ -166,18 +166,18 @@ class _Side:
             first, counted = turns, learnt
         begin = texts * _TEXT_STRIDE + begin - _since(begin, first)
         special = sizes == 0
-        # Which of the special tokens at one byte: their run so far, which text interrupts.
+        # Index among the special tokens at one byte: their run so far, which text interrupts.
         run = np.cumsum(special, axis=1)
         rank = run - _since(run - special, first | np.pad(~special, ((0, 0), (1, 0)))[:, :-1])
         rank = np.minimum(rank, _SPECIALS - 1)
         begins = begin * _SPECIALS + np.where(special, rank, 0)
         finish = np.where(special, begins, (begin + sizes) * _SPECIALS)
-        # Text that begins where special tokens lie comes after them.
+        # Text that begins at the same byte as special tokens comes after them.
         begins = np.where(special, begins, begins + _SPECIALS - 1)
         return cls(begins, finish, special, learnt, counted)
 
     def ends(self, row: int) -> np.ndarray:
-        """Where the row's tokens end that may end a chunk."""
+        """Ends of the row's tokens that may end a chunk."""
         special = self.special[row]
         return self.finish[row][np.where(special, self.learnt[row], self.counted[row])]
 
@@ -191,18 +191,18 @@ class _Side:
         slot = np.searchsorted(cuts, ends)
         existing = cuts[np.minimum(slot, len(cuts) - 1)]
         stride = _TEXT_STRIDE * _SPECIALS
-        # The next cut may be another text's; a special token is a chunk alone.
+        # The next cut may belong to another text; a special token is a chunk by itself.
         same = np.where(special[mine], existing == ends, existing // stride == ends // stride)
         out[mine] = np.where((slot < len(cuts)) & same, slot, len(cuts))
         return out
 
     def whole(self, row: int, chunks: np.ndarray, count: int) -> np.ndarray:
-        """Which chunks hold nothing but tokens that are to be predicted."""
+        """The chunks that contain only tokens to be predicted."""
         # The first token of a row has no position that predicts it.
         existing = self.learnt[row] & (np.arange(len(chunks)) > 0)
         return np.bincount(chunks[~existing], minlength=count + 1)[:count] == 0
 
 
 def _since(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The value at the last place that was a first one; values never fall."""
+    """The value at the most recent marked place; values never decrease."""
     return np.maximum.accumulate(np.where(first, values, 0), axis=1)

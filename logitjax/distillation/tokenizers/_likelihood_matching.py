@@ -16,9 +16,9 @@ from logitjax.ops import Array, AxisName, Number, checks, gather_at
 from logitjax.ops import mesh as on_mesh
 
 _LEAST = 1e-30
-# So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
+# No chunk is certain, because the gradient of the divergence has 1 - q in the denominator.
 _OFFSET = 1e-6
-# Probability of a word's beginning from which a chunk may end (tokenkit).
+# Probability of a word's beginning at which a chunk may end (tokenkit).
 _LEAST_BOUNDARY = 0.1
 
 
@@ -30,14 +30,14 @@ class TokenSet:
 
 
 def boundary_tokens(tokenizer: Tokenizer) -> TokenSet:
-    """Tokens that begin a word: those that start with a space or a line break, and special ones."""
+    """Tokens that begin a word: those with a leading space or line break, and special tokens."""
     return TokenSet(
         np.array([not text or text[:1] in b" \n\r\t" for text in tokenizer.token_bytes()])
     )
 
 
 class Likelihood(NamedTuple):
-    """Log-probabilities `[*batch]` of the label, and that a boundary token comes at its place."""
+    """Log-probabilities `[*batch]` of the label, and of a boundary token in its place."""
 
     label: Any
     boundary: Any
@@ -52,7 +52,7 @@ def linear_likelihood(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Likelihood:
-    """Log-probabilities of labels and of beginnings of words, in one sweep; differentiable."""
+    """Log-probabilities of labels and of word beginnings, in one sweep; differentiable."""
     return sweep.run(
         LikelihoodStatistic(boundary),
         hidden,
@@ -92,7 +92,7 @@ class LikelihoodStatistic(sweep.Statistic):
         sums, label = state
         total, mass = sums.sums
         out = _Sums(sums.log_sum, label, mass / jnp.maximum(total, _LEAST))
-        # The sums are the residuals as well: no logit is kept for the backward pass.
+        # The sums also serve as residuals: no logit is kept for the backward pass.
         return out, out
 
     def gradient(self, residuals: Any, cotangents: Any, block: sweep.LogitBlock) -> jax.Array:
@@ -118,14 +118,14 @@ def chunk_log_likelihood(
     chunk_ids: Int[Array, "*batch positions"],
     num_chunks: int,
 ) -> Float[jax.Array, "*batch chunks"]:
-    """The sum over each chunk's labels, whose ids are -1 for none; 0 for chunks without any."""
+    """The sum over each chunk's labels, whose ids are -1 for none; 0 for empty chunks."""
     logprobs, ids = jnp.asarray(logprobs), jnp.asarray(chunk_ids)
 
     def sums(logprobs: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
         out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
         stored = ids >= 0
-        # Labels of no chunk are added to a last one, which is cut off.
+        # Labels outside chunks are added to an extra last one, which is dropped.
         selected = jnp.where(stored, ids, num_chunks)
         return (out.at[(*rows[:-1], selected)].add(jnp.where(stored, logprobs, 0.0))[..., :-1],)
 
@@ -135,7 +135,7 @@ def chunk_log_likelihood(
 def binarized_kl(
     student: Float[Array, "*batch"], teacher: Float[Array, "*batch"], temperature: Number
 ) -> Float[jax.Array, "*batch"]:
-    """KL between two probabilities of one event: that this chunk comes, or not.
+    """KL between two probabilities of one event, that this chunk comes next.
 
     ::
 
@@ -148,7 +148,7 @@ def binarized_kl(
         matching, 2025 (arXiv 2503.20083); tokenkit. The limit is ours.
     """
     checks.positive(temperature, "temperature")
-    # Sums of rounded log-probabilities may come out above 0, where 1 - q is negative.
+    # Sums of rounded log-probabilities may exceed 0, where 1 - q is negative.
     ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
     other = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
     if isinstance(temperature, float) and math.isinf(temperature):
@@ -162,7 +162,7 @@ def binarized_kl(
 def _log1mexp(x: jax.Array) -> jax.Array:
     """`log(1 - exp(x))` of negative numbers, exact near both ends."""
     far = x < -math.log(2.0)
-    # The branch that is not taken must not have a nan for a derivative.
+    # The branch that is not taken must not have a nan as derivative.
     return jnp.where(
         far,
         jnp.log1p(-jnp.exp(jnp.where(far, x, -1.0))),
@@ -178,9 +178,9 @@ class ChunkScores:
     Attributes:
         ids: int32 `[rows, length - 1]`, the chunk of each of our labels; -1 for none.
         ends: int32 `[rows, length - 1]`, for each chunk our position after its last label, which
-            predicts what follows; -1 where that is not used.
+            predicts the continuation; -1 if that is not used.
         scores: float32 `[rows, length - 1]`, the teacher's log-probability of each chunk.
-        where: bool `[rows, length - 1]`, the chunks that there are.
+        where: bool `[rows, length - 1]`, the chunks that exist.
     """
 
     ids: Any
@@ -205,7 +205,7 @@ def chunk_scores(
     rows, places = np.nonzero(array >= 0)
     shape = chunks.ours.shape
     scores, ids = np.zeros(shape, np.float32), np.asarray(chunks.ours).copy()
-    # `+=` with repeated indices would keep the last of each chunk alone.
+    # `+=` with repeated indices would only keep the last label of each chunk.
     np.add.at(scores, (rows, array[rows, places]), np.asarray(likelihoods["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)
@@ -213,13 +213,13 @@ def chunk_scores(
     last = {name: _extreme(np.maximum, side, shape, -9) for name, side in sides.items()}
     closing = np.zeros(shape, bool)
     closing[rows, array[rows, places]] = special[rows, places]
-    # What follows a chunk is predicted from the position after its last label.
+    # The continuation of a chunk is predicted from the position after its last label.
     after = np.clip(last["theirs"] + 1, 0, array.shape[1] - 1)
     boundary = np.take_along_axis(np.asarray(likelihoods["boundary"]), after, axis=1)
     asked = where & ~closing
     existing = (last["theirs"] + 1 < array.shape[1]) & (last["ours"] + 1 < shape[1])
     cut = where & (closing | (existing & (boundary > np.log(_LEAST_BOUNDARY))))
-    # Text before a special token ends there, and so does what is not followed by more of it.
+    # Text before a special token ends there, and so does text without a continuation.
     more = np.pad(where, ((0, 0), (0, 1)))[:, 1:]
     first = np.pad(_extreme(np.minimum, ids, shape, 1 << 30), ((0, 0), (0, 1)))[:, 1:]
     before = np.pad(closing, ((0, 0), (0, 1)))[:, 1:]
@@ -253,13 +253,13 @@ def _extreme(extreme: np.ufunc, ids: np.ndarray, shape: tuple[int, ...], none: i
 def likelihood_matching(
     student: Likelihood, chunks: ChunkScores, *, temperature: Number = 100.0
 ) -> Float[jax.Array, "*batch chunks"]:
-    """The divergence of each chunk, 0 where there is none."""
+    """The divergence of each chunk, 0 for none."""
     value = binarized_kl(chunk_likelihood(student, chunks), chunks.scores, temperature)
     return jnp.where(chunks.where, value, 0.0)
 
 
 def chunk_likelihood(student: Likelihood, chunks: ChunkScores) -> Float[jax.Array, "*batch chunks"]:
-    """The student's log-probability of each chunk, with the end of a word where scores have it."""
+    """The student's log-probability of each chunk, with the end of a word if scores include it."""
     ours = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
     ends = jnp.asarray(chunks.ends)
     after = gather_at(student.boundary, jnp.maximum(ends, 0))

@@ -23,10 +23,10 @@ class Matches:
 
     @classmethod
     def of(cls, projection: TokenProjection) -> "Matches":
-        """The matches of a projection by `exact`. Of several tokens the lowest id counts."""
+        """The matches of a projection by `exact`. Of several tokens, the lowest id counts."""
         only = projection.only
         ours = np.full(projection.size, -1, np.int32)
-        # So that the lowest id writes last.
+        # Reversed, so that the lowest id is written last.
         for id_ in np.flatnonzero(only >= 0)[::-1]:
             ours[only[id_]] = id_
         matched = np.zeros(len(only), bool)
@@ -48,17 +48,17 @@ def hybrid_logit_distance(
     kind: Literal["jsd", "kl"] = "jsd",
     beta: float = 0.5,
 ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
-    """GOLD's hybrid, or X-Token's H-KL, from top logits: the matched part and the sorted one.
+    """GOLD's hybrid, or X-Token's H-KL, from top logits: a matched and a sorted part.
 
-    The matched part compares the tokens of the teacher's top k that the student has, and ONE bucket
-    for all others::
+    The matched part compares the tokens of the teacher's top k that the student has, with ONE
+    bucket for all others::
 
         matched  JSD_beta(p, q)  or  KL(p || q),  over matched tokens and the bucket
         sorted   sum_r |p_(r) - q_(r)|  over the unmatched of either side's top k, largest first
 
-    The bucket makes the first part a divergence: it is 0 where both models agree, and its gradient
+    The bucket makes the first part a divergence: it is 0 if both models agree, and its gradient
     does not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
-    `student` is at `matches.ids(teacher.indices)`, and `student_top` the student's own top logits.
+    `student` is at `matches.ids(teacher.indices)`, `student_top` has the student's own top logits.
 
     References:
         TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL.

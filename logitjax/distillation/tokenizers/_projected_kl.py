@@ -11,7 +11,7 @@ from logitjax.losses import Blocks, sweep
 from logitjax.ops import AxisName, TopK
 from logitjax.ops import mesh as on_mesh
 
-# Logits of so many of our tokens a position are gathered; where there may be more, sums over the
+# At most this many of our tokens' logits are gathered per position; beyond that, sums over the
 # whole vocabulary are cheaper.
 MOST_MEMBERS = 4096
 _LEAST = 1e-37
@@ -26,10 +26,10 @@ def project_top_k(
 
         q'_i = sum_{s: slot(s) = i} w_s q_s,   p'_i of `TokenProjection.merged`
 
-    The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds everything outside
-    the top k and tokens without a match: for those both are `-inf`. With the rule `first_piece`,
-    this is sound wherever both models have read the same text: `q'_j` and `p'_j` are the
-    probabilities that the next text begins with the token j of both.
+    The student's readout is at `members.ids`, `[*batch, m]`. One bucket holds everything outside
+    the top k and tokens without a match, which are `-inf` on both sides. With the rule
+    `first_piece`, this is sound wherever both models have read the same text: `q'_j` and `p'_j` are
+    the probabilities that the next text begins with the common token j.
 
     References:
         X-Token (arXiv 2605.21699), its P-KL: there W spreads each token over its pieces, a chunk's
@@ -58,7 +58,7 @@ def _in_theirs(masses: jax.Array, covered: jax.Array, teacher: TopK) -> tuple[lo
 
 
 def bucket_sums(teacher: TopK, projection: TokenProjection) -> tuple[sweep.Statistic, Any, Blocks]:
-    """The statistic of sums over whole rows, its tokens and blocks: a byte a token and position."""
+    """Statistic of sums over whole rows, its tokens and blocks, a byte per token and position."""
     teacher = projection.merged(teacher)
     statistic = _BucketSums(projection=projection, k=teacher.indices.shape[-1])
     tokens = {"teacher": teacher, "slots": _slots(teacher.indices, projection.size)}
@@ -67,12 +67,12 @@ def bucket_sums(teacher: TopK, projection: TokenProjection) -> tuple[sweep.Stati
 
 
 def _slots(ids: jax.Array, size: int) -> jax.Array:
-    """Which of the k `ids` each of their tokens is, `[*batch, size + 1]`; k if none."""
+    """Index among the k `ids` of each teacher token, `[*batch, size + 1]`; k for none."""
     k = ids.shape[-1]
     small = jnp.uint8 if k < 1 << 8 else jnp.int32
     table = jnp.full((*ids.shape[:-1], size + 1), k, small)
     numbers = lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
-    # What a model has beyond its tokenizer is nobody's.
+    # Logits beyond a model's tokenizer match nothing.
     return table.at[_rows(ids)].set(numbers.astype(small), mode="drop").at[..., size].set(k)
 
 
@@ -109,7 +109,7 @@ class _BucketSums(sweep.Statistic):
             columns = jnp.moveaxis(mass * weights, -1, 0)
             table = jax.ops.segment_sum(columns, location, num_segments=len(ids))
             at = jnp.minimum(jnp.searchsorted(ordered, expected), len(ids) - 1)
-            # Most are in other blocks: these read one line of memory, not each its own.
+            # Most are in other blocks: these share one line of memory instead of reading their own.
             here = ordered[at] == expected
             at = jnp.where(here, at, 0)
             result += jnp.where(here, table[(at, *_rows(at)[:-1])], 0.0)
@@ -147,7 +147,7 @@ class _BucketSums(sweep.Statistic):
         return losses.sparse_kl_divergence(*_in_theirs(outputs.masses, stored, teacher))
 
     def _columns(self, block: sweep.LogitBlock) -> list[tuple[jax.Array, jax.Array]]:
-        """For each entry of a row of W: their tokens and weights at the block's columns."""
+        """For each entry of a row of W: teacher tokens and weights at the block's columns."""
         size = self.projection.size
         # The head may have more columns than the tokenizer has tokens.
         at = jnp.minimum(block.columns, len(self.projection.ids) - 1)

@@ -20,9 +20,9 @@ from logitjax.storage.weights import read_npz
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Members:
-    """Our tokens that stand for some of the k of the other vocabulary, `[*batch, m]` each.
+    """Our tokens that correspond to some of the k teacher tokens, `[*batch, m]` each.
 
-    The slot of a token says which of the k; places that are left over have the slot k.
+    The slot of a token is its index among the k; unused entries have the slot k.
     """
 
     ids: Any
@@ -37,9 +37,9 @@ class TokenProjection:
     Attributes:
         ids: int32 `[ours, r]`, their tokens; -1 for none.
         weights: float32 `[ours, r]`; 0 for none.
-        size: Entries of their vocabulary.
-        rule: How it was made.
-        merges: int32 `[size]`, what each of their tokens counts as; -1 for none. None: as itself.
+        size: Number of entries of their vocabulary.
+        rule: The rule that made it.
+        merges: int32 `[size]`, token that each of theirs counts as; -1 for none. None: itself.
     """
 
     ids: np.ndarray
@@ -62,17 +62,17 @@ class TokenProjection:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Number of our tokens that stand for each teacher token, `[size]`."""
+        """Number of our tokens that correspond to each teacher token, `[size]`."""
         return np.diff(self._by_theirs[0])
 
     def capacity(self, k: int) -> int:
-        """Largest number of our tokens that stand for any k different teacher tokens."""
+        """Maximum number of our tokens that correspond to any k different teacher tokens."""
         return max(int(np.sort(self.sizes)[::-1][:k].sum()), 1)
 
     def members(self, ids: Int[Array, "*batch k"]) -> Members:
         """Our tokens for the teacher's top k at each position, `m = capacity(k)` of them.
 
-        `ids`, `[*batch, k]`, differ at each position, as from `merged`; from `size` on they belong
+        `ids`, `[*batch, k]`, differ at each position, as from `merged`; ids from `size` on belong
         to no token.
 
         >>> projection = TokenProjection(
@@ -90,21 +90,21 @@ class TokenProjection:
         # `size` and beyond: the slot without members.
         ids = jnp.minimum(ids, self.size)
         k, size = ids.shape[-1], self.capacity(ids.shape[-1])
-        # `[*batch, k]`: where the members of each begin in `ours`, and how many there are.
+        # `[*batch, k]`: start of each slot's members in `ours`, and their number.
         first = jnp.asarray(starts)[ids]
         counts = jnp.asarray(starts)[jnp.minimum(ids + 1, self.size)] - first
         ends = jnp.cumsum(counts, axis=-1)
-        # How many slots have ended before each place: ones at their ends, summed up.
+        # Number of slots that have ended before each entry: a cumulative sum of ones at their ends.
         places = jnp.arange(size, dtype=jnp.int32)
         slots = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(
             ends.reshape(-1, k)
         ).reshape(*ids.shape[:-1], size)
         stored = jnp.minimum(slots, k - 1)
-        # Where the members of a slot begin in `ours`, less where they begin in the row.
+        # Start of a slot's members in `ours`, minus their start in the row.
         offset = jnp.take_along_axis(first - ends + counts, stored, axis=-1)
         present = slots < k
         at = jnp.where(present, offset + places, 0)
-        # a gather from an empty table is an error.
+        # A gather from an empty table is an error.
         empty = not len(ours)
         return (
             jnp.where(present, 0 if empty else jnp.asarray(ours)[at], 0),
@@ -113,10 +113,10 @@ class TokenProjection:
         )
 
     def merged(self, teacher: TopK) -> TopK:
-        """A teacher's top k, with the mass of tokens that stand for the same token added up.
+        """A teacher's top k with the mass of tokens that count as the same token added up.
 
         Both are `TopK` `[*batch, k]`. The result's tokens are all different; if fewer remain, it
-        has `-inf` and an index of `size`. Mass of tokens that stand for none joins the rest.
+        has `-inf` and an index of `size`. Mass of tokens that count as none joins the rest.
         """
         if self.merges is None:
             return teacher
@@ -131,7 +131,7 @@ class TokenProjection:
         existing = np.append(np.where(self.merges < 0, self.size, self.merges), self.size)
         ids = jnp.asarray(existing, jnp.int32)[jnp.minimum(indices, self.size)]
         values = jnp.where(ids < self.size, values, -jnp.inf)
-        # Sorted, equal ids lie side by side, and a running count gives each group its slot.
+        # Sorted, so that equal ids are adjacent and a running count gives each group its slot.
         ids, values = lax.sort((ids, values), dimension=-1, num_keys=1)
         new = jnp.concatenate(
             [jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1
@@ -148,12 +148,12 @@ class TokenProjection:
 
     @property
     def only(self) -> np.ndarray:
-        """Int32 `[ours]`: their token of the largest weight, -1 for none."""
+        """Int32 `[ours]`: their token of largest weight, -1 for none."""
         best = np.argmax(self.weights, axis=-1)[:, None]
         return np.take_along_axis(self.ids, best, axis=-1)[:, 0]
 
     def summary(self) -> dict[str, Any]:
-        """A row of a table: the share of either vocabulary that the projection covers."""
+        """A table row: the share of either vocabulary that the projection covers."""
         sizes = self.sizes
         mapped = (self.ids >= 0).any(-1)
         local = np.arange(self.size)
@@ -176,14 +176,14 @@ class TokenProjection:
         """Write the matrix and a record of its inputs."""
         about = {"fingerprint": fingerprint, "size": self.size, "rule": self.rule}
         file = io.BytesIO()
-        # Unpacked, padding of zeros would look like a bomb to the reader.
+        # Uncompressed, because padding of zeros would look like a bomb to the reader.
         merges: dict[str, Any] = {} if self.merges is None else {"merges": self.merges}
         np.savez(file, ids=self.ids, weights=self.weights, about=json.dumps(about), **merges)
         write_atomic(path, file.getvalue())
 
     @classmethod
     def load(cls, path: epath.Path, fingerprint: str) -> "TokenProjection | None":
-        """The saved projection, None if made from something else; a damaged file an error."""
+        """The saved projection, None if its inputs differ; a damaged file raises an error."""
         if not path.exists():
             return None
         npz = read_npz(path)

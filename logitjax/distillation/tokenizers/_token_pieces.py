@@ -11,7 +11,7 @@ from logitjax.storage import digest
 
 Rule = Literal["first_piece", "exact", "spread"]
 
-# X-Token's weights of a token's pieces, and how many a token keeps.
+# X-Token's weights of a token's pieces, and the number of pieces per token.
 _DECAY = (0.9, 0.09, 0.009, 0.0009)
 _KEPT = 4
 _FORMAT = 2
@@ -25,7 +25,7 @@ def token_projection(
     rule: Rule = "first_piece",
     directory: epath.Path | None = None,
 ) -> TokenProjection:
-    """Build the projection of one vocabulary on another, from the bytes of their tokens.
+    """Build the projection of one vocabulary onto another, from the bytes of their tokens.
 
     ::
 
@@ -33,18 +33,18 @@ def token_projection(
         exact         the teacher's token of the same bytes, else none
         spread        X-Token: our pieces of their tokens and their pieces of ours, decaying weights
 
-    With `first_piece`, a token of both vocabularies stands for itself. A token of one vocabulary is
-    split by the other tokenizer and counts as its first piece, repeatedly, until that is a token of
-    both. `q'_j = sum_{s: first(s) = j} q_s` and the teacher's `p'_j`, which
+    With `first_piece`, a token of both vocabularies corresponds to itself. A token of one
+    vocabulary is split by the other tokenizer and counts as its first piece, repeatedly, until that
+    is a token of both. `q'_j = sum_{s: first(s) = j} q_s` and the teacher's `p'_j`, which
     `TokenProjection.merged` adds up, are then the probabilities of the same beginning of text.
 
-    Special tokens of one role (end of text, end of a turn) stand for each other; other special
+    Special tokens of one role (end of text, end of a turn) correspond to each other; other special
     tokens have no match by `first_piece` and `exact`. Our tokens that end inside a character that
     the teacher spells as a whole have no first piece either.
 
     Args:
         student, teacher: the tokenizers.
-        directory: keeps the results, a file for each pair and rule.
+        directory: stores the results, one file for each pair and rule.
 
     Raises:
         ValueError: an unknown rule.
@@ -58,7 +58,7 @@ def token_projection(
     References:
         X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`. `first_piece` is ours:
         in X-Token, later pieces of a token do not continue the text that was read, and their mass
-        pulls at other tokens. A token of both stands for itself alone there, so a longer token of
+        pulls at other tokens. A common token corresponds only to itself there, so a longer token of
         the teacher (" Gains") pulls at the student's way to begin it (" G").
     """
     if rule not in get_args(Rule):
@@ -85,13 +85,13 @@ def token_projection(
 
 
 def prefix_bytes(tokenizer: Tokenizer) -> int:
-    """Bytes that a tokenizer writes before a text: 1 for the space of Llama 2, else 0."""
+    """Bytes that a tokenizer adds before a text: 1 for the space of Llama 2, otherwise 0."""
     texts = tokenizer.token_bytes()
     return sum(len(texts[id_]) for id_ in tokenizer.encode("a")) - 1
 
 
 def special_pairs(student: Tokenizer, teacher: Tokenizer) -> dict[int, int]:
-    """Special tokens of one role: those that end texts, and those that end a turn."""
+    """Special tokens by role: those that end texts, and those that end a turn."""
     pairs: dict[int, int] = {}
     for role in ("bos_id", "eos_id"):
         a, b = getattr(student, role), getattr(teacher, role)
@@ -113,14 +113,14 @@ def turn_ends(tokenizer: Tokenizer) -> list[int]:
 
 
 class _Cutter:
-    """Cuts bytes into a tokenizer's pieces, as it would cut them where a text goes on."""
+    """Splits bytes into a tokenizer's pieces, as in the middle of a text."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._plain = tokenizer, prefix_bytes(tokenizer) == 0
         self.bytes = tokenizer.token_bytes()
         self.ids: dict[bytes, int] = {}
         for id_, text in enumerate(self.bytes):
-            # SentencePiece spells a comma twice. What stands for a stray byte is never read.
+            # SentencePiece spells a comma twice. A stray byte's entry is never read.
             if text and (
                 text not in self.ids or _BYTE.fullmatch(tokenizer.token(self.ids[text]) or "")
             ):
@@ -131,7 +131,7 @@ class _Cutter:
         )
 
     def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
-        """The pieces of each text; none where a text is only part of a character."""
+        """The pieces of each text; none if a text is only part of a character."""
         out: list[list[int]] = [[]] * len(texts)
         words: dict[int, str] = {}
         for location, text in enumerate(texts):
@@ -145,12 +145,12 @@ class _Cutter:
             list(words.values()), add_special_tokens=False
         )
         for location, result in zip(words, encoded, strict=True):
-            # A text that spells a special token has no pieces of text.
+            # A text that spells a special token has no text pieces.
             out[location] = [i for i in result.ids if self.bytes[i]]
         return out
 
     def _greedy(self, text: bytes) -> list[int]:
-        """The longest piece first, for what cannot be handed over as a text."""
+        """The longest piece first, for bytes that cannot be passed as text."""
         out, location = [], 0
         while location < len(text):
             for size in range(min(self._longest, len(text) - location), 0, -1):
@@ -167,7 +167,7 @@ class _Cutter:
 def _first_piece(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     texts, cut = student.token_bytes(), _Cutter(teacher)
     pieces = cut(texts)
-    # A token that they have is what they read, whatever their merges would make of it alone.
+    # A token that they have is what they read, however their merges would split it.
     items = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
     return _single(items, student, teacher)
 
@@ -179,15 +179,15 @@ def _common_pieces(first: np.ndarray, student: Tokenizer, teacher: Tokenizer) ->
     array = np.array([existing.get(text, -1) for text in texts])
     unknown = [i for i, text in enumerate(texts) if text and text not in cut.ids]
     pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
-    # Of a token that only they have, their token for the first piece that we cut it into.
+    # For a token that only they have: their token for the first piece that we split it into.
     for i, ids in pieces.items():
         piece = first[ids[0]] if ids else -1
-        # What a normaliser makes of a text is no beginning of it, and may lead back to it.
+        # A normaliser's output is not the beginning of the text, and may lead back to it.
         begins = piece >= 0 and len(texts[piece]) < len(texts[i])
         array[i] = piece if begins and texts[i].startswith(texts[piece]) else -1
     passing = np.zeros(len(texts) + 1, bool)
     passing[unknown] = True
-    # Each round is a shorter text.
+    # Each round has shorter texts.
     while (moving := passing[array]).any():
         array[moving] = array[array[moving]]
     for b in special_pairs(student, teacher).values():
@@ -216,7 +216,7 @@ def _spread(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndar
     for id_, pieces in enumerate(back(cut.bytes)):
         for ours_id, weight in _decayed(pieces):
             rows[ours_id][id_] = rows[ours_id].get(id_, 0.0) + weight
-    # A token of both stands for itself alone, as a special one for that of its role.
+    # A common token corresponds only to itself, a special one to that of its role.
     for location, text in enumerate(back.bytes):
         if text in cut.ids:
             rows[location] = {cut.ids[text]: 1.0}

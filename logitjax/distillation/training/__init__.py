@@ -1,1 +1,1 @@
-"""Training a student: its text, what teachers say of it, the loop, and the model to hand on."""
+"""Training a student: its text, the teachers' output on it, the loop, and the final model."""

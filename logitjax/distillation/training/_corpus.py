@@ -27,13 +27,13 @@ from logitjax.distillation.training._teachers import (
     server_reader,
 )
 
-# Teachers that are no model on this machine.
+# Prefixes of teachers that are not a model on this machine.
 _NO_MODELS = ("cache", "api")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The text, the teachers that read it, and how much of their output is kept.
+    """The text, the teachers that read it, and the amount of their output to store.
 
     Attributes:
         data: Text to learn from, such as jsonl:PATH or hf:ORG/NAME (see `data.load_examples`).
@@ -49,7 +49,7 @@ class Reading:
         api_key: Key of servers.
         served_rank: Rank of the code in which a live server sends hidden states; 0 requests the
             states themselves.
-        terms: Terms that will use the corpus, which reads and keeps what they declare of teachers.
+        terms: Terms that will use the corpus, which stores the teachers' output that they declare.
         teacher_reads: Whether teachers read the text once before training, into a `'cache'` on
             disk, or during training (`'live'`): then they stay in memory, nothing is cached, and
             terms may use their hidden states.
@@ -88,7 +88,7 @@ class Reading:
             )
         taught = next((str(term) for term in self.terms if term.teacher is not None), None)
         if taught and not self.teachers:
-            raise ValueError(f"teacher: expected one for the loss {taught!r}, got none")
+            raise ValueError(f"teacher: expected a teacher for the loss {taught!r}, got none")
         for spec in self.teachers:
             if self.teacher_reads == "live" and spec.startswith("cache:"):
                 raise ValueError(f"teacher_reads: expected 'cache' for {spec!r}, got 'live'")
@@ -100,12 +100,12 @@ class Reading:
 
     @property
     def likelihoods(self) -> bool:
-        """Whether teachers keep likelihoods."""
+        """Whether caches store likelihoods."""
         return any(needs.chunks for needs in self.needs)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the teachers in batches and folders, in their order."""
+        """Names of the teachers in batches and folders, in order."""
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
@@ -121,10 +121,10 @@ class Reading:
                     _check_needs(self, loss, term.teacher, spec, other_tokenizer=other)
 
     def pack(self, tokenizer: models.Tokenizer, directory: epath.Path) -> PackedSplits:
-        """The rows under the tokenizers of the student and of every teacher.
+        """Pack rows under the tokenizers of the student and of every teacher.
 
         Raises:
-            ValueError: Rows longer than a teacher can read, or what `data.pack_splits` refuses.
+            ValueError: Rows longer than a teacher can read, or an error of `data.pack_splits`.
         """
         tokenizers = {"pivot": tokenizer}
         for name, spec in zip(self.names, self.teachers, strict=True):
@@ -136,7 +136,7 @@ class Reading:
                         f"seq_len: expected at most {longest}, the length that teacher {spec!r} "
                         f"reads, got {self.seq_len}"
                     )
-        # They decide how rows are cut, and are never read.
+        # They affect how rows are cut, and are never read.
         for i, spec in enumerate(self.fit_to):
             tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
         return data.pack_splits(
@@ -150,12 +150,12 @@ class Reading:
         directory: epath.Path,
         loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
     ) -> "Corpus":
-        """The teachers' output on the rows that some run visits, from their caches or read now.
+        """The teachers' output on the visited rows, from their caches or read now.
 
         Args:
-            rows: The rows of each split that are visited, see `Course.visited_rows`.
-            directory: Where the teachers' caches go.
-            loaded: Teachers that are loaded already, by their spec.
+            rows: The visited rows of each split, see `Course.visited_rows`.
+            directory: Folder for the teachers' caches.
+            loaded: Teachers that are already loaded, by spec.
 
         Raises:
             ValueError: A cache of something else, or a server that does not answer.
@@ -164,7 +164,7 @@ class Reading:
         if self.teacher_reads == "live":
             live = _live_sources(self, packed, directory, loaded or {})
             return Corpus(packed=packed, sources=live, specs=self.teachers)
-        # What is refused, or does not answer, is said before models read for hours.
+        # Refusals and unreachable servers are reported before models read for hours.
         order = {"cache": 0, "api": 1}
         soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
         caches = {
@@ -172,7 +172,7 @@ class Reading:
             for name in soonest
         }
         sources = {}
-        # In the order of the user, which weights and batches follow.
+        # In the user's order, which weights and batches follow.
         for name in named:
             columns = packed.names[name]
             vocabularies = _vocabularies(self, packed, columns, directory)
@@ -180,18 +180,18 @@ class Reading:
         return Corpus(packed=packed, sources=sources, specs=self.teachers)
 
     def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
-        """Return a teacher's output on the rows of these numbers, as it is kept."""
+        """Return a teacher's stored output on the rows of these numbers."""
         return _kept(self).of_model(graphdef, params, columns, rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Packed rows of every split, and the teachers that have read them.
+    """Packed rows of every split, and the teachers' output on them.
 
     Attributes:
         packed: The rows, under every model's tokenizer; the student's is called `pivot`.
-        sources: Each teacher's output, by its name.
-        specs: What users call the teachers, in the same order.
+        sources: Each teacher's output, by name.
+        specs: The user's names of the teachers, in the same order.
     """
 
     packed: PackedSplits
@@ -209,7 +209,7 @@ class Corpus:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Constants of a step beside a batch: heads of live teachers read by hidden states."""
+        """Constants of a step besides a batch: heads of live teachers with hidden states."""
         readers = {name: source.reader for name, source in self.sources.items()}
         heads = {
             name: r.head for name, r in readers.items() if r is not None and r.head is not None
@@ -222,12 +222,12 @@ class Corpus:
         return self.packed.tokenizers[name].byte_lengths()
 
     def tokenizer_table(self, rows: int = 64) -> list[dict[str, Any]]:
-        """For teachers of other tokenizers: projections, and how much of training `rows` meets."""
+        """For teachers of other tokenizers: projections, and their coverage of training `rows`."""
         ours, out = self.packed.names["pivot"], []
-        # From the split that is trained on, since a share of labels is what the losses will see.
+        # From the training split, because a share of labels is what the losses will see.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
-        # The first token of a row is no label.
+        # The first token of a row is not a label.
         total = batch[ours]["loss_mask"][:, 1:].sum()
         for name, source in self.sources.items():
             if source.columns == ours:
@@ -258,7 +258,7 @@ class Corpus:
         return batch
 
     def _routes(self, split: str) -> np.ndarray:
-        """`[teachers of the data, sources]`: which source a row's teacher is."""
+        """`[teachers of the data, sources]`: the source that is each row's teacher."""
         named = list(self.packed.splits[split].routes)
         unknown = [name for name in named if name not in self.specs]
         if unknown:
@@ -284,7 +284,7 @@ class Corpus:
             if first is not None and first.columns == self.packed.names["pivot"]:
                 statistics = first.view(split, stored).statistics
                 assert statistics is not None
-                # Scores use no draws: with the mass of the rest as one bucket they have no noise.
+                # Scores use no draws: with the remaining mass as one bucket they have no noise.
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
             yield batch
 
@@ -363,7 +363,7 @@ def _caches(
             packed=packed,
             rows=rows,
             k=reading.top_k,
-            # a server draws no tail.
+            # A server draws no tail.
             tail_samples=0 if kind == "api" else reading.tail_samples,
             likelihoods=reading.likelihoods,
             batch_size=reading.batch_size,
@@ -398,12 +398,12 @@ def _identity(spec: str) -> TeacherIdentity:
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
     kind, _, location = spec.partition(":")
     if kind == "api":
-        # a server is asked by ids, so it reads the student's tokens.
+        # A server is queried by ids, so it reads the student's tokens.
         return students
     if kind == "cache":
         if not location:
             raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
-        # What the cache names as its model.
+        # The name that the cache has for its model.
         return _tokenizer_of(_identity(spec).model, students)
     return models.load_tokenizer(spec)
 
@@ -441,6 +441,6 @@ def _reader(
 
 
 def _devices_of(reading: Reading) -> Mesh:
-    # Over local devices alone a process reads its rows without waiting for the others.
+    # Over local devices alone, a process reads its rows without waiting for the others.
     devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
     return training.make_mesh("fsdp:-1", devices=devices)

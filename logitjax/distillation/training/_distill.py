@@ -27,7 +27,7 @@ from logitjax.distillation.training._student import Student
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """How long and how fast a student is trained.
+    """The length and the learning rate of a training.
 
     Attributes:
         steps: Number of optimiser steps.
@@ -36,10 +36,10 @@ class Course:
         learning_rate: Peak learning rate. It rises linearly, then falls to a tenth by a cosine.
         warmup: Share of the steps during which the learning rate rises.
         weight_decay: Weight decay of AdamW.
-        eval_rows: Number of rows to score, of the validation and of the test text each.
+        eval_rows: Number of rows to score, each of the validation and of the test text.
         eval_batch: Number of rows that are scored at once; `batch_size` if 0.
         seed: Seed of the order of rows and of new parameters.
-        track: Where else to send metrics: TensorBoard files, Weights & Biases (offline unless
+        track: Further destination of metrics: TensorBoard files, Weights & Biases (offline unless
             `WANDB_MODE` is online), or curves in the terminal.
         loop: How often to save, log and evaluate.
     """
@@ -66,7 +66,7 @@ class Course:
             raise ValueError(f"warmup: expected a share of the steps, got {self.warmup}")
 
     def check(self, mesh: Mesh) -> None:
-        """Refuse batches a mesh cannot share; a ValueError names `batch_size` or `eval_batch`."""
+        """Refuse batches that a mesh cannot share; errors name `batch_size` or `eval_batch`."""
         pieces = training.BatchLayout(mesh).pieces
         if self.batch_size % (self.accumulate * pieces):
             raise ValueError(
@@ -85,10 +85,10 @@ class Course:
         seeds: Sequence[int] | None = None,
         splits: Sequence[str] = data.SPLITS[1:],
     ) -> dict[str, np.ndarray]:
-        """The rows of each split for which a run needs the teachers' output, ascending.
+        """The rows of each split on which a run needs the teachers' output, ascending.
 
         Args:
-            seeds: Seeds of the runs, by default the course's; none where no teacher is heard.
+            seeds: Seeds of the runs, by default the course's; none if no teacher is used.
             splits: The held-out splits that are scored.
         """
         train = packed.splits["train"]
@@ -122,7 +122,7 @@ class Course:
             mesh=mesh,
             accumulate=self.accumulate,
             schedule=schedule,
-            # Of one microbatch the loss counts itself.
+            # With a single microbatch the loss counts by itself.
             counts=loss.counts if self.accumulate > 1 else None,
         )
         return tx, step
@@ -149,7 +149,7 @@ class Trained:
 class Scorer:
     """Held-out scores and samples of a student; one compiled program serves all its parameters.
 
-    Of `corpus` the held-out rows are used; `course` tells how many, and how many at once.
+    It uses the held-out rows of `corpus`; `course` sets how many, and how many at once.
     """
 
     def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
@@ -159,7 +159,7 @@ class Scorer:
         self._frozen = models.DECODER_RULES.place(student.frozen, mesh)
 
     def scores(self, params: Any, split: str) -> dict[str, float]:
-        """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
+        """Perplexity, accuracy, bits per byte, and agreement and KL with the first teacher.
 
         Agreement and KL need a teacher of the same vocabulary. `tokens_per_second` counts tokens
         read, in the fastest batch after the first, which compiles. Scores without labels are nan.
@@ -174,17 +174,17 @@ class Scorer:
             begin = time.perf_counter()
             sums = jax.device_get(self._step(params, batch, self._frozen))
             tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()  # equal shares
-            # The sums are on the host by now, so the work is done and not only begun.
+            # The sums are on the host by now, so the work is finished and not only dispatched.
             speeds.append(tokens / (time.perf_counter() - begin))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
-        # Of no label nothing is known: a zero would be the best of all losses.
+        # Without labels nothing is known: zero would be the best of all losses.
         means = {
             n: float(total / count) if count else math.nan for n, (total, count) in totals.items()
         }
         # Of the mean over labels.
         means["perplexity"] = float(np.exp(means["loss"]))
-        # A student that is its teacher is at zero, which rounding makes negative.
+        # A student equal to its teacher is at zero, which rounding makes negative.
         if "teacher_kl" in means:
             means["teacher_kl"] = max(means["teacher_kl"], 0.0)
         if len(speeds) > 1:
@@ -199,7 +199,7 @@ class Scorer:
         columns = packed.splits["test"].rows([0])[name]
         tokens, learnt = columns["tokens"][0], columns["loss_mask"][0]
         first = int(np.argmax(learnt)) if learnt.any() else 1
-        # A conversation is cut where its first answer begins, other text after some words.
+        # A conversation is cut at its first answer, other text after some words.
         stop = first if packed.chat else min(first + 8, int((columns["segment_ids"] == 1).sum()))
         prompt = tokens[: max(stop, 1)].tolist()
         model = models.with_layout(self._student.finished(processes.local_copy(params)), "listed")
@@ -225,13 +225,13 @@ def train_student(
     Args:
         directory: Folder of checkpoints and of `metrics.jsonl`.
         scorer: Scores validation rows during training.
-        on_policy: How much of each batch the student writes; its teachers have to read live.
+        on_policy: Share of each batch that the student writes; its teachers must read live.
     """
     sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
     tx, step = course.update(student, objective, sources, mesh=mesh)
     scorer = scorer or Scorer(student, corpus, course, mesh=mesh)
     frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
-    # Made whole before a checkpoint is read, which then only fills its arrays.
+    # Created in full before a checkpoint is read, which then only fills its arrays.
     made: Any = {"mesh": mesh, "rules": models.DECODER_RULES, "seed": course.seed}
     start = functools.partial(training.TrainState.create, student.trained, tx, **made)
     rows = corpus.packed.splits["train"]
@@ -268,7 +268,7 @@ def train_student(
         state = training.train_loop(
             start,
             update,
-            # The update asks teachers about what is written.
+            # The update queries teachers about the student's text.
             text if on_policy.share else batch,
             total_steps=course.steps,
             workdir=directory,
@@ -283,7 +283,7 @@ def train_student(
             options=course.loop,
         )
     lines = processes.broadcast_from_first(lambda: _lines(directory / "metrics.jsonl"))
-    # The first interval holds the compilation.
+    # The first interval includes compilation.
     speeds = _column(lines, "tokens_per_second")
     return Trained(
         params=state.params,
@@ -294,16 +294,16 @@ def train_student(
     )
 
 
-# Rows in which a term has to find something to learn from.
+# Number of rows in which a term must find something to learn from.
 _ROWS_LOOKED_AT = 64
 
 
 def _check_seen(
     loss: LossFunction, batch: Callable[[int], Any], frozen: Any, course: Course, *, mesh: Mesh
 ) -> None:
-    """Refuse a term that sees none of the text, which would train on zeros without a word."""
+    """Refuse a term that sees none of the text, which would silently train on zeros."""
     first = batch(0)
-    # Shapes tell if any term counts.
+    # Shapes show whether any term counts.
     if not jax.eval_shape(loss.counts, first, frozen)["seen"]:
         return
 
@@ -311,7 +311,7 @@ def _check_seen(
         seen = loss.counts(batch, frozen)["seen"]
         return 0.0, 1, {name: (total, 1) for name, total in seen.items()}
 
-    # The first rows are those that training sees first, so the check costs no other data.
+    # The first rows are those that training sees first, so the check reads no other data.
     batches = [
         first,
         *map(batch, range(1, min(course.steps, _ROWS_LOOKED_AT // course.batch_size))),
@@ -347,7 +347,7 @@ class Distilled:
     """A finished student.
 
     Attributes:
-        model: The model to hand on, adapters merged.
+        model: The final model, with adapters merged.
         before, after: Scores on test rows before and after training.
         samples: A `prompt`, and the student's continuation `before` and `after` training.
     """
@@ -371,23 +371,23 @@ def distill(
 ) -> Distilled:
     """Train a student on text and on its teachers' output, and score it before and after.
 
-    The call may be killed and repeated: it continues where it was. A folder of another student,
+    The call may be killed and repeated: it continues where it stopped. A folder of another student,
     text, teacher, objective or course is refused.
 
     Args:
-        student: The decoder and what of it is trained, see `Student.of`.
+        student: The decoder and its trained parts, see `Student.of`.
         corpus: Text and teachers, see `Reading.load`.
-        workdir: Folder of everything that is kept.
-        on_policy: How much of each batch the student writes; its teachers have to read live.
+        workdir: Folder for all files.
+        on_policy: Share of each batch that the student writes; its teachers must read live.
 
     Raises:
-        ValueError: The folder was begun with something else (names all that differs), or the
+        ValueError: The folder was started with something else (names all differences), or the
             devices cannot share a batch.
     """
     course.check(mesh)
     made_from = _made_from(student, corpus, objective, course)
     if on_policy.share:
-        # Only where it is used: folders of runs without it stay valid.
+        # Only if used: folders of runs without it stay valid.
         made_from["on_policy"] = dataclasses.asdict(on_policy)
     _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
@@ -419,7 +419,7 @@ def distill(
 
 
 def _is_readable(path: epath.Path) -> bool:
-    """Whether a record is there; a damaged one costs no run where it can be made again."""
+    """Whether a record exists; a damaged one is deleted if it can be recreated."""
     try:
         return path.exists() and storage.read_json(path) is not None
     except ValueError as error:
@@ -430,9 +430,9 @@ def _is_readable(path: epath.Path) -> bool:
 def _made_from(
     student: Student, corpus: Corpus, objective: Objective, course: Course
 ) -> dict[str, Any]:
-    """All that decides what a training gives."""
+    """Everything that determines the result of a training."""
     chosen = dataclasses.asdict(course)
-    # When a run saves, logs and scores, and in what pieces it computes, changes nothing of what it
+    # When a run saves, logs and scores, and in which pieces it computes, does not change what it
     # learns.
     for field in dataclasses.fields(course):
         if field.name == "loop" or field.metadata.get("execution"):

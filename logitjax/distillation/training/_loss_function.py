@@ -12,9 +12,7 @@ class LossFunction:
 
     Args:
         student: The student, whose `trained` and `frozen` the function takes. The heads of live
-            teachers are `frozen["teachers"]`, by their name.
-        sources: Names under which `batch["sources"]` holds the `Teacher` of each, and how its
-            vocabulary lies over the student's.
+            teachers are `frozen["teachers"]`, by name.
     """
 
     def __init__(self, objective: Objective, student: Student, sources: Mapping[str, Vocabularies]):
@@ -47,7 +45,7 @@ class LossFunction:
     def _teachers(self, batch: Mapping[str, Any], frozen: Any) -> list[Teacher]:
         if self._objective.taught is None:
             return []
-        # Of live teachers alone.
+        # For live teachers only.
         heads = frozen.get("teachers", {})
         return [
             dataclasses.replace(

@@ -12,7 +12,7 @@ from logitjax import models
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """Parts to be cut from a model before it is healed, and the text that decides which.
+    """Parts to prune from a model before it is retrained, and the text that selects them.
 
     Attributes:
         drop_layers: Number of layers to drop.
@@ -42,12 +42,12 @@ class Pruning:
             raise ValueError("drop_layers, drop_share, keep_layers: expected one, got several")
 
     def dropped(self, layers: int) -> int:
-        """How many of so many layers go; a share takes at least one."""
+        """The number of layers to drop of this many; a share takes at least one."""
         return max(1, round(self.drop_share * layers)) if self.drop_share else self.drop_layers
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is cut."""
+        """Whether anything is pruned."""
         drops = self.drop_layers or self.drop_share
         return bool(drops or self.keep_layers or self.kv_heads or self.mlp_channels)
 
@@ -57,9 +57,9 @@ class LayerPruning:
     """The layers of a decoder to keep, and those to drop.
 
     Attributes:
-        kept: Layers to keep, ascending; what `models.keep_layers` takes.
-        dropped: The others, a run.
-        scores: Score of each run by its first layer, see `prune_layers`; that of a low one may go.
+        kept: Layers to keep, ascending, as for `models.keep_layers`.
+        dropped: The others, a contiguous run.
+        scores: Score of each run by its first layer, see `prune_layers`; a low one may be dropped.
     """
 
     kept: tuple[int, ...]
@@ -79,15 +79,15 @@ class LayerPruning:
 def prune_layers(
     model: models.Decoder, batches: Iterable[Mapping[str, Any]], count: int
 ) -> LayerPruning:
-    """Choose the run of layers that a decoder can best do without on the given text.
+    """Choose the run of layers that a decoder needs least on the given text.
 
     With x_i the residual stream before layer i, averaged over positions t, the run with the least
     `1 - mean_t cos(x_i, x_{i+count})` is dropped. It costs one forward pass.
 
     Args:
         batches: Calibration text: packed columns `tokens`, `segment_ids`, `positions` and
-            `loss_mask`, each `[rows, length]`. Some thousand tokens will do.
-        count: How many layers to drop, fewer than there are.
+            `loss_mask`, each `[rows, length]`. A few thousand tokens are enough.
+        count: Number of layers to drop, fewer than there are.
 
     Raises:
         ValueError: Too few layers, or no batch.
@@ -105,7 +105,7 @@ def prune_layers(
     layers = model.config.num_layers
     if not 0 <= count < layers:
         raise ValueError(
-            f"count: expected 0 to {layers - 1}, for the model has {layers} layers, got {count}"
+            f"count: expected 0 to {layers - 1}, because the model has {layers} layers, got {count}"
         )
     listed, batches = models.with_layout(model, "listed"), list(batches)
     if not batches:
@@ -124,7 +124,7 @@ def prune_width(
     kv_heads: int | None = None,
     mlp_channels: int | None = None,
 ) -> models.Decoder:
-    """A narrower decoder that keeps, in each layer, the heads and channels most active on the text.
+    """A narrower decoder with, in each layer, the heads and channels most active on the text.
 
     Activations are averaged over a row's positions, and rows are joined by the root of squares::
 
@@ -134,7 +134,7 @@ def prune_width(
     A key-value head is dropped with all query heads that share it, so queries stay grouped.
 
     Args:
-        model: The decoder; it stays as it is.
+        model: The decoder, which is not changed.
         batches: Calibration text, as for `prune_layers`.
         kv_heads: Key-value heads to keep in each layer; all if None.
         mlp_channels: Channels of each feed-forward layer to keep; all if None.
@@ -164,7 +164,7 @@ def prune_width(
     ):
         if not 1 <= expected <= most:
             raise ValueError(f"{name}: expected 1 to {most}, got {expected}")
-    # Rotary angles belong to entries of a head, so whole heads go and never parts of one.
+    # Rotary angles belong to entries of a head, so heads are kept whole.
     group = config.num_heads // config.num_kv_heads
     heads, activity = _activity(listed, batches)
     small = dataclasses.replace(
@@ -179,7 +179,7 @@ def prune_width(
     for layer, by_head, by_channel in zip(members, heads, activity, strict=True):
         # `[kv_heads * head_dim]`.
         narrow = _entries(_best(by_head, kv_heads), config.head_dim)
-        # Its queries beside it.
+        # Its queries next to it.
         wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
         inner = _best(by_channel, channels)
         layer |= _narrowed(layer, narrow, wide, inner)
@@ -188,7 +188,7 @@ def prune_width(
     abstract = nnx.eval_shape(
         lambda: models.Decoder(small, rngs=nnx.Rngs(0), head=nnx.Module(), **options)
     )
-    # The head has no heads or channels of the layers, so the model keeps the one it has.
+    # The output head does not depend on the layers' heads or channels, so it is kept.
     params.pop("head", None)
     out = nnx.merge(nnx.graphdef(abstract), params)
     out.head = model.head
@@ -217,15 +217,15 @@ def _entries(blocks: np.ndarray, size: int) -> np.ndarray:
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """The highest scores' places, ascending; the first of equal ones."""
-    # Ascending: what is kept stays in the order that it had in the model.
+    """Indices of the highest scores, ascending; the first of equal ones."""
+    # Ascending: kept parts stay in the model's order.
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def _stream_change(
     model: models.Decoder, batches: Iterable[Mapping[str, Any]], gap: int
 ) -> np.ndarray:
-    """`[layers - gap + 1]`: how far the stream turns from before a layer to `gap` layers on."""
+    """`[layers - gap + 1]`: change of the stream's direction over `gap` layers from each on."""
 
     def changes(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> jax.Array:
         streams = seen.blocks
@@ -238,9 +238,9 @@ def _stream_change(
 
 
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Along the last axis, in float32; 0 for a zero vector."""
+    """Cosine along the last axis, in float32; 0 for a zero vector."""
     x, y = (jnp.asarray(v, jnp.float32) for v in (x, y))
-    # Scaled first: the squares of a large stream must not overflow. What is not zero then has a
+    # Scaled first: the squares of a large stream must not overflow. Nonzero vectors then have a
     # size of at least one.
     x, y = (v / jnp.maximum(jnp.abs(v).max(-1, keepdims=True), 1e-30) for v in (x, y))
     size = jnp.sqrt(jnp.square(x).sum(-1) * jnp.square(y).sum(-1))
@@ -274,13 +274,13 @@ def _activity(
 
 
 class _Seen:
-    """Activations of one pass: streams before each block, inputs of the maps that end one."""
+    """Activations of one pass: streams before each block, inputs of the last maps of blocks."""
 
     def __init__(self) -> None:
         self.blocks: list[jax.Array] = []
         self.heads: list[jax.Array] = []
         self.channels: list[jax.Array] = []
-        # The stream behind the last block so far.
+        # The stream after the last block so far.
         self.after: Any = None
 
 
@@ -306,15 +306,15 @@ class _WatchedLinear(nnx.Linear):
 
 def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled `batch -> measure(seen, hidden, where)` of a listed model."""
-    # The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
-    # in Python holds what passes through them while they are traced.
+    # The model is observed from outside and needs no hooks: blocks are unrolled, and a Python list
+    # collects what passes through them while they are traced.
     apply_fn, params = models.from_nnx(model)
 
     @jax.jit
     def run(params: Any, batch: Any) -> Any:
         seen = _Seen()
         trunk = nnx.merge(apply_fn.graphdef, params, apply_fn.rest)
-        # Under `remat` a block is traced apart, and what the list holds would leak from that trace.
+        # Under `remat` a block is traced separately, and the list would leak from that trace.
         trunk.remat = "none"
         for segment in trunk.segments:
             for i, block in enumerate(segment.layers):
@@ -336,7 +336,7 @@ def _sums(measure: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -
     total: Any = None
     for batch in batches:
         result = jax.tree.map(
-            # A few million squares in float32 lose the digits that tell two layers apart.
+            # A few million squares in float32 lose the digits that distinguish two layers.
             lambda leaf: np.asarray(leaf, np.float64),
             measure({n: batch[n] for n in columns}),
         )

@@ -13,7 +13,7 @@ from absl import logging
 from logitjax import losses, storage
 from logitjax.distillation.training._teachers import Kept, Reader, packed_documents
 
-# Seconds between two attempts to reach a server that went away, at first and at most.
+# Seconds between two attempts to reach a lost server, initially and at most.
 _PAUSES = (1.0, 30.0)
 # Seconds for one answer.
 _TIMEOUT = 600.0
@@ -21,11 +21,11 @@ _AWAY = (OSError, http.client.HTTPException)
 
 
 class ServedTeacher:
-    """`logitjax serve --hidden_states` as a teacher that reads beside the student.
+    """A `logitjax serve --hidden_states` server as a teacher that reads during training.
 
-    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16.
-    A server that goes away is waited for; if it comes back with other weights, that is an error.
-    `rank` is the number of columns of a low-rank code in place of hidden states, 0 for none.
+    One binary answer per batch has the hidden states of the learned positions, in bfloat16. A lost
+    server is waited for; if it returns with other weights, that is an error. `rank` is the number
+    of columns of a low-rank code instead of hidden states, 0 for none.
     """
 
     def __init__(self, url: str, *, tokenizer: str, rank: int = 0, api_key: str | None = None):
@@ -52,7 +52,7 @@ class ServedTeacher:
         return f"teacher api:{self._url.geturl()}"
 
     def reader(self, kept: Kept) -> Reader:
-        """As `model_reader`; all but the hidden states is worked out here."""
+        """Like `model_reader`; everything except the hidden states is computed here."""
         derived = jax.jit(kept.of_states)
 
         def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
@@ -71,29 +71,29 @@ class ServedTeacher:
         )
 
     def metrics(self) -> dict[str, tuple[float, float]]:
-        """Bytes of a position, and the relative error of a code, since they were asked for last."""
+        """Bytes per position, and the relative error of a code, since the last call."""
         totals, self._totals = self._totals, {}
         return totals
 
     def hidden_states(self, columns: Mapping[str, Any]) -> np.ndarray:
-        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere."""
+        """bfloat16 `[rows, length - 1, width]` at learned positions, zeros elsewhere."""
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
         learnt = np.asarray(columns["loss_mask"])[:, 1:]
         out = np.zeros((*learnt.shape, self.head.kernel.shape[1 - self.head.axis]), jnp.bfloat16)
         documents = packed_documents(segments, np.argwhere(learnt))
         if not documents:
             return out
-        # `learnt` is shifted by one: its position t tells of token t + 1.
+        # `learnt` is shifted by one: its position t refers to token t + 1.
         starts = [1 + int(np.argmax(learnt[row, a:b])) for row, a, b in documents]
         texts = [tokens[row, a:b].tolist() for row, a, b in documents]
         body = {"documents": texts, "starts": starts, "rank": self._rank}
         tensors, about = self._ask(json.dumps(body))
         floats = [tensors[name] for name in ("hidden", "code", "basis") if name in tensors]
         states = floats[0]
-        # A code is `[positions, rank]` and `[rank, width]`; bf16 products would lose what it kept.
+        # A code is `[positions, rank]` and `[rank, width]`; bf16 products would lose accuracy.
         if len(floats) > 1:
             states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
-        # The answer has the positions of all documents one after the other, without padding.
+        # The answer has the positions of all documents one after another, without padding.
         location = 0
         for (row, a, b), start in zip(documents, starts, strict=True):
             size = b - a - start
@@ -107,7 +107,7 @@ class ServedTeacher:
         return out
 
     def _ask(self, body: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """The answer, however long its server is away."""
+        """The answer, however long its server is unreachable."""
         pause, begin = _PAUSES[0], None
         while True:
             try:
@@ -135,7 +135,7 @@ class ServedTeacher:
     def _attempt(
         self, method: str, body: str | None
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """One answer; an error of `_AWAY` where there is none for now."""
+        """One answer; raises an error of `_AWAY` if there is none for now."""
         fresh = self._connection is None
         if self._connection is None:
             secure = self._url.scheme == "https"
@@ -150,7 +150,7 @@ class ServedTeacher:
             self._connection = None
             if fresh:
                 raise
-            # A server closes connections that nobody used for a while.
+            # A server closes connections that were idle for a while.
             return self._attempt(method, body)
         # Busy, or a proxy without it.
         if answer.status in (429, 502, 503, 504):

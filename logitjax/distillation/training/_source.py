@@ -26,19 +26,19 @@ class Source:
 
     @property
     def identity(self) -> Any:
-        """Describe everything that its output is made from."""
+        """Describe everything that determines its output."""
         if self.reader is not None:
             return {"live": (self.reader.tokenizer, self.reader.weights, self.reader.kept)}
         return {split: cache.identity for split, cache in self.caches.items()}
 
     @functools.cached_property
     def _spelling(self) -> Mapping[str, tuple[np.ndarray, int]]:
-        """Bytes of text that each token stands for, and those before a text, by columns."""
+        """Bytes of text of each token, and bytes added before a text, by columns."""
         tokenizers = self.packed.tokenizers
         return {n: (t.byte_lengths(), prefix_bytes(t)) for n, t in tokenizers.items()}
 
     def chunks(self, batch: Mapping[str, Any]) -> Chunks:
-        """How the student's tokens of a batch lie over the teacher's."""
+        """Align the student's tokens of a batch with the teacher's."""
         ours, other = self.packed.names["pivot"], self.columns
         (our_lengths, our_prefix), (their_lengths, their_prefix) = (
             self._spelling[name] for name in (ours, other)

@@ -18,13 +18,13 @@ from logitjax.storage import digest
 class Student:
     """A decoder as a function of its trained parameters.
 
-    Frozen parameters are kept apart: they are constants of the train step, so they have no
-    gradients or moments and are not in checkpoints.
+    Frozen parameters are separate: they are constants of the train step, without gradients or
+    moments, and are not in checkpoints.
 
     Attributes:
         graphdef: The decoder without its arrays.
         trained: Contents of a train state: `model`, arrays by path; `lora`, adapters; `mix`, the
-            unknown factor of a head whose columns are known; `terms`, arrays of terms.
+            unknown factor of a head with known columns; `terms`, arrays of terms.
         frozen: The rest: `model`, and `basis`, the known columns of a head.
         scale: Factor of the adapters.
     """
@@ -48,7 +48,7 @@ class Student:
         """A student from a decoder, with its trained and frozen parts.
 
         Args:
-            model: The decoder; its arrays are used as they are.
+            model: The decoder; its arrays are used without copying.
             freeze: Regular expression; parameters whose path contains a match are frozen, such as
                 `embedding|layers/[0-9]/`.
             lora_rank: Train adapters of this rank instead of the model; 0 for none.
@@ -58,8 +58,8 @@ class Student:
             seed: Seed of the adapters and of terms' arrays.
 
         Raises:
-            ValueError: `freeze` is no regular expression, matches nothing or everything, or comes
-                with adapters; or a head of another vocabulary.
+            ValueError: `freeze` is not a regular expression, matches nothing or everything, or is
+                combined with adapters; or the head has another vocabulary.
 
         >>> student = Student.of(models.load_model("tiny"), freeze="embedding|layers/0/mlp")
         >>> "embedding" in student.frozen["model"], "embedding" in student.trained["model"]
@@ -81,7 +81,7 @@ class Student:
         paths = traverse_util.flatten_dict(params)
         flat = {"/".join(map(str, path)): leaf for path, leaf in paths.items()}
         if head_basis is not None:
-            # Frozen `basis` and trained `mix` stand for it.
+            # Frozen `basis` and trained `mix` replace it.
             del flat["head/kernel"]
         stays = set(flat) if lora_rank else _matching(flat, freeze)
         frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
@@ -104,7 +104,7 @@ class Student:
         if "mix" in trained:
             # Kernel `[width, vocab]`.
             flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T
-        # Members of a list have numbers for names.
+        # Members of a list have numbers as names.
         paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
         nested = traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
         return nnx.merge(self.graphdef, nested)
@@ -114,7 +114,7 @@ class Student:
         return models.Lora(trained["lora"], self.scale) if "lora" in trained else None
 
     def finished(self, trained: Any) -> models.Decoder:
-        """The model to hand on: adapters merged, arrays of terms left out."""
+        """The final model: adapters merged, arrays of terms left out."""
         model = self.model(trained)
         lora = self.adapters(trained)
         return model if lora is None else lora.merged_into(model)
@@ -143,11 +143,11 @@ class Student:
         )
         nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
         count = where.sum()
-        # The likeliest token comes from the same sweep, which costs no second pass over the head.
+        # The most likely token comes from the same sweep, without a second pass over the head.
         best = readout.statistics.indices[..., 0]
         metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
         if "bytes" in batch:
-            # Over bytes and not tokens, so that models with other tokenizers can be compared.
+            # Per byte rather than token, so that models with other tokenizers can be compared.
             size = jnp.where(where, batch["bytes"], 0).sum()
             metrics["bits_per_byte"] = (nll / math.log(2.0), size)
         if teacher is not None:
@@ -163,7 +163,7 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve digits that identify the weights; all processes must ask for them.
+        """Twelve digits that identify the weights; all processes must call this.
 
         For arrays computed at creation (adapters, `mix`, arrays of terms) only shapes count:
         another machine may round them differently.
@@ -186,7 +186,7 @@ class Student:
 
 
 def weights_digest(arrays: Any) -> str:
-    """Twelve digits that tell trained arrays apart; of global ones all processes must ask."""
+    """Twelve digits that identify trained arrays; all processes must call it for global ones."""
     return digest(jax.device_get(processes.local_copy(_thinned(arrays))), length=12)
 
 
@@ -238,7 +238,7 @@ def hidden_states(
 
 
 def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Array, jax.Array]:
-    """The model with a head of its own in the span of the basis, nearest to the one it had."""
+    """The model with a new head in the span of the basis, nearest to its original head."""
     rows = np.asarray(model.head_of().rows, np.float32)
     basis = np.asarray(basis, np.float32)
     if len(basis) != len(rows):
@@ -246,7 +246,7 @@ def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Ar
             f"head_basis: expected a row for each of the student's {len(rows)} tokens, got "
             f"{len(basis)}"
         )
-    # Columns of one size; the recovered ones carry the singular values of what was asked.
+    # Columns of one size; the recovered ones are scaled by the singular values of the answers.
     basis = basis / np.maximum(np.linalg.norm(basis, axis=0, keepdims=True), 1e-30)
     # Not by normal equations, which would square the condition of the basis.
     mix = np.linalg.lstsq(basis, rows, rcond=None)[0].astype(np.float32)

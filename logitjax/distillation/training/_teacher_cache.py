@@ -23,16 +23,16 @@ class TeacherIdentity:
     """Everything that a cache was made from. Losses may use a cache only if all of it matches.
 
     Attributes:
-        model: the teacher, as its user names it.
+        model: the user's name for the teacher.
         tokenizer, data: fingerprints of the teacher's tokenizer and of the packed rows.
-        vocab_size, positions, k: entries of its vocabulary, positions a row, logits a position.
+        vocab_size, positions, k: vocabulary entries, positions per row, logits per position.
         dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
-        tail_samples: tokens a position drawn outside the top k, for unbiased divergences; 0: none.
-        likelihoods: whether it keeps the log-probability of each label and that of a word's
-            beginning in its place, 8 bytes a position, for `alm`.
-        rest: whether it keeps the log-normaliser, mean and deviation of all logits. Without, only
-            losses that compare the top logits alone may use it.
-        weights: digest of the teacher's weights, which its name does not tell; empty if not known.
+        tail_samples: tokens per position drawn beyond the top k, for unbiased divergences; 0: none.
+        likelihoods: whether it stores the log-probability of each label and that of a word's
+            beginning in its place, 8 bytes per position, for `alm`.
+        rest: whether it stores the log-normaliser, mean and deviation of all logits. Without them,
+            only losses of the top logits alone may use it.
+        weights: digest of the teacher's weights, which names do not identify; empty if unknown.
     """
 
     model: str
@@ -56,7 +56,7 @@ class TeacherIdentity:
             )
         if self.tail_samples < 0:
             raise ValueError(f"tail_samples: expected at least 0, got {self.tail_samples}")
-        # Draws are of the mass beyond the top k, which the normaliser tells.
+        # Draws come from the mass beyond the top k, which requires the normaliser.
         if self.tail_samples and not self.rest:
             raise ValueError(f"tail_samples: expected 0 without rest, got {self.tail_samples}")
 
@@ -73,7 +73,7 @@ class _Codec:
         # Half the bytes.
         id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32
         sizes = {"": identity.k, "tail_": identity.tail_samples}
-        # Entries a position of each list, in the stored order.
+        # Entries per position of each list, in the stored order.
         self.entries = {
             f"{prefix}{name}": size
             for prefix, size in sizes.items()
@@ -122,8 +122,8 @@ class _Codec:
 class TeacherCache(RowCache):
     """A teacher's output on the rows it has read, by their index in the packed data.
 
-    Training may visit rows in any order and as often as it likes. `fill` lets the teacher read
-    missing rows; its `compute` gives a mapping or an object with the fields of
+    Training may visit rows in any order and any number of times. `fill` lets the teacher read
+    missing rows; its `compute` returns a mapping or an object with the fields of
     `losses.GraphStatistics`, `[batch_size, positions, k]` and `[batch_size, positions]`, and, with
     `tail_samples`, `tail_values` and `tail_indices`.
 
@@ -145,15 +145,15 @@ class TeacherCache(RowCache):
     ValueError: teacher cache ... does not fit: its tokenizer is 't', not 'other' ...
 
     Args:
-        directory: Where the cache is or will be; may be remote.
-        identity: Inputs it is made from; needed to begin a cache that does not exist.
+        directory: Folder of the cache, existing or new; may be remote.
+        identity: Inputs that it is made from; needed to create a cache.
 
     Raises:
-        FileNotFoundError: There is no cache, and no `identity` to begin one with.
-        ValueError: The directory holds a cache of something else (names all that differs).
+        FileNotFoundError: There is no cache, and no `identity` to create one with.
+        ValueError: The directory holds another cache (names all differences).
     """
 
-    # A loss may use fewer logits than there are.
+    # A loss may use fewer logits than are stored.
     _at_least = ("k", "tail_samples", "likelihoods", "rest")
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity | None = None):
@@ -164,7 +164,7 @@ class TeacherCache(RowCache):
         self._entries = codec.entries
         made_from = dataclasses.asdict(identity)
         if not identity.weights:
-            # As caches of earlier versions have it.
+            # As in caches of earlier versions.
             del made_from["weights"]
         super().__init__(directory, codec, made_from=made_from, kind=KIND)
 
@@ -182,7 +182,7 @@ class TeacherCache(RowCache):
         """The fields of `losses.GraphStatistics` for a batch's rows.
 
         Args:
-            rows: `[batch]` rows of the packed data, as `batch["row"]` has them; -1 gives zeros.
+            rows: `[batch]` rows of the packed data, as in `batch["row"]`; -1 gives zeros.
 
         Returns:
             `values` (float32) and `indices` (int32), both `[batch, positions, k]`; with `rest`

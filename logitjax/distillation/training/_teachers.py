@@ -1,4 +1,4 @@
-"""Teachers that read packed rows into caches: a model, or a server that is asked."""
+"""Teachers that read packed rows into caches: a model, or a server that is queried."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ class Reader:
     """A teacher ready to read.
 
     Attributes:
-        read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
-        weights: Digest of its weights; empty for a server, which does not show them.
+        read: Maps columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
+        weights: Digest of its weights; empty for a server, which does not reveal them.
         head: Its `losses.Head`, if hidden states are among its readings.
         kept: Numbers of top logits and of samples from the rest.
         metrics: Pairs of a sum and a count since the last call.
-        shared: Whether all processes have to call `read`, equally often and with as many rows.
+        shared: Whether all processes must call `read`, equally often and with as many rows.
     """
 
     tokenizer: str
@@ -46,9 +46,9 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
-    """The statistics of a teacher that are kept at each position, and read for that.
+    """The statistics of a teacher to store at each position, and how to read them.
 
-    `boundary` are tokens that begin a word, for likelihoods, or None; `hidden` asks for states too.
+    `boundary` are tokens that begin a word, for likelihoods, or None; `hidden` requests states too.
     """
 
     k: int
@@ -57,7 +57,7 @@ class Kept:
     hidden: bool = False
 
     def of_model(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
-        """Compute the statistics that a `TeacherCache` keeps of a batch, and hidden states."""
+        """Compute the statistics of a batch that a `TeacherCache` stores, and hidden states."""
         model = nnx.merge(graphdef, params)
         hidden = hidden_states(model, columns)
         record = self.of_states(hidden, model.head_of(), columns, rows)
@@ -66,7 +66,7 @@ class Kept:
     def of_states(
         self, hidden: Any, head: losses.Head, columns: Mapping[str, Any], rows: Any
     ) -> dict[str, Any]:
-        """The same of hidden states that are there already."""
+        """Compute the same from existing hidden states."""
         statistics = losses.linear_readout(hidden, head, top_k=self.k).statistics
         names = ("values", "indices", "log_z", "mean", "std")
         record = {name: getattr(statistics, name) for name in names}
@@ -77,11 +77,11 @@ class Kept:
 
             def draw(row: Any) -> losses.TailSample:
                 here, taken, number = row
-                # By the number of the row: batches of another size or order draw the same.
+                # Seeded by row number: batches of another size or order draw the same.
                 key = jax.random.fold_in(jax.random.key(0), number)
                 return losses.TailSample.draw(key, head.logits(here), taken, self.tail_samples)
 
-            # A row at a time: here logits are held.
+            # One row at a time, because logits are held here.
             tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
             record |= {"tail_values": tail.values, "tail_indices": tail.indices}
         return record
@@ -92,7 +92,7 @@ def model_reader(
     kept: Kept,
     mesh: Mesh | None = None,
 ) -> Reader:
-    """Read with a decoder, and keep parts of its output; `mesh` may span all processes."""
+    """Read with a decoder, and store parts of its output; `mesh` may span all processes."""
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
     layout = None if mesh is None else training.BatchLayout(mesh)
@@ -120,7 +120,7 @@ def model_reader(
         tokenizer=tokenizer.fingerprint,
         vocab_size=decoder.config.vocab_size,
         read=read,
-        # Of the weights, since a path may hold another model tomorrow.
+        # Digest of the weights, because a path may hold another model tomorrow.
         weights=weights_digest(params),
         head=jax.device_get(processes.local_copy(decoder.head_of())) if kept.hidden else None,
         kept=(kept.k, kept.tail_samples),
@@ -129,7 +129,7 @@ def model_reader(
 
 
 def _own_rows(array: jax.Array) -> np.ndarray:
-    """The rows that lie on this process's devices."""
+    """The rows on this process's devices."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
@@ -137,10 +137,10 @@ def _own_rows(array: jax.Array) -> np.ndarray:
 def server_reader(
     url: str, *, k: int, tokenizer: str, vocab_size: int, api_key: str | None = None
 ) -> Reader:
-    """A server with OpenAI's completion API, asked once for each document of each row.
+    """A server with OpenAI's completion API, queried once for each document of each row.
 
-    A server that does not `echo` a prompt's log-probabilities is asked once for each position to be
-    learned. It has to report ids of the student's vocabulary, else a ValueError. It reports
+    A server that does not `echo` a prompt's log-probabilities is queried once for each learned
+    position. It must report ids of the student's vocabulary, otherwise ValueError. It reports
     log-probabilities, whose log-sum-exp is 0; mean and deviation of all logits are unknown.
     """
     try:
@@ -161,7 +161,7 @@ def server_reader(
         record = {
             "values": np.zeros((*shape, k), np.float32),
             "indices": np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy(),
-            # One array stands for both: nobody writes into it.
+            # One array for both, because nothing writes to it.
             **dict.fromkeys(("log_z", "mean"), np.zeros(shape, np.float32)),
             "std": np.ones(shape, np.float32),
         }
@@ -190,7 +190,7 @@ def packed_documents(segments: np.ndarray, targets: np.ndarray) -> list[tuple[in
     entries: dict[tuple[int, int], int] = {}
     for row, location in targets.tolist():
         start = int(np.argmax(segments[row] == segments[row, location]))
-        # A target at `location` predicts token `location + 1`, which must lie before the stop.
+        # A target at `location` predicts token `location + 1`, which must precede the stop.
         entries[row, start] = max(entries.get((row, start), 0), location + 2)
     return [(row, start, stop) for (row, start), stop in entries.items()]
 
@@ -209,7 +209,7 @@ def _echoes(oracle: Any, piece: np.ndarray) -> bool:
     try:
         oracle.read([piece])
     except (RuntimeError, KeyError, TypeError, ValueError):
-        # Refused, or without what was asked for; asking place by place says what is wrong.
+        # Refused, or incomplete; a query for a single position shows the reason.
         return False
     return True
 
@@ -238,9 +238,9 @@ def cache_teacher(
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
-    """Let a teacher read the requested rows that it has not read; returns the caches by split.
+    """Let a teacher read the requested rows that are missing; returns the caches by split.
 
-    Raises a ValueError for a cache of other rows, or of other weights if anything is to be read.
+    Raises ValueError for a cache of other rows, or of other weights if anything must be read.
     """
     ready = functools.cache(reader)
     rows = {split: expected for split, expected in rows.items() if len(expected)}
@@ -248,7 +248,7 @@ def cache_teacher(
     expected = {
         split: {"model": spec, "data": packed.splits[split].fingerprint, **kept} for split in rows
     }
-    # All of them before the teacher reads for hours.
+    # Check all of them before the teacher reads for hours.
     caches = {
         split: TeacherCache(directory / split)
         for split in rows
@@ -257,7 +257,7 @@ def cache_teacher(
     for split, cache in caches.items():
         cache.check(**expected[split])
     complete = [s for s in rows if s in caches and not len(caches[s].missing(rows[s]))]
-    # Processes see a shared disk at different times, but have to agree on who reads.
+    # Processes see a shared disk at different times, but must agree on who reads.
     complete = processes.broadcast_from_first(lambda: complete)
     lacking = [split for split in rows if split not in complete]
     if lacking:
@@ -286,20 +286,20 @@ def cache_teacher(
         calls = cache.calls(rows[split], **share) if ready().shared else 0
         cache.fill(rows[split], compute, label=spec, **share)
         if ready().shared:
-            # Who has fewer rows to read still holds a part of the teacher of those who have more.
+            # A process with fewer rows still holds a part of the others' teacher.
             most = int(multihost_utils.process_allgather(np.int32(calls)).max())
             for _ in range(most - calls):
                 compute(np.resize(rows[split], batch_size))
-        # Each process has written a share; the cache is whole when all are done.
+        # Each process has written a share; the cache is complete when all are done.
         processes.barrier(f"read {path}")
         caches[split] = TeacherCache(path)
     return {split: caches[split] for split in rows}
 
 
 def _check_weights(caches: Iterable[TeacherCache], weights: str) -> None:
-    """A teacher that was trained since may not read the rest."""
+    """A teacher that was trained since must not read the rest."""
     for cache in caches:
-        # A cache of an earlier version does not know its teacher's.
+        # Caches of earlier versions do not record their teacher's weights.
         if cache.identity.weights:
             cache.check(weights=weights)
 
