@@ -67,7 +67,7 @@ def _local(
         else splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     )
     # Everything except the layouts. The fused backward kernel would keep a gradient of the queries
-    # for every block of keys: 10 GiB for 32,768 tokens and 20 heads, 4 times that for twice as long.
+    # for every block of keys: 10 GiB for 32,768 tokens and 20 heads, 40 GiB for twice the tokens.
     sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
