@@ -20,13 +20,13 @@ from logitjax import distillation, storage, training
 from logitjax.commands import distill
 from logitjax.commands.cli import field
 
-# More than the steps read, and some that is held out.
+# More text than the steps read, plus some to hold out.
 _CHARACTERS = 60_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The model and how long it is trained."""
+    """The model and the length of training."""
 
     model: str = field("smollm2", "Model to shrink.")
     drop_layers: int = field(6, "Number of layers to remove.", minimum=1)
@@ -68,7 +68,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _documentation() -> list[str]:
-    """Docstrings of this library's modules, which every installation has."""
+    """Docstrings of this library's modules, which are part of every installation."""
     folder, texts = pathlib.Path(logitjax.__file__).parent, []
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

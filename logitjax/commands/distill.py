@@ -44,7 +44,7 @@ from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import shortened
 
-# What has to be said less often; flags win over them.
+# Settings of each recipe; flags take precedence.
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "prune-25": {"drop_share": 0.25, "steps": 400, "learning_rate": 3e-4, "freeze": "below"},
@@ -134,18 +134,18 @@ class Config:
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
-        # Pruned layers and fresh adapters have far to go; a whole model is near where it should be.
+        # Pruned layers and fresh adapters have far to go; a whole model is close to its goal.
         return 3e-4 if self.pruning.prunes or self.lora_rank else 5e-5
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Those that are named, else the model that the student is cut from."""
-        # A pruned model is healed best by the one that it was cut from.
+        """The named teachers, or else the model that the student is pruned from."""
+        # A pruned model recovers best from the model that it was pruned from.
         return self.reading.teachers or ((self.student,) if self.pruning.prunes else ())
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Prunes, lets the teachers read, trains, writes the model and the report."""
+    """Prune, let the teachers read, train, and write the model and the report."""
     objective, course, reading = objective_of(config), course_of(config), reading_of(config)
     if config.on_policy.share and objective.taught is None:
         raise ValueError("on_policy: expected a loss with a teacher, got losses of text alone")
@@ -171,7 +171,7 @@ def run(config: Config, out: epath.Path) -> None:
     if config.pruning.prunes:
         storage.progress.mark("pruning the student", log=True)
     model, note, freeze = _pruned(config, whole, packed, out)
-    # Before teachers read for hours: what is wrong with it is said at once.
+    # Before teachers read for hours, so that errors in it are reported at once.
     student = distillation.Student.of(
         model,
         freeze=freeze,
@@ -180,7 +180,7 @@ def run(config: Config, out: epath.Path) -> None:
         objective=objective,
         seed=config.course.seed,
     )
-    # Its arrays are the student's now.
+    # Its arrays now belong to the student.
     del model
     corpus = reading.load(
         packed,
@@ -189,7 +189,7 @@ def run(config: Config, out: epath.Path) -> None:
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
     scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
-    # Free, unless a live teacher holds it.
+    # Freed, unless a live teacher uses it.
     del whole
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
@@ -231,7 +231,7 @@ def _card(config: Config, report: str) -> str:
 
 
 def student_shape(config: Config) -> models.DecoderConfig:
-    """The shape of the student once it is pruned."""
+    """The shape of the student after pruning."""
     shape = models.load_config(config.student)
     dropped = config.pruning.dropped(shape.num_layers)
     kept = len(config.pruning.keep_layers) or shape.num_layers - dropped
@@ -239,12 +239,12 @@ def student_shape(config: Config) -> models.DecoderConfig:
 
 
 def course_of(config: Config) -> distillation.Course:
-    """The course at the learning rate of what is trained."""
+    """The course with the learning rate for the weights that are trained."""
     return dataclasses.replace(config.course, learning_rate=config.peak)
 
 
 def reading_of(config: Config) -> distillation.Reading:
-    """What teachers read, in the sizes of the course."""
+    """Settings for the teachers' reading, with the sizes of the course."""
     return dataclasses.replace(
         config.reading,
         teachers=config.teachers,
@@ -264,8 +264,8 @@ def objective_of(config: Config) -> distillation.Objective:
 
 
 def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
-    """Refuse a folder that was begun with other weights of the student."""
-    # A name may point to other weights by now.
+    """Refuse a folder that was started with other weights of the student."""
+    # A name may refer to other weights by now.
     path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
     if not processes.broadcast_from_first(path.exists):
         processes.write_json(path, {"weights": weights})
@@ -279,7 +279,7 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
 def _pruned(
     config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
 ) -> tuple[models.Decoder, str, str | None]:
-    """The student at the start, a description of the pruning, and the pattern to freeze."""
+    """The initial student, a description of the pruning, and the pattern of frozen paths."""
     layers, notes = whole.config.num_layers, []
     drop = config.pruning.dropped(layers)
     if drop >= layers:
@@ -294,7 +294,7 @@ def _pruned(
         )
     heads = whole.config.num_kv_heads
     if not whole.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
-        # Of all ways to prune, only this could not be written in the end.
+        # The only way to prune whose result could not be written at the end.
         raise ValueError(
             f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face format "
             f"has no head width, got {config.pruning.kv_heads}"
@@ -304,7 +304,7 @@ def _pruned(
 
     def calibration() -> list[Mapping[str, Any]]:
         size = config.course.batch_size
-        # Full batches only, unless there is none: another shape would compile again.
+        # Only full batches, unless there is none: another shape would compile again.
         starts = range(0, count - count % size or count, size)
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
@@ -341,7 +341,7 @@ def _recovered(spec: str) -> np.ndarray:
     path = epath.Path(spec)
     if path.is_dir():
         folder = path / "recovered" if (path / "recovered").exists() else path
-        # An audit of several policies leaves one file each: which one is meant has to be said.
+        # An audit of several policies leaves one file for each, so the file must be named.
         files = sorted(folder.glob("*.npz"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
@@ -353,7 +353,7 @@ def _recovered(spec: str) -> np.ndarray:
     if "basis" not in arrays:
         raise ValueError(f"student_head: {path} holds no basis of a head: the audit found none")
     basis, tokens = arrays["basis"], arrays["tokens"]
-    # A corner covers some tokens; the student needs a row for each.
+    # A corner covers only some tokens; the student needs a row for each.
     if not np.array_equal(tokens, np.arange(len(basis))):
         raise ValueError(
             f"student_head: {path} holds rows of {len(tokens)} tokens only, expected all of them"
@@ -382,7 +382,7 @@ def _whole_row(
 
 
 def _stored(path: epath.Path, *names: str) -> dict[str, Any]:
-    """A record that an earlier start left, with these names."""
+    """Read a record with these names that an earlier start of the run wrote."""
     record = processes.broadcast_from_first(lambda: storage.read_json(path, form=dict))
     for name in names:
         if name not in record:
@@ -459,7 +459,7 @@ def _plot(trained: distillation.Trained, path: epath.Path) -> None:
     except ImportError as error:
         logging.warning("no picture of the curves: %s", error)
         return
-    # Without pyplot, which picks a backend for the whole process.
+    # Without pyplot, which sets a backend for the whole process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")

@@ -1,4 +1,4 @@
-"""The report of `logitjax few-shot` on its heads: columns, the best method, and its mistakes."""
+"""The report of `logitjax few-shot`: columns, the best method, and its mistakes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from logitjax.commands.tables import markdown_table
 if TYPE_CHECKING:
     from logitjax.commands.few_shot import Problem
 
-# Classes that a report lists.
+# Number of classes that a report lists.
 _CLASSES = 20
 
 
@@ -33,7 +33,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], list[str]]:
-    """Names of the columns by shots, what each learns from, and what was merged into which."""
+    """Names of the columns by shots, the pictures each learns from, and merged columns."""
     names, rows, merged = {}, [], []
     classes, before = len(problem.pictures.class_names), ""
     for shots in sorted(problem.config.shots):
@@ -99,7 +99,7 @@ def report(
 def _of_best(
     test: few_shot.Pictures, predicted: Mapping[str, np.ndarray], best: str
 ) -> Sequence[str]:
-    """How right the recommended head is, which others are level with it, and what it mistakes."""
+    """Accuracy of the recommended head, the heads on a level with it, and its mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
     ours, names = right[best], test.class_names
     low, high = scipy.stats.binomtest(int(ours.sum()), len(ours)).proportion_ci(method="wilson")
@@ -130,7 +130,7 @@ def _of_best(
 
 
 def mistakes(problem: "Problem", head: Any, path: epath.Path) -> None:
-    """A page of the pictures that the head has wrong, the surest first."""
+    """A page of the pictures that the head classifies wrongly, the most confident first."""
     test, files = problem.tested
     if not files:
         return

@@ -20,7 +20,7 @@ from logitjax.commands.cli import REQUIRED, field
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(pictures.Folder):
-    """The encoder, the pictures and what is looked for."""
+    """The encoder, the pictures and the query."""
 
     encoder: str = field(REQUIRED, "Encoder, by name or path.")
     query: str = field(REQUIRED, "Text, or path of a picture.")
@@ -37,7 +37,7 @@ def run(config: Config, out: epath.Path) -> None:
         query = first.features(data.ImageViews.of(first, "plain")(pixels, row=0))
     else:
         query = first.text_features(first.tokenize([config.query]))
-    # What is looked for stands where classes have their weights; the second column is not read.
+    # The query takes the place of a class's weights; the second column is not read.
     weights = np.stack([np.asarray(query)[0]] * 2, 1)
     seen, files = encoders.encode_folder(config.pictures, out, class_weights=weights, scale=1.0)
     cosines = seen.inputs.zero_shot[:, 0]

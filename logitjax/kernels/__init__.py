@@ -1,9 +1,9 @@
-"""C++ kernels for CPUs, for operations that XLA's compiler does slowly when a cheap head decodes.
+"""C++ kernels for CPUs, for operations that XLA compiles badly when a cheap head decodes.
 
 They compute sums of look-ups in small tables, products with chosen rows, and the indices of the
 largest entries. XLA calls them through ``jax.ffi``. They are optional: `logitjax.ops` and
-`logitjax.vq` return the same results without them, and use them where they are built and a program
-has one device, a CPU ::
+`logitjax.vq` return the same results without them, and use them if they are built and a program has
+one device, a CPU ::
 
     python -m logitjax.kernels
 
@@ -12,10 +12,10 @@ cache. With ``LOGITJAX_NATIVE=0`` they are not used, e.g. for ``jax.export``. Wi
 ``LOGITJAX_NATIVE=1`` they are used with several devices too; each device then gets all rows of
 their arguments.
 
-A checksum lies beside the library. A file that was cut short is never loaded, and the command
-builds it again. ``CXXFLAGS`` adds flags for the compiler, e.g. of a sanitizer; each set of flags
-has a library of its own.
+A checksum is stored with the library. A truncated file is never loaded, and the command builds it
+again. ``CXXFLAGS`` adds flags for the compiler, e.g. of a sanitizer; each set of flags has its own
+library.
 """
 
-# For `ops` and `vq`, which call the kernels for what they compute.
+# For `ops` and `vq`, which call the kernels.
 from logitjax.kernels import _native as native  # noqa: F401

@@ -52,7 +52,7 @@ class GraphStatistics:
         """Keep the first k of each position; ValueError if there are fewer."""
         stored = self.values.shape[-1]
         if k > stored:
-            raise ValueError(f"k: the statistics hold the top {stored} logits, {k} are needed")
+            raise ValueError(f"k: expected at most the {stored} stored logits, got {k}")
         return dataclasses.replace(self, values=self.values[..., :k], indices=self.indices[..., :k])
 
 

@@ -10,7 +10,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._stacking import twin
 from logitjax.ops import Codes
 
-# One program a shape.
+# One program per shape.
 _of = jax.jit(Codes.of, static_argnames=("bits", "outer_axis"))
 
 
@@ -30,11 +30,11 @@ class QuantizedLinear(nnx.Module):
 
 
 def quantize(model: Decoder, bits: str) -> Decoder:
-    """A decoder with linear maps, embedding and full head in whole numbers: int8 or int4.
+    """A decoder with linear maps, embedding and full head in integers: int8 or int4.
 
-    Activations stay as they are: int8 has a scale an output channel, int4 one for each 32 weights.
-    Norms, biases, learned positions and experts of mixtures keep their type. Adapters lie beside
-    it as before; `save_pretrained` writes the numbers that the codes stand for.
+    Activations are unchanged: int8 has one scale per output channel, int4 one per 32 weights.
+    Norms, biases, learned positions and experts of mixtures keep their type. Adapters work as
+    before; `save_pretrained` writes the dequantised numbers.
 
     Args:
         bits: `"int8"` or `"int4"`.

@@ -1,4 +1,4 @@
-"""Matrices in 8 or 4 bits, and products with them that form no wide copy where that is slow."""
+"""Matrices in 8 or 4 bits, and products with them without a wide copy where that is slow."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Of a scale of 4 bits, as in llama.cpp's Q4_0.
+# Group size of a scale of 4 bits, as in llama.cpp's Q4_0.
 _GROUP = 32
 _BITS = {"int8": jnp.int8, "int4": jnp.int4}
 
@@ -15,7 +15,7 @@ _BITS = {"int8": jnp.int8, "int4": jnp.int4}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """A matrix as whole numbers times scales, one a row for int8, one a group of 32 for int4.
+    """A matrix of whole numbers with scales: one per row for int8, one per group of 32 for int4.
 
     ::
 
@@ -24,7 +24,7 @@ class Codes:
     Attributes:
         values: int8 or int4 `[outer, inner]`; products contract `inner`.
         scales: float32 `[outer, groups]`.
-        outer_axis: axis of `outer` in the matrix that the codes stand for.
+        outer_axis: axis of `outer` in the original matrix.
 
     >>> import numpy as np
     >>> codes = Codes.of(np.float32([[1.0, -1.0], [0.5, 0.5]]), "int8")
@@ -41,18 +41,18 @@ class Codes:
         """The nearest codes of a matrix, or of several along leading axes.
 
         Args:
-            bits: `"int8"` or `"int4"`; another is a ValueError.
+            bits: `"int8"` or `"int4"`, otherwise ValueError.
         """
         if bits not in _BITS:
             raise ValueError(f"bits: expected one of {', '.join(_BITS)}, got {bits!r}")
         wide = jnp.asarray(matrix, jnp.float32)
         wide = wide if outer_axis == 0 else jnp.swapaxes(wide, -1, -2)
         inner = wide.shape[-1]
-        # A width that groups do not divide has one scale a row.
+        # A width that groups do not divide has one scale per row.
         size = _GROUP if bits == "int4" and inner % _GROUP == 0 else inner
         groups = wide.reshape(*wide.shape[:-1], -1, size)
         largest = jnp.take_along_axis(groups, jnp.abs(groups).argmax(-1)[..., None], -1)
-        # Of four bits -8 is one more than 7: the extreme takes it, whatever its sign.
+        # With four bits, -8 goes one further than 7: the extreme value takes it, whatever its sign.
         scales = jnp.abs(largest) / 127 if bits == "int8" else largest / -8
         scales = jnp.where(scales == 0, 1.0, scales)
         least, most = (-127, 127) if bits == "int8" else (-8, 7)
@@ -80,7 +80,7 @@ class Codes:
         return _scaled(jnp.take(self.values, ids, axis=0), jnp.take(self.scales, ids, axis=0))
 
     def dense(self) -> jax.Array:
-        """The float32 matrix that the codes stand for."""
+        """The float32 matrix that the codes represent."""
         wide = _scaled(self.values, self.scales)
         return wide if self.outer_axis == 0 else jnp.swapaxes(wide, -1, -2)
 
@@ -89,7 +89,7 @@ class Codes:
         return Codes.of(matrix, str(self.dtype), outer_axis=self.outer_axis)
 
     def product(self, x: jax.Array) -> jax.Array:
-        """float32 `x @ matrix`, `[*batch, inner]` to `[*batch, outer]`, as of floats `x`."""
+        """float32 `x @ matrix`, `[*batch, inner]` to `[*batch, outer]`, for float `x`."""
         x = jnp.asarray(x)
         rows = x.reshape(-1, x.shape[-1])
         if self.scales.shape[-1] > 1:
@@ -101,7 +101,7 @@ class Codes:
 
 
 def _scaled(values: jax.Array, scales: jax.Array) -> jax.Array:
-    # To float32 first: XLA's CPU compiler makes a fused subtraction or sum of int8 wrong.
+    # To float32 first: XLA's CPU compiler miscompiles a fused subtraction or sum of int8.
     groups = values.astype(jnp.float32).reshape(*scales.shape, -1)
     return (groups * scales[..., None]).reshape(values.shape)
 
@@ -117,15 +117,15 @@ def _contract_as(x: jax.Array, values: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _exact_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
-    """Each row as two of int8, its numbers and what they leave: products of 15 bits' precision.
+    """Split each row into two of int8, its codes and their remainder: 15 bits of precision.
 
-    A product of one row of int8 is 17 times slower than of two on XLA's CPU, and one with values
-    converted to floats writes them all first.
+    On XLA's CPU, a product of one int8 row is 17 times slower than of two, and a product with
+    values converted to floats first writes all of them.
     """
     wide = x.astype(jnp.float32)
     step = jnp.maximum(jnp.abs(wide).max(axis=-1, keepdims=True), 1e-30) / 127
     whole = jnp.round(wide / step)
-    # The rest is at most half a step, so 254 of its own.
+    # The remainder is at most half a step, so 254 of its own.
     rest = jnp.round((wide / step - whole) * 254)
     both = jnp.concatenate([whole, rest]).astype(jnp.int8)
     top, low = jnp.split(_contract(both, values, jnp.int32).astype(jnp.float32), 2)
@@ -134,6 +134,6 @@ def _exact_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
 
 @_exact_on_cpu.defjvp
 def _linear(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # Rounding has no derivative: it is that of the product, which is linear.
+    # Rounding has no derivative: this is that of the product, which is linear.
     x, values = primals
     return _exact_on_cpu(x, values), _contract_as(tangents[0].astype(jnp.float32), values)

@@ -1,4 +1,4 @@
-"""The two endpoints that decode, whole or as a stream."""
+"""The two endpoints that decode, in one answer or as a stream."""
 
 import asyncio
 import collections
@@ -36,7 +36,7 @@ def completions(service: Service, *, chat: bool) -> Any:
         reserved = service.accounts.reserve(key, queries=len(jobs), tokens=tokens, nats=nats)
         try:
             service.scheduler.submit([job for job, _ in jobs])
-            # After it, so that an overload costs no nats; nothing is shown in between.
+            # After queueing, so that an overload costs no nats; nothing is shown in between.
             for meter in meters:
                 meter.begin()
         except ApiError:
@@ -71,7 +71,7 @@ def completions(service: Service, *, chat: bool) -> Any:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; `done` is called however it ends, even before it began."""
+    """Server-sent events; `done` is called however the stream ends, even before it began."""
 
     def __init__(self, events: AsyncIterator[str], done: Callable[[], None]):
         super().__init__(events, media_type="text/event-stream")
@@ -117,14 +117,14 @@ async def _whole(
 
 
 def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer) -> list[Any]:
-    """Of each token of a prompt the most likely ones and its own, by their ids as vLLM has them."""
+    """For each prompt token the most likely ones and its own, by id as in vLLM."""
     # Nothing predicts the first token.
     places: list[Any] = [None]
     for token in answer.job.prompt_report:
         best = [(*pair, rank) for rank, pair in enumerate(token.top, 1)]
         items: list[tuple[int, float, int | None]] = [*best[: asked.prompt_logprobs]]
         if token.logprob is not None and token.id not in [id for id, *_ in items]:
-            # Its rank is known where it is among those that any request may see.
+            # Its rank is known if it is among those that any request may see.
             ranks = [rank for id, _, rank in best if id == token.id]
             items.append((token.id, token.logprob, ranks[0] if ranks else None))
         named = [(id, {"logprob": value, "rank": rank}) for id, value, rank in items]
@@ -133,7 +133,7 @@ def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer)
 
 
 async def _disconnected(http: HttpRequest) -> None:
-    # After a body nothing else comes. `is_disconnected` would have to be asked again and again.
+    # Nothing follows a body. `is_disconnected` would have to be polled.
     while (await http.receive())["type"] != "http.disconnect":
         pass
 

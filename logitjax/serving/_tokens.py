@@ -1,4 +1,4 @@
-"""Texts to tokens and back, as vLLM's `/tokenize` and `/detokenize` have it."""
+"""Texts to tokens and back, like vLLM's `/tokenize` and `/detokenize`."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from logitjax.serving._service import Service
 
 
 def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of the prompt that a request with these fields has."""
+    """Tokens of the prompt in a request with these fields."""
     spelt, chat = body.pop("return_token_strs", None), "messages" in body
     asked = schema.parse(body, service.config, chat=chat)
     check_model(service.config, asked.model)
@@ -28,7 +28,7 @@ def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
 def detokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     tokens = body.get("tokens")
     if not isinstance(tokens, list) or body.keys() - {"model", "tokens"}:
-        raise BadRequestError("tokens: expected a list of ids, and no field but model", "tokens")
+        raise BadRequestError("tokens: expected a list of ids and no field but model", "tokens")
     wrong = [i for i in tokens if type(i) is not int or not 0 <= i < service.vocab_size]
     if wrong:
         raise BadRequestError(f"tokens: there is no token {str(wrong[0])[:60]}", "tokens")
@@ -38,7 +38,7 @@ def detokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
 def tokens_endpoint(
     service: Service, answer: Callable[[Service, dict[str, Any]], dict[str, Any]]
 ) -> Any:
-    """The endpoint of one of them; it takes its time off the event loop."""
+    """The endpoint of either; it runs off the event loop because it is slow."""
 
     def work(body: bytes) -> dict[str, Any]:
         given = parse_json(body)

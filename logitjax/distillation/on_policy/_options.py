@@ -64,7 +64,7 @@ class OnPolicy:
         new = self.new_tokens or seq_len - prompt
         if new < 1 or prompt + new > seq_len:
             raise ValueError(
-                f"new_tokens: expected at most {seq_len - prompt}, what prompts of {prompt} tokens "
+                f"new_tokens: expected at most {seq_len - prompt}, as prompts of {prompt} tokens "
                 f"leave of seq_len={seq_len}, got {new}"
             )
         return prompt, new

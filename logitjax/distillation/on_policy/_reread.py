@@ -17,7 +17,7 @@ class Rereader:
     def __init__(self, student: Tokenizer, teacher: Tokenizer, *, chat: bool = False):
         if chat and prefix_bytes(teacher):
             # The bytes of an answer are counted from its beginning, where a space would add one.
-            raise ValueError("teacher: expected a tokenizer that adds no space to a text, got one")
+            raise ValueError("teacher: expected a tokenizer that adds no space, got one that does")
         self._bytes, self._teacher, self._chat = student.token_bytes(), teacher, chat
         self._prefix = 0 if chat else prefix_bytes(student)
         ends = [] if teacher.eos_id is None else [teacher.eos_id]

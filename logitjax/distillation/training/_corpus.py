@@ -88,7 +88,7 @@ class Reading:
             )
         taught = next((str(term) for term in self.terms if term.teacher is not None), None)
         if taught and not self.teachers:
-            raise ValueError(f"teacher: expected one for the loss {taught!r}, got none")
+            raise ValueError(f"teacher: expected a teacher for the loss {taught!r}, got none")
         for spec in self.teachers:
             if self.teacher_reads == "live" and spec.startswith("cache:"):
                 raise ValueError(f"teacher_reads: expected 'cache' for {spec!r}, got 'live'")
