@@ -155,14 +155,14 @@ def _literal(node: ast.expr) -> Any:
 def _with_options(name: str, member: Any, options: Mapping[str, Any]) -> Any:
     """Build a member's value with the options, or replace the options of a given value."""
     make, defaults = _maker(member)
-    given = {}
+    fields = {}
     for key, value in options.items():
         if key not in defaults:
             expected = f"one of {', '.join(defaults)}" if defaults else "no options"
             raise ValueError(f"{name}: {_unknown(expected, key, defaults)}")
-        given[key] = _checked(f"{name}({key})", value, defaults[key])
+        fields[key] = _checked(f"{name}({key})", value, defaults[key])
     try:
-        return make(**given)
+        return make(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 

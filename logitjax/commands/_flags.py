@@ -115,18 +115,18 @@ class Flag:
         if not scalar or isinstance(value, bool) != (self.kind is bool):
             raise self._refusal(expected, value)
         try:
-            made = self.kind(value)
+            parsed = self.kind(value)
         except (ValueError, OverflowError):
             raise self._refusal(expected, value) from None
         # A file may say 1000.0, but 1.5 must not become 1.
-        if isinstance(value, float) and self.kind is int and made != value:
+        if isinstance(value, float) and self.kind is int and parsed != value:
             raise self._refusal(expected, value)
-        if self.choices and made not in self.choices:
+        if self.choices and parsed not in self.choices:
             raise self._refusal(f"one of {', '.join(map(str, self.choices))}", value)
         least = self.metadata.get("minimum")
-        if least is not None and not made >= least:
+        if least is not None and not parsed >= least:
             raise self._refusal(f"at least {least}", value)
-        return made
+        return parsed
 
     def _refusal(self, expected: str, value: Any) -> ValueError:
         return ValueError(f"{self.name}: expected {expected}, got {value!r}")
@@ -290,13 +290,13 @@ def read_command_line(
     # The first item is the program.
     rest = defined([program, *arguments])[1:]
     names = [*others, *(flag.name for flag in flags)]
-    given = {name: defined[name].value for name in names if defined[name].value is not None}
+    values = {name: defined[name].value for name in names if defined[name].value is not None}
     for flag in flags:
         if rest and flag.metadata.get("positional"):
-            given[flag.name], rest = [*(given.get(flag.name) or ()), *rest], ()
+            values[flag.name], rest = [*(values.get(flag.name) or ()), *rest], ()
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}")
-    return given
+    return values
 
 
 def check_names(source: str, names: Iterable[str], flags: Collection[str]) -> None:

@@ -101,19 +101,19 @@ def parse(
     names = {flag.name for flag in flags}
     choice = _flags.choice_of(presets)
     others = {"config": ()} | ({choice: tuple(presets)} if presets else {})
-    given = _flags.read_command_line(program, flags, others, arguments)
-    file, chosen = given.pop("config", None), {}
+    settings = _flags.read_command_line(program, flags, others, arguments)
+    file, chosen = settings.pop("config", None), {}
     if file is not None:
         sections = {name for flag in flags for name in flag.path[:-1]}
-        given = _config_file.read_config(file, sections, {*names, *others}) | given
+        settings = _config_file.read_config(file, sections, {*names, *others}) | settings
     if presets:
-        name = given.pop(choice, next(iter(presets)))
+        name = settings.pop(choice, next(iter(presets)))
         if name not in presets:
             raise ValueError(f"{choice}: expected one of {', '.join(presets)}, got {name!r}")
         _flags.check_names(f"{choice} {name}", presets[name], names)
         chosen = presets[name]
     # Flags take precedence over the file, which takes precedence over the preset.
-    values = {**chosen, **given}
+    values = {**chosen, **settings}
     read = {flag.name: flag.read(values[flag.name]) for flag in flags if flag.name in values}
     return [_flags.build(one, read) for one in classes]
 
@@ -121,8 +121,8 @@ def parse(
 def _is_ours(record: Any) -> bool:
     """Hide progress notes of libraries, which would drown ours; warnings stay."""
     global _last_line
-    ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
-    shown = ours or record.levelno > py_logging.INFO
+    is_ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
+    shown = is_ours or record.levelno > py_logging.INFO
     if shown:
         _last_line = time.monotonic()
     return shown

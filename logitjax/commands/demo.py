@@ -55,11 +55,11 @@ def run(config: Config, out: epath.Path) -> None:
         ),
         out,
     )
-    whole = storage.read_json(out / "whole.json", form=dict)["perplexity"]
+    base = storage.read_json(out / "whole.json", form=dict)["perplexity"]
     scores = storage.read_json(out / "scores.json", form=dict)
     before, after = (scores[name]["perplexity"] for name in ("before", "after"))
     print(
-        f"\nPerplexity of this text: {whole:.1f} for the whole model, {before:.1f} without "
+        f"\nPerplexity of this text: {base:.1f} for the whole model, {before:.1f} without "
         f"{config.drop_layers} layers, {after:.1f} after {config.steps} training steps.\n"
         "Next:\n"
         f"  logitjax generate --model={out / 'model'} --complete --prompt='The logits'\n"

@@ -164,13 +164,13 @@ def run(config: Config, out: epath.Path) -> None:
     for name in data.SPLITS[1:]:
         if (rows := len(packed.splits[name])) < course.eval_rows:
             logging.warning("%s has %d rows, eval_rows asks for %d", name, rows, course.eval_rows)
-    whole, _ = models.load(
+    full, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
-    _check_weights(config, whole, out)
+    _check_weights(config, full, out)
     if config.pruning.prunes:
         storage.progress.mark("pruning the student", log=True)
-    model, note, freeze = _pruned(config, whole, packed, out)
+    model, note, freeze = _pruned(config, full, packed, out)
     # Before teachers read for hours, so that errors in it are reported at once.
     student = distillation.Student.of(
         model,
@@ -186,11 +186,11 @@ def run(config: Config, out: epath.Path) -> None:
         packed,
         course.visited_rows(packed, seeds=None if objective.taught else ()),
         out / "teachers",
-        {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
+        {config.student: (full, tokenizer)} if jax.process_count() == 1 else None,
     )
-    scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
+    scored = [_whole_row(config, full, corpus, course, mesh, out)] if config.pruning.prunes else []
     # Freed, unless a live teacher uses it.
-    del whole
+    del full
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
@@ -263,10 +263,10 @@ def objective_of(config: Config) -> distillation.Objective:
     )
 
 
-def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
+def _check_weights(config: Config, full: models.Decoder, out: epath.Path) -> None:
     """Refuse a folder that was started with other weights of the student."""
     # A name may refer to other weights by now.
-    path, weights = out / "student.json", distillation.Student.of(whole).fingerprint
+    path, weights = out / "student.json", distillation.Student.of(full).fingerprint
     if not processes.broadcast_from_first(path.exists):
         processes.write_json(path, {"weights": weights})
     if _stored(path, "weights")["weights"] != weights:
@@ -277,10 +277,10 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
 
 
 def _pruned(
-    config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
+    config: Config, full: models.Decoder, packed: data.PackedSplits, out: epath.Path
 ) -> tuple[models.Decoder, str, str | None]:
     """The initial student, a description of the pruning, and the pattern of frozen paths."""
-    layers, notes = whole.config.num_layers, []
+    layers, notes = full.config.num_layers, []
     drop = config.pruning.dropped(layers)
     if drop >= layers:
         raise ValueError(
@@ -292,11 +292,11 @@ def _pruned(
             f"keep_layers: expected layers 0 to {layers - 1} of {config.student!r}, got "
             f"{list(config.pruning.keep_layers)}"
         )
-    heads = whole.config.num_kv_heads
-    if not whole.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
+    heads = full.config.num_kv_heads
+    if not full.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
         # The only way to prune whose result could not be written at the end.
         raise ValueError(
-            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face format "
+            f"kv_heads: expected {heads} for {full.config.family}, whose Hugging Face format "
             f"has no head width, got {config.pruning.kv_heads}"
         )
     split = packed.splits["train"]
@@ -312,18 +312,18 @@ def _pruned(
     if drop:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
-            chosen = distillation.prune_layers(whole, calibration(), drop)
+            chosen = distillation.prune_layers(full, calibration(), drop)
             processes.write_json(path, dataclasses.asdict(chosen))
         names = [field.name for field in dataclasses.fields(distillation.LayerPruning)]
         record = _stored(path, *names)
         chosen = distillation.LayerPruning(**{name: tuple(record[name]) for name in names})
         kept, freeze = chosen.kept, chosen.below if freeze == "below" else freeze
-    model = models.keep_layers(whole, kept) if kept else whole
+    model = models.keep_layers(full, kept) if kept else full
     if kept:
-        gone = sorted(set(range(layers)) - set(kept))
-        logging.info("student without layers %s", gone)
-        layers_gone = ", ".join(map(str, gone))
-        notes.append(f"without layer{'s' if len(gone) > 1 else ''} {layers_gone}")
+        dropped = sorted(set(range(layers)) - set(kept))
+        logging.info("student without layers %s", dropped)
+        layers_gone = ", ".join(map(str, dropped))
+        notes.append(f"without layer{'s' if len(dropped) > 1 else ''} {layers_gone}")
     if config.pruning.kv_heads or config.pruning.mlp_channels:
         model = distillation.prune_width(
             model,
@@ -363,7 +363,7 @@ def _recovered(spec: str) -> np.ndarray:
 
 def _whole_row(
     config: Config,
-    whole: models.Decoder,
+    full: models.Decoder,
     corpus: distillation.Corpus,
     course: distillation.Course,
     mesh: jax.sharding.Mesh,
@@ -373,7 +373,7 @@ def _whole_row(
     path = out / "whole.json"
     if not processes.broadcast_from_first(path.exists):
         storage.progress.mark("scoring the whole model", log=True)
-        student = distillation.Student.of(whole)
+        student = distillation.Student.of(full)
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
         scores = scorer.scores(student.trained, "test")
         processes.write_json(path, scores | {"parameters": student.size})

@@ -101,11 +101,11 @@ def _of_best(
 ) -> Sequence[str]:
     """Accuracy of the recommended head, the heads on a level with it, and its mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
-    ours, names = right[best], test.class_names
-    low, high = scipy.stats.binomtest(int(ours.sum()), len(ours)).proportion_ci(method="wilson")
+    score, names = right[best], test.class_names
+    low, high = scipy.stats.binomtest(int(score.sum()), len(score)).proportion_ci(method="wilson")
     level = []
     for name, other in right.items():
-        gap = other - ours
+        gap = other - score
         reach = 1.96 * gap.std() / math.sqrt(len(gap))
         if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
             level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
@@ -114,13 +114,13 @@ def _of_best(
         answers = np.bincount(predicted[best][test.labels == number], minlength=len(names))
         hits, total = int(answers[number]), int(answers.sum())
         answers[number] = 0
-        taken = names[answers.argmax()] if answers.any() else "-"
-        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": taken}
+        label = names[answers.argmax()] if answers.any() else "-"
+        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": label}
         classes.append((hits / total, row))
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
-        f"The head of the first sample gets {int(ours.sum())} of {len(ours)} pictures right, "
-        f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        f"The head of the first sample gets {int(score.sum())} of {len(score)} pictures right, "
+        f"{100 * score.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
         + ".",

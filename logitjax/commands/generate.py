@@ -151,8 +151,8 @@ def _others(
             others.append(None)
             continue
         text = text.replace("{prompt}", entry.get("prompt", ""))
-        asked = Conversation(tokenizer, config.system).ask(text) if chat else text
-        tokens = tokenizer.encode(asked) if chat else tokenizer.encode(asked, None)
+        rendered = Conversation(tokenizer, config.system).ask(text) if chat else text
+        tokens = tokenizer.encode(rendered) if chat else tokenizer.encode(rendered, None)
         others.append([plan.read(np.array(tokens, np.int32))[stream]])
     return others
 
@@ -162,12 +162,12 @@ def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], 
     tokens = []
     if config.logprobs is not None:
         for i, token in enumerate(out.rows()[0]):
-            told: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
-            told["logprob"] = round(float(out.logprobs[0, i]), 6)
+            shown: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
+            shown["logprob"] = round(float(out.logprobs[0, i]), 6)
             if config.logprobs:
                 pairs = zip(out.top_ids[0, i].tolist(), out.top_logprobs[0, i], strict=True)
-                told["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
-            tokens.append(told)
+                shown["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
+            tokens.append(shown)
     if config.json:
         count, stopped = int(out.lengths[0]), bool(out.stopped[0])
         line = entry | {"text": out.texts[0], "tokens": count, "stopped": stopped}
@@ -175,9 +175,9 @@ def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], 
         print(json.dumps(line, ensure_ascii=False), flush=True)
         return
     print(flush=True)
-    for told in tokens:
-        top = " ".join(f"{text!r}:{value:.3f}" for text, value in told.get("top", ()))
-        print(f"{told['logprob']:9.4f}  {told['token']!r}  {top}".rstrip())
+    for shown in tokens:
+        top = " ".join(f"{text!r}:{value:.3f}" for text, value in shown.get("top", ()))
+        print(f"{shown['logprob']:9.4f}  {shown['token']!r}  {top}".rstrip())
 
 
 def _check(config: Config) -> bool:
@@ -271,9 +271,9 @@ class Conversation:
         self._tokenizer = tokenizer
         self._messages = [] if system is None else [{"role": "system", "content": system}]
 
-    def ask(self, asked: str | list) -> str:
+    def ask(self, turn: str | list) -> str:
         """The prompt of another turn, or of all messages of a conversation."""
-        self._messages += [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        self._messages += [{"role": "user", "content": turn}] if isinstance(turn, str) else turn
         return self._tokenizer.render_chat(self._messages, add_generation_prompt=True)
 
     def answered(self, text: str) -> None:

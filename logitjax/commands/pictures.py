@@ -179,12 +179,12 @@ def write_answers(
     head: Any, pictures: few_shot.Pictures, files: Sequence[str], out: epath.Path, coverage: float
 ) -> None:
     """Write `predictions.csv` and `index.html`, the most uncertain pictures first in the page."""
-    names, given = head.class_names, head.inputs(pictures)
-    probabilities = head.predict_proba(**given)
+    names, inputs = head.class_names, head.inputs(pictures)
+    probabilities = head.predict_proba(**inputs)
     order = np.argsort(-probabilities, axis=1, kind="stable")
     sets = np.zeros_like(probabilities, bool)
     if head.calibration is not None:
-        sets = head.predict_sets(**given, coverage=coverage)
+        sets = head.predict_sets(**inputs, coverage=coverage)
     # Heads have at least two classes.
     (first, second), rows = order[:, :2].T, np.arange(len(files))
     doubtful = np.argsort(probabilities[rows, first] - probabilities[rows, second], kind="stable")

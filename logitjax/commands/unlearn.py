@@ -289,9 +289,9 @@ def _measures(config: Config, questions: unlearning.Questions, outcome: Any) -> 
         for kind in measured
     ]
     if config.settings.method.assistant:
-        asked = before["attacks"]["asked"]["probability"]
+        probability = before["attacks"]["asked"]["probability"]
         left_out = {"attack": "assistant left out", "measured": "probability"}
-        attacks.append(left_out | {"before": asked, "after": asked})
+        attacks.append(left_out | {"before": probability, "after": probability})
     samples = [
         {"question": text_cell(row.question), "before": text_cell(old), "after": text_cell(new)}
         for part in ("forget", "test")

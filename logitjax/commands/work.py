@@ -165,8 +165,8 @@ def estimate(config: _flags.Dataclass) -> Work:
 
 
 def _specs(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    given = [values[name] for name in names if values.get(name)]
-    return [spec for one in given for spec in ([one] if isinstance(one, str) else one)]
+    entries = [values[name] for name in names if values.get(name)]
+    return [spec for one in entries for spec in ([one] if isinstance(one, str) else one)]
 
 
 def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:

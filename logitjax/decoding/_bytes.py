@@ -94,11 +94,11 @@ class _Reader:
         total = sum(mass for mass, _ in masses)
         kept = [pair for pair in masses if pair[0] > self._least * total]
         kept = sorted(kept, key=lambda pair: -pair[0])[: self._most]
-        held = sum(mass for mass, _ in kept)
-        self.lost += 1 - held / total
+        kept_mass = sum(mass for mass, _ in kept)
+        self.lost += 1 - kept_mass / total
         paths = [path for _, path in kept]
         for path in paths:
-            path.weight /= held
+            path.weight /= kept_mass
         self._scored([path for path in paths if path.probs is None])
         self._paths = paths
         # The common beginning of all paths need not be read again.
@@ -136,8 +136,8 @@ class _Reader:
         for i, row in enumerate(rows):
             tokens[i, time - len(row) :] = row
             positions[i, time - len(row) :] = self._trunk + np.arange(len(row))
-        given = (self.model.apply, self.model.params, tokens, positions, self._cache)
-        logs, self._cache = _read(*given)
+        arguments = (self.model.apply, self.model.params, tokens, positions, self._cache)
+        logs, self._cache = _read(*arguments)
         return np.asarray(logs)
 
 

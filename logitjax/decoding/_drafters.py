@@ -108,8 +108,8 @@ class Beside:
             cache, read = carry
             places = known(read)[:, None] + jnp.arange(_PIECE)
             tokens = jnp.take_along_axis(state.text, jnp.minimum(places, index[-1]), axis=1)
-            there = (places < at[:, None] - 1) & state.active[:, None]
-            places = jnp.where(there, places, -1)
+            unread = (places < at[:, None] - 1) & state.active[:, None]
+            places = jnp.where(unread, places, -1)
             _, cache = group.forward(params, ids.read(tokens)[None], places[None], cache, True)
             return cache, noted(read, places, tokens)
 

@@ -109,8 +109,8 @@ class Engine:
         self._room = max_length
         self.rounds: Rounds | None = None
         if drafts is not None:
-            given = (drafts.draft, drafts.token_map, self.plan, self.params)
-            self._drafter, self._draft_params = drafter_of(*given)
+            arguments = (drafts.draft, drafts.token_map, self.plan, self.params)
+            self._drafter, self._draft_params = drafter_of(*arguments)
             keys = None if options is None else options.draw_keys
             if keys is not None and not self._drafter.rests:
                 raise ValueError("draw_keys: expected None with models' drafts, got a function")
@@ -157,8 +157,8 @@ class Engine:
         streams = self.streams_of(request)
         tokens, positions = left_padded([streams])
         # The row's cache of another prompt is never seen: later positions are masked.
-        given = (self.plan, self.options, self.params, (self._row,), tokens, positions, None)
-        logits, (self._row,), _ = read_piece(*given, report=False)
+        arguments = (self.plan, self.options, self.params, (self._row,), tokens, positions, None)
+        logits, (self._row,), _ = read_piece(*arguments, report=False)
         return self.place(slot, request, [len(s) for s in streams], self._row, logits[0])
 
     def place(
@@ -186,8 +186,8 @@ class Engine:
 
     def extra_of(self, request: Request | None) -> Any:
         """A slot's value of ``state.extra`` for a request; for None, that of an idle slot."""
-        given = None if request is None else request.extra
-        return self._extra if given is None else given
+        extra = None if request is None else request.extra
+        return self._extra if extra is None else extra
 
     def prefill_all(self, requests: Sequence[Request]) -> Emitted:
         """Read one prompt for each slot at once.
@@ -239,8 +239,8 @@ class Engine:
                 f"length: expected a number between 1 and {self._longest_draft}, got {length}"
             )
         params, size = (self.params, self._draft_params), dict(rounds=rounds, length=length)
-        given = (self.plan, self._drafter, self.options, params, self.state, self._memory)
-        self._state, self._memory, emitted, drafted = _speculate(*given, **size)
+        arguments = (self.plan, self._drafter, self.options, params, self.state, self._memory)
+        self._state, self._memory, emitted, drafted = _speculate(*arguments, **size)
         return emitted, drafted
 
     def advance(self, steps: int, *, stretch: int = 1) -> Emitted:

@@ -344,20 +344,20 @@ class PromptReader:
         read = {row: min(width, count) for row, count in left.items()}
         if only is not None and only.report:
             next_ones = np.full((1, width), -1, np.int32)
-            taken = read[rows[0]]
-            after = only.tokens[0, only.at + 1 : only.at + taken + 1]
+            length = read[rows[0]]
+            after = only.tokens[0, only.at + 1 : only.at + length + 1]
             # The last column predicts the token after it; at the prompt's end there is none.
-            next_ones[0, width - taken : width - taken + len(after)] = after
+            next_ones[0, width - length : width - length + len(after)] = after
             following = next_ones, only.extra
         logits, reported = self._run(rows, read, width, following)
         if only is not None and reported is not None:
             emitted, only.extra = reported
             only.reported.append(emitted)
-        for row, taken in read.items():
+        for row, length in read.items():
             reading = self._reading(row)
-            before, reading.at = reading.at, reading.at + taken
+            before, reading.at = reading.at, reading.at + length
             reading.logits = logits[rows.index(row)]
-            self.tokens_read += taken
+            self.tokens_read += length
             # Blocks that this piece completed.
             for i in range(-(-before // self.block), reading.at // self.block):
                 if i < len(reading.names) and reading.names[i] not in self.prefixes:
@@ -369,18 +369,18 @@ class PromptReader:
         tokens = np.zeros((streams, len(rows), width), np.int32)
         positions = np.full_like(tokens, -1)
         for i, row in enumerate(rows):
-            taken = read.get(row, 0)
-            if not taken:
+            count = read.get(row, 0)
+            if not count:
                 continue
             reading = self._reading(row)
-            columns = np.arange(reading.at, reading.at + taken)
-            tokens[:, i, width - taken :] = reading.tokens[:, columns]
+            columns = np.arange(reading.at, reading.at + count)
+            tokens[:, i, width - count :] = reading.tokens[:, columns]
             for stream, length in enumerate(reading.lengths):
                 at = columns - (reading.tokens.shape[1] - length)
-                positions[stream, i, width - taken :] = np.maximum(at, -1)
+                positions[stream, i, width - count :] = np.maximum(at, -1)
         engine, before = self.engine, tuple(self._caches[row] for row in rows)
-        given = (engine.plan, engine.options, engine.params, before, tokens, positions, following)
-        logits, after, reported = read_piece(*given, report=following is not None)
+        args = (engine.plan, engine.options, engine.params, before, tokens, positions, following)
+        logits, after, reported = read_piece(*args, report=following is not None)
         for row, cache in zip(rows, after, strict=True):
             self._caches[row] = cache
         return logits, reported

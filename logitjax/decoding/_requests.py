@@ -58,10 +58,10 @@ class Request:
         # With a token map, the small models only have ids that it maps.
         mapped = sizes[0] if plan.token_map is None else plan.token_map.large_size
         same = plan.read(_tokens(self.prompt, min(sizes[0], mapped), "prompt"))
-        given = zip(same, (None, *others), sizes, strict=True)
+        streams = zip(same, (None, *others), sizes, strict=True)
         return [
-            _tokens(mine, size, "prompt") if local is None else _tokens(local, size, "others")
-            for mine, local, size in given
+            _tokens(tokens, size, "prompt") if local is None else _tokens(local, size, "others")
+            for tokens, local, size in streams
         ]
 
 
@@ -122,7 +122,7 @@ def fresh_rows(
     wrong = [i for b in biases for i in b if not 0 <= i < plan.vocab_size]
     if wrong:
         raise ValueError(f"logit_bias: token {wrong[0]} is not in the vocabulary")
-    given = [extra if r.extra is None else r.extra for r in requests]
+    extras = [extra if r.extra is None else r.extra for r in requests]
     text = np.zeros((count, room), np.int32)
     for row, request in zip(text, requests, strict=True) if room else ():
         row[: len(request.prompt)] = request.prompt
@@ -142,7 +142,7 @@ def fresh_rows(
         seen=np.zeros((count, plan.vocab_size), bool) if options.repetition else None,
         counts=np.zeros((count, plan.vocab_size), np.int32) if options.repetition else None,
         allowed=_allowed(plan, requests) if options.masks else None,
-        extra=jax.tree.map(lambda *leaves: np.stack(leaves), *given),
+        extra=jax.tree.map(lambda *leaves: np.stack(leaves), *extras),
         text=text if room else None,
     )
 
@@ -152,10 +152,10 @@ def _allowed(plan: Plan, requests: Sequence[Request]) -> np.ndarray:
     words = np.full((len(requests), -(-plan.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
     for row, request in zip(words, requests, strict=True):
         if request.allowed is not None:
-            given = np.asarray(request.allowed, np.uint32)
-            if given.shape != row.shape:
-                raise ValueError(f"allowed: expected {row.shape} words, got {given.shape}")
-            row[:] = given
+            mask = np.asarray(request.allowed, np.uint32)
+            if mask.shape != row.shape:
+                raise ValueError(f"allowed: expected {row.shape} words, got {mask.shape}")
+            row[:] = mask
     return words
 
 

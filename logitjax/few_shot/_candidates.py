@@ -112,12 +112,12 @@ class Candidate:
             runs,
             runs.shardings(mesh),
         )
-        whole = NamedSharding(mesh, PartitionSpec())
+        full = NamedSharding(mesh, PartitionSpec())
         columns = {name: len(column) for name, column in (self.grid or {}).items()}
         # As in `sweep`: the axis, where no field is searched.
         columns[""] = self.settings
-        settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
-        number = array((), jnp.int32, sharding=whole)
+        settings = {name: array((n,), jnp.float32, sharding=full) for name, n in columns.items()}
+        number = array((), jnp.int32, sharding=full)
         return Program(
             name=f"{type(self.method).__name__}, {shown} images",
             jitted=compiled_sweep,

@@ -161,8 +161,8 @@ class FeatureCache(RowCache):
         self.identity = _identity(self.made_from)
 
     def __repr__(self) -> str:
-        made = f"{self.identity.views} views of {self.identity.data} by {self.identity.encoder}"
-        return f"FeatureCache({os.fspath(self.directory)!r}, {len(self)} rows, {made})"
+        contents = f"{self.identity.views} views of {self.identity.data} by {self.identity.encoder}"
+        return f"FeatureCache({os.fspath(self.directory)!r}, {len(self)} rows, {contents})"
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -79,8 +79,8 @@ class FittedHead:
         width = self.class_weights.shape[0]
         if np.ndim(features) != 2 or np.shape(features)[1] != width:
             raise ValueError(f"features: expected [batch, {width}], got {np.shape(features)}")
-        given = {"features": features, "auxiliary": auxiliary, "hidden": hidden}
-        for name, rows in given.items():
+        inputs = {"features": features, "auxiliary": auxiliary, "hidden": hidden}
+        for name, rows in inputs.items():
             if rows is not None and not isinstance(rows, Tracer):
                 unit(finite(rows, name, 2), name)
         if self.likeness > -1 and not isinstance(features, Tracer):

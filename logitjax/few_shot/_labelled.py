@@ -70,31 +70,31 @@ class Pictures:
     def __post_init__(self) -> None:
         weights = finite(self.class_weights, "class_weights", 2)
         labels = np.asarray(self.labels)
-        made: dict[str, Any] = {"class_weights": unit(weights.T, "class_weights").T}  # by column
+        data: dict[str, Any] = {"class_weights": unit(weights.T, "class_weights").T}  # by column
         for name in _FEATURES:
-            given = getattr(self, name)
-            if given is None:
+            rows = getattr(self, name)
+            if rows is None:
                 continue
-            result = finite(given, name, 2)
+            result = finite(rows, name, 2)
             if labels.shape != result.shape[:1]:
                 raise ValueError(
                     f"labels: expected one for each of {len(result)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
             # Its projection needs the length.
-            made[name] = result if name == "hidden" else unit(result, name)
+            data[name] = result if name == "hidden" else unit(result, name)
         width, classes = weights.shape
-        if made["features"].shape[1] != width:
-            turned = "; transposed, they would fit" if made["features"].shape[1] == classes else ""
+        if data["features"].shape[1] != width:
+            turned = "; transposed, they would fit" if data["features"].shape[1] == classes else ""
             raise ValueError(
-                f"class_weights: expected [{made['features'].shape[1]}, classes] for the features, "
+                f"class_weights: expected [{data['features'].shape[1]}, classes] for the features, "
                 f"got {weights.shape}{turned}"
             )
         for name, rank in zip(CLASSIFIER[1:], (2, 1, 3, 2)):
             if getattr(self, name) is not None:
-                made[name] = finite(getattr(self, name), name, rank)
-        if "texts" in made:
-            shape, last = made["texts"].shape, made.get("text_projection", np.empty((width, width)))
+                data[name] = finite(getattr(self, name), name, rank)
+        if "texts" in data:
+            shape, last = data["texts"].shape, data.get("text_projection", np.empty((width, width)))
             if (shape[0], shape[2], width) != (classes, *last.shape):
                 raise ValueError(
                     f"texts: expected [{classes}, prompts, {len(last)}] and a projection to {width}"
@@ -103,7 +103,7 @@ class Pictures:
         if classes < 2:
             raise ValueError("class_weights: expected at least two classes, got one")
         checks.ids(labels, classes, "labels")
-        made["labels"] = labels.astype(np.int32)
+        data["labels"] = labels.astype(np.int32)
         names = self.class_names or tuple(map(str, range(classes)))
         if len(names) != classes:
             raise ValueError(
@@ -113,7 +113,7 @@ class Pictures:
         for view in self.views:
             if not np.array_equal(view.labels, labels):
                 raise ValueError("views: expected the labels of the pictures, got others")
-        for name, value in (made | {"class_names": tuple(names)}).items():
+        for name, value in (data | {"class_names": tuple(names)}).items():
             # The class is frozen.
             object.__setattr__(self, name, value)
 
@@ -337,15 +337,15 @@ def _read_features(
         views = np.moveaxis(rows.features, 1, 0)
         pictures = digest(cache.identity.data_fingerprint, np.asarray(cache.row_numbers))
         items = [{"features": view, "labels": rows.labels} for view in views]
-        made = cache.identity
-        return items, cache.class_names, pictures, f"{made.encoder_fingerprint} {made.views}"
+        info = cache.identity
+        return items, cache.class_names, pictures, f"{info.encoder_fingerprint} {info.views}"
     return [_read_arrays(path, ("features", "labels"), ("hidden",))], (), "", ""
 
 
-def _read_classifier(given: Any) -> dict[str, Any]:
-    if not isinstance(given, str | os.PathLike):
-        return {"class_weights": given}
-    path = epath.Path(given)
+def _read_classifier(source: Any) -> dict[str, Any]:
+    if not isinstance(source, str | os.PathLike):
+        return {"class_weights": source}
+    path = epath.Path(source)
     if path.suffix == ".npy":
         return {"class_weights": read_npy(path)}
     return _read_arrays(path, CLASSIFIER[:1], (*CLASSIFIER[1:], "scale"))

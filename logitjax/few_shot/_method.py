@@ -128,8 +128,8 @@ class FewShotTask:
             )
         if not count:
             raise ValueError("labels: expected at least one labelled image, got none")
-        given = self.labels if hasattr(self.labels, "dtype") else np.asarray(self.labels)
-        checks.ids(given, self.num_classes, "labels", least=-1)
+        array = self.labels if hasattr(self.labels, "dtype") else np.asarray(self.labels)
+        checks.ids(array, self.num_classes, "labels", least=-1)
 
     def mean_view(self, name: str, method: Any) -> jax.Array:
         """`[n, features]` of the encoder `name`: means over views, of length one again.

@@ -88,6 +88,6 @@ def adapt_online(
         kind = features.dtype
         return jnp.full((classes, count), jnp.inf, kind), jnp.zeros((classes, count, width), kind)
 
-    given: Any = (logits.astype(features.dtype), features)
+    inputs: Any = (logits.astype(features.dtype), features)
     start = (empty(shots, width), empty(negative_shots, width + classes))
-    return jax.lax.scan(step, start, given)[1]
+    return jax.lax.scan(step, start, inputs)[1]

@@ -36,9 +36,9 @@ class Runs:
     def shardings(self, mesh: Mesh) -> "Runs":
         """Where every array goes: runs are split over the mesh's first axis."""
         split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-        whole = NamedSharding(mesh, PartitionSpec())
+        full = NamedSharding(mesh, PartitionSpec())
         bare, shared = _apart(self)
-        return _with(jax.tree.map(lambda _: split, bare), jax.tree.map(lambda _: whole, shared))
+        return _with(jax.tree.map(lambda _: split, bare), jax.tree.map(lambda _: full, shared))
 
 
 def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
@@ -218,16 +218,12 @@ def compiled_sweep(
     run = functools.partial(_sweep, method, training, sequential, folds)
     if mesh is None or mesh.size == 1:
         return run(*arguments)
-    split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+    split, full = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
     # Runs need nothing of each other: each device trains its own.
     each = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(split, whole, whole, whole, whole),
-        out_specs=split,
-        check_vma=False,
+        run, mesh=mesh, in_specs=(split, full, full, full, full), out_specs=split, check_vma=False
     )
-    return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, whole))
+    return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, full))
 
 
 def _sweep(
@@ -242,8 +238,8 @@ def _sweep(
     key: jax.Array,
 ) -> Any:
     def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
-        given = {name: value for name, value in setting.items() if name}
-        config, recipe = with_settings(method, training, given)
+        options = {name: value for name, value in setting.items() if name}
+        config, recipe = with_settings(method, training, options)
         # Shared arrays are not copied for each run.
         task = _with(run, shared).task
 

@@ -118,10 +118,10 @@ class DynamicFusion:
             ValueError: shapes do not fit.
         """
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
-        given = [logits_large, logits_experts, logits_bases, vocab_where]
+        arrays = [logits_large, logits_experts, logits_bases, vocab_where]
         if vocab_where is not None:
-            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)  # cut by rows
-        frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), given)
+            arrays[3] = jnp.broadcast_to(vocab_where, logits_large.shape)  # cut by rows
+        frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), arrays)
         decide = functools.partial(self._decide, axis_name=axis_name)
         # All-reduces are counted per token, not per row.
         if axis_name is None:

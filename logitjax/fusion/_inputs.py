@@ -88,11 +88,11 @@ class Strategy:
             vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
             axis_name: inside `jax.shard_map`, the mesh axis over which the vocabulary is split.
         """
-        for name, logits, taken in (
+        for name, logits, accepted in (
             ("logits_experts", logits_experts, self.takes_experts),
             ("logits_bases", logits_bases, self.takes_bases),
         ):
-            if not taken and logits is not None and jnp.size(logits):
+            if not accepted and logits is not None and jnp.size(logits):
                 shape = jnp.shape(logits)
                 raise ValueError(f"{name}: expected None, got {shape}, of {type(self).__name__}")
         inputs = read_inputs(

@@ -76,12 +76,12 @@ def _damped(
         new = visit(trial, seen.means)
         # Near the end, differences of merits are rounding.
         better = new.gap**2 <= seen.gap**2 * (1 + 1e-6) + 1e-6
-        taken = (better | new.done) & ~seen.done
+        accepted = (better | new.done) & ~seen.done
 
         def choose(old: jax.Array, changed: jax.Array) -> jax.Array:
-            return jnp.where(taken, changed, old)
+            return jnp.where(accepted, changed, old)
 
-        factor = jnp.where(taken, 0.2, 10.0)
+        factor = jnp.where(accepted, 0.2, 10.0)
         damping = jnp.clip(damping * factor, _LEAST_DAMPING, _LARGEST_DAMPING)
         return choose(alphas, trial), jax.tree.map(choose, seen, new), damping
 

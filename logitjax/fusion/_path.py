@@ -149,9 +149,9 @@ def _gathered(sums: jax.Array, axis_name: AxisName | None, plain: int = 0) -> ja
     """Peak and sums of all shards by one all-reduce; the last `plain` are sums without a peak."""
     if axis_name is None:
         return sums
-    mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
-    mine = mine.reshape(-1, *[1] * sums.ndim)
-    peaks, sums = jnp.split(on_mesh.psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
+    is_local = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+    is_local = is_local.reshape(-1, *[1] * sums.ndim)
+    peaks, sums = jnp.split(on_mesh.psum(jnp.where(is_local, sums, 0.0), axis_name), [1], axis=1)
     peak, count = peaks.max(0), sums.shape[1] - plain
     scaled = sums[:, :count] * jnp.exp(peaks - peak)
     return jnp.concatenate([peak, scaled.sum(0), sums[:, count:].sum(0)])

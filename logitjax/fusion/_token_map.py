@@ -267,14 +267,14 @@ def _encoder(source: Any) -> Callable[[str], list[int]] | None:
 def _check_probes(encoders: Any, ids: np.ndarray, small: Any, probes: Iterable[str]) -> None:
     encode_large, encode_small = encoders
     for text in probes:
-        ours, other = encode_large(text), encode_small(text)
-        mapped = [int(ids[token]) for token in ours]
-        if mapped != other:
+        large_ids, small_ids = encode_large(text), encode_small(text)
+        mapped = [int(ids[token]) for token in large_ids]
+        if mapped != small_ids:
             location = next(
-                (i for i, (a, b) in enumerate(zip(mapped, other)) if a != b),
-                min(len(mapped), len(other)),
+                (i for i, (a, b) in enumerate(zip(mapped, small_ids)) if a != b),
+                min(len(mapped), len(small_ids)),
             )
             raise ValueError(
-                f"these are different tokenizers: they cut {text!r} into {len(ours)} and "
-                f"{len(other)} tokens, alike only up to token {location}. {_ADVICE}"
+                f"these are different tokenizers: they cut {text!r} into {len(large_ids)} and "
+                f"{len(small_ids)} tokens, alike only up to token {location}. {_ADVICE}"
             )

@@ -167,17 +167,17 @@ class LogitjaxLM(TemplateLM):
         return answers
 
     def _continue(self, contexts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        until = handle_stop_sequences(asked.pop("until", None), eos=None)
-        count = asked.pop("max_gen_toks")
+        options: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = handle_stop_sequences(options.pop("until", None), eos=None)
+        count = options.pop("max_gen_toks")
         room = self.max_length - count
         if room < 1:
             raise ValueError(
                 f"max_gen_toks: expected less than the {self.max_length} tokens that the model "
                 f"reads, got {count}"
             )
-        drawn = {name: asked[name] for name in _SAMPLING if asked.get(name) is not None}
-        if not asked.pop("do_sample", False):
+        drawn = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
+        if not options.pop("do_sample", False):
             drawn["temperature"] = 0.0
         # Always the same number of rows, for one program.
         prompts = [context[-room:] or [self.prefix_token_id] for context in contexts]

@@ -36,14 +36,14 @@ def build() -> pathlib.Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         # Another process may be building too: the library appears atomically.
-        made = pathlib.Path(directory) / library.name
+        output = pathlib.Path(directory) / library.name
         flags = [*_FLAGS, *_extra_flags(), f"-I{jax.ffi.include_dir()}"]
-        command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
+        command = [*compiler, *flags, str(_SOURCE), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not made.exists():
+        if done.returncode or not output.exists():
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
-        checksum = digest(made)
-        made.replace(library)
+        checksum = digest(output)
+        output.replace(library)
         # Last, because a library without its checksum is built again.
         write_atomic(_checksum_of(library), checksum)
     return library

@@ -68,9 +68,9 @@ def utility_loss(
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
     width = min(5, truth.shape[-1])
     rows = (truth, served.astype(np.float32))
-    mine, other = (np.asarray(top_k(some, width)[1]) for some in rows)
+    first, second = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
         "kl": float((np.exp(truth) * (truth - served)).sum(axis=-1).mean()),
-        "top1": float((mine[:, 0] == other[:, 0]).mean()),
-        "top5": float((mine[:, :, None] == other[:, None, :]).any(-1).mean()),
+        "top1": float((first[:, 0] == second[:, 0]).mean()),
+        "top5": float((first[:, :, None] == second[:, None, :]).any(-1).mean()),
     }

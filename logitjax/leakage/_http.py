@@ -128,9 +128,9 @@ class HttpOracle(Meter):
         """Read the log-probabilities from an answer of one token."""
         answer = self._post(np.asarray(prompt).tolist(), {"max_tokens": 1, **fields})
         try:
-            asked = answer["choices"][0]["logprobs"]
-            _token_id(asked["tokens"][0])
-            return asked
+            logprobs = answer["choices"][0]["logprobs"]
+            _token_id(logprobs["tokens"][0])
+            return logprobs
         except (LookupError, TypeError, AttributeError, ValueError):
             wrong = f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
             raise ValueError(wrong) from None

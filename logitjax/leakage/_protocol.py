@@ -163,8 +163,8 @@ def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
 
     def told(test: str, what: str, **more: Any) -> np.ndarray | None:
         """Draws with the same seeds again, and how many agree, compared with chance."""
-        asked = more.pop("prompt", prompt)
-        again = _drawn(oracle, asked, [fields | more for fields in seeds])
+        query = more.pop("prompt", prompt)
+        again = _drawn(oracle, query, [fields | more for fields in seeds])
         if again is None:
             protocol.add(test, f"{what}: refused", 1.0, 0.0, True)
             return None

@@ -101,8 +101,8 @@ def recover_log_probs(
     # If every answer is the whole row, no single token can be forced.
     forces = policy.bias == "sampling" and policy.sampled and policy.top_k is not None
     if policy.bias != "reported" and not forces:
-        whole = "each answer, a whole row," if policy.top_k is None else None
-        seen = whole or ("what is drawn" if policy.sampled else "the top k")
+        whole_row = "each answer, a whole row," if policy.top_k is None else None
+        seen = whole_row or ("what is drawn" if policy.sampled else "the top k")
         raise ValueError(
             f"oracle: expected reported values that move with a bias, got bias={policy.bias!r}: "
             f"only {seen} can be seen"

@@ -29,19 +29,19 @@ class Residual:
     edge: float
 
 
-def residual(table: Table, whole: Spectrum, k: int) -> Residual:
+def residual(table: Table, full: Spectrum, k: int) -> Residual:
     """Subtract a table's first `k` directions, block by block.
 
     `edge` is ``max_i |row_i| + max_v |column_v|`` (Bandeira and van Handel, 2016, theorem 1.1).
     """
     count, vocab = table.rows.shape
-    left = whole.left[:, :k]
+    left = full.left[:, :k]
     free, share = count - k, 1.0 - (left**2).sum(axis=1)
     by_row, loudest = np.zeros(count), np.zeros(count)
-    by_token, taken = np.zeros(vocab), np.zeros(vocab)
+    by_token, fitted = np.zeros(vocab), np.zeros(vocab)
     for where, block in table.blocks():
         inside = left.T @ block
-        taken[where] = ((inside / np.maximum(whole.values[:k, None], 1e-30)) ** 2).sum(axis=0)
+        fitted[where] = ((inside / np.maximum(full.values[:k, None], 1e-30)) ** 2).sum(axis=0)
         block -= left @ inside
         block *= block
         by_row += block.sum(axis=1)
@@ -50,12 +50,12 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
     # Rows with almost no remainder have a direction each to themselves, as loud noise has and
     # hidden states have not.
     local = share <= 0.25 * free / count
-    least = 0.7 if taken.max() > 0.3 else 0.25
+    least = 0.7 if fitted.max() > 0.3 else 0.25
     lone = 3 * k <= count and share.min() < least * free / count
     share = np.maximum(share, 1e-6)
     # A projection removes twice as much noise from a row or token as from the unit vector.
     edge = np.sqrt((by_row / share**2).max())
-    edge += np.sqrt((by_token / np.maximum(1.0 - taken, 1e-6) ** 2).max() * count / free)
+    edge += np.sqrt((by_token / np.maximum(1.0 - fitted, 1e-6) ** 2).max() * count / free)
     by_row, by_token = by_row / share / vocab, by_token / free
     if not local.all():
         by_row[local] = np.median(by_row[~local])
@@ -65,7 +65,7 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
     some = by_row[~local]
     # Loud tokens take directions as loud rows do, which evens the rest. A variance from m normal
     # values varies by sqrt(2 / m) of itself.
-    even = local.mean() <= 0.1 and (taken > 0.5).sum() <= 0.1 * k
+    even = local.mean() <= 0.1 and (fitted > 0.5).sum() <= 0.1 * k
     even = even and by_token.std() <= 1.25 * np.sqrt(2 / free) * mean
     even = even and some.std() <= (1.5 * np.sqrt(2 / vocab) + 0.05) * some.mean()
     return Residual(

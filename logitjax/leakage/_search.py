@@ -103,12 +103,12 @@ def search_logits(
     size = max(1, policy.max_biased - 1)
     for start in range(0, len(rest), size):
         batch = np.array([winner, *rest[start : start + size]])
-        boxes, asked, wrong = _narrow(oracle, prompt, batch, span, tolerance)
+        boxes, count, wrong = _narrow(oracle, prompt, batch, span, tolerance)
         # A token that was never drawn may lie anywhere below: that its u is at least 0 was assumed.
         low = np.where(boxes.lower > 0, (boxes.lower - 1) * span, -np.inf)
         lower |= dict(zip(batch.tolist(), low.tolist(), strict=True))
         upper |= dict(zip(batch.tolist(), ((boxes.upper - 1) * span).tolist(), strict=True))
-        queries += asked
+        queries += count
         contradictions += wrong
     low, high = (np.array([one[token] for token in array.tolist()]) for one in (lower, upper))
     counts = {"queries": queries, "contradictions": contradictions}

@@ -17,9 +17,9 @@ _TRACY_WIDOM_99 = 2.02
 
 def clip_spectrum(singular_values: Float[Array, " n"]) -> Float[np.ndarray, " n"]:
     """Decreasing singular values, none below the rounding error of the first."""
-    given = np.asarray(singular_values)
-    eps = float(np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps)
-    values = np.sort(given.astype(np.float64))[::-1]
+    spectrum = np.asarray(singular_values)
+    eps = float(np.finfo(spectrum.dtype if spectrum.dtype.kind == "f" else np.float64).eps)
+    values = np.sort(spectrum.astype(np.float64))[::-1]
     return np.maximum(values, max(values[0] * eps * len(values), np.finfo(np.float64).tiny))
 
 

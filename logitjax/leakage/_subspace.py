@@ -131,9 +131,9 @@ def estimate_output_subspace(
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     rows = np.asarray(rows)
     table = Table.of(rows, centre=centre)
-    whole = spectrum(table)
+    full = spectrum(table)
     where = np.ones(vocab, bool)
-    if not np.isfinite(whole.values).all():
+    if not np.isfinite(full.values).all():
         # NaN and infinities reach every singular value, so finite rows never pay for the search.
         where = finite_columns(rows)
         if where.sum() < max(2, vocab / 2):
@@ -142,18 +142,18 @@ def estimate_output_subspace(
                 f"{vocab} with a NaN or an infinity"
             )
         table = Table.of(rows[:, where], centre=centre)
-        whole = spectrum(table)
+        full = spectrum(table)
     step, columns = _largest_rounding(table.rows), table.rows.shape[1] - centre
-    width = judge_width(table, whole.gram, step=step, columns=columns, named=noise)
+    width = judge_width(table, full.gram, step=step, columns=columns, named=noise)
     size = dimension or width.estimate or width.lower
-    smallest = np.sqrt(np.finfo(np.float64).eps) * whole.values[0]
-    scaled = whole.left[:, :size] / np.maximum(whole.values[:size], smallest)
+    smallest = np.sqrt(np.finfo(np.float64).eps) * full.values[0]
+    scaled = full.left[:, :size] / np.maximum(full.values[:size], smallest)
     basis = np.zeros((vocab, scaled.shape[1]), np.float32)
     basis[where] = project(table.rows, scaled, table.means if centre else None)
     return OutputSubspace(
         basis=basis,
         width=width,
-        singular_values=clip_spectrum(whole.values),
+        singular_values=clip_spectrum(full.values),
         vocab_where=where,
         count=count,
     )

@@ -174,8 +174,8 @@ def _attend_in_blocks(
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
     # Without a known mesh, its operands may be on several devices.
     has_mesh = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-    whole = not axes and has_mesh and context.implementation is None
-    if whole and on_mesh.platform_of(query) == "tpu":
+    whole_rows = not axes and has_mesh and context.implementation is None
+    if whole_rows and on_mesh.platform_of(query) == "tpu":
         # Pallas takes a second to import.
         from logitjax.models._splash_attention import splash_attention
 

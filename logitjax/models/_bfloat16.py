@@ -29,10 +29,10 @@ def dot_general(
     """
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
     narrow = lhs.dtype == rhs.dtype == jnp.bfloat16
-    asked = any(value is not None for value in options.values())
+    has_options = any(value is not None for value in options.values())
     # There JAX itself derives the sharding of a derivative, which a rule would have to state.
     explicit = AxisType.Explicit in jax.typeof(lhs).sharding.mesh.axis_types
-    if not (plain and narrow) or asked or explicit:
+    if not (plain and narrow) or has_options or explicit:
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
     # In `shard_map` both sides of the rule's derivative vary if either does.
     axes = ops.mesh.varying_axes(lhs) | ops.mesh.varying_axes(rhs)

@@ -25,9 +25,9 @@ def render_template(
     """The text that a template renders, and its `{% generation %}` spans; None without any."""
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)
-    asked = json.dumps({"source": template, "variables": variables, "seconds": seconds})
-    most = limits.text + 64 * len(asked)
-    answer = _WORKER.ask(f'{asked[:-1]}, "most": {most}}}', seconds)
+    request = json.dumps({"source": template, "variables": variables, "seconds": seconds})
+    most = limits.text + 64 * len(request)
+    answer = _WORKER.ask(f'{request[:-1]}, "most": {most}}}', seconds)
     if "error" in answer:
         raise ValueError(f"messages: the chat template refuses them ({answer['error']})")
     spans = [(start, end) for start, end in answer["spans"]]

@@ -109,7 +109,7 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         raise ValueError(f"{source.path}: unknown rope scaling {kind!r}")
     factor = float(get("rope.scaling.factor", 1.0))
     # llama.cpp multiplies it by YaRN's own amplitude, the only factor if the file states none.
-    given = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor"))
+    scale = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor"))
     amplitude = 1.0 + 0.1 * math.log(max(factor, 1.0))
     return RopeScaling(
         kind=kind,
@@ -117,5 +117,5 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
         beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
         beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
-        attention_factor=float(given) * amplitude if given and kind == "yarn" else None,
+        attention_factor=float(scale) * amplitude if scale and kind == "yarn" else None,
     )

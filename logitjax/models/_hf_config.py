@@ -67,10 +67,10 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     written = {key: key_value(config, key) for key in family.fields} | family.write(config)
     raw |= {k: v for k, v in written.items() if k in family.keys or k in family.ignored}
     # Read back: settings that the format cannot express come back as something else.
-    ours, other = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
-    if wrong := [f for f in vars(ours) if getattr(ours, f) != getattr(other, f)]:
+    expected, loaded = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
+    if wrong := [f for f in vars(expected) if getattr(expected, f) != getattr(loaded, f)]:
         raise ValueError(
             f"config: the Hugging Face format of {config.family} cannot express "
-            + ", ".join(f"{f}={getattr(ours, f)!r}" for f in wrong)
+            + ", ".join(f"{f}={getattr(expected, f)!r}" for f in wrong)
         )
     return raw

@@ -190,12 +190,12 @@ def windows(
             f"for each of {layers} layers"
         )
     window = None if off else fields["sliding_window"]
-    given = [kind == "sliding_attention" for kind in kinds or ()]
+    sliding = [kind == "sliding_attention" for kind in kinds or ()]
     if kinds is not None and heeds_types:
-        local = given
+        local = sliding
     else:
         local = [window is not None if is_local is None else is_local(i) for i in range(layers)]
-        if kinds is not None and local != given:
+        if kinds is not None and local != sliding:
             raise ValueError(
                 f"{fields.where}: layer_types: expected those that sliding_window={window!r} "
                 f"implies for {fields.family}, got {sorted(set(kinds))}"

@@ -68,17 +68,17 @@ def rope_settings(
 
 def rope_by_kind(fields: Fields, settings: Mapping[str, Any], local: Any) -> dict[str, Any]:
     """`rope_settings` if layers with a window rotate unscaled, with a base of their own."""
-    given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
         raise fields.wrong("rope_parameters", "an object for each kind of layer")
     inner = dict(parameters.get("sliding_attention") or {})
     if scaling_kind(inner) != "default":
         raise fields.wrong("rope_parameters", "no scaling of layers with a window")
-    if "type" in given and "rope_type" not in given:
+    if "type" in scaling and "rope_type" not in scaling:
         # transformers treats it as no scaling at all.
         raise fields.wrong("rope_scaling", "its kind under the name rope_type")
     check_scaling(inner, "default", fields)
-    full = dict(parameters.get("full_attention") or {}) | given
+    full = dict(parameters.get("full_attention") or {}) | scaling
     if full.get("rope_type") == "default":
         # transformers merges the two as well; leftovers of another kind change nothing.
         full = {key: value for key, value in full.items() if key in _ANY}

@@ -45,8 +45,8 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __init__(*arguments: Any, **attributes: Any):
         # `self` may be the name of an attribute.
-        self, *given = arguments
-        values = dict(*given, **attributes)
+        self, *mappings = arguments
+        values = dict(*mappings, **attributes)
         for name in values:
             _check_attribute(name)
         jinja2.utils.Namespace.__init__(self, values)
@@ -127,12 +127,12 @@ def _rendered(source: str, variables: dict[str, Any], most: int) -> dict[str, An
 
 
 def _answer(line: bytes) -> str:
-    asked = json.loads(line)
+    request = json.loads(line)
     # The signal's default action ends the process, even in the middle of C code. It counts
     # processor time: on a busy machine, the wall clock measures other processes.
-    signal.setitimer(signal.ITIMER_PROF, asked.pop("seconds"))
+    signal.setitimer(signal.ITIMER_PROF, request.pop("seconds"))
     try:
-        return json.dumps(_rendered(**asked))
+        return json.dumps(_rendered(**request))
     except RecursionError:
         reason = "nested too deeply"
     except MemoryError:

@@ -72,10 +72,10 @@ def _no_constant(name: str) -> Any:
 
 
 def _number(digits: str) -> int | float:
-    whole = digits.lstrip("-").isdigit()
-    if len(digits) > (24 if whole else 400):
+    is_integer = digits.lstrip("-").isdigit()
+    if len(digits) > (24 if is_integer else 400):
         raise BadRequestError(f"a number of {len(digits)} digits is too long")
-    return int(digits) if whole else float(digits)
+    return int(digits) if is_integer else float(digits)
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
@@ -88,39 +88,39 @@ def read_request(
     service: Service, body: bytes, key: Key, loop: asyncio.AbstractEventLoop, *, chat: bool
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
     """Read a request into its jobs. This is slow, so it runs off the event loop."""
-    asked = schema.parse(parse_json(body), service.config, chat=chat)
-    admitted = service.disclosure.admit(asked.sampling, service.vocab_size)
-    asked = dataclasses.replace(asked, sampling=admitted)
-    return asked, _make_jobs(service, asked, key, loop)
+    request = schema.parse(parse_json(body), service.config, chat=chat)
+    admitted = service.disclosure.admit(request.sampling, service.vocab_size)
+    request = dataclasses.replace(request, sampling=admitted)
+    return request, _make_jobs(service, request, key, loop)
 
 
 def _make_jobs(
-    service: Service, asked: CompletionRequest, key: Key, loop: asyncio.AbstractEventLoop
+    service: Service, completion: CompletionRequest, key: Key, loop: asyncio.AbstractEventLoop
 ) -> list[tuple[Job, Sequence[int]]]:
     """A job for each copy of each prompt, and the prompt's tokens."""
-    check_model(service.config, asked.model)
-    fields = asked.sampling
+    check_model(service.config, completion.model)
+    fields = completion.sampling
     stop_ids = tuple({*fields.stop_token_ids, *(() if fields.ignore_eos else service.end_ids)})
     allowed = _allowed(service, fields, stop_ids)
     # A seed alone never determines a draw: the policy mixes it.
     same = {f.name: getattr(fields, f.name) for f in dataclasses.fields(Sampling)}
     jobs = []
-    for number, prompt in enumerate(asked.prompts):
-        tokens = prompt_tokens(service, asked, prompt)
+    for number, prompt in enumerate(completion.prompts):
+        tokens = prompt_tokens(service, completion, prompt)
         # The last new token is not read; without new tokens, the prompt's last one is.
-        if len(tokens) + max(asked.max_tokens, 1) - 1 > service.config.max_length:
-            got = f"{len(tokens)} prompt tokens and max_tokens={asked.max_tokens}"
-            name = "messages" if asked.chat else "prompt"
+        if len(tokens) + max(completion.max_tokens, 1) - 1 > service.config.max_length:
+            got = f"{len(tokens)} prompt tokens and max_tokens={completion.max_tokens}"
+            name = "messages" if completion.chat else "prompt"
             raise BadRequestError(f"{got} do not fit {service.config.max_length}", name)
         # Keys share no cache, so that timing does not reveal another key's prompts.
-        salt, report = f"{key.name}\n{asked.cache_salt}", asked.prompt_shown is not None
+        salt, report = f"{key.name}\n{completion.cache_salt}", completion.prompt_shown is not None
         shared = Prompt(salt=salt, report=report)
-        for copy in range(asked.n):
+        for copy in range(completion.n):
             seed = secrets.randbits(32) if fields.seed is None else fields.seed
-            seed = (seed + number * asked.n + copy) % 2**32
+            seed = (seed + number * completion.n + copy) % 2**32
             request = Request(
                 prompt=tokens,
-                max_new_tokens=asked.max_tokens,
+                max_new_tokens=completion.max_tokens,
                 min_new_tokens=fields.min_tokens,
                 sampling=Sampling(**same | {"seed": service.disclosure.seed(seed)}),
                 stop_ids=stop_ids,
@@ -136,8 +136,8 @@ def _allowed(
     service: Service, fields: SamplingFields, stop_ids: Sequence[int]
 ) -> np.ndarray | None:
     """The words of `Request.allowed`; refuses unknown ids."""
-    given = {"logit_bias": dict(fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
-    for name, ids in (given | {"allowed_token_ids": fields.allowed_token_ids or ()}).items():
+    token_ids = {"logit_bias": dict(fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
+    for name, ids in (token_ids | {"allowed_token_ids": fields.allowed_token_ids or ()}).items():
         wrong = [i for i in ids if i >= service.vocab_size]
         if wrong:
             raise BadRequestError(f"{name}: there is no token {wrong[0]}", name)
@@ -150,12 +150,12 @@ def _allowed(
     return np.packbits(bits, bitorder="little").view("<u4")
 
 
-def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> list[int]:
-    name = "messages" if asked.chat else "prompt"
-    if asked.chat:
+def prompt_tokens(service: Service, request: CompletionRequest, prompt: Any) -> list[int]:
+    name = "messages" if request.chat else "prompt"
+    if request.chat:
         _check_size(service, sum(len(message["content"]) for message in prompt), name)
         try:
-            prompt = service.tokenizer.render_chat(prompt, **asked.template_variables)
+            prompt = service.tokenizer.render_chat(prompt, **request.template_variables)
         # Variables may have a name that is taken.
         except (ValueError, TypeError, RecursionError) as error:
             raise BadRequestError(str(error)[:200], name) from None
@@ -167,7 +167,7 @@ def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> li
         except (TypeError, UnicodeError):  # Lone surrogates, which JSON can spell.
             raise BadRequestError(f"{name} is not valid Unicode", name) from None
         tokens = encoded[0].ids
-        start = service.tokenizer.start if asked.add_special_tokens else []
+        start = service.tokenizer.start if request.add_special_tokens else []
         if tokens[:1] != start:
             tokens = [*start, *tokens]
     else:

@@ -141,10 +141,10 @@ async def _models(request: HttpRequest) -> Response:
     config = _service(request).config
     find_key(config.keys, request.headers.get("authorization", ""))
     entry = {"id": config.model, "object": "model", "created": 0, "owned_by": "logitjax"}
-    asked = request.path_params.get("name")
-    if asked is None:
+    name = request.path_params.get("name")
+    if name is None:
         return json_response({"object": "list", "data": [entry]})
-    check_model(config, asked)
+    check_model(config, name)
     return json_response(entry)
 
 

@@ -78,13 +78,13 @@ class _Line(BaseModel, strict=True, extra="forbid"):
 
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
-    given = authorization.encode(errors="surrogateescape")
+    header = authorization.encode(errors="surrogateescape")
     result = None
     for key in keys:
         if key.secret is None:
             return key
         # In constant time over all keys: stopping early would reveal a key letter by letter.
-        if hmac.compare_digest(given, f"Bearer {key.secret}".encode()):
+        if hmac.compare_digest(header, f"Bearer {key.secret}".encode()):
             result = key
     if result is None:
         raise ApiError(401, "a wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})

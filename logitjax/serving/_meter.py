@@ -23,7 +23,7 @@ class Meter:
         self,
         ledger: Ledger,
         disclosure: Disclosure,
-        asked: CompletionRequest,
+        completion: CompletionRequest,
         request: Request,
         vocab: int,
     ):
@@ -32,12 +32,12 @@ class Meter:
         self._ledger, self._token = ledger, math.log(vocab)
         self._draw = np.asarray(request.extra["draw"])
         cells = policy.value_nats(vocab)
-        self._values = 0.0 if asked.logprobs is None else cells
-        self._echoed = 0.0 if asked.prompt_shown is None else cells
+        self._values = 0.0 if completion.logprobs is None else cells
+        self._echoed = 0.0 if completion.prompt_shown is None else cells
         # Values of the first tokens are the same for all clients; a drawn token's are its own.
         self._same = not policy.sampled
         names = [field.name for field in dataclasses.fields(Choice)]
-        self._choice = Choice(**{name: getattr(asked.sampling, name) for name in names})
+        self._choice = Choice(**{name: getattr(completion.sampling, name) for name in names})
         self._prompt: Sequence[int] = np.asarray(request.prompt).tolist()
         self._wants, self._digest = request.max_new_tokens, hashlib.blake2b(digest_size=8)
 

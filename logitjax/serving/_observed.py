@@ -23,19 +23,19 @@ class Metrics:
 
     def __init__(self, load: Callable[[], tuple[int, int]]):
         self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry, "namespace": "logitjax"}
-        self.requests = Counter("requests", "Requests.", ["path", "status"], **made)
+        options: dict[str, Any] = {"registry": self.registry, "namespace": "logitjax"}
+        self.requests = Counter("requests", "Requests.", ["path", "status"], **options)
         until = "Time until the last byte of an answer."
-        self.seconds = Histogram("request_seconds", until, ["path"], buckets=_SECONDS, **made)
+        self.seconds = Histogram("request_seconds", until, ["path"], buckets=_SECONDS, **options)
         until = "Time from a checked request to its first token."
-        self.first_token = Histogram("first_token_seconds", until, buckets=_SECONDS, **made)
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
-        self.new_tokens = Counter("completion_tokens", "Tokens of answers.", **made)
+        self.first_token = Histogram("first_token_seconds", until, buckets=_SECONDS, **options)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **options)
+        self.new_tokens = Counter("completion_tokens", "Tokens of answers.", **options)
         notes = "Upper bound on the nats revealed by metered answers."
-        self.told_nats = Counter("told_nats", notes, **made)
-        self.open = Gauge("requests_open", "Requests in progress.", **made)
-        Gauge("slots_busy", "Slots taken.", **made).set_function(lambda: load()[0])
-        waiting = Gauge("requests_waiting", "Requests without a slot.", **made)
+        self.told_nats = Counter("told_nats", notes, **options)
+        self.open = Gauge("requests_open", "Requests in progress.", **options)
+        Gauge("slots_busy", "Slots taken.", **options).set_function(lambda: load()[0])
+        waiting = Gauge("requests_waiting", "Requests without a slot.", **options)
         waiting.set_function(lambda: load()[1])
 
     async def endpoint(self, _: HttpRequest) -> Response:

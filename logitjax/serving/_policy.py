@@ -83,13 +83,13 @@ class Disclosure:
         """The sampling fields of a request, on the grids; BadRequestError if one is refused."""
         if self.free:
             return fields
-        given = {name: getattr(fields, name) for name in _TUNED}
-        given["top_k"] = 0 if given["top_k"] >= vocab else given["top_k"]
-        taken = dataclasses.asdict(Choice(**given).rounded())
-        for name, value in given.items():
+        requested = {name: getattr(fields, name) for name in _TUNED}
+        requested["top_k"] = 0 if requested["top_k"] >= vocab else requested["top_k"]
+        rounded = dataclasses.asdict(Choice(**requested).rounded())
+        for name, value in requested.items():
             ignored = not fields.temperature and name in ("top_k", "top_p", "min_p")
-            if not ignored and not math.isclose(value, taken[name], rel_tol=_CLOSE):
-                nearest = f"{taken[name]:.5g}"
+            if not ignored and not math.isclose(value, rounded[name], rel_tol=_CLOSE):
+                nearest = f"{rounded[name]:.5g}"
                 raise BadRequestError(f"{name}: the nearest accepted value is {nearest}", name)
         for name, value in _moving(fields).items():
             if name not in _TUNED and not (self._schemas and name == "structure"):
@@ -98,7 +98,7 @@ class Disclosure:
         # The lower the temperature, the more precisely a choice between two tokens compares them.
         if fields.structure and 0 < fields.temperature < 1:
             raise BadRequestError("temperature: the nearest accepted value is 1", "temperature")
-        return dataclasses.replace(fields, **taken)
+        return dataclasses.replace(fields, **rounded)
 
     def extra(self, tokens: Sequence[int], fields: Any = None, seed: int = 0) -> dict[str, Any]:
         """Name the tokens so far, for the row's noise and, with the request, for its draws.
@@ -116,10 +116,10 @@ class Disclosure:
             extra = {name: advance(words, token) for name, words in extra.items()}
         return extra
 
-    def seed(self, asked: int) -> int:
+    def seed(self, seed: int) -> int:
         """The seed of a request's draws: reproducible, but impossible to guess."""
         # Knowing the noise of a draw reveals inequalities between logits with every token.
-        return int.from_bytes(self._digest(b"draw" + asked.to_bytes(8, "little"), 4), "little")
+        return int.from_bytes(self._digest(b"draw" + seed.to_bytes(8, "little"), 4), "little")
 
     def report(self, values: np.ndarray) -> np.ndarray:
         floor, decimals = self.policy.floor, self.policy.decimals
@@ -163,10 +163,10 @@ def _moving(fields: Any) -> dict[str, Any]:
     if fields is None:
         return {}
     bias = tuple((token, amount) for token, amount in sorted(fields.logit_bias) if amount)
-    given = dataclasses.replace(fields, logit_bias=bias)
+    unbiased = dataclasses.replace(fields, logit_bias=bias)
     entries = {field.name: field.default for field in dataclasses.fields(fields)}
     moved = {
-        name: getattr(given, name) for name, neutral in entries.items() if name not in _NEUTRAL
+        name: getattr(unbiased, name) for name, neutral in entries.items() if name not in _NEUTRAL
     }
     return {name: value for name, value in moved.items() if value != entries[name]}
 

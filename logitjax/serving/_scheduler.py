@@ -270,11 +270,11 @@ class Scheduler:
         return True
 
     def _drop_cancelled(self) -> None:
-        gone = [i for i, job in enumerate(self._jobs) if job is not None and job.cancelled]
-        for slot in gone:
+        cancelled = [i for i, job in enumerate(self._jobs) if job is not None and job.cancelled]
+        for slot in cancelled:
             self._jobs[slot] = None
-        if gone:
-            self.engine.evict(gone)
+        if cancelled:
+            self.engine.evict(cancelled)
         with self._wake:
             for row, group in list(self._reading.items()):
                 group[:] = [job for job in group if not job.cancelled]
@@ -370,8 +370,8 @@ class Scheduler:
         if entries or self._held:
             for slot, job in enumerate(self._jobs):
                 # The mask of a waiting slot is still being written.
-                given = job and not waits[slot] and (job.follower or job.request).allowed
-                self._allowed[slot] = given if isinstance(given, np.ndarray) else 0xFFFFFFFF
+                mask = job and not waits[slot] and (job.follower or job.request).allowed
+                self._allowed[slot] = mask if isinstance(mask, np.ndarray) else 0xFFFFFFFF
             self.engine.allow(self._allowed)
         self._held = bool(entries)
         return any(not waits[slot] for slot in entries)

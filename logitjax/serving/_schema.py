@@ -276,52 +276,52 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     if body.get("logit_bias") and config.policy.bias == "none":
         raise BadRequestError("this server accepts no logit_bias", "logit_bias")
     try:
-        asked: Any = model.model_validate(_of_use(body, model))
+        request: Any = model.model_validate(_of_use(body, model))
     except pydantic.ValidationError as error:
         raise _refusal(error) from None
-    shown, longest = asked.logprobs, asked.max_tokens
+    shown, longest = request.logprobs, request.max_tokens
     if chat:
-        prompts: Sequence[Any] = [[message.as_turn() for message in asked.messages]]
-        shown = (asked.top_logprobs or 0) if asked.logprobs else None
-        if asked.top_logprobs and not asked.logprobs:
+        prompts: Sequence[Any] = [[message.as_turn() for message in request.messages]]
+        shown = (request.top_logprobs or 0) if request.logprobs else None
+        if request.top_logprobs and not request.logprobs:
             raise BadRequestError("top_logprobs needs logprobs", "top_logprobs")
-        longest = asked.max_completion_tokens or longest
-    elif longest == 0 and not asked.echo:
+        longest = request.max_completion_tokens or longest
+    elif longest == 0 and not request.echo:
         raise BadRequestError("max_tokens may be 0 only with echo", "max_tokens")
-    elif isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int):
-        prompts = [asked.prompt]
+    elif isinstance(request.prompt, str) or isinstance(request.prompt[0], int):
+        prompts = [request.prompt]
     else:
-        prompts = asked.prompt
-    n = asked.n or 1
+        prompts = request.prompt
+    n = request.n or 1
     if n * len(prompts) > _MOST_PROMPTS:
         got = f"{n} for each of {len(prompts)} prompts"
         raise BadRequestError(f"at most {_MOST_PROMPTS} answers a request, got {got}", "n")
-    if asked.prompt_logprobs is not None and asked.stream:
+    if request.prompt_logprobs is not None and request.stream:
         raise BadRequestError("prompt_logprobs are not streamed", "prompt_logprobs")
     longest = _given(longest, min(config.max_tokens, 64 if chat else 16))
-    if (asked.min_tokens or 0) > longest:
+    if (request.min_tokens or 0) > longest:
         raise BadRequestError(f"min_tokens is larger than max_tokens={longest}", "min_tokens")
-    options, variables = asked.stream_options, {}
+    options, variables = request.stream_options, {}
     if chat:
-        prompted = {"add_generation_prompt": _given(asked.add_generation_prompt, True)}
-        variables = (asked.chat_template_kwargs or {}) | prompted
+        prompted = {"add_generation_prompt": _given(request.add_generation_prompt, True)}
+        variables = (request.chat_template_kwargs or {}) | prompted
     return CompletionRequest(
         prompts=prompts,
         n=n,
         max_tokens=longest,
-        sampling=_sampling(asked),
+        sampling=_sampling(request),
         logprobs=shown,
-        prompt_logprobs=asked.prompt_logprobs,
-        stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
-        echo=bool(not chat and asked.echo),
-        stream=bool(asked.stream),
+        prompt_logprobs=request.prompt_logprobs,
+        stop=[request.stop] if isinstance(request.stop, str) else request.stop or [],
+        echo=bool(not chat and request.echo),
+        stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
-        tokens_as_ids=bool(asked.return_tokens_as_token_ids),
-        cache_salt=asked.cache_salt or "",
-        add_special_tokens=not chat and _given(asked.add_special_tokens, True),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        cache_salt=request.cache_salt or "",
+        add_special_tokens=not chat and _given(request.add_special_tokens, True),
         template_variables=variables,
-        model=asked.model,
+        model=request.model,
         chat=chat,
     )
 
@@ -345,31 +345,31 @@ def _of_use(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     return kept
 
 
-def _sampling(asked: Any) -> SamplingFields:
-    biases, allowed = asked.logit_bias or {}, asked.allowed_token_ids
-    structure, structure_field = _structure(asked)
+def _sampling(request: Any) -> SamplingFields:
+    biases, allowed = request.logit_bias or {}, request.allowed_token_ids
+    structure, structure_field = _structure(request)
     for name in ("allowed_token_ids", "min_tokens", "ignore_eos") if structure else ():
         # It may leave only tokens that these fields exclude.
-        if getattr(asked, name):
+        if getattr(request, name):
             raise BadRequestError(f"{name} cannot be combined with a structure", name)
-    given = {field.name: getattr(asked, field.name, None) for field in _FIELDS} | {
+    values = {field.name: getattr(request, field.name, None) for field in _FIELDS} | {
         # -1 keeps all, as 0 does.
-        "top_k": max(asked.top_k or 0, 0),
-        "seed": None if asked.seed in (None, -1) else asked.seed % 2**32,
+        "top_k": max(request.top_k or 0, 0),
+        "seed": None if request.seed in (None, -1) else request.seed % 2**32,
         # In one order, however they were written.
         "logit_bias": tuple(sorted((int(token), value) for token, value in biases.items())),
         "allowed_token_ids": None if allowed is None else tuple(sorted(set(allowed))),
-        "stop_token_ids": tuple(sorted(set(asked.stop_token_ids or ()))),
+        "stop_token_ids": tuple(sorted(set(request.stop_token_ids or ()))),
         "structure": structure,
         "structure_field": structure_field,
     }
-    return SamplingFields(**{name: value for name, value in given.items() if value is not None})
+    return SamplingFields(**{name: value for name, value in values.items() if value is not None})
 
 
-def _structure(asked: Any) -> tuple[tuple[str, str] | None, str]:
+def _structure(request: Any) -> tuple[tuple[str, str] | None, str]:
     """Return the structure that an answer has to follow, and the field that contains it."""
     items: list[tuple[str, Any]] = []
-    form, given = asked.response_format, asked.structured_outputs
+    form, outputs = request.response_format, request.structured_outputs
     if form is not None and form.type == "json_object":
         items.append(("json", {"type": "object"}))
     elif form is not None and form.type == "json_schema":
@@ -377,12 +377,12 @@ def _structure(asked: Any) -> tuple[tuple[str, str] | None, str]:
             needed = "response_format of type json_schema needs a json_schema with a schema"
             raise BadRequestError(needed, "response_format")
         items.append(("json", form.json_schema.given))
-    name = "response_format" if items or given is None else "structured_outputs"
-    if given is not None:
-        texts = (given.given, given.regex, given.choice, given.grammar)
+    name = "response_format" if items or outputs is None else "structured_outputs"
+    if outputs is not None:
+        texts = (outputs.given, outputs.regex, outputs.choice, outputs.grammar)
         kinds = zip(("json", "regex", "choice", "grammar"), texts, strict=True)
         items += [(kind, value) for kind, value in kinds if value is not None]
-        items += [("json", {"type": "object"})] if given.json_object else []
+        items += [("json", {"type": "object"})] if outputs.json_object else []
         if len(items) != 1:
             many = f"structured_outputs: expected one structure, got {len(items)}"
             raise BadRequestError(many, "structured_outputs")

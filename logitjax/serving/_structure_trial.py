@@ -25,14 +25,14 @@ def main() -> None:
     with open("/proc/self/statm") as sizes:
         most = int(sizes.read().split()[0]) * resource.getpagesize() + _MEMORY
     for line in sys.stdin.buffer:
-        asked = json.loads(line)
+        request = json.loads(line)
         child = os.fork()
         if not child:
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.alarm(_CLOCK)
-            signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
-            matcher = llguidance.LLMatcher(tokens, asked["grammar"], log_level=0)
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            matcher = llguidance.LLMatcher(tokens, request["grammar"], log_level=0)
             matcher.compute_bitmask()
             os._exit(0)
         _, status, usage = os.wait4(child, 0)

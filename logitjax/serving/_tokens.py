@@ -17,9 +17,9 @@ from logitjax.serving._service import Service
 def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     """Tokens of the prompt in a request with these fields."""
     spelt, chat = body.pop("return_token_strs", None), "messages" in body
-    asked = schema.parse(body, service.config, chat=chat)
-    check_model(service.config, asked.model)
-    tokens = prompt_tokens(service, asked, asked.prompts[0])
+    request = schema.parse(body, service.config, chat=chat)
+    check_model(service.config, request.model)
+    tokens = prompt_tokens(service, request, request.prompts[0])
     names = [service.tokenizer.token(token) for token in tokens] if spelt else None
     most = service.config.max_length
     return {"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names}
@@ -41,10 +41,10 @@ def tokens_endpoint(
     """The endpoint of either; it runs off the event loop because it is slow."""
 
     def work(body: bytes) -> dict[str, Any]:
-        given = parse_json(body)
-        if not isinstance(given, dict):
+        content = parse_json(body)
+        if not isinstance(content, dict):
             raise BadRequestError("the body must be a JSON object")
-        return answer(service, given)
+        return answer(service, content)
 
     async def endpoint(http: HttpRequest) -> Response:
         _, body = await read_body(service, http)

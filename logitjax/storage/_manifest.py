@@ -129,12 +129,12 @@ def _plain(value: Any) -> str:
 
 def _differences(path: str, stored: Any, expected: Any, at_least: tuple[str, ...]) -> Any:
     for name, value in expected.items():
-        has, whole = stored.get(name), f"{path}{name}"
-        if has == value or (whole in at_least and has is not None and has >= value):
+        has, full_name = stored.get(name), f"{path}{name}"
+        if has == value or (full_name in at_least and has is not None and has >= value):
             continue
         if isinstance(has, Mapping) and isinstance(value, Mapping):
             # Also keys that only the directory has: a missing key in a part is a difference.
             both = dict.fromkeys(has) | dict(value)
-            yield from _differences(f"{whole}.", has, both, at_least)
+            yield from _differences(f"{full_name}.", has, both, at_least)
         else:
-            yield f"its {whole} is {_SHORT.repr(has)}, not {_SHORT.repr(value)}"
+            yield f"its {full_name} is {_SHORT.repr(has)}, not {_SHORT.repr(value)}"

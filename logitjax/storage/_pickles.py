@@ -111,12 +111,12 @@ class Machine:
     def _build(self, name: str, argument: Any) -> None:
         if name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
             values = self._marked()
-            made: Any = tuple(values) if name == "TUPLE" else values
+            container: Any = tuple(values) if name == "TUPLE" else values
             if name == "FROZENSET":
-                made = frozenset(map(_key, values))
+                container = frozenset(map(_key, values))
             elif name == "DICT":
-                made = dict(_pairs(values))
-            self._stack.append(made)
+                container = dict(_pairs(values))
+            self._stack.append(container)
         elif name in ("APPENDS", "APPEND", "ADDITEMS"):
             values = [self._stack.pop()] if name == "APPEND" else self._marked()
             target = self._stack[-1]
@@ -268,10 +268,10 @@ def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
         if isinstance(value, dict):
             # Separate classes distinguish TorchScript's modules from tables.
             kind = type(value) if isinstance(value, Attributes) else dict
-            made: Any = kind((key, visit(item)) for key, item in value.items())
+            copy: Any = kind((key, visit(item)) for key, item in value.items())
         else:
-            made = type(value)([visit(item) for item in value])
-        entries[id(value)] = made
-        return made
+            copy = type(value)([visit(item) for item in value])
+        entries[id(value)] = copy
+        return copy
 
     return visit(value)

@@ -170,11 +170,11 @@ class RowCache:
             ValueError: A row is missing, or a record is damaged.
         """
         rows = _row_numbers(rows)
-        lacking = self.missing(rows)
-        if len(lacking) or (len(rows) and rows.min() < 0):
-            first = lacking[0] if len(lacking) else rows.min()
+        missing = self.missing(rows)
+        if len(missing) or (len(rows) and rows.min() < 0):
+            first = missing[0] if len(missing) else rows.min()
             raise ValueError(
-                f"{self._kind} {self.directory} lacks {max(1, len(lacking))} of the requested "
+                f"{self._kind} {self.directory} lacks {max(1, len(missing))} of the requested "
                 f"rows, such as {first}: compute them first"
             )
         places = self._places[np.searchsorted(self.row_numbers, rows)]
@@ -246,10 +246,10 @@ class RowCache:
     def _todo(self, rows: np.ndarray, size: int, index: int, count: int) -> list[np.ndarray]:
         """The missing rows of each part that this process writes."""
         # Split from all requested rows, so that parts do not depend on existing ones.
-        mine = [rows[i : i + size] for i in range(0, len(rows), size)][index::count]
+        local = [rows[i : i + size] for i in range(0, len(rows), size)][index::count]
         # Read anew from disk: another process may have written since.
         self._load()
-        return [part for part in (self.missing(part) for part in mine) if len(part)]
+        return [part for part in (self.missing(part) for part in local) if len(part)]
 
     def add(self, rows: Rows, computed: Any) -> None:
         """Write computed values of these rows as one part."""
@@ -272,15 +272,15 @@ class RowCache:
 
 def _row_numbers(rows: Rows, *, least: int | None = None) -> np.ndarray:
     """Rows as int64; masks of rows and negative numbers are refused."""
-    given = np.asarray(rows)
-    if given.size and not np.issubdtype(given.dtype, np.integer):
-        raise TypeError(f"rows: expected integers, got {given.dtype}")
-    if least is not None and given.size and given.min() < least:
-        location = int((given < least).argmax())
+    numbers = np.asarray(rows)
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+        raise TypeError(f"rows: expected integers, got {numbers.dtype}")
+    if least is not None and numbers.size and numbers.min() < least:
+        location = int((numbers < least).argmax())
         raise ValueError(
-            f"rows: expected {least} or more, got {given.ravel()[location]} at {location}"
+            f"rows: expected {least} or more, got {numbers.ravel()[location]} at {location}"
         )
-    return given.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def _fitting(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -185,7 +185,7 @@ def _read_legacy(file: guard.Reader) -> Any:
 
 def _arrays(content: Any) -> Any:
     """Tensors as arrays, one object for a tensor that occurs twice."""
-    made: dict[Any, np.ndarray] = {}
+    arrays: dict[Any, np.ndarray] = {}
     owners: set[int] = set()
     storages: dict[int, int] = {}
     copied = 0
@@ -194,7 +194,7 @@ def _arrays(content: Any) -> Any:
         nonlocal copied
         if not isinstance(value, _Tensor):
             return value
-        if value.key not in made:
+        if value.key not in arrays:
             view = value.array()
             # The first tensor that fills its storage uses that memory; others are copies.
             first = view.size == value.storage.count and id(value.storage) not in owners
@@ -205,8 +205,8 @@ def _arrays(content: Any) -> Any:
                 most = guard.LIMITS.free_expansion + _SHARED * sum(storages.values())
                 if copied > most:
                     raise ValueError(f"tensors repeat their storages more than {most} bytes long")
-            made[value.key] = view if first else np.array(view)
-        return made[value.key]
+            arrays[value.key] = view if first else np.array(view)
+        return arrays[value.key]
 
     return plain(content, leaf)
 

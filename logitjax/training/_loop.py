@@ -298,7 +298,7 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
 @contextlib.contextmanager
 def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, Any], None]]:
     """Called before every step; traces ``count`` steps from ``first`` on, in full."""
-    running, asked = False, threading.Event()
+    running, requested = False, threading.Event()
 
     def stop() -> None:
         nonlocal running
@@ -309,8 +309,8 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
 
     def before(step: int, state: Any) -> None:
         nonlocal running, first, count
-        if asked.is_set() and not running:
-            asked.clear()
+        if requested.is_set() and not running:
+            requested.clear()
             first, count = step, count or 3
         if not count or step not in (first, first + count):
             return
@@ -323,7 +323,7 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
             stop()
 
     listens = workdir is not None and threading.current_thread() is threading.main_thread()
-    former = signal.signal(signal.SIGUSR1, lambda *_: asked.set()) if listens else None
+    former = signal.signal(signal.SIGUSR1, lambda *_: requested.set()) if listens else None
     try:
         yield before
     finally:

@@ -97,19 +97,19 @@ def make_mesh(
         return Mesh(grid, tuple(sizes), axis_types=types)
 
 
-def _slices(spec: str, asked: int | None, devices: Any) -> int | None:
+def _slices(spec: str, slices: int | None, devices: Any) -> int | None:
     """The size of ``dcn_data``, or None without such an axis."""
     # GPUs also have a slice_index, with another meaning.
     tpu = devices[0].platform == "tpu"
     key = "slice_index" if tpu else "process_index"
     count = len({getattr(device, key, 0) for device in devices})
-    if asked is None and tpu and count > 1:
+    if slices is None and tpu and count > 1:
         raise ValueError(
             f"mesh {spec!r}: expected dcn_data:{count} too, for {count} slices, got none"
         )
-    if asked is not None and asked != -1 and tpu and asked != count:
-        raise ValueError(f"mesh {spec!r}: expected dcn_data:{count}, one per slice, got {asked}")
-    return count if asked == -1 else asked
+    if slices is not None and slices != -1 and tpu and slices != count:
+        raise ValueError(f"mesh {spec!r}: expected dcn_data:{count}, one per slice, got {slices}")
+    return count if slices == -1 else slices
 
 
 def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:

@@ -100,12 +100,12 @@ class TrainState:
 
 
 def _builder(params: Any, tx: optax.GradientTransformation) -> Callable[..., TrainState]:
-    def build(key: jax.Array, given: Any = None) -> TrainState:
+    def build(key: jax.Array, initial: Any = None) -> TrainState:
         # The steps' key must not be the parameters'.
         init_key, rng = jax.random.split(key)
-        made: Any = params(init_key) if callable(params) else jax.tree.map(jnp.copy, given)
+        parameters: Any = params(init_key) if callable(params) else jax.tree.map(jnp.copy, initial)
         return TrainState(
-            step=jnp.zeros((), jnp.int32), params=made, opt_state=tx.init(made), rng=rng
+            step=jnp.zeros((), jnp.int32), params=parameters, opt_state=tx.init(parameters), rng=rng
         )
 
     return build

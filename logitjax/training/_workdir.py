@@ -101,16 +101,16 @@ def _count_start(workdir: epath.Path) -> None:
     if not run:
         return
     path, most = workdir / "starts.json", int(os.environ.get("LOGITJAX_MAX_STARTS", "20"))
-    made = digest(sorted(_made_files(workdir)))
+    contents = digest(sorted(_made_files(workdir)))
     before = _read(path.read_bytes()) if path.exists() else {}
-    same = before.get("run") == run and before.get("made") == made
+    same = before.get("run") == run and before.get("made") == contents
     count = int(before.get("starts", 0)) + 1 if same else 1
     if count > most:
         raise ValueError(
             f"folder {str(workdir)!r}: expected progress in {most} starts, got none; its "
             f"error.txt may give the reason (remove {path.name} to continue)"
         )
-    write_atomic(path, json.dumps({"run": run, "made": made, "starts": count}))
+    write_atomic(path, json.dumps({"run": run, "made": contents, "starts": count}))
 
 
 def _made_files(folder: epath.Path, above: str = "") -> Iterator[str]:
@@ -262,7 +262,7 @@ def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
         result = store.read("lock").result()
         generation = result.stamp.generation
         if result.state != "value":
-            mine = _write(store, run, generation)
+            written = _write(store, run, generation)
         else:
             owner = _read(result.value)
             if watched is None:
@@ -270,10 +270,10 @@ def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
             elif watched != generation:
                 raise _refusal(workdir, owner)
             stale = time.monotonic() - since >= _STALE_SECONDS
-            mine = None
+            written = None
             if owner.get("run") == run or stale:
                 logging.warning("taking over the lock of process %s", owner.get("pid"))
-                mine = _write(store, run, generation)
-        if mine is not None:
-            return mine
+                written = _write(store, run, generation)
+        if written is not None:
+            return written
         time.sleep(_LOOK_SECONDS)

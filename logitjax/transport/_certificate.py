@@ -120,8 +120,8 @@ def certificate(
         raise ValueError("d: expected a second graph, or c to be a problem of ott; got None")
     (c, c_low), (d, d_low) = (x if isinstance(x, tuple) else (x, None) for x in (c, d))
     sizes, weights = (num_nodes(c), num_nodes(d)), (c_weights, d_weights)
-    for name, given, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
-        check_weights(name, given, n)
+    for name, marginal, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
+        check_weights(name, marginal, n)
     uniform = sizes[0] == sizes[1] and all(w is None for w in weights)
     if refine is not None and not (uniform and p == 2):
         raise ValueError(
@@ -225,10 +225,10 @@ def _bracket(
 ) -> tuple[Certificate, tuple[Any, Any]]:
     """Bounds and units without their powers of two, and their exponents."""
     with jax.default_matmul_precision("highest"):
-        (c, d), given, unit, units, exponents = scaled(
+        (c, d), rest, unit, units, exponents = scaled(
             graphs, halves, weights, linear, p=options.p, scale=options.scale
         )
-        answer = _bounds(c, d, weights, given, key, candidates, options)
+        answer = _bounds(c, d, weights, rest, key, candidates, options)
     lower, upper, coupling, costs = answer
     scale = 1 / unit**options.p
     lower, upper, costs = (x * scale for x in (lower, upper, costs))

@@ -109,13 +109,13 @@ def coupling_cost(
     pairs, n, m = coupling.rows.shape[-1], num_nodes(c), num_nodes(d)
     rows, columns = jnp.asarray(coupling.rows), jnp.asarray(coupling.columns)
     mass = real(coupling.mass)
-    taken = jnp.zeros(n, mass.dtype).at[rows].add(mass)
-    given = jnp.zeros(m, mass.dtype).at[columns].add(mass)
+    row_mass = jnp.zeros(n, mass.dtype).at[rows].add(mass)
+    column_mass = jnp.zeros(m, mass.dtype).at[columns].add(mass)
     # Mass that must be moved before the masses have the marginals of a coupling.
     surplus = (
         jnp.maximum(1 - mass.sum(), 0.0)
-        + jnp.maximum(taken - node_weights(c, c_weights), 0.0).sum()
-        + jnp.maximum(given - node_weights(d, d_weights), 0.0).sum()
+        + jnp.maximum(row_mass - node_weights(c, c_weights), 0.0).sum()
+        + jnp.maximum(column_mass - node_weights(d, d_weights), 0.0).sum()
         + jnp.maximum(-mass, 0.0).sum() * 4
         + 4 * gamma(pairs + n + m)
     )

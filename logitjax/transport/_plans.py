@@ -54,19 +54,19 @@ class Plan:
         return Plan(left, self.right * columns[:, None])
 
 
-def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Weights]) -> Any:
+def as_candidate(candidate: Any, n: int, m: int, p: int, weights: tuple[Weights, Weights]) -> Any:
     """Return a coupling unchanged, and anything with masses, or their factors, as a `Plan`."""
-    if isinstance(given, Coupling):
-        return given
+    if isinstance(candidate, Coupling):
+        return candidate
     # ott's solver of dense problems stores the solution of its last linear one.
-    factors = [getattr(getattr(given, "linear_state", given), name, None) for name in "qrg"]
+    factors = [getattr(getattr(candidate, "linear_state", candidate), name, None) for name in "qrg"]
     if all(x is not None for x in factors):
         q, r, g = (x if isinstance(x, Tracer) else np.asarray(x, np.float64) for x in factors)
         plan = Plan(q / g, r)
     else:
         for name in ("plan", "matrix"):
-            given = getattr(given, name, given)
-        plan = Plan(given if isinstance(given, jax.Array) else np.asarray(given))
+            candidate = getattr(candidate, name, candidate)
+        plan = Plan(candidate if isinstance(candidate, jax.Array) else np.asarray(candidate))
     shape = len(plan.left), plan.left.shape[-1] if plan.right is None else len(plan.right)
     if plan.left.ndim != 2 or shape != (n, m):
         raise ValueError(
@@ -131,8 +131,8 @@ def plan_cost(
     far = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), weights, strict=True))
     plan, distance = repaired(plan, *weights)
     sides = [
-        jnp.sum(w * row_statistics(g, given).square)
-        for g, w, given in zip((c, d), weights, (c_weights, d_weights), strict=True)
+        jnp.sum(w * row_statistics(g, marginal).square)
+        for g, w, marginal in zip((c, d), weights, (c_weights, d_weights), strict=True)
     ]
     if plan.right is None:
         both = jnp.sum(jnp.sum(applied(d, applied(c, plan.left).T).T * plan.left, axis=1))

@@ -23,17 +23,17 @@ class Problem(NamedTuple):
     linear: Linear
 
 
-def is_problem(given: Any) -> bool:
-    return hasattr(given, "geom_xx") or hasattr(given, "ot_prob") or hasattr(given, "linear_state")
+def is_problem(value: Any) -> bool:
+    return hasattr(value, "geom_xx") or hasattr(value, "ot_prob") or hasattr(value, "linear_state")
 
 
-def from_problem(given: Any) -> Problem:
+def from_problem(source: Any) -> Problem:
     """A ``QuadraticProblem`` of ott, or that of a low-rank solution, in float64."""
-    problem = getattr(given, "ot_prob", given)
+    problem = getattr(source, "ot_prob", source)
     if not hasattr(problem, "geom_xx"):
         raise TypeError(
             "c: expected graphs, a QuadraticProblem of ott, or a solution that keeps its problem; "
-            f"got {type(given).__name__}: pass the problem, then the solution"
+            f"got {type(source).__name__}: pass the problem, then the solution"
         )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(problem)):
         raise TypeError("c: expected a concrete problem, got one under a transform")

@@ -120,9 +120,9 @@ def scaled(
         factor = rms[1] / rms[0]
         rounding = jnp.where(factor == 1, 0.0, gamma(8) * _norm(c, weights[0]))
         error = factor * (errors[0] + rounding) + errors[1]
-        given = {"linear": None, "error": jax.lax.stop_gradient(error)}
+        rest = {"linear": None, "error": jax.lax.stop_gradient(error)}
         units = 2 * jnp.stack(halves)
-        return (multiply(c, factor), d), given, rms[1], jnp.stack(rms), (0, units)
+        return (multiply(c, factor), d), rest, rms[1], jnp.stack(rms), (0, units)
     # A graph of zeros has no scale: next to a tiny one it must not set the other's.
     scales = [
         jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
@@ -139,8 +139,8 @@ def scaled(
     elif linear is not None:
         linear = times_power_of_two(real(linear), -2 * p * common)
     unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
-    given = {"linear": linear, "error": jax.lax.stop_gradient(error)}
-    return both, given, unit, jnp.stack([unit, unit]), (2 * p * (common - half), 2 * half)
+    rest = {"linear": linear, "error": jax.lax.stop_gradient(error)}
+    return both, rest, unit, jnp.stack([unit, unit]), (2 * p * (common - half), 2 * half)
 
 
 def _norm(graph: Graph, weights: Weights) -> Scalar:

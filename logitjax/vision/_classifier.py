@@ -98,5 +98,5 @@ class ImageClassifier(nnx.Module):
             weights: a file, or the arrays by their torch names; ValueError if some are missing,
                 unknown or of another shape, or the file is not safe to read.
         """
-        given = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
-        fill_weights(self, given, torch_names(self))
+        arrays = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
+        fill_weights(self, arrays, torch_names(self))

@@ -176,19 +176,19 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
             return _vision_transformer(result)
         if is_tower(weights):
             named, config = timm_tower(weights, settings)
-            made = timm_preprocessing(settings)
-            return _with_head(result, network_of(config), config, named, made)
+            prep = timm_preprocessing(settings)
+            return _with_head(result, network_of(config), config, named, prep)
         if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(result)
         if "embedder.embedder.convolution.weight" in bare:
-            made = processor_preprocessing(path, _IMAGENET)
+            prep = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
                 raise ValueError("downsample_in_bottleneck: expected false, got true")
-            return _resnet(spec, resnet_names(weights), made, dtype)
+            return _resnet(spec, resnet_names(weights), prep, dtype)
         if str(settings.get("architecture")).startswith(("resnetaa", "resnetblur")):
             raise ValueError("anti-aliased strides are not supported")
-        made = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
-        encoder = _without_text(spec, weights, made, dtype)
+        prep = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
+        encoder = _without_text(spec, weights, prep, dtype)
     except ValueError as error:
         # Whose relative it is: the first weight that does not fit says little.
         called = _architecture(settings)
@@ -243,7 +243,7 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{path}: neither .safetensors nor {', '.join(_PICKLES)} there")
 
 
-def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder | None:
+def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) -> Encoder | None:
     if any(key.startswith("base_encoder.") for key in weights):
         prefix = "base_encoder."
         weights = {
@@ -253,7 +253,7 @@ def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) 
             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")
         }
     if "layer1.0.conv1.weight" in weights:
-        return _resnet(name, weights, made, dtype)
+        return _resnet(name, weights, prep, dtype)
     if "_conv_stem.weight" in weights:
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
@@ -275,8 +275,8 @@ def _filled(model: Any, weights: Weights) -> Any:
     return model
 
 
-def _clip(given: _Checkpoint) -> Encoder:
-    weights, settings, path = given.weights, given.settings, given.path
+def _clip(ckpt: _Checkpoint) -> Encoder:
+    weights, settings, path = ckpt.weights, ckpt.settings, ckpt.path
     trunk = {
         name.removeprefix(_TRUNK): value
         for name, value in weights.items()
@@ -291,30 +291,30 @@ def _clip(given: _Checkpoint) -> Encoder:
         }
         tower = dataclasses.replace(tower, embed_dim=len(named["vision.projection.bias"]))
     config = clip_config(named, settings, tower)
-    model = _filled(given.shapes(CLIP, config), named)
+    model = _filled(ckpt.shapes(CLIP, config), named)
     size = config.vision.image_size
-    made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
+    prep = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     message = settings.get("preprocess_cfg")
-    made = (
-        open_clip_preprocessing(made, message) if message else processor_preprocessing(path, made)
+    prep = (
+        open_clip_preprocessing(prep, message) if message else processor_preprocessing(path, prep)
     )
     tokenizer: CLIPTokenizer | None = None
-    if given.tokenizer is not None:
-        tokenizer = load_clip_tokenizer(given.tokenizer, config.context_length)
+    if ckpt.tokenizer is not None:
+        tokenizer = load_clip_tokenizer(ckpt.tokenizer, config.context_length)
     elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
         tokenizer = load_clip_tokenizer(path, config.context_length)
-    return _encoder(given, model, made, tokenizer)
+    return _encoder(ckpt, model, prep, tokenizer)
 
 
-def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any) -> Encoder:
+def _encoder(ckpt: _Checkpoint, model: Any, prep: Preprocessing, tokenizer: Any) -> Encoder:
     features = model.config.embed_dim
     return Encoder(
-        given.spec, model, made, num_features=features, tokenizer=tokenizer, dtype=given.dtype
+        ckpt.spec, model, prep, num_features=features, tokenizer=tokenizer, dtype=ckpt.dtype
     )
 
 
-def _siglip(given: _Checkpoint) -> Encoder:
-    weights, settings, path = given.weights, given.settings, given.path
+def _siglip(ckpt: _Checkpoint) -> Encoder:
+    weights, settings, path = ckpt.weights, ckpt.settings, ckpt.path
     vision, text = (
         transformer_names(
             {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
@@ -326,20 +326,20 @@ def _siglip(given: _Checkpoint) -> Encoder:
     named = {name: weights[name] for name in ("logit_scale", "logit_bias")}
     named |= {f"vision.{key}": value for key, value in vision.items()}
     named |= {f"text.{key}": value for key, value in text.items()}
-    model = _filled(given.shapes(SigLIP, config), named)
-    location = epath.Path(given.tokenizer) if given.tokenizer else path
+    model = _filled(ckpt.shapes(SigLIP, config), named)
+    location = epath.Path(ckpt.tokenizer) if ckpt.tokenizer else path
     sig_l_i_p_tokenizer = None
     if location.is_dir() and (location / "tokenizer.json").exists():
         sig_l_i_p_tokenizer = SigLIPTokenizer(
             load_tokenizer(os.fspath(location)), config.context_length
         )
     size = config.vision.image_size
-    made = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
-    return _encoder(given, model, made, sig_l_i_p_tokenizer)
+    prep = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
+    return _encoder(ckpt, model, prep, sig_l_i_p_tokenizer)
 
 
-def _vision_transformer(given: _Checkpoint) -> Encoder:
-    named, settings = transformer_names(given.weights), given.settings
+def _vision_transformer(ckpt: _Checkpoint) -> Encoder:
+    named, settings = transformer_names(ckpt.weights), ckpt.settings
     # The tower of a model of two brings the settings of both.
     config = vit_config(named, settings.get("vision_config") or settings)
     if config.pooling == "class" and not config.class_token:
@@ -354,22 +354,22 @@ def _vision_transformer(given: _Checkpoint) -> Encoder:
         default = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     elif config.pooling == "probe":
         default = dataclasses.replace(default, interpolation="bicubic")
-    return _with_head(given, ViT, config, named, processor_preprocessing(given.path, default))
+    return _with_head(ckpt, ViT, config, named, processor_preprocessing(ckpt.path, default))
 
 
-def _convnext(given: _Checkpoint) -> Encoder:
-    named, settings = convnext_names(given.weights), given.settings
-    made = processor_preprocessing(given.path, _IMAGENET)
+def _convnext(ckpt: _Checkpoint) -> Encoder:
+    named, settings = convnext_names(ckpt.weights), ckpt.settings
+    prep = processor_preprocessing(ckpt.path, _IMAGENET)
     if "pretrained_cfg" in settings:
-        made = timm_preprocessing(settings)
-    return _with_head(given, ConvNeXt, convnext_config(named, settings), named, made)
+        prep = timm_preprocessing(settings)
+    return _with_head(ckpt, ConvNeXt, convnext_config(named, settings), named, prep)
 
 
 def _with_head(
-    given: _Checkpoint, kind: Any, config: Any, named: Weights, made: Preprocessing
+    ckpt: _Checkpoint, kind: Any, config: Any, named: Weights, prep: Preprocessing
 ) -> Encoder:
     """An encoder with the class head that its file has, if it reads the features alone."""
-    model = given.shapes(kind, config)
+    model = ckpt.shapes(kind, config)
     features = model.num_features
     head = named.get("fc.weight")
     classes = len(head) if head is not None and head.shape[1] == features else 0
@@ -380,11 +380,11 @@ def _with_head(
     else:
         _filled(model, {k: v for k, v in named.items() if not k.startswith("fc.")})
     return Encoder(
-        given.spec, model, made, num_features=features, num_classes=classes, dtype=given.dtype
+        ckpt.spec, model, prep, num_features=features, num_classes=classes, dtype=ckpt.dtype
     )
 
 
-def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder:
+def _resnet(name: str, weights: Weights, prep: Preprocessing, dtype: Any) -> Encoder:
     blocks = [
         len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
@@ -409,7 +409,7 @@ def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Enc
         fill_weights(model, weights, torch_names(model))
     else:
         _filled(model, {k: v for k, v in weights.items() if not k.startswith("fc.")})
-    return Encoder(name, model, made, num_features=width, num_classes=classes, dtype=dtype)
+    return Encoder(name, model, prep, num_features=width, num_classes=classes, dtype=dtype)
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:

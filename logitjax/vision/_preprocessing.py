@@ -82,7 +82,7 @@ class Preprocessing:
             )
         if images.dtype == np.uint8:
             return
-        whole = jnp.issubdtype(images.dtype, jnp.integer)
-        low, high = (0, 255) if whole else (0.5 - _FURTHEST, 0.5 + _FURTHEST)
-        expected = "whole numbers 0 to 255" if whole else "floats 0 to 1"
+        is_integer = jnp.issubdtype(images.dtype, jnp.integer)
+        low, high = (0, 255) if is_integer else (0.5 - _FURTHEST, 0.5 + _FURTHEST)
+        expected = "whole numbers 0 to 255" if is_integer else "floats 0 to 1"
         checks.values(images, lambda x: (x >= low) & (x <= high), "images", expected)

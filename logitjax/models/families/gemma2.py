@@ -24,9 +24,9 @@ def _scales(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     raw, scalar = llama.LLAMA.write(config), config.attention_scale**-2
-    whole = abs(scalar - round(scalar)) < 1e-6 * scalar
+    is_integer = abs(scalar - round(scalar)) < 1e-6 * scalar
     return raw | {
-        "query_pre_attn_scalar": round(scalar) if whole else scalar,
+        "query_pre_attn_scalar": round(scalar) if is_integer else scalar,
         # If no layer has one, transformers still requires a number there.
         "sliding_window": raw["sliding_window"] or config.max_length,
         "layer_types": layer_types(config),
