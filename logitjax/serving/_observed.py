@@ -56,8 +56,8 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(_HEADER.encode(), b"")
-        name = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
+        header = dict(scope["headers"]).get(_HEADER.encode(), b"")
+        name = header if _ID.fullmatch(header) else f"req-{secrets.token_hex(12)}".encode()
         scope.setdefault("state", {})["request_id"] = name.decode()
         # All other paths are counted as one; otherwise strangers could create new series.
         path = scope["path"] if scope["path"] in self._paths else "other"

@@ -31,11 +31,11 @@ def uniform_matching(matching: Order) -> Coupling:
 
 
 def best_sorted_coupling(
-    c: Graph, d: Graph, p: int, candidates: Sequence[Coupling], given: Mapping[str, Any]
+    c: Graph, d: Graph, p: int, candidates: Sequence[Coupling], rest: Mapping[str, Any]
 ) -> tuple[Coupling, Float[jax.Array, "plans"]]:
     """The cheapest of three sorted couplings and `candidates`, and the cost of each candidate."""
     # In this order; without a gradient.
-    weights = given["c_weights"], given["d_weights"]
+    weights = rest["c_weights"], rest["d_weights"]
     local, other = (row_statistics(densest(g, w), w) for g, w in zip((c, d), weights, strict=True))
     plans = [
         sorted_coupling(
@@ -43,11 +43,11 @@ def best_sorted_coupling(
         )
         for name in ("rms", "mean", "deviation")
     ]
-    return cheapest(c, d, [*plans, *candidates], p, given)
+    return cheapest(c, d, [*plans, *candidates], p, rest)
 
 
 def cheapest(
-    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, given: Mapping[str, Any]
+    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, rest: Mapping[str, Any]
 ) -> tuple[Coupling, Float[jax.Array, "plans"]]:
     """The plan with the least proven cost; shorter ones are padded with entries of no mass."""
     longest = max(plan.rows.shape[-1] for plan in plans)
@@ -62,7 +62,7 @@ def cheapest(
         )
 
     def most(plan: Coupling) -> jax.Array:
-        return coupling_cost(c, d, plan, p=p, **given).most
+        return coupling_cost(c, d, plan, p=p, **rest).most
 
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
     if all(plan.rows.shape[-1] == longest for plan in plans):

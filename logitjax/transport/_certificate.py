@@ -246,7 +246,7 @@ def _bounds(
     c: Graph,
     d: Graph,
     weights: tuple[Weights, Weights],
-    given: dict[str, Any],
+    rest: dict[str, Any],
     key: jax.Array,
     candidates: tuple[Coupling | Plan, ...],
     options: _Options,
@@ -274,8 +274,8 @@ def _bounds(
         bound, assigned = gilmore_lawler(c, d, branches=8)
         lower.append(bound)
         others.append(uniform_matching(assigned))
-    least = lowered(jnp.max(jnp.stack(lower)), p=p, root=given["error"])
-    linear = given["linear"]
+    least = lowered(jnp.max(jnp.stack(lower)), p=p, root=rest["error"])
+    linear = rest["linear"]
     if linear is not None:
         sides = node_weights(c, c_weights), node_weights(d, d_weights)
         least += linear_lower_bound(
@@ -286,8 +286,8 @@ def _bounds(
         x.matching() for x in candidates if isinstance(x, Plan) and uniform and x.right is None
     ]
     fixed = jax.lax.stop_gradient(sparse)
-    given = named | given
-    coupling, seen = best_sorted_coupling(*fixed, p, [*plans, *others], given)
+    rest = named | rest
+    coupling, seen = best_sorted_coupling(*fixed, p, [*plans, *others], rest)
     if refine is not None:
         n = num_nodes(c)
         x, y = (dense_matrix(g).astype(jnp.float32) for g in fixed)
@@ -295,13 +295,13 @@ def _bounds(
         gains = None if linear is None else (-n / 2 * dense_matrix(linear)).astype(jnp.float32)
         refined = refine_matching((x, y, gains), start, how=refine, key=key)
         # Compared again by the cost itself, so that rounding cannot make it worse.
-        coupling, _ = cheapest(*fixed, [coupling, uniform_matching(refined)], p, given)
-    best = coupling_cost(*sparse, coupling, p=p, **given)
+        coupling, _ = cheapest(*fixed, [coupling, uniform_matching(refined)], p, rest)
+    best = coupling_cost(*sparse, coupling, p=p, **rest)
     # The sorted couplings come first.
     judged = iter(seen[3:])
     dense = jax.lax.stop_gradient((c, d))
     costs = [
-        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **given)
+        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **rest)
         for x in candidates
     ]
     upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
