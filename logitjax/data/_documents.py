@@ -1,4 +1,4 @@
-"""From an example to pieces of text that every tokenizer can fit into a row."""
+"""Conversion of examples to pieces of text that fit a row for every tokenizer."""
 
 import dataclasses
 import itertools
@@ -14,21 +14,21 @@ from logitjax.data._tokenizer import TokenizerLike
 # Consecutive stretches of text, each with whether the model learns to predict it.
 Segments = Sequence[tuple[str, bool]]
 
-# More characters a token than any tokenizer reaches on prose; longer texts are first cut to this.
+# More characters per token than any tokenizer reaches on prose; longer texts are cut to this first.
 _CHARACTERS_PER_TOKEN = 8
-# Tokens a character vary little, so interpolation finds a good end in a few probes, and a row that
-# is nearly full is good enough.
+# Tokens per character vary little, so interpolation finds a good end in a few probes; a nearly full
+# row is enough.
 _MAX_PROBES = 12
 _GOOD_FILL = 0.98
 
 
 class DocumentTooLong(ValueError):
-    """A document that may not be split does not fit into a row."""
+    """A document that must not be split does not fit a row."""
 
 
 def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """Text as it is; prompt and response joined as they are; messages in ChatML."""
-    # Only responses and what the assistant says (with the end mark) are learned.
+    """Text unchanged; prompt and response concatenated; messages in ChatML."""
+    # Only responses and the assistant's turns (with the end token) are learned.
     if "text" in example:
         return [(example["text"], True)]
     if "messages" not in example:
@@ -46,7 +46,7 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _said(message: Mapping[str, Any]) -> str:
-    """The assistant's text, with its tool calls as Hermes and Qwen write them."""
+    """The assistant's text, with its tool calls in the format of Hermes and Qwen."""
     calls = (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
     parts = (message["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls))
     return "\n".join(filter(None, parts))
@@ -54,7 +54,7 @@ def _said(message: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with the marks that packing puts around documents."""
+    """A tokenizer with the tokens that packing adds around documents."""
 
     tokenizer: TokenizerLike
 
@@ -63,7 +63,7 @@ class Encoder:
         return bool(getattr(self.tokenizer, "add_bos", False))
 
     def __call__(self, segments: Segments, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and their loss mask; the first token of a piece has nothing to predict it."""
+        """Token ids and their loss mask; nothing predicts the first token of a piece."""
         ids: list[int] = []
         learnt: list[bool] = []
         if self.add_bos and self.tokenizer.bos_id is not None:
@@ -88,8 +88,8 @@ Piece = dict[str, tuple[np.ndarray, np.ndarray]]
 def split_document(
     segments: Segments, encoders: Mapping[str, Encoder], seq_len: int, *, may_split: bool = True
 ) -> Iterator[Piece]:
-    """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each."""
-    # A document is cut only when it does not fit, before white space where there is some.
+    """Pieces with the same text for every tokenizer that fit into `seq_len` tokens of each."""
+    # A document is cut only if it does not fit, before white space if there is any.
     text = "".join(t for t, _ in segments)
     limit = seq_len * _CHARACTERS_PER_TOKEN
     if len(text) <= limit or not may_split:
@@ -115,7 +115,7 @@ def _longest_prefix(
     encoders: Mapping[str, Encoder],
     seq_len: int,
 ) -> tuple[int, Piece]:
-    """About the longest stretch from `begin` that fits; by secant, for encoding is the cost."""
+    """About the longest stretch from `begin` that fits; by secant, as encoding is costly."""
     total = int(bounds[-1])
     stop = min(total, begin + seq_len * _CHARACTERS_PER_TOKEN)
     candidates = bounds[slice(*np.searchsorted(bounds, [begin, stop], side="right"))]
@@ -137,7 +137,7 @@ def _longest_prefix(
                     break
             else:
                 high = guess
-            # Where the row would be full, were all of it as dense as this stretch.
+            # The place where the row would be full if all of it were as dense as this stretch.
             expected = begin + (end - begin) * seq_len / longest
             guess = int(np.searchsorted(ends, expected, side="right")) - 1
             if probe >= _MAX_PROBES or not low < guess < high:

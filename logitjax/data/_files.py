@@ -1,4 +1,4 @@
-"""Text, JSON lines and Parquet, also compressed, as rows that can be read again and again."""
+"""Text, JSON lines and Parquet, optionally compressed, as rows that can be read repeatedly."""
 
 import contextlib
 import gzip
@@ -17,20 +17,20 @@ from logitjax.data._forms import normalise
 from logitjax.data._places import files_below
 from logitjax.storage import guard, require
 
-# A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
+# A single paragraph is too little context, and a whole book leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
-# a file of another form would flood the log.
+# A file of another form would flood the log.
 _MAX_WARNINGS = 10
 _HELD_OUT = ("validation", "test")
 _BOM = b"\xef\xbb\xbf"  # of UTF-8
 _PACKED = ("", ".gz", ".zst")
-# By kind the endings of the files that a folder is searched for; a file may have any name.
+# Suffixes of the files to find in a folder, by kind; a single file may have any name.
 SUFFIXES = {
     "text": tuple(".txt" + packed for packed in _PACKED),
     "jsonl": tuple(".jsonl" + packed for packed in _PACKED),
     "parquet": (".parquet",),
 }
-# As the hub names the files of a split.
+# The hub's names for the files of a split.
 _NUMBERED = r"-\d+-of-\d+\..*"
 
 Report = Callable[[str, object], None]
@@ -38,7 +38,7 @@ Rows = Iterator[dict[str, Any]]
 
 
 class Errors:
-    """Counts malformed rows; raises on the first one unless they are to be skipped."""
+    """Counts malformed rows; raises on the first one unless they should be skipped."""
 
     def __init__(self, on_error: str):
         self._raise = on_error == "raise"
@@ -80,26 +80,26 @@ def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[e
 
 
 def _named(root: epath.Path, name: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    """The files that a folder has of a split: `test.jsonl`, `test-00000-of-00002.parquet`."""
+    """The files of a split in a folder: `test.jsonl`, `test-00000-of-00002.parquet`."""
     pattern = f"{name}({_NUMBERED}|{'|'.join(map(re.escape, suffixes))})"
     files = [file for file in root.iterdir() if re.fullmatch(pattern, file.name)]
     return sorted(file for file in files if file.name.endswith(suffixes))
 
 
 def _held_out(file: epath.Path, root: epath.Path) -> bool:
-    """Whether a file below `root` is another split's, and so none of the training data."""
+    """Whether a file below `root` belongs to another split, so it is not training data."""
     first = file.relative_to(root).parts[0]
     return re.sub(_NUMBERED, "", first).partition(".")[0] in _HELD_OUT
 
 
 def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
-    """Which held-out splits a folder has as files or folders of their own."""
+    """The held-out splits that a folder has as files or folders of their own."""
     root = epath.Path(path).expanduser()
     if not path or not root.is_dir():
         return set()
     splits = set()
     for name in _HELD_OUT:
-        # A folder `test` of something else is no split.
+        # A folder `test` with other contents is not a split.
         inside = files_below(root / name) if (root / name).is_dir() else iter(())
         if _named(root, name, suffixes) or any(f.name.endswith(suffixes) for f in inside):
             splits.add(name)
@@ -114,7 +114,7 @@ def no_split(spec: str, name: str) -> str:
 
 
 def paragraphs_to_documents(lines: Iterable[str], minimum: int = _MIN_DOCUMENT) -> Iterator[str]:
-    """Join blank-line separated blocks, in order, into documents of at least `minimum` characters.
+    """Join blocks between blank lines, in order, into documents of at least `minimum` characters.
 
     >>> list(paragraphs_to_documents("a b\\n\\nc\\n\\n\\nd e f".split("\\n"), minimum=4))
     ['a b\\n\\nc', 'd e f']
@@ -148,7 +148,7 @@ def _opened(file: epath.Path) -> Iterator[Any]:
 
 
 def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with their end; one longer than any row is reported."""
+    """Numbered lines with their end; a line longer than any row is reported."""
     longest = guard.LIMITS.json_bytes
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_opened(file))
@@ -156,7 +156,7 @@ def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
             try:
                 line = opened.readline(longest)
                 if long := len(line) == longest and not line.endswith(b"\n"):
-                    # No line is held whole that no row can be.
+                    # A line longer than any row is never held in full.
                     while (rest := opened.readline(longest)) and not rest.endswith(b"\n"):
                         pass
             # Errors of zstandard, which is optional, have no class to name here.
@@ -167,7 +167,7 @@ def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
             elif not line:
                 return None
             else:
-                # A mark that some editors write, and no part of the first row.
+                # A byte order mark, which some editors write, is not part of the first row.
                 yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
@@ -197,7 +197,7 @@ def _text_rows(file: epath.Path, report: Report, whole: bool) -> Rows:
 
 
 def _jsonl_rows(file: epath.Path, report: Report) -> Iterator[tuple[int, Any]]:
-    """Objects of lines, or of one list, as Alpaca and ShareGPT are handed round."""
+    """Objects of lines, or of one list, the usual form of Alpaca and ShareGPT."""
     lines = _lines(file, report)
     for number, line in lines:
         if not line.strip():
@@ -266,7 +266,7 @@ def load_files(
 
 
 def part_of(read: Callable[[Report], Rows], *, split: str, on_error: str, spec: str) -> Examples:
-    """The rows of a split that `read` gives; what is malformed is said in the first reading."""
+    """The rows of a split from `read`; malformed rows are reported in the first reading."""
     errors = Errors(on_error)
     examples = collected(
         lambda: read(errors.report), lambda: read(lambda where, reason: None), spec

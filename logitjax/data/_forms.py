@@ -1,23 +1,23 @@
-"""The forms that rows of data sets have, and the three that the library reads."""
+"""The forms of rows in data sets, and the three that the library uses."""
 
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-# Who speaks, by the names of ShareGPT and what came after it.
+# Roles, by the names of ShareGPT and later formats.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
 _CALL = "function_call"
-# What chat templates read of a message beside its role and content.
+# Fields of a message that chat templates read besides its role and content.
 _EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a public data set as `text`, `prompt` and `response`, or `messages`.
+    """Convert a row of a public data set to `text`, `prompt` and `response`, or `messages`.
 
-    Instructions (Alpaca) and questions are a user's turn. Of a preference it is what was chosen;
-    where no prompt is named, that is what the chosen and the rejected text begin with. Turns of
-    ShareGPT become messages, and so do lists of prompt and completion (TRL). Others stay.
+    Instructions (Alpaca) and questions become a user's turn. From a preference the chosen answer is
+    used; without a named prompt, the prompt is the common beginning of the chosen and the rejected
+    text. Turns of ShareGPT become messages, and so do lists of prompt and completion (TRL).
 
     >>> own_form({"instruction": "Add.", "input": "1, 2", "output": "3"})["messages"][0]["content"]
     'Add.\\n1, 2'
@@ -33,7 +33,7 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _form(row: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in row:
-        # Alpaca's rows hold the same under a template too.
+        # Alpaca's rows also have the same under a template.
         row.pop("text", None)
         more = row.pop("input", None)
         row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
@@ -44,7 +44,7 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
     if "conversations" in row:
         row["messages"] = [_turn(**turn) for turn in row.pop("conversations")]
     if "chosen" in row:
-        # Some data sets hold the chosen turns twice.
+        # Some data sets store the chosen turns twice.
         row.pop("messages", None)
         best, worse = row.pop("chosen"), row.pop("rejected", "")
         # The turns of the prompt are among them.
@@ -106,7 +106,7 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
 
 
 def _check_encodable(key: str, value: str) -> None:
-    # JSON may hold half of a surrogate pair, at which tokenizers fail with a TypeError.
+    # JSON may contain half of a surrogate pair, at which tokenizers fail with a TypeError.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -116,7 +116,7 @@ def _check_encodable(key: str, value: str) -> None:
 
 
 def messages_of(messages: Any) -> list[dict[str, Any]]:
-    """Turns under the names of chat templates, at least one of them the assistant's."""
+    """Turns under the names of chat templates, with at least one of the assistant."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages': expected a list that is not empty")
     out = [_message(message) for message in messages]
@@ -143,7 +143,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Calls of tools; templates write arguments as an object, which some data sets hold as text."""
+    """Tool calls; templates write arguments as an object, which some data sets store as text."""
     out = []
     for call in calls if isinstance(calls, list) else [calls]:
         call = dict(call) if isinstance(call, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Labelled pictures of any size, read one at a time: what encoders make features of."""
+"""Labelled pictures of any size, read one at a time: the input of encoders."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ _STAMPS_INSTALL = (
     "apt-get install tuxpaint-stamps-default, or in {manual}: "
     "apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb ."
 )
-# Pinned: another version draws other pictures.
+# Pinned, because another version has other drawings.
 _EMOJI_INSTALL = (
     "in {{manual}}/emoji: npm pack {name}@16.0.0 && mkdir -p {name} && "
     "tar -xzf {name}-16.0.0.tgz -C {name}"
@@ -42,14 +42,14 @@ _EMOJI_INSTALL = (
 
 
 class ImageSet(Sequence):
-    """Pictures, their classes and, where a source has them, captions.
+    """Pictures, their classes and, if a source has them, captions.
 
-    ``image_set[i]`` is a picture, uint8 ``[height, width, 3]``, and its class; it is read then.
+    ``image_set[i]`` reads a picture, uint8 ``[height, width, 3]``, and returns it with its class.
 
     Attributes:
         class_names: by class number.
-        captions: a sentence a picture, or None.
-        files: where the pictures lie, or None.
+        captions: one sentence per picture, or None.
+        files: paths of the pictures, or None.
         fingerprint: changes with the choice of pictures, their names and their classes.
         source: where they came from.
     """
@@ -88,18 +88,18 @@ class ImageSet(Sequence):
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 ``[count]``; of a large tfds dataset these take a while to gather."""
+        """int32 ``[count]``; for a large tfds dataset they take a while to collect."""
         if self._labels is None:
             self._labels = np.asarray(self._read_labels(), np.int32)
         return self._labels
 
     def choose(self, spec: str, *, seed: int = 0) -> np.ndarray:
-        """Numbers of pictures by a spec, ascending.
+        """Numbers of pictures selected by a spec, ascending.
 
         The spec is `all`, a number counted from the start, or `per_class:N`, at random by the seed.
 
         Raises:
-            ValueError: The spec is none of these.
+            ValueError: The spec is invalid.
         """
         if spec == "all":
             return np.arange(len(self))
@@ -108,18 +108,18 @@ class ImageSet(Sequence):
             raise ValueError(f"rows: expected all, a number or per_class:N, got {spec!r}")
         if not kind:
             return np.arange(min(int(number), len(self)))
-        # One order for every N: more pictures a class contain fewer.
+        # One order for every N, so that more pictures per class contain fewer.
         order = np.random.default_rng(seed).permutation(len(self))
         labels = self.labels[order]
         classes = range(len(self.class_names))
         return np.sort(np.concatenate([order[labels == c][: int(number)] for c in classes]))
 
     def select(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> "ImageSet":
-        """Only these pictures, in this order.
+        """Select these pictures, in this order.
 
         Raises:
             TypeError: rows that are not integers, such as a mask.
-            ValueError: a row is none of the pictures.
+            ValueError: a row does not exist.
         """
         chosen = np.asarray(rows)
         check_numbers(chosen, len(self), "rows")
@@ -142,9 +142,9 @@ class ImageSet(Sequence):
     def survey(self, rows: Any, seen: dict[str, str]) -> tuple[np.ndarray, dict[str, list[str]]]:
         """Usable rows of files, and notes on the others by reason.
 
-        Left out are files that cannot be read, copies (equal pixels, once upright), all copies of a
-        picture that lie in several classes, and pictures in `seen`: files by digest, to which these
-        are added. Turned and transparent pictures stay. Every file is read once.
+        Excluded are files that cannot be read, copies (equal pixels, once upright), all copies of a
+        picture that occurs in several classes, and pictures in `seen`: files by digest, to which
+        these are added. Turned and transparent pictures are kept. Every file is read once.
         """
         files, notes = [os.fspath(path) for path in self.files or ()], {}
         before, copies, good = dict(seen), {}, []
@@ -182,15 +182,15 @@ class ImageSet(Sequence):
 def load_image_set(
     spec: str, *, split: str = "all", data_dir: str | os.PathLike[str] | None = None
 ) -> ImageSet:
-    """Labelled pictures of any size.
+    """Load labelled pictures of any size.
 
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
     * ``pictures:DIR``: all pictures below a folder, as one class, to be classified.
-    * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, lying as CoOp has
-      it in ``DIR`` or among what is fetched by hand, else prepared by tfds; splits ``train``,
-      ``val``, ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or
-      else from the package open_clip_torch, where they are.
+    * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, in CoOp's layout
+      in ``DIR`` or among manual downloads, otherwise prepared by tfds; splits ``train``, ``val``,
+      ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt``, or else from
+      the package open_clip_torch.
     * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
@@ -200,11 +200,11 @@ def load_image_set(
     Sources without splits have the one split ``all``.
 
     Args:
-        split: a name, perhaps sliced: ``test[:2000]``.
-        data_dir: of tfds; what is fetched by hand is looked for in its ``downloads/manual``.
+        split: a name, optionally sliced: ``test[:2000]``.
+        data_dir: folder of tfds; manual downloads are expected in its ``downloads/manual``.
 
     Raises:
-        FileNotFoundError: nothing lies there; says how to get it.
+        FileNotFoundError: the data are missing; says how to get them.
         ValueError: an unknown source or split, or a package that is not installed.
 
     >>> digits = load_image_set("synthetic:10", split="test[:100]")
@@ -248,7 +248,7 @@ def load_image_set(
 
 
 def _splits_in(root: epath.Path) -> list[str]:
-    """Folders with a split's name that hold folders, and no pictures of their own."""
+    """Folders named after a split that contain folders, and no pictures of their own."""
     items = []
     for name in ("train", "val", "valid", "validation", "test"):
         inside = list((root / name).iterdir()) if (root / name).is_dir() else []
@@ -263,7 +263,7 @@ def _files(
     classes: Sequence[str],
     captions: Sequence[str] | None = None,
 ) -> ImageSet:
-    # Names and sizes stand for the contents: no picture has to be read.
+    # Names and sizes stand for the contents, so no picture has to be read.
     described = [(path.name, path.stat().length, label) for path, label in files]
 
     def read(index: int) -> tuple[np.ndarray, int]:
@@ -316,7 +316,7 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
         return _three_channels(as_bytes(row[picture])), int(row[label])
 
     def labels() -> np.ndarray:
-        # Labels alone, without pixels.
+        # Only labels, without pixels.
         skipping = {picture: tfds.decode.SkipDecoding()}
         undecoded = builder.as_data_source(split=split, decoders=skipping)
         return np.array([row[label] for row in undecoded], np.int32)
@@ -369,9 +369,9 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     install = _EMOJI_INSTALL.format(name=name)
     root = fetched(places, data_dir=data_dir, what=name, install=install)
     entries = read_json(root / "emoji.json", form=list)
-    # What all of them draw: their sets then have the same entries.
+    # Emoji that all of them draw, so that their sets have the same entries.
     entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
-    # Vendors list them in orders of their own.
+    # Vendors list them in different orders.
     # Swatches of skin and hair.
     entries = [e for e in entries if e["category"] != "Component"]
     entries.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))

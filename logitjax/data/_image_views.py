@@ -1,4 +1,4 @@
-"""A picture of any size to the ones an encoder sees: whole or cut at random."""
+"""Views of a picture of any size for an encoder: whole or cropped at random."""
 
 import dataclasses
 import math
@@ -17,16 +17,16 @@ _ASPECT = (3 / 4, 4 / 3)  # torchvision's
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageViews:
-    """How pictures are scaled, cut and mirrored. A pure function of the picture and its row.
+    """Scaling, cropping and mirroring of pictures, as a pure function of picture and row.
 
     Attributes:
         size: height and width of a view.
-        resize: the shorter side before the middle is cut out of a plain view.
-        interpolation: between pixels.
-        fit: ``crop`` cuts off what lies beyond the square; ``pad`` puts the whole picture on a
-            white square first, which suits drawings; ``squash`` scales both sides to ``size``.
-        kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
-            ``size`` and mirrors it half of the time.
+        resize: the shorter side before the middle of a plain view is cropped.
+        interpolation: interpolation between pixels.
+        fit: ``crop`` drops everything outside the square; ``pad`` first puts the whole picture on a
+            white square, which suits drawings; ``squash`` scales both sides to ``size``.
+        kind: ``plain`` is the single view for tests; ``random`` crops a part, scales it to ``size``
+            and mirrors it half of the time.
         scale: smallest and largest share of the area that a random view keeps.
 
     >>> views = ImageViews(size=8, resize=9, kind="random", count=2)
@@ -58,11 +58,11 @@ class ImageViews:
 
     @classmethod
     def of(cls, encoder: "Encoder", spec: str, *, fit: str = "crop", seed: int = 0) -> "ImageViews":
-        """Views of pictures as an encoder takes them, in its size and by its interpolation.
+        """Views of pictures for an encoder, in its size and with its interpolation.
 
         Args:
-            spec: `plain`, or `random:COUNT` for so many random crops of each picture.
-            fit: `crop` (`squash` for encoders trained on squeezed pictures) or `pad`.
+            spec: `plain`, or `random:COUNT` for this many random crops of each picture.
+            fit: `crop` (`squash` for encoders trained on squashed pictures) or `pad`.
 
         Raises:
             ValueError: The spec is neither.
@@ -83,7 +83,7 @@ class ImageViews:
         )
 
     def __str__(self) -> str:
-        """Return the settings that decide the pixels, for manifests."""
+        """Return the settings that determine the pixels, for manifests."""
         parts = [f"{self.kind} {self.size} px", self.fit, self.interpolation]
         if self.kind == "plain":
             return " ".join([*parts, f"of {self.resize}" if self.fit == "crop" else "whole"])
@@ -110,7 +110,7 @@ class ImageViews:
             picture = _on_white_square(picture)
         if self.kind == "plain":
             return self._plain(picture)[None]
-        # A generator of its own for each view, so that it depends on nothing else.
+        # Each view has its own generator, so that it depends on nothing else.
         return np.stack(
             [
                 self._random(picture, np.random.default_rng([self.seed, int(row), view]))
@@ -137,7 +137,7 @@ class ImageViews:
         return np.asarray(picture.crop((left, top, left + size, top + size)))
 
     def _random(self, picture: Any, rng: np.random.Generator) -> np.ndarray:
-        # Cut first: what lies outside must not shine in through the filter.
+        # Cropped first, so that pixels outside cannot leak in through the filter.
         part = picture.crop(_random_box(picture.size, rng, self.scale))
         view = np.asarray(part.resize((self.size, self.size), self._filter))
         return view[:, ::-1] if rng.random() < 0.5 else view
@@ -160,7 +160,7 @@ def _random_box(
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        # By logs: as often wide as tall.
+        # In logarithms: wide as often as tall.
         ratio = math.exp(rng.uniform(*np.log(_ASPECT)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

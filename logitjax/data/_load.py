@@ -1,4 +1,4 @@
-"""One way in for every source: ``load_examples``."""
+"""A single entry point for every source: ``load_examples``."""
 
 import os
 from collections.abc import Mapping
@@ -33,19 +33,19 @@ def load_examples(
     * ``jsonl:PATH``, an object a line, or one list of objects; a file or a directory of
       ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``.
     * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, as the next does.
-    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: of the hub or its cache.
-    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
-      ``wiki_summaries`` and a builder of yours, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first
-      use; others have to be there already (``logitjax prepare NAME`` writes them).
+    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, optionally with ``:SPLIT``: the hub or its cache.
+    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. The
+      library's ``wiki_summaries`` and your own builder, ``tfds:PACKAGE.MODULE:NAME``, are prepared
+      on first use; others must exist already (``logitjax prepare NAME`` writes them).
     * ``mix:SOURCE@WEIGHT,SOURCE@WEIGHT``: documents of several sources in turn, with these shares
-      of the characters, until one of them ends. It depends on the sources alone.
+      of the characters, until one of them ends. The result depends only on the sources.
 
     A row is ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"},
-    ...]}``, perhaps with calls of tools and the ``tools``, optionally with an ``id``. Those of
-    Alpaca (``instruction``, ``input``, ``output``), ShareGPT (``conversations``), TRL (``prompt``,
-    ``completion``), questions (``question``, ``answer``) and preferences (``chosen``, of which the
-    ``rejected`` is left) are read as these. A source of more than some 32 million characters is not
-    held in memory: it is read again for each pass, best in its order.
+    ...]}``, optionally with tool calls and the ``tools``, and with an ``id``. Rows of Alpaca
+    (``instruction``, ``input``, ``output``), ShareGPT (``conversations``), TRL (``prompt``,
+    ``completion``), questions (``question``, ``answer``) and preferences (``chosen``; ``rejected``
+    is dropped) are read as these. A source of more than about 32 million characters is not kept in
+    memory: it is read again for each pass, fastest in order.
 
     ``split`` follows tfds: a name, optionally with a slice (``'train[:95%]'``, ``'train[100:]'``).
     Files have the single split ``train``, unless PATH is a directory with ``<split>/`` or
@@ -53,7 +53,7 @@ def load_examples(
 
     Args:
         on_error: ``'raise'`` names a malformed row; ``'skip'`` logs and counts it in ``.errors``.
-        data_dir: where tfds datasets lie; ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        data_dir: folder of tfds datasets: ``$TFDS_DATA_DIR``, or ``~/tensorflow_datasets``.
         columns: names to read under other names, e.g. ``{"question": "prompt"}``.
 
     Raises:
@@ -99,22 +99,22 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
 ) -> epath.Path:
-    """Write a tfds dataset as array_record, unless it is there; returns its directory.
+    """Write a tfds dataset as array_record, unless it exists; returns its directory.
 
-    Our own datasets need no TensorFlow; those that come with tfds mostly do
-    (``pip install 'logitjax[prepare]'``). Reading never does.
+    The library's own datasets need no TensorFlow; those that come with tfds mostly do (``pip
+    install 'logitjax[prepare]'``). Reading never does.
 
     Args:
-        name: ``NAME``, ``NAME:CONFIG`` or, of a builder of yours, ``PACKAGE.MODULE:NAME``.
-        data_dir: where it goes; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
-        manual_dir: where files fetched by hand lie; default ``<data_dir>/downloads/manual``.
+        name: ``NAME``, ``NAME:CONFIG`` or, for your own builder, ``PACKAGE.MODULE:NAME``.
+        data_dir: target folder; by default ``$TFDS_DATA_DIR``, or ``~/tensorflow_datasets``.
+        manual_dir: folder of manual downloads; by default ``<data_dir>/downloads/manual``.
 
     Raises:
-        FileNotFoundError: what the dataset is made from is missing; says how to get it.
+        FileNotFoundError: a source file of the dataset is missing; says how to get it.
         ValueError: tfds has no such dataset.
-        ModuleNotFoundError: TensorFlow is needed and missing.
+        ModuleNotFoundError: TensorFlow is required but missing.
     """
-    # As above.
+    # See above.
     from logitjax.data import _tfds
 
     return _tfds.prepare(name, data_dir=data_dir, manual_dir=manual_dir)

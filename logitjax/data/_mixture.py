@@ -28,7 +28,7 @@ def mixed(spec: str, sources: Sequence[Examples]) -> Examples:
     def read() -> Iterator[Example]:
         readers, sizes = [iter(source) for source in sources], [0.0] * len(sources)
         while True:
-            # The one that is furthest behind its share; no draw, so that nothing has to be kept.
+            # The source furthest behind its share; without random draws, so no state is needed.
             i = min(range(len(sources)), key=lambda i: sizes[i] / weights[i])
             if (row := next(readers[i], None)) is None:
                 return

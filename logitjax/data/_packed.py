@@ -14,9 +14,9 @@ from logitjax.data._order import global_indices, process_rows
 from logitjax.storage import ArrayCodec, Manifest, ShardReader
 
 KIND = "packed dataset"
-# Of a tokenizer's columns.
+# Columns of a tokenizer.
 KINDS = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
-# Batches in memory beside the one in use.
+# Batches in memory besides the one in use.
 _PREFETCH = 2
 
 # One tokenizer's arrays, or under the key "row" the indices of the rows themselves.
@@ -41,18 +41,18 @@ def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarra
 class PackedDataset:
     """Rows of packed documents, tokenised by one or several tokenizers.
 
-    :func:`logitjax.data.pack` makes them; ``PackedDataset(directory)`` opens what somebody has
-    packed, without data or tokenizers at hand. A batch is ``{name: {"tokens", "segment_ids",
-    "positions", "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and
-    [batch] (int64), where ``name`` is a tokenizer's name given to ``pack``:
+    :func:`logitjax.data.pack` makes them; ``PackedDataset(directory)`` opens packed rows without
+    data or tokenizers. A batch is ``{name: {"tokens", "segment_ids", "positions", "loss_mask"},
+    "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and [batch] (int64), where
+    ``name`` is a tokenizer's name given to ``pack``:
 
     * ``segment_ids`` counts a row's documents, the same for every tokenizer, from 1; 0 is padding.
     * ``positions`` start at 0 in every segment.
-    * ``teacher``, [batch] beside ``row``, is there where examples name one: its place in `routes`.
-    * ``loss_mask[t]`` says whether ``tokens[t]`` is to be predicted, from ``t - 1``. It is false
+    * ``teacher``, [batch] next to ``row``, exists if examples name one: its index in `routes`.
+    * ``loss_mask[t]`` says whether ``tokens[t]`` should be predicted, from ``t - 1``. It is false
       for the first token of a segment, so no prediction crosses documents.
 
-    Batch ``step`` can be had alone, in any order: the state of a data pipeline is the step.
+    Batches can be read individually, in any order: the state of a data pipeline is the step.
 
     >>> import tempfile
     >>> from logitjax import data
@@ -85,7 +85,7 @@ class PackedDataset:
         self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])
         self.pad_ids: dict[str, int] = self.manifest["pad_ids"]
         self.statistics: dict[str, Any] = self.manifest.get("statistics", {})
-        # Rows for one teacher lie one behind the other.
+        # Rows for one teacher are contiguous.
         self.routes: dict[str, int] = self.manifest.get("routes", {})
         self._reader = ShardReader(self.directory, self.manifest["shards"])
         self._codec = row_codec(self.names, self.seq_len)
@@ -94,7 +94,7 @@ class PackedDataset:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Batch:
-        """One row, as loaders of grain and PyTorch ask for it."""
+        """One row, in the interface of grain's and PyTorch's loaders."""
         index = range(len(self))[index]
         batch = self.rows([index])
         parts = {name: {k: v[0] for k, v in batch[name].items()} for name in self.names}
@@ -121,8 +121,8 @@ class PackedDataset:
     ) -> Int64[np.ndarray, "batch"]:
         """The rows that batch `step` reads on this process, int64 [batch_size / process_count].
 
-        Each epoch visits every row once, in its own order; a batch may straddle two epochs. The
-        concatenation over processes is the same whatever their number.
+        Each epoch visits every row once, in its own order; a batch may span two epochs. The
+        concatenation over processes does not depend on their number.
         """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
@@ -158,7 +158,7 @@ class PackedDataset:
         batch: Batch = {"row": indices}
         if self.routes:
             ends = np.cumsum(list(self.routes.values()))
-            # Padding, at -1, has the first teacher, and nothing that it could teach.
+            # Padding, at -1, has the first teacher, and nothing to learn.
             batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
         for name in self.names:
             columns = {}
@@ -181,8 +181,8 @@ class PackedDataset:
     ) -> Iterator[Batch]:
         """All rows (or the first `max_rows`) in order, for evaluation.
 
-        Every process gets the same number of batches of the same shape; what is missing at the end
-        are rows of padding with row index -1 and nothing to predict.
+        Every process gets the same number of batches of the same shape, padded at the end with rows
+        with index -1 and nothing to predict.
         """
         mine = process_rows(batch_size, process_index, process_count)
         count = len(self) if max_rows is None else min(max_rows, len(self))
@@ -196,7 +196,7 @@ class PackedDataset:
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Draw from `batches` in a thread, at most `depth` in advance; errors come out here."""
+    """Draw from `batches` in a thread, at most `depth` in advance; errors are raised here."""
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(1, "logitjax-data") as thread:
         while True:

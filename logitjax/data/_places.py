@@ -1,4 +1,4 @@
-"""Where data lie that were fetched by hand or by tfds."""
+"""Folders of data that were downloaded manually or by tfds."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from etils import epath
 
 
 def default_data_dir() -> epath.Path:
-    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, read again on each call."""
+    """``$TFDS_DATA_DIR``, or ``~/tensorflow_datasets``, read again on each call."""
     return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
@@ -17,7 +17,7 @@ def manual_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files in a folder and its folders, in the order of their names."""
+    """All files in a folder and its subfolders, in the order of their names."""
     # epath has no recursive glob.
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -29,10 +29,10 @@ def files_below(folder: epath.Path) -> Iterator[epath.Path]:
 def fetched(
     places: Sequence[str], *, data_dir: str | os.PathLike[str] | None, what: str, install: str
 ) -> epath.Path:
-    """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path."""
+    """The first existing one of ``places``, below ``downloads/manual`` or as an absolute path."""
     manual = manual_dir(data_dir)
     for location in places:
-        # An absolute place stays itself.
+        # An absolute path is kept.
         path = manual / location
         if path.exists():
             return path

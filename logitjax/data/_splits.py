@@ -25,8 +25,8 @@ SPLITS = ("train", "validation", "test")
 def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> dict[str, Examples]:
     """Training, validation and test examples of a source, by the names in `SPLITS`.
 
-    For each of validation and test that the source lacks, a tenth of the text is held out from the
-    end of the training examples, the test examples last. Data of tfds must have all three.
+    If the source has no validation or no test split, a tenth of the text is held out for each from
+    the end of the training examples, the test examples last. Data of tfds must have all three.
 
     Args:
         spec: As for `load_examples`, without a split.
@@ -50,22 +50,22 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
 
 
 def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Examples]:
-    """All but the last tenths of the text for the first name, a tenth for each of the others."""
+    """Split off the last tenths of the text: a tenth for each name except the first."""
     if len(examples) < len(names):
-        # A text file is cut into documents between paragraphs, see `load_examples`.
+        # A text file is split into documents between paragraphs, see `load_examples`.
         hint = "; give a longer text" if spec.startswith("text:") else ""
         raise ValueError(
             f"data: expected at least {len(names)} documents in {spec}, to hold some out, got "
             f"{len(examples)}{hint}"
         )
-    # By text and not by rows: documents differ in length, and one book may be half of it.
-    # In characters: what tokens there are depends on the models.
+    # By text rather than rows: documents differ in length, and one book may be half of it. In
+    # characters, because tokens depend on the models.
     sizes = np.cumsum(np.fromiter(itertools.chain([0], (len(str(r)) for r in examples)), np.int64))
     stops = [len(examples)]
     for location in reversed(range(1, len(names))):
         start = sizes[-1] * (1 - 0.1 * (len(names) - location))
         nearest = int(np.abs(sizes - start).argmin())
-        # Every split keeps a document, wherever the nearest cuts fall.
+        # Every split keeps a document, wherever the nearest boundaries fall.
         stops.insert(0, min(max(nearest, location), stops[0] - 1))
     return {
         name: examples[start:stop]
@@ -79,9 +79,9 @@ class PackedSplits:
 
     Attributes:
         splits: By the names in `SPLITS`.
-        names: Which columns of a batch each model reads; models of one tokenizer share them.
-        tokenizers: By those columns.
-        chat: Whether there are conversations among the rows, each model's under its own template.
+        names: Columns of a batch that each model reads; models with one tokenizer share them.
+        tokenizers: Tokenizers of those columns.
+        chat: Whether the rows include conversations, each model's under its own template.
     """
 
     splits: Mapping[str, PackedDataset]
@@ -102,22 +102,22 @@ def pack_splits(
     directory: str | os.PathLike[str],
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PackedSplits:
-    """Packs every split once for all models; models that share a tokenizer share its columns.
+    """Pack every split once for all models; models that share a tokenizer share its columns.
 
     Conversations are encoded under each tokenizer's own chat template; one that does not fit a row
-    cannot be cut and is left out. With several processes all must call; process 0 packs.
+    cannot be split and is left out. With several processes all must call; process 0 packs.
 
     Args:
         spec: As for `load_examples`, without a split.
-        tokenizers: A model's name to its tokenizer.
-        directory: Where the rows go, a folder a split; may be remote.
+        tokenizers: Tokenizers by model name.
+        directory: Folder of the rows, with a subfolder for each split; may be remote.
         on_error: As for `load_examples` and `pack`.
 
     Raises:
-        ValueError: Conversations, and a tokenizer without a chat template; or conversations beside
-            other text, and several tokenizers.
+        ValueError: Conversations with a tokenizer without a chat template, or conversations mixed
+            with other text for several tokenizers.
     """
-    # Whoever only reads files needs neither jax nor a model.
+    # Reading files requires neither jax nor a model.
     from logitjax import processes
 
     by_fingerprint: dict[str, str] = {}
@@ -162,7 +162,7 @@ def pack_splits(
 
 
 def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, str | None]:
-    """The first conversation and the first other row of all splits, as errors name them."""
+    """The first conversation and the first other row of all splits, named for errors."""
     entries: dict[bool, str] = {}
     for split, examples in loaded.items():
         for number in range(len(examples)):
@@ -173,7 +173,7 @@ def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, s
                     continue
                 raise
             entries.setdefault("messages" in row, f"{split} row {row.get('id', number)!r}")
-            # The rows of a dataset have one form, and to read all would take as long as packing.
+            # The rows of a dataset have one form, and reading all would take as long as packing.
             if examples.source.startswith("tfds:") or len(entries) == 2:
                 break
     return entries.get(True), entries.get(False)

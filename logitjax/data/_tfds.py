@@ -43,7 +43,7 @@ def prepare(
                 dataset,
                 data_dir=os.fspath(root),
                 file_format=FILE_FORMAT,
-                # ready-made files there have another format.
+                # Ready-made files there have another format.
                 try_gcs=False,
                 **config_argument,
             )
@@ -81,7 +81,7 @@ def load_tfds(
 def open_prepared(
     name: str, *, split: str, data_dir: str | os.PathLike[str] | None, spec: str
 ) -> Any:
-    """The builder of a dataset that is there, or that we can make without asking."""
+    """The builder of an existing dataset, or of one that can be made without asking."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     directory = _find(name, root)
     if directory is None and _parsed(name)[0] is not None:
@@ -112,7 +112,7 @@ def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
 
 
 def _parsed(name: str) -> tuple[Any, str, str]:
-    """The builder where it is ours or a user's own, the name of the dataset, its configuration."""
+    """The builder if it is ours or a user's own, the name of the dataset, its configuration."""
     module, _, attribute = name.partition(":")
     if "." in module:
         builder = getattr(importlib.import_module(module), attribute)

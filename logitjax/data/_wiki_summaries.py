@@ -21,7 +21,7 @@ _TOPICS = (
 # Articles whose shorter text shares this part of its 5-word runs with the other stay together.
 _NEAR_DUPLICATE = 0.3
 _WORDS = 5
-# A run found in more articles than this is a stock phrase, not a copied passage.
+# A run in more articles than this is a stock phrase rather than a copied passage.
 _STOCK_PHRASE = 50
 _HELD_OUT_PERCENT = 5
 
@@ -65,7 +65,7 @@ class WikiSummaries(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def find_summaries() -> epath.Path:
-    """The JSON file in the installed package, whose code (it wants a voice stack) stays alone."""
+    """The JSON file in the installed package, whose code (it needs a voice stack) is not run."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = epath.Path(folder) / "data" / "summaries_en-us.json"

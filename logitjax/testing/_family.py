@@ -1,4 +1,4 @@
-"""Promises of a family of decoders: files that come back the same, and steps equal to wholes."""
+"""Promises of a family of decoders: files that load identically, and steps equal to wholes."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from logitjax import models
 from logitjax.storage import require
 from logitjax.testing._properties import attempt, equal, fail, selected
 
-# Of these a GGUF file says less than a config.json, or in another form.
+# A GGUF file says less about these than a config.json, or in another form.
 _UNSAID = ("windows", "query_scale", "rope_scaling", "rope_local_theta", "segment_boundaries")
-# By cost, the files first: what fails there makes logits meaningless.
+# By cost, files first: a failure there makes logits meaningless.
 _PROPERTIES = ("export", "head_dim", "steps", "segments", "gguf")
 # Padding before two texts that share a row.
 _PADDING = 3
@@ -33,25 +33,25 @@ def check_family(
     skip: Collection[str] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """Checks that models of a family leave and come back the same, and compute one thing.
+    """Check that models of a family are exported and loaded identically, and compute consistently.
 
     The properties, by the names that `skip` takes:
 
     - `export`: An exported model loads with the same configuration and the same parameters.
-    - `head_dim`: A width of heads that the sizes do not give is exported as `free_head_dim` says.
+    - `head_dim`: A head width that the sizes do not imply is exported as `free_head_dim` says.
     - `steps`: Steps through a cache give the logits of the whole sequence.
     - `segments`: Texts that share a row, with padding, give the logits that they give alone.
-    - `gguf`: A GGUF file of the model loads with the same parameters and, as far as metadata say
+    - `gguf`: A GGUF file of the model loads with the same parameters and, as far as metadata state
       it, the same configuration; its names are those of the `gguf` package for the architecture.
 
-    One program is compiled. longrope turns by the length so far, so that `steps` and `segments`
-    hold within the original length: they are left out where the tokens are more.
+    One program is compiled. longrope depends on the length so far, so `steps` and `segments` hold
+    within the original length: they are skipped for more tokens.
 
     Args:
         family: The value, which becomes known by `models.register_family`.
         config: A config.json of a small model, which gets random weights; or a checkpoint's
-            directory, such as one that another program wrote.
-        tokens: `[2, time]`, at least 12 each; random ones when omitted.
+            directory, such as one written by another program.
+        tokens: `[2, time]`, at least 12 each; by default random.
         skip: Properties that are not checked.
         seed: Seed of weights and tokens.
 
@@ -90,7 +90,7 @@ def check_family(
             write_gguf(model, directory / "model.gguf")
             again = attempt("gguf", models.load_model, str(directory / "model.gguf"))
             _same_config("gguf", again, model, _UNSAID)
-            # 1 + w - 1 in float32 is not quite w.
+            # 1 + w - 1 in float32 is not exactly w.
             _same_params("gguf", again, model, atol=1e-6)
             _check_names(family, model)
     logits, stepped, packed = map(np.asarray, _forward(*nnx.split(model), tokens))
@@ -154,7 +154,7 @@ def _same_config(
     for field in dataclasses.fields(expected.config):
         ours, other = (getattr(m.config, field.name) for m in (model, expected))
         if isinstance(other, float) and isinstance(ours, float) and unsaid:
-            # All that metadata hold.
+            # All fields in the metadata.
             ours, other = np.float32(ours), np.float32(other)
         if field.name not in unsaid and ours != other:
             fail(name, field.name, f"expected {other!r}, got {ours!r}")
@@ -163,7 +163,7 @@ def _same_config(
 def _same_params(
     name: str, model: models.Decoder, expected: models.Decoder, *, atol: float
 ) -> None:
-    # By layer: segments follow the windows, of which a file may say less.
+    # By layer: segments follow the windows, which a file may state less fully.
     for (layer, ours), (_, other) in zip(_modules(model), _modules(expected), strict=True):
         for module, leaves in other.items():
             for leaf, values in leaves.items():
@@ -187,7 +187,7 @@ def _check_head_dim(model: models.Decoder, directory: epath.Path) -> None:
 
 
 def _modules(model: models.Decoder) -> Iterator[tuple[int | None, dict[str, dict[str, Any]]]]:
-    """Outside of the layers and of each layer, its arrays by module and leaf."""
+    """Arrays outside the layers and of each layer, by module and leaf."""
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     trees = [{k: v for k, v in params.items() if k != "segments"}]
     for spec, segment in zip(model.config.segments, params["segments"].values(), strict=True):
@@ -205,7 +205,7 @@ def _modules(model: models.Decoder) -> Iterator[tuple[int | None, dict[str, dict
 
 
 def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
-    """A GGUF file with the metadata and tensors that llama.cpp's converter writes."""
+    """Write a GGUF file with the metadata and tensors of llama.cpp's converter."""
     config, family = model.config, model.config.traits
     architecture = str(family.gguf).partition("+")[0]
     writer = require("gguf", extra="models").GGUFWriter(os.fspath(path), architecture)
@@ -261,7 +261,7 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
         values = values + np.float32(config.norm_offset)
     heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     if config.traits.gguf_interleaved and module in heads:
-        # llama.cpp turns pairs of neighbours, Hugging Face a half against the other.
+        # llama.cpp rotates pairs of neighbours, Hugging Face one half against the other.
         rows = values.reshape(heads[module], -1, *values.shape[1:]).copy()
         turned = rows[:, : config.rope_dim]
         halves = turned.reshape(len(rows), 2, -1, *values.shape[1:])
@@ -271,7 +271,7 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
 
 
 def _check_names(family: models.Family, model: models.Decoder) -> None:
-    """By the names of the `gguf` package, where it knows the architecture."""
+    """By the names of the `gguf` package, if it has the architecture."""
     gguf = require("gguf", extra="models")
     architecture = str(family.gguf).partition("+")[0]
     kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]

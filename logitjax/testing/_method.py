@@ -1,4 +1,4 @@
-"""Promises of a method of unlearning: a loss that trains weights or adapters of any decoder."""
+"""Promises of an unlearning method: a loss that trains weights or adapters of any decoder."""
 
 import dataclasses
 import functools
@@ -23,36 +23,36 @@ _PROPERTIES = (
 )
 # fmt: on
 _ROWS, _LENGTH, _VOCAB = 4, 8, 16
-# Of finite differences: of entries that are 0.1 or so.
+# For finite differences of entries around 0.1.
 _STEP = 2.0**-9
 
 
 def check_method(method: Method, *, skip: Collection[str] = (), seed: int = 0) -> None:
-    """Checks what a method of unlearning promises, on a decoder of two layers with random weights.
+    """Check the promises of an unlearning method, on a two-layer decoder with random weights.
 
     The properties, by the names that `skip` takes:
 
     - `value`: The method is a frozen dataclass, hashable, equal to its copy, and its repr is text
       that flags read.
-    - `needs`: Where a side that it declares or the model before is missing, the error names the
-      method. What it reads beyond is an error, too.
+    - `needs`: If a declared side or the model before is missing, the error names the method.
+      Reading more than declared is an error, too.
     - `loss`: One finite float32 number, with finite means and a finite gradient that is not 0.
-    - `differences`: The gradient is that of finite differences. Skip it where a weight or a target
+    - `differences`: The gradient is that of finite differences. Skip it if a weight or a target
       counts as a constant for the gradient.
-    - `masks`: Tokens after an answer change nothing, nor do those of rows without one.
+    - `masks`: Tokens after an answer change nothing, nor do those of rows without an answer.
     - `counts`: The head at no more positions than there are gives the same loss.
     - `adapters`: Adapters that change nothing yet give the loss of the weights themselves.
     - `before`: The model before gets no gradient.
-    - `state`: Arrays of the method's own get a gradient beside the weights.
+    - `state`: The method's own arrays get a gradient in addition to the weights.
     - `mesh`: A batch that is split over devices gives the same loss and gradient.
 
-    One program is compiled, and another for `mesh` where there are several devices. Of an assistant
-    the adapters are checked, and neither `adapters` nor `before`.
+    One program is compiled, and another for `mesh` if there are several devices. For an assistant
+    the adapters are checked, but neither `adapters` nor `before`.
 
     Args:
         method: The method, which is `prepared` with a likelihood loss of 1.
         skip: Properties that the method does not promise.
-        seed: Seed of weights, tokens and of what the method draws.
+        seed: Seed of weights, tokens and the method's random draws.
 
     Raises:
         AssertionError: The first property that does not hold, in one line.
@@ -72,7 +72,7 @@ def check_method(method: Method, *, skip: Collection[str] = (), seed: int = 0) -
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Setting:
-    """A method with what it trains, the model before, and a batch of the sides that it declares."""
+    """A method with its trained arrays, the model before, and a batch of its declared sides."""
 
     method: Method
     properties: tuple[str, ...]
@@ -88,7 +88,7 @@ class _Setting:
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
         sizes: Any = dict(vocab_size=_VOCAB, hidden_size=8, intermediate_size=8, num_layers=2)
         config = models.DecoderConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=4)
-        # The model that is trained, and the one before.
+        # The trained model, and the one before.
         pair = [models.with_layout(random_decoder(config, rng), "listed") for _ in range(2)]
         weights, before = (nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in pair)
         if method.assistant:
@@ -97,7 +97,7 @@ class _Setting:
             like = jax.eval_shape(lambda: _adapters(adapted, key))
             weights = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), like)
         places = np.arange(_LENGTH)
-        # The last row is padding; others end before it does, or have a prompt.
+        # The last row is padding; others end earlier, or have a prompt.
         mask = (places >= np.array([[2], [3], [1], [8]])) & (
             places < np.array([[6], [8], [5], [8]])
         )
@@ -128,7 +128,7 @@ class _Setting:
 
     @functools.cached_property
     def run(self) -> Any:
-        """Compiled: loss, means, gradients by what is trained and by the model before."""
+        """Compiled: loss, means, gradients by the trained arrays and by the model before."""
         counts = [{side: int(rows["mask"].sum()) for side, rows in self.batch.items()}]
 
         @jax.jit
@@ -193,7 +193,7 @@ class _Setting:
         weights = self.method.weights(self.trained)
         way = jax.tree.map(lambda x: self.rng.normal(size=x.shape).astype(np.float32), weights)
         ends = []
-        # central: its error falls with the square of the step.
+        # Central: its error falls with the square of the step.
         for step in (_STEP, -_STEP):
             moved = jax.tree.map(lambda x, way, step=step: x + np.float32(step) * way, weights, way)
             ends.append(float(self.results(trained=self.method.start(moved))["loss"][0][0]))
@@ -206,7 +206,7 @@ class _Setting:
     def check_masks(self) -> None:
         for side, rows in self.batch.items():
             mask, tokens = rows["mask"], rows["tokens"]
-            # From here to the end no token is an answer's.
+            # From here to the end no token belongs to an answer.
             after = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 0
             other = (tokens + self.rng.integers(1, _VOCAB, mask.shape, np.int32)) % _VOCAB
             rows = {"tokens": np.where(after, other, tokens), "mask": mask}
@@ -218,7 +218,7 @@ class _Setting:
 
     def check_adapters(self) -> None:
         if not self.method.assistant:
-            # Beside adapters the weights themselves are the model before.
+            # With adapters the weights themselves are the model before.
             results = self.results(before=self.method.weights(self.trained))
             equal("adapters", "loss", results["adapters"], results["loss"][0][0])
 

@@ -1,4 +1,4 @@
-"""Comparisons and calls whose failure says the property, the argument and the numbers."""
+"""Comparisons and calls whose failure names the property, the argument and the numbers."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax.registry import Registry
 
-#: Arrays by the name of their argument.
+#: Arrays by argument name.
 Arrays = Mapping[str, Any]
 
 
 def fail(name: str, subject: str, message: str) -> NoReturn:
-    """Raises an `AssertionError` of one line."""
+    """Raise an `AssertionError` of one line."""
     raise AssertionError(f"{name}: {subject}: {' '.join(message.split())}")
 
 
 def equal(
     name: str, subject: str, result: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-5
 ) -> None:
-    """Fails at the first entry that is off; infinities and nans equal themselves."""
+    """Fail at the first entry that differs; infinities and nans equal themselves."""
     result, expected = (np.asarray(x, np.float64) for x in (result, expected))
     if result.shape != expected.shape:
         fail(name, subject, f"expected shape {expected.shape}, got {result.shape}")
@@ -38,7 +38,7 @@ def equal(
 
 
 def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls, and fails with what went wrong."""
+    """Call the function, and fail with its error."""
     try:
         return call(*arguments)
     except AssertionError:
@@ -49,7 +49,7 @@ def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...]:
-    """The properties that are left."""
+    """The remaining properties."""
     unknown = sorted(set(skip) - set(properties))
     if unknown:
         raise ValueError(f"skip: expected some of {', '.join(properties)}, got {unknown[0]}")
@@ -57,7 +57,7 @@ def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...
 
 
 def frozen_value(name: str, value: Any, base: type) -> None:
-    """Fails unless it is a frozen dataclass that flags can read of its repr."""
+    """Fail unless it is a frozen dataclass that flags can read from its repr."""
     kind, subject = type(value), type(value).__name__
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         fail(name, subject, "expected a frozen dataclass, got another class")
@@ -76,7 +76,7 @@ def is_float(x: Any) -> bool:
 
 
 def rounded(x: Any) -> np.ndarray:
-    """A copy on the host, floats in float32 rounded to what bfloat16 can hold."""
+    """A copy on the host, with floats in float32 rounded to bfloat16 values."""
     x = np.array(x)
     return x.astype(jnp.bfloat16).astype(np.float32) if is_float(x) else x
 
@@ -89,7 +89,7 @@ def batch_mesh(size: int, kind: AxisType) -> Mesh:
 
 
 def on_mesh(mesh: Mesh, arrays: Arrays, shared: Collection[str]) -> dict[str, jax.Array]:
-    """The arrays, all but the shared ones split along their first axis."""
+    """The arrays, all except the shared ones split along their first axis."""
     return {
         name: jax.device_put(x, NamedSharding(mesh, P("data") if splits else P()))
         for name, x in arrays.items()
