@@ -244,7 +244,7 @@ def fit(
 
 
 def _likeness(features: np.ndarray) -> float:
-    """As far below the lowest cosine of a picture with its nearest as that is below the median."""
+    """A bound as far below the lowest cosine to a nearest picture as that is below the median."""
     shown = features[:1000]
     cosines = shown @ features.T
     np.fill_diagonal(cosines, -1.0)

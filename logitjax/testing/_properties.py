@@ -82,7 +82,7 @@ def rounded(x: Any) -> np.ndarray:
 
 
 def batch_mesh(size: int, kind: AxisType) -> Mesh:
-    """As many devices as divide a batch of this size, on an axis `data`."""
+    """A mesh of as many devices as divide a batch of this size, on an axis `data`."""
     devices = jax.devices()
     count = max(n for n in range(1, len(devices) + 1) if math.gcd(n, size) == n)
     return jax.make_mesh((count,), ("data",), (kind,), devices=devices[:count])

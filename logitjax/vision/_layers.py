@@ -132,7 +132,7 @@ def batch_norm(
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """In float32, whatever type its neighbours compute in."""
+    """Normalisation in float32, whatever type its neighbours compute in."""
     # E[x^2] - E[x]^2 cancels.
     options: dict[str, Any] = {"use_fast_variance": False, "dtype": jnp.float32}
     return nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs, **options)

@@ -45,7 +45,7 @@ class Preprocessing:
 
     @classmethod
     def of_names(cls, fields: Mapping[str, Any], default: "Preprocessing", **sizes: Any) -> Any:
-        """With `mean`, `std` and `interpolation` of a file, or else the default's."""
+        """The same with `mean`, `std` and `interpolation` of a file, or else the default's."""
         interpolation = fields.get("interpolation") or "bicubic"
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")

@@ -94,7 +94,7 @@ def block_logits(projection: Projection, head: Head, valid):
 
 
 def finished_logits(logits, head: Head, inverse_temperature, valid):
-    """From `hidden @ kernel` to a statistic's input: bias, cap, temperature, then the mask."""
+    """Convert `hidden @ kernel` to a statistic's input: bias, cap, temperature, then the mask."""
     if head.bias is not None:
         logits = logits + head.bias.astype(logits.dtype)
         # A cap would revive an entry at -inf; its bias, which is one row, identifies it.
