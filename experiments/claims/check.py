@@ -11,12 +11,12 @@ from experiments.claims.claim import COUNTS, ROOT, Claim, Setting, digest, load,
 from experiments.claims.record import Record
 
 _MARK = re.compile(r"<!-- claim: (\S+) -->\n+(.*)")
-# Least seeds of a claim that holds: two in 2^5 is the first p-value of signs below .1.
+# Fewest seeds for a claim that holds: two in 2^5 is the first sign-test p-value below .1.
 _SEEDS = 5
 
 
 def faults(docs: pathlib.Path = ROOT / "docs") -> list[str]:
-    """Everything that is wrong, a line each; nothing where all is well."""
+    """Every fault, one line each; nothing if all is well."""
     try:
         claims = load(docs / "claims")
     except ValueError as error:
@@ -75,7 +75,7 @@ def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
             yield f"{setting.records}: expected records of {arm}, got none"
             continue
         yield from _of_arm(setting, arm, arms[arm])
-    # What differs between arms besides their loss would be compared as well.
+    # Anything else that differs between arms would be compared as well.
     for name in ("updates", "examples", "trials", "units", "count"):
         if len({getattr(record, name) for record in read}) > 1:
             yield f"{setting.records}: {name}: expected the same of all arms"
@@ -116,7 +116,7 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
 
 
 def _of_pages(docs: pathlib.Path, claims: Mapping[str, Claim]) -> Iterator[str]:
-    """`claims.md` is what the files say; other pages repeat a verdict below its mark."""
+    """`claims.md` matches the files; other pages repeat a verdict below its mark."""
     if (docs / "measurements" / "claims.md").read_text() != page.text(claims):
         yield "claims.md: it is not what docs/claims says: run `python -m experiments.claims judge`"
     for path in sorted(docs.rglob("*.md")):

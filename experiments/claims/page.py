@@ -28,7 +28,7 @@ contrasts of a paper. The seed that chooses by validation is not reported.
 
 
 def sentence(claim: Claim) -> str:
-    """A verdict in a line, as other pages repeat it."""
+    """A verdict in one line, as other pages repeat it."""
     verdict = claim.verdict
     where = "by the paper's own numbers" if verdict.scope == "paper" else "here"
     notes = f"[{claim.id}](claims.md): **{verdict.word}** {where}."

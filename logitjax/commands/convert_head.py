@@ -78,7 +78,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:
-    """At most an epoch, in an order that depends only on the number of rows."""
+    """Batches of at most an epoch, in an order that depends only on the number of rows."""
     # A small text has fewer rows than a batch, which must still yield one batch.
     rows = min(rows, len(packed))
     for step in range(len(packed) // rows):

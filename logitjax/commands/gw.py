@@ -125,7 +125,11 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
 def entropic_gw(
     c: np.ndarray, d: np.ndarray, *, max_iterations: int = 100
 ) -> tuple[jax.Array, float, str]:
-    """ott's entropic plan, its cost without the entropy, and the reason if it is no solution."""
+    """ott's entropic plan, its cost without the entropy, and the reason if it is no solution.
+
+    Epsilon falls to 0.01 of the mean squared entry of d, and each solve starts from the previous
+    plan. ott returns a number whether or not it converged.
+    """
     unit = float(np.sqrt(np.square(d).mean())) or 1.0
     x, y = (jnp.asarray(matrix / unit, jnp.float32) for matrix in (c, d))
     a, b = (jnp.full(len(matrix), 1 / len(matrix)) for matrix in (x, y))

@@ -63,7 +63,10 @@ Row = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """One line of the result: its texts, each with its rows to read and its bytes."""
+    """One line of the result: its texts, each with its rows to read and its bytes.
+
+    A long text has several rows, a question one text for each choice.
+    """
 
     record: dict[str, Any]
     groups: Sequence[Sequence[Row]]

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class PrefixCache:
-    """At most `limit` bytes of caches of some tokens each; the least recently used go first."""
+    """Caches of some tokens each, `limit` bytes at most; the least recently used go first."""
 
     def __init__(self, limit: int):
         self.limit = limit

@@ -1,4 +1,4 @@
-"""From logits to a token: penalties, truncation, and noise that each row draws for itself."""
+"""Choice of a token from logits: penalties, truncation, and noise that each row draws itself."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Few-shot methods that look images up among the labelled ones: Tip-Adapter."""
+"""Few-shot methods that compare images with the labelled ones: Tip-Adapter."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ from logitjax.ops import Array, Number, checks
 
 
 def cache_logits(features: Array, keys: Array, values: Array, sharpness: Number) -> jax.Array:
-    """Labels of the cached images by how near they are: `exp(-b (1 - f @ F.T)) @ L`."""
+    """Labels of the cached images weighted by similarity: `exp(-b (1 - f @ F.T)) @ L`."""
     affinity = checks.as_float(features, "features") @ checks.as_float(keys, "keys").T
     return jnp.exp(-sharpness * (1.0 - affinity)) @ checks.as_float(values, "values")
 
@@ -44,6 +44,6 @@ class TipAdapter(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TipAdapterF(TipAdapter):
-    """Tip-Adapter-F: the keys of the cache are trained, from the labelled images on."""
+    """Tip-Adapter-F: the keys of the cache are trained, starting from the labelled images."""
 
     trains: ClassVar[bool] = True

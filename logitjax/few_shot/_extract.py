@@ -1,4 +1,4 @@
-"""Pictures through a frozen encoder, onto disk."""
+"""Features of pictures from a frozen encoder, stored on disk."""
 
 import dataclasses
 import os
@@ -45,32 +45,32 @@ def extract_features(
     batch_size: int = 16,
     dtype: str = "float16",
 ) -> FeatureCache:
-    """Encode pictures once by a frozen encoder, and keep the features.
+    """Encode pictures once with a frozen encoder, and store the features.
 
-    Rows that the directory already holds are left alone, so a killed call continues when repeated.
-    All views of a batch are encoded at once on this process's devices. Processes share the shards.
+    Rows already in the directory are skipped, so a killed call continues when repeated. All views
+    of a batch are encoded at once on this process's devices. Processes share the shards.
 
     Args:
         directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
-        views: Views of each picture, such as `data.ImageViews.of` makes.
-        rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.
-        batch_size: Pictures encoded together, with all their views.
+        views: Views of each picture, such as from `data.ImageViews.of`.
+        rows: Numbers of the pictures, such as from `ImageSet.choose`; by default all.
+        batch_size: Number of pictures encoded together, with all their views.
         dtype: Type on disk.
 
     Raises:
         TypeError: Rows that are not integers, such as a mask.
-        ValueError: The directory holds the features of something else (it says which part differs),
-            or a row does not exist.
+        ValueError: The directory contains features of something else (it names the difference), or
+            a row does not exist.
     """
     chosen = np.arange(len(images)) if rows is None else np.asarray(rows)
     checks.ids(chosen, len(images), "rows")
     total = batch_size * views.count
     devices = jax.local_devices()
-    # a batch splits evenly.
+    # A batch splits evenly.
     used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
     mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
     spread = NamedSharding(mesh, PartitionSpec("data"))
-    # Whole on each device.
+    # Replicated on each device.
     placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
 
     def fetch(row: int) -> tuple[np.ndarray, int]:
@@ -86,7 +86,7 @@ def extract_features(
             features, logits = placed.encode(jax.device_put(pixels, spread))
             # Features or logits last.
             shape = (len(chunk), views.count, -1)
-            # Nothing is waited for: `fill` takes this when the next batch is on its way.
+            # Nothing is waited for: `fill` takes this when the next batch has been dispatched.
             return Features(
                 features=features.reshape(shape),
                 logits=None if logits is None else logits.reshape(shape),

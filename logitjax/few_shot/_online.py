@@ -1,4 +1,4 @@
-"""TDA: pictures that come one after the other are classified with those that came before."""
+"""TDA: pictures arrive one after another and are classified with the earlier ones."""
 
 import functools
 import math
@@ -23,26 +23,26 @@ def adapt_online(
     shots: int = 3,
     negative_shots: int = 2,
 ) -> Float[jax.Array, "n classes"]:
-    """Logits of pictures in their order, each with the surest of those before it as a cache.
+    """Logits of pictures in their order, each with the most confident earlier ones as a cache.
 
     ::
 
         s + weight sum exp(-sharpness (1 - f.F)) onehot(class predicted for F)
           - negative sum exp(-(1 - f.G)) [.03 < p_k(G) < 1]
 
-    F are the `shots` pictures of least entropy of each predicted class, G the `negative_shots` of
-    those whose entropy is between .2 and .5 of the largest. As released, the entropy is in nats and
-    the largest in bits, so that .693 is the most; and a picture is in the caches before it is
-    scored itself. The order counts: name it. The first weights are those for ImageNet; the code has
-    others for each data set. Source: Karmanov et al., Efficient Test-Time Adaptation of
-    Vision-Language Models (CVPR 2024, arXiv 2403.18293).
+    F are the `shots` pictures with the lowest entropy of each predicted class, G the
+    `negative_shots` of those whose entropy is between .2 and .5 of the largest. As released, the
+    entropy is in nats and the largest in bits, so the maximum is .693; and a picture enters the
+    caches before it is scored itself. The order matters, so report it. The default weights are
+    those for ImageNet; the code has others for each data set. Source: Karmanov et al., Efficient
+    Test-Time Adaptation of Vision-Language Models (CVPR 2024, arXiv 2403.18293).
 
     Args:
         logits: `[n, classes]` of the zero-shot classifier, or of any head.
         features: `[n, features]` of the pictures.
         weight, sharpness: alpha and beta, 1 to 5 and 1 to 8 in the code.
-        negative: Weight of the pictures that say what a picture is not.
-        shots, negative_shots: Pictures of each class in the two caches.
+        negative: Weight of the pictures that indicate what a picture is not.
+        shots, negative_shots: Number of pictures of each class in the two caches.
 
     >>> import numpy as np
     >>> features = np.array([[1.0, 0], [0, 1], [0.8, 0.6]])

@@ -1,29 +1,29 @@
-"""Which of several methods to use, and how right it will be, from pictures that chose it."""
+"""The recommended one of several methods, with its expected accuracy, from the same pictures."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.stats
 
-# Random halves of the pictures; each is chosen on once and once judged on.
+# Number of random halves of the pictures; each half chooses once and evaluates once.
 _HALVES = 50
 
 
 def recommend(
     right: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0
 ) -> tuple[str, float, float, float]:
-    """The method that is right most often at its best setting, with an estimate without bias.
+    """The method that is right most often at its best setting, with an unbiased estimate.
 
-    A method is judged by the one setting that is best over all samples: with few pictures, the best
-    of each sample flatters methods whose settings differ most. The best of many still looks better
-    than it is on the pictures that chose it. So method and setting are chosen again on halves of
-    the pictures, and estimated on the other halves.
-    Gives the method, the estimate of its accuracy, and the ends of its 95 % interval.
+    A method is judged by the single setting that is best over all samples: with few pictures, the
+    best of each sample favours methods whose settings differ most. The best of many still looks
+    better than it is on the pictures that chose it. So method and setting are chosen again on
+    halves of the pictures, and estimated on the other halves. Returns the method, the estimate of
+    its accuracy, and the ends of its 95 % interval.
 
     Args:
-        right: By method, of each sample `[settings, n]` whether a setting is right on a picture
-            that it did not learn from, as of `sweep`; -1 where a picture does not count.
-            No method, or a sample without pictures, is a ValueError.
+        right: By method, for each sample `[settings, n]` whether a setting is right on a picture
+            that it did not learn from, as from `sweep`; -1 if a picture does not count. No method,
+            or a sample without pictures, is a ValueError.
 
     >>> good, bad = np.tile([1.0, 1, 1, 0], (2, 5)), np.tile([1.0, 0, 0, 0], (2, 5))
     >>> recommend({"bad": [bad], "good": [good]})[:2]
@@ -35,16 +35,16 @@ def recommend(
     rng = np.random.default_rng(seed)
 
     def choose(masks: Sequence[np.ndarray]) -> tuple[str, int]:
-        """The method and its setting, by the pictures of the masks."""
+        """The best method and setting on the masked pictures."""
         means = {
             name: np.mean([_mean(one[:, mask]) for one, mask in zip(samples, masks)], 0)
             for name, samples in right.items()
         }
-        # Ties go to what stands first.
+        # Ties go to the first.
         name = max(means, key=lambda name: means[name].max())
         return name, int(means[name].argmax())
 
-    # No picture both chooses and judges.
+    # No picture both chooses and evaluates.
     estimates = []
     for _ in range(_HALVES):
         halves = [rng.permutation(n) < n / 2 for n in counts]
@@ -53,7 +53,7 @@ def recommend(
             others = zip(right[name], masks)
             estimates += [_mean(one[[setting]][:, ~mask])[0] for one, mask in others]
     accuracy = float(np.mean(estimates))
-    # All pictures choose what is said.
+    # All pictures choose the reported method.
     name, _ = choose([np.ones(n, bool) for n in counts])
     # Halves overlap: each picture counts once in the interval.
     successes = round(accuracy * sum(counts))
@@ -62,5 +62,5 @@ def recommend(
 
 
 def _mean(right: np.ndarray) -> np.ndarray:
-    """Means over pictures that count; 0 where none does."""
+    """Means over pictures that count; 0 if none does."""
     return (right == 1).sum(-1) / np.maximum((right >= 0).sum(-1), 1)

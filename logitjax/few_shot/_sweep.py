@@ -15,17 +15,17 @@ from logitjax.few_shot._train import Recipe
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
 
-# Held-out images that are scored at a time.
+# Number of held-out images scored at a time.
 _SCORED = 1024
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Samples of images that a sweep trains on, an axis of runs in front.
+    """Samples of images that a sweep trains on, with a leading axis of runs.
 
-    A run's random start follows from its number; of each step `orders` has the rows. `held_out`
-    has, by name, images and labels to score on.
+    A run's random initialisation follows from its number; `orders` has the rows of each step.
+    `held_out` has, by name, images and labels to score on.
     """
 
     numbers: Any
@@ -34,7 +34,7 @@ class Runs:
     held_out: Mapping[str, tuple[Inputs, Any]]
 
     def shardings(self, mesh: Mesh) -> "Runs":
-        """Where every array goes: runs are split over the mesh's first axis."""
+        """Sharding of all arrays: runs are split over the mesh's first axis."""
         split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
         full = NamedSharding(mesh, PartitionSpec())
         bare, shared = _apart(self)
@@ -43,7 +43,7 @@ class Runs:
 
 def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
     """Split a pytree into leaves with an axis of runs, and leaves without."""
-    # One for all runs.
+    # The same for all runs.
     shared = {name: getattr(runs.task, name) for name in CLASSIFIER}
     bare = dataclasses.replace(runs.task, **dict.fromkeys(CLASSIFIER))
     return dataclasses.replace(runs, task=bare), shared
@@ -57,7 +57,7 @@ def _with(runs: Runs, shared: Mapping[str, Any]) -> Runs:
 def with_settings(
     config: Method, training: Recipe, settings: Mapping[str, Any]
 ) -> tuple[Method, Recipe]:
-    """Replaces fields: `beta`, `uncertainty.exponent`, `training.learning_rate`."""
+    """Replace fields: `beta`, `uncertainty.exponent`, `training.learning_rate`."""
 
     def put(target: Any, path: Sequence[str], value: Any) -> Any:
         name, *rest = path
@@ -88,33 +88,33 @@ def sweep(
     folds: int = 0,
     mesh: Mesh | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Trains and scores a method on several samples of images, with every setting of a grid.
+    """Train and score a method on several samples of images, with every setting of a grid.
 
-    Initialisation, training and scoring are one compiled program, mapped over the runs and over
-    the grid. A run's order of images depends on the seed and its number alone.
+    Initialisation, training and scoring are one compiled program, mapped over the runs and over the
+    grid. A run's order of images depends only on the seed and its number.
 
     Args:
         task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights and a projection
-            without an axis of runs. Rows at the end may have the label -1, as many in each run:
-            they are not there, and calls with fewer of them share one program.
+            without an axis of runs. Rows at the end may have the label -1, equally many in each
+            run: they are padding, so that calls with fewer images share one program.
         held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on; images with
-            negative labels do not count.
+            negative labels are ignored.
         training: The optimizer's settings, for methods that train.
         grid: Columns of equal length, named by field: `beta`, `uncertainty.exponent`,
             `training.learning_rate`.
         seed: Seed of the orders and of random starts.
-        first: Number of the first run, so that several calls are as one.
+        first: Number of the first run, so that a sweep can be split into several calls.
         sequential: One run after another, and in training one setting after another: for heads too
             large to train at once, and no slower on a CPU.
-        folds: Number of parts of the images to learn from, each with a share of every class. As
-            many heads learn from all but one part and are scored on it, on the images
-            `held_out["train"]`; as many parts as images of a class leave one of each out.
-        mesh: Mesh whose first axis splits the runs; everything on one device if None.
+        folds: Number of parts of the images to learn from, each with a share of every class. For
+            each part a head learns from the others and is scored on it, on the images
+            `held_out["train"]`; as many parts as images per class leave one of each out.
+        mesh: Mesh whose first axis splits the runs; one device if None.
 
     Returns:
-        For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
-        `auxiliary_accuracy`, that of the bias alone. Of `"train"`, which is there with folds only,
-        and of `"validation"` also `right` `[runs, settings, m]`: 1 where an image is, -1 where its
+        For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and for AMU also
+        `auxiliary_accuracy`, that of the bias alone. For `"train"`, which exists only with folds,
+        and for `"validation"` also `right` `[runs, settings, m]`: 1 if an image is right, -1 if its
         label is negative.
 
     Raises:
@@ -142,7 +142,7 @@ def sweep(
         existing, shape = np.asarray(existing), np.shape(images.zero_shot)[:-1]
         if existing.shape != shape:
             raise ValueError(f"held_out: expected {shape} labels of {name!r}, got {existing.shape}")
-        # What is negative does not count.
+        # Negative labels are ignored.
         checks.ids(np.maximum(existing, -1), task.num_classes, f"held_out[{name!r}]", least=-1)
     counts = set((labels >= 0).sum(1).tolist())
     if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
@@ -161,7 +161,7 @@ def sweep(
         runs = jax.device_put(runs, runs.shardings(mesh))
     scores = compiled_sweep(
         runs,
-        # The axis, where no field is searched.
+        # The axis if no field is searched.
         columns | {"": np.zeros(lengths.pop(), np.float32)},
         steps if method.trains else 0,
         seed,
@@ -178,7 +178,7 @@ def sweep(
 def _orders(
     numbers: np.ndarray, labels: np.ndarray, count: int, training: Recipe, *, views: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """`[runs, steps, batch]` rows, padded to what all of the rows would need; and the steps."""
+    """Rows `[runs, steps, batch]`, padded to what all of the rows would need; and the steps."""
     runs, room = labels.shape
     steps = training.total_steps(count)
     width = min(training.batch_size, room)
@@ -190,7 +190,7 @@ def _orders(
 
 
 def _padded(runs: Runs, multiple: int) -> Runs:
-    """The runs, the last one repeated until their number is a multiple."""
+    """The runs, padded by the last one to a multiple."""
     count = len(runs.numbers)
     if count % multiple == 0:
         return runs
@@ -219,7 +219,7 @@ def compiled_sweep(
     if mesh is None or mesh.size == 1:
         return run(*arguments)
     split, full = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
-    # Runs need nothing of each other: each device trains its own.
+    # Runs are independent: each device trains its own.
     each = jax.shard_map(
         run, mesh=mesh, in_specs=(split, full, full, full, full), out_specs=split, check_vma=False
     )
@@ -247,7 +247,7 @@ def _sweep(
             state = config.init(task, key=jax.random.fold_in(key, run.numbers))
             if not config.trains:
                 return state
-            # Of what is left out no step may see a row.
+            # No step may see an excluded row.
             present = jnp.asarray(task.labels)[run.orders % len(task.labels)] >= 0
             orders = jnp.where(present, run.orders, -1) if folds else run.orders
             return recipe.train(config, task, state, orders, steps=steps)[0]
@@ -268,7 +268,7 @@ def _sweep(
     if sequential and method.trains:
         return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), runs)
     if sequential:
-        # What does not depend on the setting, such as the whole of LP++, is done once for all.
+        # Anything independent of the setting, such as all of LP++, is done once for all.
         fewer = max(1, _SCORED // len(settings[""]))
         scored = jax.vmap(functools.partial(one, batch_size=fewer), in_axes=(None, 0))
         return jax.lax.map(lambda run: scored(run, settings), runs)
@@ -283,10 +283,10 @@ def fold_logits(
     images: Any,
     folds: int,
 ) -> jax.Array:
-    """`[n, classes]` logits of the images to learn from, each by a head that did not see it."""
+    """Logits `[n, classes]` of the images to learn from, each by a head that did not see it."""
     labels = jnp.asarray(task.labels)
     hit = one_hot(labels, task.num_classes, jnp.int32)
-    # An image's place among those of its class: every part has a share of each class.
+    # An image's index among those of its class: every part has a share of each class.
     part = ((jnp.cumsum(hit, 0) - 1) * hit).sum(-1) % folds
 
     def one(number: jax.Array) -> jax.Array:
@@ -310,7 +310,7 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
     def share(values: jax.Array) -> jax.Array:
         return jnp.where(present, values, 0).sum() / count
 
-    # The largest of logits with a nan is the first nan, and may be the label by chance.
+    # The argmax of logits with a nan is the first nan, and may be the label by chance.
     right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
     entropy = share(cross_entropy(logits, jnp.where(present, labels, 0)))
     scores = {"accuracy": share(right), "cross_entropy": entropy}
@@ -320,10 +320,10 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The setting of each run with the best accuracy; among equals, with the lower cross-entropy.
 
-    A nan score, of logits that were not numbers, is never chosen; ValueError if a run has no other.
+    A nan score, of invalid logits, is never chosen; ValueError if a run has no other.
 
     Args:
-        scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
+        scores: Scores of validation images from :func:`sweep`; never of test images.
 
     >>> scores = {"accuracy": np.array([[0.5, 0.8, 0.8]]), "cross_entropy": np.array([[1, 3, 2]])}
     >>> best_setting(scores)
@@ -342,5 +342,5 @@ def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     accuracy = np.where(numbers, accuracy, -np.inf)
     tied = accuracy == accuracy.max(-1, keepdims=True)
     entropy = np.where(tied, entropy, np.inf)
-    # Of equal ones, even at infinity, one that is tied.
+    # Among equals, even at infinity, choose one that is tied.
     return np.where(tied, entropy == entropy.min(-1, keepdims=True), False).argmax(-1)

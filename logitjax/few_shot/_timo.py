@@ -1,4 +1,4 @@
-"""TIMO: pictures say which of a class's texts are good, and these texts join the pictures."""
+"""TIMO: pictures select and weight the texts of a class, which then join the pictures."""
 
 import dataclasses
 from typing import ClassVar
@@ -23,7 +23,7 @@ from logitjax.ops import Number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TIMO(Method):
-    """TIMO: Gaussian discriminant analysis of pictures and texts, with texts that pictures weigh.
+    """TIMO: Gaussian discriminant analysis of pictures and texts that pictures weight.
 
     ::
 
@@ -32,18 +32,18 @@ class TIMO(Method):
         logits = text f . w + f W + b,   W, b of `GDA` on all views and on the `kept` texts of the
                                          largest m, each times its m
 
-    The logits are not at CLIP's scale, as released. TIMO-S chooses `sharpness` (5 to 100) and
-    `kept` too, of which the paper tries every count of texts to twice their number, and
+    The logits are not at CLIP's scale, as released. TIMO-S also chooses `sharpness` (5 to 100) and
+    `kept`, for which the paper tries every count of texts up to twice their number, and
     `Candidate.all` a half, all and twice all. On ImageNet sharpness is 1, on Flowers 100. A class
-    without a picture takes all its texts alike. Source: Li et al. (arXiv 2412.11375), which reads
-    the zero-shot classifier only through its texts.
+    without a picture weights all its texts equally. Source: Li et al. (arXiv 2412.11375), which
+    uses the zero-shot classifier only through its texts.
 
     Attributes:
-        beta: 1 is the method by itself, less mixes it with the zero-shot logits.
-        text: alpha, of which .0001 to 10,000 by factors of ten are searched.
+        beta: 1 is the method alone, less mixes it with the zero-shot logits.
+        text: alpha; .0001 to 10,000 in factors of ten are searched.
         sharpness: gamma.
-        kept: Share of a class's texts that are among the examples, the best first; more than 1
-            counts the best of them twice. None for all.
+        kept: Share of a class's texts among the examples, the best first; more than 1 counts the
+            best of them twice. None for all.
     """
 
     text: Number = 10.0
@@ -70,7 +70,7 @@ class TIMO(Method):
         taught = jnp.take_along_axis(texts * match[..., None], best, 1)
         labels = jnp.broadcast_to(jnp.arange(classes)[:, None], match.shape)
         if self.kept is not None:
-            # More than there are take the best once more.
+            # More than there are repeats the best.
             taught = jnp.concatenate([taught, taught], 1)
             labels = jnp.where(
                 jnp.arange(2 * prompts) < self.kept * prompts, jnp.arange(classes)[:, None], -1

@@ -17,7 +17,7 @@ from logitjax.ops import Array
 
 
 class _Adapter(nnx.Param):
-    """Weights that CLIP-LoRA learns."""
+    """Weights that CLIP-LoRA trains."""
 
 
 class _LowRank(nnx.Module):
@@ -25,17 +25,17 @@ class _LowRank(nnx.Module):
 
     def __init__(self, linear: nnx.Linear, rank: int, drop: float, rng: np.random.Generator):
         width = linear.in_features
-        # As torch's Linear begins; B at 0 leaves the tower as it was.
+        # Initialised like torch's Linear; B at 0 leaves the tower unchanged.
         down = rng.uniform(-1, 1, (3, width, rank)) / np.sqrt(width)
         self.linear, self.drop = linear, drop
         self.down = _Adapter(jnp.asarray(down, jnp.float32))
         self.up = _Adapter(jnp.zeros((3, rank, width), jnp.float32))
-        # The key of the step, which the loop sets; None where nothing is dropped.
+        # The key of the step, set by the loop; None if nothing is dropped.
         self.key: Any = None
 
     @property
     def added(self) -> jax.Array:
-        """`[width, 3 * width]`, what the adapters add to the kernel: not alpha / rank."""
+        """`[width, 3 * width]`, the change of the kernel by the adapters: not alpha / rank."""
         down, up = self.down[...], self.up[...]
         product = jnp.einsum("qir,qro->iqo", down, up) / np.sqrt(down.shape[-1])
         return product.reshape(len(product), -1)
@@ -63,25 +63,25 @@ def tune_towers(
     dropout: float = 0.25,
     seed: int = 0,
 ) -> vision.Encoder:
-    """Train both towers on labelled pictures, and give the encoder that they become.
+    """Train both towers on labelled pictures, and return the resulting encoder.
 
     `lora` is CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541): adapters on queries, keys and
     values of every block of both towers, with dropout of their input. `norms` is the first stage of
     2SFS (Farina et al., arXiv 2503.11609): gains and offsets of the norms inside the blocks; those
-    before and after them stay, for the released code forgets to unfreeze them. Both minimise the
-    cross-entropy of scaled cosines with the texts, which every step encodes again, and take no
-    validation. Of 2SFS the second stage trains `methods.CLAP(penalty=0.0)` on features of the tuned
-    encoder, with `Recipe.published("two_stage", shots=...)`. Such an encoder has another
-    fingerprint: heads of the one refuse features of the other. It is not written to a file.
+    before and after the blocks stay fixed, because the released code forgets to unfreeze them. Both
+    minimise the cross-entropy of scaled cosines with the texts, which are encoded again at every
+    step, and use no validation. The second stage of 2SFS trains `methods.CLAP(penalty=0.0)` on
+    features of the tuned encoder, with `Recipe.published("two_stage", shots=...)`. A tuned encoder
+    has another fingerprint: its heads refuse features of the original. It is not written to a file.
 
     Args:
         encoder: A CLIP whose picture tower is a transformer.
-        images: Pictures as `vision.Encoder.encode` takes them.
+        images: Pictures, as for `vision.Encoder.encode`.
         labels: Their classes.
-        tokens: A prompt for each class, of `vision.Encoder.tokenize`.
-        learn: Which weights.
+        tokens: A prompt for each class, from `vision.Encoder.tokenize`.
+        learn: The weights to train.
         recipe: `Recipe.published("clip_lora", shots=...)` or `"two_stage_norms"`.
-        rank, dropout: Of the adapters.
+        rank, dropout: Rank and dropout of the adapters.
         seed: Seed of the order, the adapters and the dropout.
 
     Raises:
@@ -93,7 +93,7 @@ def tune_towers(
         raise ValueError(f"encoder: expected a CLIP of two transformers, got {encoder.name!r}")
     if learn not in ("lora", "norms"):
         raise ValueError(f"learn: expected lora or norms, got {learn!r}")
-    # The encoder that is given stays as it is.
+    # The given encoder is not changed.
     model = nnx.clone(model)
     blocks = [*model.vision.blocks, *model.text.blocks]
     if learn == "lora":

@@ -1,4 +1,4 @@
-"""From the bytes of a request to jobs: fields, tokens, lengths, seeds."""
+"""Conversion of a request's bytes to jobs: fields, tokens, lengths, seeds."""
 
 import asyncio
 import dataclasses

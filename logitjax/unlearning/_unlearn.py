@@ -129,7 +129,7 @@ class Unlearning:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """How likely forgotten answers may be; ValueError without unseen answers to derive it."""
+        """Limits for forgotten answers; ValueError without unseen answers to derive them."""
         self._check_folder()
         return self._looks.goal
 

@@ -1,4 +1,4 @@
-"""Sizes of a CLIP model, read off its weights, whose names in other layouts become ours."""
+"""Sizes of a CLIP model from its weights, renamed from other layouts to ours."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from logitjax.vision._vit import StagesConfig, TowersConfig
 Weights = Mapping[str, np.ndarray]
 
 
-# Keys of open_clip's files that change a network in a way that ours does not know.
+# Keys of open_clip's files that change a network in unsupported ways.
 _STRANGE = re.compile(
     r"no_ln_pre|final_ln|pool_type|ls_init|attentional|proj_|(norm|act)_kwargs|embed_cls|eos_id|"
     r"hf_(model|pool|proj)"
@@ -22,10 +22,10 @@ _STRANGE = re.compile(
 def clip_config(
     weights: Weights, settings: Mapping[str, Any] | None = None, tower: Any = None
 ) -> TowersConfig:
-    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights.
+    """Sizes by the names of `CLIP`; heads and activation from the settings beside the weights.
 
-    Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
-    `tower` is the configuration of a picture tower that is known.
+    Without settings heads have 64 channels, and the activation is that of OpenAI's models. `tower`
+    is the known configuration of a picture tower.
     """
     vision, text = (
         {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
@@ -53,7 +53,7 @@ def clip_config(
 def _settings(
     channels: int, settings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Heads and activations of both towers as transformers calls them; None by default."""
+    """Heads and activations of both towers in transformers' names; None by default."""
     settings, activation, causal = settings or {}, "quick_gelu", True
     heads: list[int | None] = [None, None]
     if "model_cfg" in settings:  # open_clip
@@ -72,12 +72,12 @@ def _settings(
     return seen, read | {"causal": causal}
 
 
-# Numbers that OpenAI's archives carry along, and masks.
+# Further numbers in OpenAI's archives, and masks.
 _NO_WEIGHTS = re.compile(
     r"(input_resolution|context_length|vocab_size|attn_mask|logit_bias|.*position_ids)$"
 )
 _OPENAI = (
-    # Of models with a separate text module.
+    # For models with a separate text module.
     (r"^text\.", ""),
     (r"^visual\.", "vision."),
     (r"^(transformer|ln_final)\.", r"text.\1."),
@@ -92,7 +92,7 @@ _OPENAI = (
     (r"\.mlp\.c_fc\.", ".up."),
     (r"\.mlp\.c_proj\.", ".down."),
 )
-# Of a vision transformer alone: a ResNet has other layers of these names.
+# Only for a vision transformer: a ResNet has other layers of these names.
 _OPENAI_VIT = (
     (r"^vision\.class_embedding$", "vision.class_token"),
     (r"^vision\.conv1\.", "vision.patch."),
@@ -112,7 +112,7 @@ def clip_names(weights: Weights) -> dict[str, np.ndarray]:
     for name, value in weights.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        # These two are kept the other way round than the layers of torch.
+        # These two are transposed relative to torch's layers.
         turned = name in ("vision.projection.weight", "text.head.weight")
         named[name] = value.T if turned else value
     return named

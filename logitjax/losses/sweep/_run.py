@@ -1,4 +1,4 @@
-"""From the arguments of a `linear_*` function to a sweep: checks, block sizes, meshes."""
+"""Sweeps from the arguments of a `linear_*` function: checks, block sizes, meshes."""
 
 import dataclasses
 import functools

@@ -120,7 +120,7 @@ class Deployed:
         return states_at(graphdef, state, tokens, self.positions(targets))
 
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
-        """How much less likely tokens are than alternatives at their position, as in min-k++.
+        """Log-odds deficit of tokens against alternatives at their position, as in min-k++.
 
         It is `(mu - log p_y) / sigma`, of `log p_v` under p.
 

@@ -34,7 +34,7 @@ def relearning(
     seeds: int = 1,
     batch_size: int = 4,
 ) -> list[dict[str, float]]:
-    """How likely forgotten answers become when a quarter of them is taught again.
+    """Likelihood of forgotten answers after a quarter of them is taught again.
 
     Adapters of the model's weights learn that quarter through the served logits, with a fixed
     assistant subtracted if there is one. Other answers that come back were hidden, not removed. If
