@@ -103,7 +103,7 @@ class AMU(Method):
 
     @classmethod
     def paper(cls, **options: Any) -> "AMU":
-        """As in the paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
+        """The paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
         return cls(**{"standardize": False, "uncertainty": Uncertainty(of="logits"), **options})
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:

@@ -214,7 +214,7 @@ def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], 
 def _factored_cost(
     z: Float[jax.Array, "s n"], w: Float[jax.Array, "t m"], coupling: Coupling
 ) -> tuple[Scalar, Any]:
-    """By T x T products of A = Z - W and B = Z + W, with a bound of the rounding loss."""
+    """Form T x T products of A = Z - W and B = Z + W, with a bound of the rounding loss."""
     z, w = z[:, coupling.rows], w[:, coupling.columns]
     z, w = (jnp.pad(x, ((0, max(len(z), len(w)) - len(x)), (0, 0))) for x in (z, w))
     a, b, mass = z - w, z + w, coupling.mass

@@ -208,7 +208,7 @@ def sparse_products(
     *,
     left: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
+    """Blockwise ``(||Z W^T||_F^2, Z W^T W at ids)`` of sparse Z (values, ids) and W (others).
 
     ``left`` replaces Z within Z W^T (if nodes have weights). O(T_z T_w k), block by block.
     """

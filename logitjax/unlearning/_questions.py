@@ -78,11 +78,11 @@ class Questions:
         rows = {part: tuple(parts.get(part, ())) for part in _PARTS}
         forget = rows["forget"]
         # Plain text has no question to pair with another answer.
-        asked = [row for row in forget if row.asks]
+        questions = [row for row in forget if row.asks]
         # The answer to the next question.
-        shifted = [row.answer for row in (*asked[1:], *asked[:1])]
-        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
-        rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
+        shifted = [row.answer for row in (*questions[1:], *questions[:1])]
+        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(questions, shifted)]
+        rows["wrong"] = tuple(wrong) if len(questions) > 1 else ()
         encoded = {
             part: [encode_row(row, tokenizer, max_length=max_length) for row in members]
             for part, members in rows.items()
@@ -120,21 +120,21 @@ class Questions:
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
-        made = neighbours(forget, others)
+        close_rows = neighbours(forget, others)
         # Names that occur only in answers to forget: a text with one of them reveals the answer.
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
         parts = {part: list(self.rows[part]) for part in _PARTS}
         texts = read_json(file, form=dict) if file is not None and file.exists() else {}
-        if not all(row.question in texts for row in made):
-            message = self._said(Deployed(model=model), made)
+        if not all(row.question in texts for row in close_rows):
+            message = self._said(Deployed(model=model), close_rows)
             # A completion begins with a space; without it, its tokens would differ.
-            texts = {row.question: text.rstrip() for row, text in zip(made, message)}
+            texts = {row.question: text.rstrip() for row, text in zip(close_rows, message)}
             if file is not None:
                 write_atomic(file, json.dumps(texts, indent=1) + "\n")
         kept = [
             dataclasses.replace(row, answer=text)
-            for row in made
+            for row in close_rows
             if (text := texts[row.question]) and not secret & names(Row(answer=text))
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
@@ -248,7 +248,7 @@ class Questions:
         return scores.totals() / scores.counts()
 
     def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
-        """In batches that are no larger than there are rows."""
+        """Score rows, in batches no larger than the number of rows."""
         size = max(1, min(self.batch_size, len(rows)))
         return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
 

@@ -12,7 +12,7 @@ from logitjax import models
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """How much to cut from a model before training heals it, and on how much text to choose.
+    """Amounts to cut from a model before training heals it, and of text to choose them by.
 
     Attributes:
         drop_layers: Number of layers to drop.

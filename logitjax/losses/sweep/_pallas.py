@@ -84,7 +84,7 @@ def _passes(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
 
 @_passes.defjvp
 def _passes_jvp(interpret: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any:
-    """For second derivatives, which kernels do not have, form the same sums by blocks."""
+    """Form the same sums by blocks, for second derivatives, which kernels do not have."""
     return jax.jvp(functools.partial(swept, sweep), primals, tangents)
 
 

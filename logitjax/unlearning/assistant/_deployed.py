@@ -155,7 +155,7 @@ class Deployed:
         return at.reshape(-1, self.block)
 
     def line_up(self) -> decoding.Ensemble:
-        """For `decoding.generate`."""
+        """Build the line-up for `decoding.generate`."""
         if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
         # The form is a constant for each token: one program for all alphas.

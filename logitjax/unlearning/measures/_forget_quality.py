@@ -54,8 +54,8 @@ def forget_quality(
     from scipy import stats
 
     values = []
-    for name, given in (("ratios", ratios), ("reference_ratios", reference_ratios)):
-        array = np.asarray(given, np.float64)
+    for name, sample in (("ratios", ratios), ("reference_ratios", reference_ratios)):
+        array = np.asarray(sample, np.float64)
         if array.ndim != 1 or not len(array):
             raise ValueError(f"{name}: expected [n >= 1], got shape {array.shape}")
         if not np.isfinite(array).all():

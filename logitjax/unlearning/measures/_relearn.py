@@ -80,13 +80,13 @@ def relearning(
                 lora, moments = _step(graphdef, static, (params, rest), lora, moments, served)
                 if step in steps or step % max(steps) == 0:
                     again = dataclasses.replace(model, model=merged(lora, model.model))
-                    asked = questions.probabilities(again, "forget")
+                    scores = questions.probabilities(again, "forget")
                     record = {"rate": rate, "seed": seed, "steps": step}
                     for name, which in sides.items():
                         if which:
-                            record[name] = float(np.median(asked[which]))
+                            record[name] = float(np.median(scores[which]))
                     if sides["others"]:
-                        record["worst"] = float(np.max(asked[sides["others"]]))
+                        record["worst"] = float(np.max(scores[sides["others"]]))
                     items.append(record)
                     if step >= max(steps) and not record["taught"] < TAUGHT:
                         break

@@ -54,7 +54,7 @@ class PDU(TwoSided):
     def optimizer(
         self, tx: optax.GradientTransformation, *, warmup: int = 0
     ) -> optax.GradientTransformation:
-        """One of weights that also moves the multiplier, after so many steps.
+        """Wrap an optimizer of weights: after `warmup` steps it moves the multiplier too.
 
         >>> tx = PDU().optimizer(optax.sgd(0.5))
         >>> params = {"weights": jnp.ones(1), "state": jnp.float32(1.0)}
