@@ -13,7 +13,7 @@ from experiments.shared.records import by_key
 from experiments.shared.report import bar, markdown_table, spread, write_report
 from logitjax import leakage
 
-# Least number of points that a picture shows of a spectrum.
+# Least number of points of a spectrum in a picture.
 _POINTS = 150
 
 
@@ -97,7 +97,7 @@ def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
 
 
 def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
-    """Singular values of what each policy gives away; an honest one drops at the width."""
+    """Singular values under each policy; those of an honest one drop at the width."""
     series = []
     for name, group in groups.items():
         if "spectrum" in group[0]:
@@ -117,11 +117,11 @@ def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
 
 
 def frontier(groups: Mapping[str, Any]) -> figures.Picture:
-    """Plot what leaks against what honest users lose: down is safe, left is cheap."""
+    """Plot the leak against honest users' loss: down is safe, left is cheap."""
     series = []
     for name, group in groups.items():
         if any(record.get(key) is None for record in group for key in ("kl", "leak")):
-            continue  # A row came back, but no subspace was asked for.
+            continue  # A row came back, but no subspace was requested.
         runs = [[(max(1e-6, record["kl"]), record["leak"])] for record in group]
         series.append(figures.Series(name=name, runs=runs, line=False))
     panel = figures.Panel(

@@ -94,15 +94,15 @@ def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curves(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> figures.Picture:
-    """Losses in training of those that are distilled, and of those that read text alone."""
+    """Training losses of the distilled students, and of those that read text alone."""
     distilled, alone = [], []
     for name, group in groups.items():
-        if not name.startswith("official"):  # A sum over positions: another scale.
+        if not name.startswith("official"):  # A sum over positions: a different scale.
             series = figures.Series(name=name, runs=[record["curve"] for record in group])
             (alone if name.startswith("scratch") else distilled).append(series)
     return figures.Picture(
         panels=[
-            # Behind a recovered head the first steps are far off.
+            # Behind a recovered head the losses of the first steps are very large.
             figures.Panel(x="step", y="loss, nats", title="distilled", series=distilled, log="y"),
             figures.Panel(x="step", y="cross-entropy, nats", title="on text alone", series=alone),
         ]
