@@ -202,7 +202,7 @@ def main(argv: Sequence[str]) -> None:
     for path, picture in pictures().items():
         print(figures.draw(path, picture))
     if wrong := disagreements():
-        sys.exit("\n".join(["tables that say something else than their files:", *wrong]))
+        sys.exit("\n".join(["tables that differ from their files:", *wrong]))
 
 
 if __name__ == "__main__":

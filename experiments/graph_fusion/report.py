@@ -162,7 +162,7 @@ def write_parts(config: Config, parts: Mapping[str, Record], workdir: epath.Path
             f"{config.course.batch_size} x {config.reading.seq_len} tokens of "
             f"`{config.reading.data}`. {_CHOSEN}Scores are on "
             f"{config.course.eval_rows} test rows; seen: share of the labels that a loss looks at. "
-            "Spread is one standard deviation over seeds. What is below SFT is paired by seed: the "
+            "Spread is one standard deviation over seeds. Gains over SFT are paired by seed: the "
             "same rows in the same order. Each part has a report of its own in its folder.\n\n"
         )
         write_report(workdir, about + text, records=runs, tables=tables, pictures={})
@@ -297,11 +297,11 @@ Student `{config.student}`{
         at_edge
     } Agreement: share of positions where the likeliest token is
 the first source's; KL from its distribution, with all but its top {config.reading.top_k} tokens as
-one; tokens/s: read. Spread is one standard deviation over seeds.
+one; tokens/s: tokens read a second. Spread is one standard deviation over seeds.
 
 {table}
 
-![what training wins back of the perplexity that pruning cost](report.png)
+![share of pruning's perplexity cost that training wins back](report.png)
 
 ## In the paper
 

@@ -32,14 +32,14 @@ def write(
         f"{len(rows.prompts)} prompts of {config.prompt_length} tokens from `{config.data}`.\n",
         markdown_table(table),
         f"\n`leak`: mean squared cosine between the recovered and the true subspace beyond chance "
-        f"({control.chance:.3g}); a random subspace scores {control.leak:.2g}. `rms`: what least "
-        "squares leaves of the head. Where the largest gap and the estimate differ, the published "
-        "rule would have been wrong. `KL`, `top-1`: what honest users lose.\n",
+        f"({control.chance:.3g}); a random subspace scores {control.leak:.2g}. `rms`: residual of "
+        "the head after least squares. If the largest gap and the estimate differ, the published "
+        "rule would have been wrong. `KL`, `top-1`: honest users' loss.\n",
         "## Verdict\n",
         "\n".join(f"- `{name}`: {group[0]['verdict']}." for name, group in groups.items()),
         "\n## The paper's numbers\n",
         "The paper reports that a 6-layer student recreates 97.6 % of the hidden-state geometry "
-        "after fewer than 10,000 queries for top-k logits; its tables were not to be had. With the "
+        "after fewer than 10,000 queries for top-k logits; its tables were not available. With the "
         f"top 5 and a bias a row of this model takes {per_row:,} queries, so 10,000 queries give "
         f"{10_000 // per_row:,} of the {rows.width + 1:,} rows that show its width.\n",
     ]
@@ -125,7 +125,7 @@ def frontier(groups: Mapping[str, Any]) -> figures.Picture:
         runs = [[(max(1e-6, record["kl"]), record["leak"])] for record in group]
         series.append(figures.Series(name=name, runs=runs, line=False))
     panel = figures.Panel(
-        x="KL to the true distribution, nats (what users lose)",
+        x="KL to the true distribution, nats (users' loss)",
         y="leak, share of the head's subspace",
         log="x",
         series=series,

@@ -34,8 +34,8 @@ def write(
         f"{math.exp(teacher['nll']):.4g} (unshifted, as the released code logs it, NLL "
         f"{teacher['unshifted_nll']:.4g}). Its head from {seen['queries']:,} queries of "
         f"log-probabilities with {config.decimals} decimals: width {seen['width']}, leak "
-        f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}. Its own states behind the "
-        f"head of that subspace nearest to its own: perplexity "
+        f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}. Its own states with the "
+        f"nearest head in that subspace: perplexity "
         f"{100 * math.expm1(teacher['nll_behind'] - teacher['nll']):+.3g} %.\n",
         markdown_table(rows),
         "\nPerplexity: of the next token, pads left out, over the teacher's. `R2`: of the last "
