@@ -1,8 +1,8 @@
 """Vector-quantised heads beside full, blocked and adaptive ones: decoding and the training loss.
 
-Weights are random: nothing timed here depends on their values, but for adaptive softmax, whose
-tails cost by how often they are looked into. Its labels follow Zipf's law; in decoding its random
-head looks into nearly every tail, which a trained one does not.
+Weights are random: nothing timed here depends on their values, except for adaptive softmax, where a
+tail's cost depends on how often it is used. Its labels follow Zipf's law; in decoding its random
+head needs nearly every tail, which a trained one does not.
 """
 
 import functools
@@ -237,7 +237,7 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def _growth(options: suite.Options) -> tuple[dict[str, Any], figures.Picture]:
-    """How times grow with V at fixed K and with K at fixed V, as powers."""
+    """Powers by which times grow with V at fixed K and with K at fixed V."""
     hidden, count = (32, 64) if options.smoke else (1024, 512)
     vocab, codes = (2_000, 64) if options.smoke else (152_064, 4096)
     by_vocab = [vocab // 8, vocab // 4, vocab // 2, vocab]

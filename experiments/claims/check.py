@@ -91,7 +91,7 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
         yield f"{name}: expected a trial of {setting.choosers} seeds, got {len(choosers)}"
     for chooser in choosers:
         if chooser.seed in reported:
-            yield f"{name}: expected that the seed that chose is not reported"
+            yield f"{name}: expected the choosing seed not to be reported"
         if len(chooser.validation) != setting.trials:
             yield f"{name}: trials: expected {setting.trials}, got {len(chooser.validation)}"
             return

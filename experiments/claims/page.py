@@ -8,7 +8,7 @@ from experiments.shared.report import markdown_table
 _HEAD = """\
 # Claims
 
-What the abstracts of the seven papers say, sentence by sentence, and what decides it.
+The abstracts of the seven papers, sentence by sentence, with the numbers that decide each claim.
 
 - `holds`: the 95 % interval of the effect lies above zero, and the effect is at least the one that
   counts (`d`), which was fixed before the run.

@@ -123,7 +123,7 @@ def verdict(results: Mapping[str, Any]) -> str:
             gain, p = paired(tests[dual], tests[rival])
             # The difference of two runs says nothing about the next one.
             if math.isnan(p):
-                word = "no test: one seed each, or as much with every seed"
+                word = "no test: one seed each, or equal differences"
             elif p >= 0.05:
                 word = "NOT distinguishable" if gain > 0 else "does NOT beat it"
             else:
