@@ -185,14 +185,14 @@ def load_image_set(
 ) -> ImageSet:
     """Load labelled pictures of any size.
 
-    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label. *
-    ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``. *
-    ``pictures:DIR``: all pictures below a folder, as one class, to be classified. *
-    ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, in the layout of
-    CoOp in ``DIR`` or among manual downloads, or else prepared by tfds; splits ``train``, ``val``,
-    ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or else from the
-    package open_clip_torch, if present. * ``stamps`` or ``stamps:DIR``: 435 drawings and
-    photographs of 14 classes with captions, from
+    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
+    * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
+    * ``pictures:DIR``: all pictures below a folder, as one class, to be classified.
+    * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, in the layout of
+      CoOp in ``DIR`` or among manual downloads, or else prepared by tfds; splits ``train``,
+      ``val``, ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or else
+      from the package open_clip_torch, if present.
+    * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
       all draw, in 9 categories and one order, from the npm package emoji-datasource-VENDOR.

@@ -31,14 +31,14 @@ def load_examples(
     * ``text:PATH``. A directory's ``*.txt`` files (recursively, sorted) are one document each. A
       single file is cut between paragraphs into documents of at least 2,000 characters.
     * ``jsonl:PATH``, an object per line, or one list of objects; a file or a directory of
-    ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``. * ``parquet:PATH``, a file
-    or a directory; needs the extra ``datasets``, like the next source. * ``hf:ORG/NAME``,
-    ``hf:ORG/NAME/CONFIG``, optionally with ``:SPLIT``: the hub or its cache. * ``tfds:NAME`` or
-    ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. The library's
-    ``wiki_summaries`` and custom builders, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first use;
-    others must exist already (``logitjax prepare NAME`` writes them). *
-    ``mix:SOURCE@WEIGHT,SOURCE@WEIGHT``: documents of several sources in turn, with these shares of
-    the characters, until one ends, in an order that depends on the sources alone.
+      ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``.
+    * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, like the next source.
+    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, optionally with ``:SPLIT``: the hub or its cache.
+    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. The
+      library's ``wiki_summaries`` and custom builders, ``tfds:PACKAGE.MODULE:NAME``, are prepared
+      on first use; others must exist already (``logitjax prepare NAME`` writes them).
+    * ``mix:SOURCE@WEIGHT,SOURCE@WEIGHT``: documents of several sources in turn, with these shares
+      of the characters, until one ends, in an order that depends on the sources alone.
 
     A row is ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"},
     ...]}``, optionally with tool calls and ``tools``, and with an ``id``. Rows of Alpaca

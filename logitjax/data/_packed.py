@@ -47,10 +47,10 @@ class PackedDataset:
     ``name`` is a tokenizer's name given to ``pack``:
 
     * ``segment_ids`` counts a row's documents, the same for every tokenizer, from 1; 0 is padding.
-    * ``positions`` start at 0 in every segment. * ``teacher``, [batch] like ``row``, exists if
-    examples name a teacher: its index in `routes`. * ``loss_mask[t]`` says whether to predict
-    ``tokens[t]`` from ``t - 1``. It is false for the first token of a segment, so no prediction
-    crosses documents.
+    * ``positions`` start at 0 in every segment.
+    * ``teacher``, [batch] like ``row``, exists if examples name a teacher: its index in `routes`.
+    * ``loss_mask[t]`` says whether to predict ``tokens[t]`` from ``t - 1``. It is false for the
+      first token of a segment, so no prediction crosses documents.
 
     Batches can be read in any order: the state of a data pipeline is the step.
 

@@ -3,25 +3,27 @@
 Common arguments:
 
 * `logits`, or `student_logits` and `teacher_logits` of the same shape: `[*batch, vocab]`, of any
-floating point type. Both are differentiated: use `jax.lax.stop_gradient` if a teacher shares
-parameters with the student. * `labels`: `[*batch]` integers in `0..vocab - 1`, of the whole
-vocabulary even if it is split. * `direction`: 'forward' for KL(teacher || student), 'reverse' for
-KL(student || teacher). * `temperature`: `T`, which divides the logits; positive, may be traced. *
-`vocab_where`: boolean, broadcastable to the logits: True for valid entries, of both models if there
-are two. With a head it is `[vocab]`. * `axis_name`: mesh axis over which the vocabulary is split,
-inside `jax.shard_map`. Elsewhere `MeshAxes` names the axes of a mesh.
+  floating point type. Both are differentiated: use `jax.lax.stop_gradient` if a teacher shares
+  parameters with the student.
+* `labels`: `[*batch]` integers in `0..vocab - 1`, of the whole vocabulary even if it is split.
+* `direction`: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
+* `temperature`: `T`, which divides the logits; positive, may be traced.
+* `vocab_where`: boolean, broadcastable to the logits: True for valid entries, of both models if
+  there are two. With a head it is `[vocab]`.
+* `axis_name`: mesh axis over which the vocabulary is split, inside `jax.shard_map`. Elsewhere
+  `MeshAxes` names the axes of a mesh.
 
 The `linear_` functions start from hidden states and never hold all logits. They take instead:
 
 * `hidden`: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of hidden states
   and kernel, and accumulate in float32.
-* `head`: a `Head`, or just a kernel `[hidden, vocab]` or `[vocab, hidden]`. * `teacher_hidden` and
-`teacher_head`: the same for the teacher, `[*batch, teacher_hidden]` and a head of the same
-vocabulary. Neither they nor the temperature get gradients. * `weights`: `[*batch]`. If given, the
-result is the scalar `sum(weights * loss)`, whose gradients are formed in the same sweep as the
-value if memory allows (see `Blocks`): nothing is computed twice. A position of weight 0 has no
-effect, whatever its label. * `blocks`: limits on what is held at a time; chosen from shapes and
-device if None.
+* `head`: a `Head`, or just a kernel `[hidden, vocab]` or `[vocab, hidden]`.
+* `teacher_hidden` and `teacher_head`: the same for the teacher, `[*batch, teacher_hidden]` and a
+  head of the same vocabulary. Neither they nor the temperature get gradients.
+* `weights`: `[*batch]`. If given, the result is the scalar `sum(weights * loss)`, whose gradients
+  are formed in the same sweep as the value if memory allows (see `Blocks`): nothing is computed
+  twice. A position of weight 0 has no effect, whatever its label.
+* `blocks`: limits on what is held at a time; chosen from shapes and device if None.
 
 All return `[*batch]` float32, or a scalar with `weights`. They raise a TypeError for arrays of the
 wrong type, and a ValueError if shapes do not fit, a kernel is square and its `vocab_axis` is not

@@ -40,12 +40,12 @@ def linear_log_probs(
     One sweep over the vocabulary gives both results and another one their gradient. The
     distribution must match that of the sampler's log-probabilities to compare with:
 
-    | vLLM's `logprobs_mode` | here |
+    | vLLM's `logprobs_mode`  | here                                                              |
     |-------------------------|-------------------------------------------------------------------|
-    | `raw_logprobs` | temperature 1 and no support, however the token was drawn | |
-    `processed_logprobs` | the temperature, and the ids that top-k, top-p and min-p have left| |
-    `raw_logits`, | no log-probabilities: `linear_readout` has `label_logit` | | `processed_logits`
-    | |
+    | `raw_logprobs`          | temperature 1 and no support, however the token was drawn         |
+    | `processed_logprobs`    | the temperature, and the ids that top-k, top-p and min-p keep     |
+    | `raw_logits`,           | no log-probabilities: `linear_readout` has `label_logit`          |
+    | `processed_logits`      |                                                                   |
 
     The sampler of tunix divides by the temperature and normalises over the whole vocabulary, even
     if it truncates the distribution. Penalties and biases that differ between positions are not

@@ -29,9 +29,9 @@ def token_projection(
 
     ::
 
-        first_piece the first piece in both vocabularies, of their tokens and ours, weight 1 exact
-        the teacher's token with the same bytes, else none spread X-Token: our pieces of their
-        tokens and their pieces of ours, decaying weights
+        first_piece   the first piece in both vocabularies, of their tokens and ours, weight 1
+        exact         the teacher's token with the same bytes, else none
+        spread        X-Token: our pieces of their tokens and their pieces of ours, decaying weights
 
     With `first_piece`, a token of both vocabularies stands for itself. A token of one vocabulary is
     split by the other tokenizer and counts as its first piece, repeatedly, until that is a token of
