@@ -13,7 +13,7 @@ from logitjax.ops import Array
 # Steps of temperatures, and of a threshold `T log(min_p)` in nats. Separate grids are not coarse:
 # 20 temperatures and 7 values of min_p make 130 thresholds, a median of .03 nats apart.
 _TEMPERATURE, _THRESHOLD = 0.1, 0.5
-# `top_p` is a mass at a temperature, `top_k` a rank: few of either, with masks at one temperature.
+# `top_p` is a mass at a temperature, `top_k` a rank: few of either, and masses at one temperature.
 # For two tokens, twenty temperatures and four masses would make thresholds .1 nats apart.
 _MASSES, _RANKS = (0.5, 0.8, 0.9, 0.95, 1.0), (0, 1, 5, 10, 20, 50, 100)
 

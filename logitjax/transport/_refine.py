@@ -116,7 +116,7 @@ def _assignment(graphs: Graphs, q: Order) -> Order:
     gradient = (0.0 if gains is None else gains) + 2 * (c - jnp.diag(c_own)) @ (
         d - jnp.diag(d_own)
     )[q]
-    # For a square matrix the rows come in order.
+    # For a square matrix the columns come in order, not the rows.
     rows, columns = optax.assignment.hungarian_algorithm(-(gradient + jnp.outer(c_own, d_own)))
     return q.at[rows].set(columns.astype(q.dtype))
 
