@@ -320,10 +320,10 @@ def _pruned(
         kept, freeze = chosen.kept, chosen.below if freeze == "below" else freeze
     model = models.keep_layers(whole, kept) if kept else whole
     if kept:
-        gone = sorted(set(range(layers)) - set(kept))
-        logging.info("student without layers %s", gone)
-        layers_gone = ", ".join(map(str, gone))
-        notes.append(f"without layer{'s' if len(gone) > 1 else ''} {layers_gone}")
+        dropped = sorted(set(range(layers)) - set(kept))
+        logging.info("student without layers %s", dropped)
+        layers_gone = ", ".join(map(str, dropped))
+        notes.append(f"without layer{'s' if len(dropped) > 1 else ''} {layers_gone}")
     if config.pruning.kv_heads or config.pruning.mlp_channels:
         model = distillation.prune_width(
             model,

@@ -162,12 +162,12 @@ def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], 
     tokens = []
     if config.logprobs is not None:
         for i, token in enumerate(out.rows()[0]):
-            told: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
-            told["logprob"] = round(float(out.logprobs[0, i]), 6)
+            record: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
+            record["logprob"] = round(float(out.logprobs[0, i]), 6)
             if config.logprobs:
                 pairs = zip(out.top_ids[0, i].tolist(), out.top_logprobs[0, i], strict=True)
-                told["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
-            tokens.append(told)
+                record["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
+            tokens.append(record)
     if config.json:
         count, stopped = int(out.lengths[0]), bool(out.stopped[0])
         line = entry | {"text": out.texts[0], "tokens": count, "stopped": stopped}
@@ -175,9 +175,9 @@ def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], 
         print(json.dumps(line, ensure_ascii=False), flush=True)
         return
     print(flush=True)
-    for told in tokens:
-        top = " ".join(f"{text!r}:{value:.3f}" for text, value in told.get("top", ()))
-        print(f"{told['logprob']:9.4f}  {told['token']!r}  {top}".rstrip())
+    for record in tokens:
+        top = " ".join(f"{text!r}:{value:.3f}" for text, value in record.get("top", ()))
+        print(f"{record['logprob']:9.4f}  {record['token']!r}  {top}".rstrip())
 
 
 def _check(config: Config) -> bool:

@@ -382,7 +382,7 @@ def best_fit(
     used = [[sum(len(p[name][0]) for p in row) for name in row[0]] for row in rows]
     room = seq_len - np.asarray(used, np.int64)
     for document in documents:
-        gone = []
+        full = []
         for piece in document:
             need = np.asarray([len(ids) for ids, _ in piece.values()], np.int64)
             room = room.reshape(len(rows), len(need))
@@ -396,15 +396,15 @@ def best_fit(
                 if len(rows) == open_rows:
                     # The fullest row has the least to gain from waiting.
                     fullest = int(np.argmin(room.min(axis=1)))
-                    gone.append(rows.pop(fullest))
+                    full.append(rows.pop(fullest))
                     room = np.delete(room, fullest, axis=0)
                 rows.append([piece])
                 room = np.concatenate([room, seq_len - need[None]])
                 location = len(rows) - 1
             if not room[location].min():
-                gone.append(rows.pop(location))
+                full.append(rows.pop(location))
                 room = np.delete(room, location, axis=0)
-        yield gone
+        yield full
     while rows:
         yield [rows.pop(0)]
 

@@ -126,9 +126,9 @@ class PackedDataset:
         """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
-        mine = process_rows(batch_size, process_index, process_count)
+        own_rows = process_rows(batch_size, process_index, process_count)
         rows = global_indices(step, length=len(self), seed=seed, batch_size=batch_size)
-        return rows[mine]
+        return rows[own_rows]
 
     def batch(
         self,
@@ -184,13 +184,13 @@ class PackedDataset:
         Every process gets the same number of batches of the same shape, padded at the end with rows
         with index -1 and nothing to predict.
         """
-        mine = process_rows(batch_size, process_index, process_count)
+        own_rows = process_rows(batch_size, process_index, process_count)
         count = len(self) if max_rows is None else min(max_rows, len(self))
 
         def produce() -> Iterator[Batch]:
             for begin in range(0, count, batch_size):
                 places = np.arange(begin, begin + batch_size)
-                yield self.rows(np.where(places < count, places, -1)[mine])
+                yield self.rows(np.where(places < count, places, -1)[own_rows])
 
         return read_ahead(produce(), _PREFETCH)
 

@@ -43,9 +43,9 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
     if kind == "hf":
         local = hub_splits(location, spec) & set(SPLITS[1:])
     loaded = {s: load_examples(spec, split=s, on_error=on_error) for s in ("train", *sorted(local))}
-    lacking = [s for s in SPLITS if s not in loaded]
-    if lacking:
-        loaded |= _cut(loaded["train"], ("train", *lacking), spec)
+    missing = [s for s in SPLITS if s not in loaded]
+    if missing:
+        loaded |= _cut(loaded["train"], ("train", *missing), spec)
     return {s: loaded[s] for s in SPLITS}
 
 

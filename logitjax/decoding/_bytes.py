@@ -94,11 +94,11 @@ class _Reader:
         total = sum(mass for mass, _ in masses)
         kept = [pair for pair in masses if pair[0] > self._least * total]
         kept = sorted(kept, key=lambda pair: -pair[0])[: self._most]
-        held = sum(mass for mass, _ in kept)
-        self.lost += 1 - held / total
+        kept_mass = sum(mass for mass, _ in kept)
+        self.lost += 1 - kept_mass / total
         paths = [path for _, path in kept]
         for path in paths:
-            path.weight /= held
+            path.weight /= kept_mass
         self._scored([path for path in paths if path.probs is None])
         self._paths = paths
         # The common beginning of all paths need not be read again.

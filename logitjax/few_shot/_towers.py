@@ -112,12 +112,12 @@ def tune_towers(
     normalize = encoder.preprocessing.normalize
 
     def loss(trained: Any, rest: Any, images: Any, labels: Any, key: Any) -> jax.Array:
-        whole = nnx.merge(graph, trained, rest)
+        encoder = nnx.merge(graph, trained, rest)
         if learn == "lora" and dropout:
-            for number, block in enumerate((*whole.vision.blocks, *whole.text.blocks)):
+            for number, block in enumerate((*encoder.vision.blocks, *encoder.text.blocks)):
                 block.qkv.key = jax.random.fold_in(key, number)
-        texts = unit_rows(whole.text_features(tokens))
-        cosines = unit_rows(whole(normalize(images))) @ texts.T
+        texts = unit_rows(encoder.text_features(tokens))
+        cosines = unit_rows(encoder(normalize(images))) @ texts.T
         labelled = labels >= 0
         values = cross_entropy(scale * cosines, jnp.maximum(labels, 0))
         return jnp.where(labelled, values, 0.0).sum() / labelled.sum()

@@ -67,11 +67,11 @@ class TailSample:
         logits = checks.as_float(logits, "logits")
         batch, vocab = logits.shape[:-1], logits.shape[-1]
         rows = logits.reshape(math.prod(batch), vocab)
-        taken = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
+        top_ids = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
         # Negative ids do not count from the end.
-        taken = jnp.where(taken < 0, vocab, taken)
+        top_ids = jnp.where(top_ids < 0, vocab, top_ids)
         # beyond: dropped.
-        rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
+        rest = rows.at[jnp.arange(len(rows))[:, None], top_ids].set(-jnp.inf)
         log_rest = logsumexp(rest)
         some = log_rest != -jnp.inf
         shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])
@@ -84,7 +84,7 @@ class TailSample:
         # Rounding may exceed it.
         ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
-        odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)
+        odd = jnp.isnan(log_rest) | (top_ids >= vocab).any(-1)
         values = jnp.where(odd[:, None], jnp.nan, values).reshape(*batch, samples)
         log_rest = jnp.where(some, log_rest, 0.0).reshape(*batch, 1)
         return cls(values=values, indices=ids.reshape(values.shape), log_probs=values - log_rest)

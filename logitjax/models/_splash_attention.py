@@ -58,8 +58,8 @@ def _local(
 ) -> jax.Array:
     time, heads = query.shape[1:3]
     block = min(_BLOCK, -(-time // _LANES) * _LANES)
-    whole = -(-time // block) * block
-    shape = (whole, whole)
+    padded_time = -(-time // block) * block
+    shape = (padded_time, padded_time)
     # The window includes a query's own key.
     mask = (
         splash.CausalMask(shape)
@@ -79,7 +79,7 @@ def _local(
     )
 
     def padded(x: Any, fill: int = 0) -> Any:
-        width = ((0, 0), (0, whole - time)) + ((0, 0),) * (x.ndim - 2)
+        width = ((0, 0), (0, padded_time - time)) + ((0, 0),) * (x.ndim - 2)
         return jnp.pad(x, width, constant_values=fill)
 
     q, k, v = (jnp.swapaxes(padded(x), 1, 2) for x in (query * scale, key, value))

@@ -124,10 +124,10 @@ def _exact_on_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
     """
     wide = x.astype(jnp.float32)
     step = jnp.maximum(jnp.abs(wide).max(axis=-1, keepdims=True), 1e-30) / 127
-    whole = jnp.round(wide / step)
+    rounded = jnp.round(wide / step)
     # The remainder is at most half a step, so 254 of its own.
-    rest = jnp.round((wide / step - whole) * 254)
-    both = jnp.concatenate([whole, rest]).astype(jnp.int8)
+    rest = jnp.round((wide / step - rounded) * 254)
+    both = jnp.concatenate([rounded, rest]).astype(jnp.int8)
     top, low = jnp.split(_contract(both, values, jnp.int32).astype(jnp.float32), 2)
     return (top + low / 254) * step
 

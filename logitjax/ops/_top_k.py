@@ -203,8 +203,8 @@ def _native_ids(values: jax.Array, *, k: int) -> jax.Array:
 def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
     *batch, vocab = values.shape
     groups = vocab // group_size
-    whole = groups * group_size
-    if whole == vocab:
+    length = groups * group_size
+    if length == vocab:
         maxima = values.reshape(*batch, groups, group_size).max(-1)
     else:
         # A slice here costs ten times the maxima themselves on CPU.
@@ -217,13 +217,13 @@ def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
     first = jnp.sort(chosen, axis=-1) * group_size
     # The incomplete group at the end is always searched: padding it would copy all `values`.
     candidates = jnp.concatenate(
-        [_windows(values, first, group_size).reshape(*batch, k * group_size), values[..., whole:]],
+        [_windows(values, first, group_size).reshape(*batch, k * group_size), values[..., length:]],
         axis=-1,
     )
     _, places = lax.top_k(candidates, k)
     group, offset = places // group_size, places % group_size
     in_group = jnp.take_along_axis(first, jnp.minimum(group, k - 1), axis=-1) + offset
-    return jnp.where(group < k, in_group, places - k * group_size + whole)
+    return jnp.where(group < k, in_group, places - k * group_size + length)
 
 
 def _lowest(dtype: jnp.dtype) -> np.ndarray:

@@ -112,16 +112,16 @@ class Accounts:
         *,
         tokens: int,
         record: dict[str, Any] | None,
-        told: Mapping[str, float] | None = None,
+        contexts: Mapping[str, float] | None = None,
     ) -> None:
         """Return what was not used (everything, without a record), and log what was revealed."""
-        (key, stored), nats = reservation, sum((told or {}).values())
+        (key, stored), nats = reservation, sum((contexts or {}).values())
         back = stored.queries if record is None else 0
         self._take(key, Spent(-back, tokens - stored.tokens, nats - stored.nats))
         if record is not None and self._writer is not None:
             entry = {"time": round(time.time(), 3), "key": key.name}
             entry |= {"queries": stored.queries, "tokens": tokens}
-            entry |= {"nats": nats, "contexts": told} if told else {}
+            entry |= {"nats": nats, "contexts": contexts} if contexts else {}
             self._lines.put(json.dumps(entry | record))
 
     def _take(self, key: Key, more: Spent) -> None:
@@ -137,12 +137,12 @@ class Accounts:
     def _sum_up(self, path: Path) -> None:
         if not path.exists():
             return
-        whole = path.read_bytes()
+        content = path.read_bytes()
         # A line that the last process did not finish is ignored.
-        whole = whole[: whole.rfind(b"\n") + 1]
+        content = content[: content.rfind(b"\n") + 1]
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+            file.truncate(len(content))
+        for number, line in enumerate(content.splitlines(), 1):
             try:
                 entry = json.loads(line)
                 spent = Spent(entry["queries"], entry["tokens"], entry.get("nats", 0.0))

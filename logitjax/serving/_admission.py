@@ -72,10 +72,10 @@ def _no_constant(name: str) -> Any:
 
 
 def _number(digits: str) -> int | float:
-    whole = digits.lstrip("-").isdigit()
-    if len(digits) > (24 if whole else 400):
+    integer = digits.lstrip("-").isdigit()
+    if len(digits) > (24 if integer else 400):
         raise BadRequestError(f"a number of {len(digits)} digits is too long")
-    return int(digits) if whole else float(digits)
+    return int(digits) if integer else float(digits)
 
 
 def longest_token(tokenizer: Tokenizer) -> int:

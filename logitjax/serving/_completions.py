@@ -58,7 +58,7 @@ def completions(service: Service, *, chat: bool) -> Any:
             nats = sum((meter.told for meter in meters), collections.Counter())
             service.metrics.told_nats.inc(nats.total())
             used = prompt_tokens + new
-            service.accounts.settle(reserved, tokens=used, record=record, told=nats)
+            service.accounts.settle(reserved, tokens=used, record=record, contexts=nats)
 
         if asked.stream:
             return _Events(_stream(service, asked, answers), done)
@@ -153,20 +153,20 @@ async def _stream(
             await queue.put(error)
 
     tasks = [asyncio.ensure_future(follow(answer)) for answer in answers]
-    left = len(answers)
+    remaining = len(answers)
     try:
         if asked.chat:
             for answer in answers:
                 delta = {"role": "assistant", "content": ""}
                 choice = {"index": answer.index, "delta": delta, "finish_reason": None}
                 yield _event(head | {"choices": [choice]})
-        while left:
+        while remaining:
             item = await queue.get()
             if isinstance(item, ApiError):
                 yield _event(item.body())
                 return
             if isinstance(item, Answer):
-                left -= 1
+                remaining -= 1
                 continue
             answer, text, tokens, reason = item
             choice = {"index": answer.index, "logprobs": answer.logprobs(tokens)}

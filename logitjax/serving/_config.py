@@ -85,8 +85,8 @@ class ServerConfig:
     def notice(self) -> str:
         """One line about how much the answers of this server reveal."""
         if self.choices == "free":
-            told = "answers reveal the logits, whichever of their values are hidden"
-            return f"choices=free: {told} (docs/leakage.md)"
+            warning = "answers reveal the logits, whichever of their values are hidden"
+            return f"choices=free: {warning} (docs/leakage.md)"
         notice = "choices=plain: a token of probability p is revealed by about 1/p answers"
         if self.choices == "plain":
             return notice

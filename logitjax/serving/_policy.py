@@ -85,11 +85,11 @@ class Disclosure:
             return fields
         given = {name: getattr(fields, name) for name in _TUNED}
         given["top_k"] = 0 if given["top_k"] >= vocab else given["top_k"]
-        taken = dataclasses.asdict(Choice(**given).rounded())
+        choice = dataclasses.asdict(Choice(**given).rounded())
         for name, value in given.items():
             ignored = not fields.temperature and name in ("top_k", "top_p", "min_p")
-            if not ignored and not math.isclose(value, taken[name], rel_tol=_CLOSE):
-                nearest = f"{taken[name]:.5g}"
+            if not ignored and not math.isclose(value, choice[name], rel_tol=_CLOSE):
+                nearest = f"{choice[name]:.5g}"
                 raise BadRequestError(f"{name}: the nearest accepted value is {nearest}", name)
         for name, value in _moving(fields).items():
             if name not in _TUNED and not (self._schemas and name == "structure"):
@@ -98,7 +98,7 @@ class Disclosure:
         # The lower the temperature, the more precisely a choice between two tokens compares them.
         if fields.structure and 0 < fields.temperature < 1:
             raise BadRequestError("temperature: the nearest accepted value is 1", "temperature")
-        return dataclasses.replace(fields, **taken)
+        return dataclasses.replace(fields, **choice)
 
     def extra(self, tokens: Sequence[int], fields: Any = None, seed: int = 0) -> dict[str, Any]:
         """Name the tokens so far, for the row's noise and, with the request, for its draws.

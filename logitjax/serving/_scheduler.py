@@ -270,11 +270,11 @@ class Scheduler:
         return True
 
     def _drop_cancelled(self) -> None:
-        gone = [i for i, job in enumerate(self._jobs) if job is not None and job.cancelled]
-        for slot in gone:
+        cancelled = [i for i, job in enumerate(self._jobs) if job is not None and job.cancelled]
+        for slot in cancelled:
             self._jobs[slot] = None
-        if gone:
-            self.engine.evict(gone)
+        if cancelled:
+            self.engine.evict(cancelled)
         with self._wake:
             for row, group in list(self._reading.items()):
                 group[:] = [job for job in group if not job.cancelled]

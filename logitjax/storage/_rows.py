@@ -170,11 +170,11 @@ class RowCache:
             ValueError: A row is missing, or a record is damaged.
         """
         rows = _row_numbers(rows)
-        lacking = self.missing(rows)
-        if len(lacking) or (len(rows) and rows.min() < 0):
-            first = lacking[0] if len(lacking) else rows.min()
+        missing = self.missing(rows)
+        if len(missing) or (len(rows) and rows.min() < 0):
+            first = missing[0] if len(missing) else rows.min()
             raise ValueError(
-                f"{self._kind} {self.directory} lacks {max(1, len(lacking))} of the requested "
+                f"{self._kind} {self.directory} lacks {max(1, len(missing))} of the requested "
                 f"rows, such as {first}: compute them first"
             )
         places = self._places[np.searchsorted(self.row_numbers, rows)]

@@ -230,8 +230,8 @@ class _Loss:
         entries = {n: g[..., :-_PADDING] if n in self.logits else g for n, g in gradients.items()}
         self.compare("padding", (value, entries), self.expected)
         # The label itself at -inf is rightly an infinite loss; another entry is not.
-        taken = {int(self.arrays[name].flat[0]) for name in self.labels}
-        other = next(token for token in range(len(taken) + 1) if token not in taken)
+        label_ids = {int(self.arrays[name].flat[0]) for name in self.labels}
+        other = next(token for token in range(len(label_ids) + 1) if token not in label_ids)
         for name in self.logits:
             beyond = gradients[name][..., -_PADDING:]
             equal("padding", f"gradient of {name} at -inf", beyond, np.zeros_like(beyond), atol=0.0)

@@ -262,7 +262,7 @@ def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
         result = store.read("lock").result()
         generation = result.stamp.generation
         if result.state != "value":
-            mine = _write(store, run, generation)
+            content = _write(store, run, generation)
         else:
             owner = _read(result.value)
             if watched is None:
@@ -270,10 +270,10 @@ def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
             elif watched != generation:
                 raise _refusal(workdir, owner)
             stale = time.monotonic() - since >= _STALE_SECONDS
-            mine = None
+            content = None
             if owner.get("run") == run or stale:
                 logging.warning("taking over the lock of process %s", owner.get("pid"))
-                mine = _write(store, run, generation)
-        if mine is not None:
-            return mine
+                content = _write(store, run, generation)
+        if content is not None:
+            return content
         time.sleep(_LOOK_SECONDS)

@@ -80,9 +80,9 @@ def split_rows(
     """
     every = [*forget, *retain, *holdout]
     group = _groups(every)
-    gone = set(group[: len(forget)])
+    forget_groups = set(group[: len(forget)])
     taught = set(group[: len(forget) + len(retain)])
-    kept = [(row, g) for row, g in zip(retain, group[len(forget) :]) if g not in gone]
+    kept = [(row, g) for row, g in zip(retain, group[len(forget) :]) if g not in forget_groups]
     # Rows to keep were taught, so they cannot be in the holdout.
     unseen = [r for r, g in zip(holdout, group[len(forget) + len(retain) :]) if g not in taught]
     members: dict[int, list[Row]] = {}

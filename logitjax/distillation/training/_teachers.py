@@ -259,10 +259,10 @@ def cache_teacher(
     complete = [s for s in rows if s in caches and not len(caches[s].missing(rows[s]))]
     # Processes see a shared disk at different times, but must agree on who reads.
     complete = processes.broadcast_from_first(lambda: complete)
-    lacking = [split for split in rows if split not in complete]
-    if lacking:
+    missing = [split for split in rows if split not in complete]
+    if missing:
         _check_weights(caches.values(), ready().weights)
-    for split in lacking:
+    for split in missing:
         path, dataset = directory / split, packed.splits[split]
         identity = TeacherIdentity(
             **expected[split],

@@ -283,20 +283,20 @@ def _everywhere(
     rows, columns = split
     # Shardings in place of arrays.
     spec: Any = PartitionSpec
-    by_row, by_column, whole = spec(*rows), spec(columns), spec()
+    by_row, by_column, replicated = spec(*rows), spec(columns), spec()
 
     def layout(side: Projection) -> Projection:
         kernel = spec(*(columns if i == side.head.axis else None for i in range(2)))
         split_head = dataclasses.replace(side.head, kernel=kernel, bias=by_column)
-        return Projection(by_row, split_head, whole)
+        return Projection(by_row, split_head, replicated)
 
-    def mine(operands: Operands, weights: Array | None) -> Any:
+    def on_device(operands: Operands, weights: Array | None) -> Any:
         outputs = _local(*local, operands, weights, columns or None)
         over = tuple(name for names in rows for name in names)
         return outputs if weights is None else (lax.psum(outputs[0], over), outputs[1])
 
     student, *others = map(layout, operands.sides)
-    teacher = others[0] if others else whole
+    teacher = others[0] if others else replicated
     specs = (Operands(student, teacher, by_column, by_row), by_row)
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
@@ -304,8 +304,8 @@ def _everywhere(
     if not named:
         # Under `vmap` a mesh names the mapped axis, which `shard_map` may not use.
         call: Any = functools.partial(_local, *local, axis_name=None)
-        whole = NamedSharding(mesh, PartitionSpec())
-        run = jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=whole)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        run = jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=replicated)
         return run(operands, weights)  # pyright: ignore[reportCallIssue]
     # All Auto axes if the others have one device: compilers handle part of a mesh less well.
     free = {name for name, kind in kinds.items() if kind == AxisType.Auto}
@@ -316,10 +316,10 @@ def _everywhere(
     if explicit:
         arrays = _resharded(mesh, explicit, specs, arrays)
     outputs = jax.shard_map(
-        mine,
+        on_device,
         mesh=mesh,
         in_specs=specs,
-        out_specs=by_row if weights is None else (whole, by_row),
+        out_specs=by_row if weights is None else (replicated, by_row),
         axis_names=explicit | (free if alone else named),
     )(*arrays)
     if padded == batch:
