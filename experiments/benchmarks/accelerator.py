@@ -196,9 +196,9 @@ def _compile(loss: Loss, shape: Shape, device: Any, options: Any = None) -> Any:
     mesh = Mesh(np.array(device).reshape(1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     inputs = arguments(shape, mesh)
     placed = (inputs["hidden"].sharding, inputs["head"].sharding)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh), _cross_compiling():
-        traced = jax.jit(vocabulary.step(loss), out_shardings=(whole, placed)).trace(inputs)
+        traced = jax.jit(vocabulary.step(loss), out_shardings=(replicated, placed)).trace(inputs)
         return traced, traced.lower().compile(options)
 
 

@@ -72,13 +72,13 @@ def run(options: suite.Options) -> suite.Result:
     for size in sizes:
         source = root / f"{size:.0f}.jsonl"
         _write(source, int(size))
-        seen = json.loads(
+        record = json.loads(
             _start(source, root / f"{size:.0f}", stored).communicate()[0].splitlines()[-1]
         )
-        peaks.append(seen["peak"])
-        seconds.append(seen["seconds"])
-        row = {"text, MB": round(size / 1e6), "rows": seen["rows"]}
-        row |= {"peak, MB": round(seen["peak"] / 1e6, 1), "seconds": round(seen["seconds"], 1)}
+        peaks.append(record["peak"])
+        seconds.append(record["seconds"])
+        row = {"text, MB": round(size / 1e6), "rows": record["rows"]}
+        row |= {"peak, MB": round(record["peak"] / 1e6, 1), "seconds": round(record["seconds"], 1)}
         rows.append(row)
     small, source = root / f"{sizes[0]:.0f}", root / f"{sizes[0]:.0f}.jsonl"
     again = root / "again"

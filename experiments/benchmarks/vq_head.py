@@ -175,12 +175,12 @@ def _fit(options: suite.Options) -> tuple[dict[str, Any], suite.Bar]:
     arguments = [str(x) for x in (vocab, hidden, codes, 2)]
     command = [sys.executable, "-c", _FIT, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seen = json.loads(done.stdout.splitlines()[-1])
+    record = json.loads(done.stdout.splitlines()[-1])
     whole = vocab * codes * 4
     row = {"what": f"fit_assignment, {codes} codes, 2 iterations", "d": hidden, "V": vocab}
-    row |= {"head": "vq", "ms": 1e3 * seen["seconds"], "added MiB": seen["added"] / 2**20}
+    row |= {"head": "vq", "ms": 1e3 * record["seconds"], "added MiB": record["added"] / 2**20}
     row["V x K would be, MiB"] = whole / 2**20
-    share = seen["added"] / whole
+    share = record["added"] / whole
     return row, suite.at_most("fitting: memory added / (V x K)", share, 0.9)
 
 

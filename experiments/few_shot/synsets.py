@@ -75,9 +75,9 @@ def ids_of(table: Mapping[str, str], class_names: Sequence[str]) -> list[np.ndar
     Raises:
         ValueError: A name is not in the table.
     """
-    lacking = [name for name in class_names if name not in table]
-    if lacking:
-        raise ValueError(f"class_names: no ImageNet classes are known for {lacking[0]!r}")
+    unknown = [name for name in class_names if name not in table]
+    if unknown:
+        raise ValueError(f"class_names: no ImageNet classes are known for {unknown[0]!r}")
     return [np.unique(np.concatenate([_span(s) for s in table[n].split()])) for n in class_names]
 
 

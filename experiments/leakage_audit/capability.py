@@ -69,7 +69,7 @@ def _log_p(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(model.logits(model.hidden_states(tokens)[0]))
 
 
-def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: Any) -> jax.Array:
+def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, taught: Any) -> jax.Array:
     """Nats a byte, of the prompts' own text and of the content of the answers."""
     local = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     if shown in ("all", "text"):
@@ -78,9 +78,9 @@ def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: An
     if shown == "prompts":
         return given.mean()
     if shown == "rows":
-        missed = -(jnp.exp(told) * answers).sum(-1)
+        missed = -(jnp.exp(taught) * answers).sum(-1)
     else:
-        best, ids = jax.lax.top_k(told, 5)
+        best, ids = jax.lax.top_k(taught, 5)
         ours = jnp.take_along_axis(answers, ids, axis=-1)
         rest, left = (jnp.maximum(1 - jnp.exp(x).sum(-1), 1e-6) for x in (best, ours))
         missed = -(jnp.exp(best) * ours).sum(-1) - rest * jnp.log(left)
@@ -94,9 +94,9 @@ def _step(graphdef: Any, prompt: int, shown: str, steps: int) -> tuple[Any, Any]
     optimizer = optax.adamw(rate)
 
     @jax.jit
-    def step(params: Any, state: Any, tokens: jax.Array, told: Any) -> Any:
+    def step(params: Any, state: Any, tokens: jax.Array, taught: Any) -> Any:
         def loss(params: Any) -> jax.Array:
-            return _loss(_log_p(graphdef, params, tokens), tokens, prompt, shown, told)
+            return _loss(_log_p(graphdef, params, tokens), tokens, prompt, shown, taught)
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -109,7 +109,7 @@ def _nats(graphdef: Any, params: Any, rows: np.ndarray) -> float:
 
 
 def _fit(
-    graphdef: Any, params: Any, rows: np.ndarray, told: Any, other: np.ndarray, **how: Any
+    graphdef: Any, params: Any, rows: np.ndarray, taught: Any, other: np.ndarray, **how: Any
 ) -> Any:
     """Parameters, after steps of 32 rows, that predict other text best."""
     # A few answers are memorised long before many are learned.
@@ -119,7 +119,7 @@ def _fit(
     best, least = params, np.inf
     for number in range(1, how["steps"] + 1):
         some = rng.choice(len(rows), 32)
-        params, state = step(params, state, rows[some], None if told is None else told[some])
+        params, state = step(params, state, rows[some], None if taught is None else taught[some])
         if number % max(1, how["steps"] // looks) == 0:
             loss = _nats(graphdef, params, other)
             best, least = (params, loss) if loss < least else (best, least)

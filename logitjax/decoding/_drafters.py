@@ -92,7 +92,7 @@ class Beside:
         else:
             ids = _Ids(lambda x: mapping.to_small(x, 0), mapping.to_large)
 
-        def known(read: jax.Array) -> jax.Array:
+        def num_read(read: jax.Array) -> jax.Array:
             # As far as the text it read still matches, whatever happened to drafts and slots since.
             same = (read == state.text) & (index < at[:, None] - 1)
             return jnp.cumprod(same, axis=1, dtype=jnp.int32).sum(axis=1)
@@ -102,11 +102,11 @@ class Beside:
             return read.at[rows, places].set(tokens, mode="drop")
 
         def behind(carry: Any) -> jax.Array:
-            return ((known(carry[1]) < at - 1) & state.active).any()
+            return ((num_read(carry[1]) < at - 1) & state.active).any()
 
         def catch_up(carry: Any) -> Any:
             cache, read = carry
-            places = known(read)[:, None] + jnp.arange(_PIECE)
+            places = num_read(read)[:, None] + jnp.arange(_PIECE)
             tokens = jnp.take_along_axis(state.text, jnp.minimum(places, index[-1]), axis=1)
             unread = (places < at[:, None] - 1) & state.active[:, None]
             places = jnp.where(unread, places, -1)

@@ -161,7 +161,7 @@ def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     seeds = [{"temperature": 1.0, "seed": seed} for seed in range(_SEEDS)]
     prompt, rng = prompts[0], np.random.default_rng(0)
 
-    def told(test: str, what: str, **more: Any) -> np.ndarray | None:
+    def repeated(test: str, what: str, **more: Any) -> np.ndarray | None:
         """Draws with the same seeds again, and how many agree, compared with chance."""
         query = more.pop("prompt", prompt)
         again = _drawn(oracle, query, [fields | more for fields in seeds])
@@ -180,14 +180,14 @@ def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     if drawn is None:
         protocol.add("seed", "seeds are refused", 1.0, 0.0, True)
         return
-    told("seed", "equal seeds")
+    repeated("seed", "equal seeds")
     # Noise shared by requests makes each field a comparison (`Choice`).
-    told("key", "min_p of 1e-7 beside none", min_p=1e-7)
-    told("prompts", "another prompt", prompt=prompts[1])
+    repeated("key", "min_p of 1e-7 beside none", min_p=1e-7)
+    repeated("prompts", "another prompt", prompt=prompts[1])
     alone = np.array([oracle.draws(prompt, [fields])[0] for fields in seeds[:_REPEATS]])
     flips = int((alone != drawn[:_REPEATS]).sum())
     protocol.add("company", f"{flips} of {_REPEATS} draws differ alone", 1.0, flips, True)
-    warmer = told("law", "temperature 1.2 beside 1", temperature=1.2)
+    warmer = repeated("law", "temperature 1.2 beside 1", temperature=1.2)
     if warmer is not None and (moved := warmer != drawn).any():
         # Inverse distribution functions move a draw to a neighbour; Gumbel noise to any token.
         order = np.unique([*drawn, *warmer])
@@ -362,8 +362,8 @@ def _forced(
     oracle: Any, prompt: Any, log_probs: np.ndarray, order: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
     answer = oracle.ask_biased(prompt, order[:, None], sizes[order, None])
-    came = np.asarray(answer.tokens)[:, 0] == order
-    return np.where(came, np.asarray(answer.values)[:, 0] - log_probs[order], np.nan)
+    forced = np.asarray(answer.tokens)[:, 0] == order
+    return np.where(forced, np.asarray(answer.values)[:, 0] - log_probs[order], np.nan)
 
 
 def _lifted(

@@ -186,8 +186,8 @@ def _forced(
     """Lift each token to the top at temperature 0; its reported value is the unbiased one."""
     answer = oracle.ask_biased(prompt, tokens[:, None], np.full((len(tokens), 1), bias, np.float32))
     # A token further down than the bias reaches is not drawn, so its value is not reported.
-    came = np.asarray(answer.tokens)[:, 0] == tokens
-    row = _own_values(oracle.policy, answer, came, vocab_size, "forced")
+    forced = np.asarray(answer.tokens)[:, 0] == tokens
+    row = _own_values(oracle.policy, answer, forced, vocab_size, "forced")
     if oracle.policy.returns == "logits":
         row = dataclasses.replace(row, log_probs=_normalised(row.log_probs).astype(np.float32))
     return row
@@ -202,15 +202,15 @@ def harvested(
 
 
 def _own_values(
-    policy: LogitPolicy, answer: Answer, came: np.ndarray, vocab_size: int, method: str
+    policy: LogitPolicy, answer: Answer, forced: np.ndarray, vocab_size: int, method: str
 ) -> RecoveredRow:
     """Values of drawn tokens, which come first in an answer; values at a floor are omitted."""
     tokens, values = np.asarray(answer.tokens)[:, 0], np.asarray(answer.values, np.float32)[:, 0]
-    came = came & np.isfinite(values) & (policy.floor is None or values > policy.floor)
+    forced = forced & np.isfinite(values) & (policy.floor is None or values > policy.floor)
     result, existing = np.full(vocab_size, np.nan, np.float32), np.zeros(vocab_size, bool)
-    result[tokens[came]] = values[came]
-    existing[tokens[came]] = True
-    rounding = 4 * float(np.finfo(np.float32).eps) * np.abs(values[came]).max(initial=0.0)
+    result[tokens[forced]] = values[forced]
+    existing[tokens[forced]] = True
+    rounding = 4 * float(np.finfo(np.float32).eps) * np.abs(values[forced]).max(initial=0.0)
     bound = {"error_bound": policy.step + float(rounding), "queries": len(tokens)}
     return RecoveredRow(log_probs=result, known=existing, method=method, **bound)
 

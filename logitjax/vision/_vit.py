@@ -199,8 +199,8 @@ class Block(nnx.Module):
 
     def _attention(self, x: jax.Array, angles: np.ndarray | None) -> jax.Array:
         q, k, v = jnp.split(self.qkv(x), 3, -1)
-        seen = attend(q, k, v, self.config.heads, angles, causal=self.config.causal)
-        return self.out(_normed(seen, self.attention_norm))
+        attended = attend(q, k, v, self.config.heads, angles, causal=self.config.causal)
+        return self.out(_normed(attended, self.attention_norm))
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
