@@ -54,7 +54,7 @@ def register_family(family: Family | str) -> Family:
     else:
         value: Family = _REGISTRY.parse(family)
         if (origin := _MEMBERS.get(family.partition("(")[0])) and origin.name != value.name:
-            # Its files have names of their own.
+            # Its files use their own names.
             value = dataclasses.replace(value, wrapper="", gguf=value.name, pre_tokenizers={})
     for other in _MEMBERS.values():
         same = other.name == value.name

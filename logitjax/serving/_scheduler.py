@@ -76,7 +76,7 @@ class Job:
 
         try:
             self._loop.call_soon_threadsafe(put)
-        except RuntimeError:  # The server is closing; nobody waits any more.
+        except RuntimeError:  # The server is closing, and no client waits any more.
             self.cancelled = True
 
 
@@ -206,7 +206,8 @@ class Scheduler:
             while self._step():
                 pass
         except Exception as error:
-            # Nothing else may kill the server: waiting clients are told, and health turns bad.
+            # Nothing else may kill the server: waiting clients get an error, and health checks
+            # fail.
             logging.exception("the engine stopped")
             self._fail(error)
 
@@ -309,7 +310,7 @@ class Scheduler:
                 continue
             for job in self._waiting[0]:
                 job.cached = self.reader.tokens_reused - before
-            # It is always in one of the two, so whoever ends all jobs finds it.
+            # A job is always in one of the two, so that ending all jobs finds it.
             with self._wake:
                 self._reading[row] = self._waiting.popleft()
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 # Probabilities per token: above the first an answer is still given, below the second it is not,
-# whatever a control does.
+# regardless of a control.
 _STILL_SAID, _NOT_SAID = 0.5, 0.005
 # Least probability of a row that counts as known: below it, the share kept is noise.
 KNOWN = 0.5
@@ -172,7 +172,7 @@ def _above(goal: Goal, excess: float) -> float:
 
 
 def least_share(kept: Mapping[str, Any]) -> float:
-    """The least of what is left, perplexity by its inverse; what is None was not measured."""
+    """Smallest remaining share of any measure, perplexity by its inverse; None is not measured."""
     shares = [kept.get(name) for name in ("probability", "row", "rouge", "fluency")]
     if kept.get("perplexity"):
         shares.append(1 / kept["perplexity"])

@@ -139,7 +139,7 @@ def _picked(
     """The rows of a step: every epoch all of them once, in an order of its own."""
     count = len(rows["tokens"])
     chosen = [
-        # By the step alone, so that a resumed run goes on alike.
+        # By the step alone, so that a resumed run continues in the same way.
         np.random.default_rng([seed, salt, location // count]).permutation(count)[location % count]
         for location in range(step * size, (step + 1) * size)
     ]

@@ -13,7 +13,7 @@ from logitjax.ops import neginf_to_zero
 from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._reads import Need, Read
 
-# The bound is so many times the loss on rows to keep before.
+# Ratio of the bound to the loss on rows to keep before unlearning.
 _ABOVE = 1.05
 
 
