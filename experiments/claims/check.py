@@ -55,7 +55,7 @@ def _of_claim(claim: Claim) -> Iterator[str]:
     if not decided and verdict.word != "open" and not verdict.why:
         yield f"{claim.id}: verdict: expected numbers or a reason, got {verdict.word!r} alone"
     if verdict.word == "holds" and any(setting.seeds < _SEEDS for setting in claim.settings):
-        yield f"{claim.id}: seeds: expected {_SEEDS} and more of what holds"
+        yield f"{claim.id}: seeds: expected at least {_SEEDS} for a claim that holds"
     if claim.arithmetic is None and verdict.scope == "paper" and verdict.word == "holds":
         yield f"{claim.id}: scope: expected 'here': runs here confirm nothing of the paper's models"
 

@@ -148,7 +148,7 @@ class _Progress:
     codec: ArrayCodec
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     statistics: dict[str, int] = dataclasses.field(default_factory=dict)
-    # Of each tokenizer.
+    # Token counts by tokenizer.
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     # Rows for each teacher so far, and number of examples read of the last one.
     routes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -258,7 +258,7 @@ def _routed(examples: Examples) -> Iterator[tuple[str, Examples]]:
     """The examples of each teacher, whose rows have no other's; of "" if none is named."""
     try:
         named = "teacher" in examples[0]
-    except ValueError:  # It is malformed, and said so where it is read.
+    except ValueError:  # It is malformed; its reader reports that.
         named = False
     if not named:
         yield "", examples

@@ -33,7 +33,7 @@ def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarra
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
-    # Of its segment.
+    # The beginning of each position's segment.
     begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
     return np.where(segment_ids > 0, index - begin, 0).astype(np.int32)
 

@@ -40,7 +40,7 @@ class RecognitionSet:
     images: str = "images"  # inside of it
     # JSON; ImageNet and its variants have folders, FGVC-Aircraft lists.
     split_file: str = ""
-    # By split, in `images`.
+    # Folders of `images` by split.
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tfds: str | None = None
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -26,10 +26,10 @@ class TextOptions:
             which the text keeps. `"sentence"` is the end of a sentence with its closing quotes.
         stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
             a tokenizer.
-        chunk: about this many tokens between two looks of the host; more if drafts do not pay
-            and nobody looks.
+        chunk: about this many tokens between two checks by the host; more if drafts do not pay
+            and nothing is checked.
         continues: texts continue their prompts, so that a first word has the space before it that
-            decoders like Llama-2's remove at the beginning of a text. By default they begin anew.
+            decoders like Llama-2's remove at the beginning of a text. By default they start afresh.
     """
 
     tokenizer: Tokenizer | None = None

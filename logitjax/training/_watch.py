@@ -53,7 +53,7 @@ def announce(cause: str, status: int) -> None:
         return
     try:
         client.key_value_set(f"{_PREFIX}/failed", f"{status} {jax.process_index()} {cause}")
-    except Exception:  # There is word already, or nobody who keeps it.
+    except Exception:  # Another process has reported, or the coordinator is gone.
         return
 
 

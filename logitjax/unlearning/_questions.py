@@ -248,7 +248,7 @@ class Questions:
         return scores.totals() / scores.counts()
 
     def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
-        """In batches that are no larger than there are rows."""
+        """Scores of rows, in batches no larger than the number of rows."""
         size = max(1, min(self.batch_size, len(rows)))
         return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
 

@@ -140,7 +140,7 @@ def matched_strength(
     By false position on logarithms, a tenth or more from both ends; the middle if one is unknown.
     """
     tried: list[tuple[float, float]] = []
-    # A strength, and how far above the goal it leaves answers, in nats.
+    # A strength, and the distance of its answers above the goal, in nats.
     low, high, at = (0.0, _above(goal, without)), (most, math.nan), min(1.0, most / 2)
     for _ in range(trials):
         result = excess(at)
@@ -172,7 +172,7 @@ def _above(goal: Goal, excess: float) -> float:
 
 
 def least_share(kept: Mapping[str, Any]) -> float:
-    """The least of what is left, perplexity by its inverse; what is None was not measured."""
+    """The smallest share kept, perplexity by its inverse; None was not measured."""
     shares = [kept.get(name) for name in ("probability", "row", "rouge", "fluency")]
     if kept.get("perplexity"):
         shares.append(1 / kept["perplexity"])
