@@ -118,7 +118,7 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
 def _of_pages(docs: pathlib.Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     """`claims.md` matches the files; other pages repeat a verdict below its mark."""
     if (docs / "measurements" / "claims.md").read_text() != page.text(claims):
-        yield "claims.md: it is not what docs/claims says: run `python -m experiments.claims judge`"
+        yield "claims.md: it differs from docs/claims: run `python -m experiments.claims judge`"
     for path in sorted(docs.rglob("*.md")):
         for name, line in _MARK.findall(path.read_text()):
             if name not in claims:

@@ -47,7 +47,7 @@ class Config:
         "any other file is one prompt.",
     )
     json: bool = field(
-        False, "Write a JSON object a line: what a prompt came with, `text`, `tokens`, `stopped`."
+        False, "Write a JSON object a line: the prompt's fields, `text`, `tokens`, `stopped`."
     )
     logprobs: int | None = field(
         None,

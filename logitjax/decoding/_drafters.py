@@ -127,7 +127,7 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True)
 class LookUp:
-    """Drafts what followed an earlier occurrence of the last tokens, as certain drafts.
+    """Drafts the continuation of an earlier occurrence of the last tokens, as certain drafts.
 
     Of several occurrences it takes the longest match, and of those the latest. A draft that is a
     function of the text is accepted with its probability: if a plain draw gives it.

@@ -1,4 +1,4 @@
-"""Choosing what has forgotten enough and lost nothing else, without a retrained model."""
+"""Choosing a candidate that forgot enough and kept the rest, without a retrained model."""
 
 import dataclasses
 import math
