@@ -55,7 +55,7 @@ def _of_claim(claim: Claim) -> Iterator[str]:
     if not decided and verdict.word != "open" and not verdict.why:
         yield f"{claim.id}: verdict: expected numbers or a reason, got {verdict.word!r} alone"
     if verdict.word == "holds" and any(setting.seeds < _SEEDS for setting in claim.settings):
-        yield f"{claim.id}: seeds: expected {_SEEDS} and more of what holds"
+        yield f"{claim.id}: seeds: expected at least {_SEEDS} for a claim that holds"
     if claim.arithmetic is None and verdict.scope == "paper" and verdict.word == "holds":
         yield f"{claim.id}: scope: expected 'here': runs here confirm nothing of the paper's models"
 
@@ -118,7 +118,7 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
 def _of_pages(docs: pathlib.Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     """`claims.md` matches the files; other pages repeat a verdict below its mark."""
     if (docs / "measurements" / "claims.md").read_text() != page.text(claims):
-        yield "claims.md: it is not what docs/claims says: run `python -m experiments.claims judge`"
+        yield "claims.md: it differs from docs/claims: run `python -m experiments.claims judge`"
     for path in sorted(docs.rglob("*.md")):
         for name, line in _MARK.findall(path.read_text()):
             if name not in claims:

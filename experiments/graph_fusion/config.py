@@ -73,7 +73,7 @@ class Config:
         "listed", "Whether layers are stacked and scanned, or listed and unrolled."
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "What the backward pass recomputes to save memory.", execution=True
+        "none", "Recomputation in the backward pass, to save memory.", execution=True
     )
     unit_rows: int = field(
         0,

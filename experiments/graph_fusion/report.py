@@ -281,7 +281,7 @@ def _text(config: Config, results: Record, table: str) -> str:
         for name, loss in (result["tried"] if result["trials"] > 1 else ())
     ]
     edges = [NAMES[arm] for arm, result in drop["arms"].items() if result["at_edge"]]
-    at_edge = f" At an edge of what was tried: {', '.join(edges)}." if edges else ""
+    at_edge = f" At an edge of the values tried: {', '.join(edges)}." if edges else ""
     return f"""# Prune and heal
 
 Student `{config.student}`{

@@ -481,7 +481,7 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
-    flags.DEFINE_bool("run", False, "Say what a whole run takes: hours, chips, disk and money.")
+    flags.DEFINE_bool("run", False, "Print the cost of a whole run: hours, chips, disk and money.")
     flags.DEFINE_bool("smallest", False, "Look for the smallest slice in which the run fits.")
     runs.define_flags()
     flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")

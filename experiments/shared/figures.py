@@ -123,7 +123,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = np.asarray(values.mean(0))
     if n < 2:
         return mean, np.full_like(mean, math.nan)
-    # Of three runs a normal interval would reach less than half as far.
+    # For three runs a normal interval would be less than half as wide.
     quantile = scipy.special.stdtrit(n - 1, 0.975)
     return mean, np.asarray(quantile * values.std(0, ddof=1) / math.sqrt(n))
 

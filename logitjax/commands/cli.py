@@ -186,7 +186,7 @@ def _fail(
     message = " ".join(str(error).split()) or type(error).__name__
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
-        note = note or "; this may pass, and the same command goes on"
+        note = note or "; this may pass, and the same command then continues"
     if jax.distributed.is_initialized() or status == os.EX_TEMPFAIL:
         training.distributed.leave(f"{message}{details}{note}", status)
     print(f"error: {message}{details}{note}", file=sys.stderr)

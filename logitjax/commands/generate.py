@@ -47,7 +47,7 @@ class Config:
         "any other file is one prompt.",
     )
     json: bool = field(
-        False, "Write a JSON object a line: what a prompt came with, `text`, `tokens`, `stopped`."
+        False, "Write a JSON object a line: the prompt's fields, `text`, `tokens`, `stopped`."
     )
     logprobs: int | None = field(
         None,
@@ -195,7 +195,7 @@ def _check(config: Config) -> bool:
 
 
 def sampling_of(config: Config) -> decoding.Sampling:
-    """Sampling settings from the flags, and from the model's publisher where no flag is given."""
+    """Sampling settings from the flags, and from the model's publisher if no flag is given."""
     # Publishers tune settings with the model: greedy chat models repeat themselves.
     settings = models.load_sampling(config.line_up.model)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):

@@ -30,7 +30,7 @@ from logitjax.storage.weights import read_npy
 
 # Annealed: a solve at the last value alone starts far from its plan.
 _EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01)
-# L1 error of a marginal above which a plan's cost may lie below the true optimum.
+# L1 error of a marginal above which a plan's cost may be below the true optimum.
 _MARGINALS = 1e-3
 
 

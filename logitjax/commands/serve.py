@@ -35,7 +35,7 @@ _USUAL_LENGTH = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The models, the server's limits, and the policy of what is reported."""
+    """The models, the server's limits, and the policy of its reports."""
 
     line_up: LineUp = nested(LineUp())
     served_name: str | None = field(

@@ -21,7 +21,7 @@ class DraftControl:
     Args:
         draft: the drafter: a model with the same tokenizer, as for `CachedModel.of`; a member of
             the ensemble, ``'expert'`` or ``'base'`` (the first) or an index among large, experts
-            and bases; or ``'prompt'``: what followed the last tokens earlier in the text.
+            and bases; or ``'prompt'``: the earlier continuation of the last tokens.
         lengths: numbers of tokens to draft at once, ascending, besides 0; each compiles a program.
             By default (4, 9) for ``'prompt'`` and (2, 5) for models. One number is always used.
         token_map: for a drafting model with other token ids, from `fusion.vocabulary_map`.

@@ -93,7 +93,7 @@ class Beside:
             ids = _Ids(lambda x: mapping.to_small(x, 0), mapping.to_large)
 
         def num_read(read: jax.Array) -> jax.Array:
-            # As far as the text it read still matches, whatever happened to drafts and slots since.
+            # As far as the text it read still matches, despite later changes of drafts and slots.
             same = (read == state.text) & (index < at[:, None] - 1)
             return jnp.cumprod(same, axis=1, dtype=jnp.int32).sum(axis=1)
 
@@ -127,7 +127,7 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True)
 class LookUp:
-    """Drafts what followed an earlier occurrence of the last tokens, as certain drafts.
+    """Drafts the continuation of an earlier occurrence of the last tokens, as certain drafts.
 
     Of several occurrences it takes the longest match, and of those the latest. A draft that is a
     function of the text is accepted with its probability: if a plain draw gives it.

@@ -50,7 +50,7 @@ def rollout(
     plan, (rows, time) = ensemble.plan, tokens.shape
     options = DecodeOptions(
         logprobs=True,
-        # Of the sampling distribution, for importance ratios.
+        # Those of the sampling distribution, for importance ratios.
         logprobs_of="sampled",
         repetition=sampling.penalizes,
         max_stop_ids=max(1, len(stop_ids)),

@@ -120,7 +120,7 @@ def holds_vector(
 
 
 def rows_apart(gram: Float[np.ndarray, "n n"], noise: Float[np.ndarray, " n"]) -> int:
-    """The number of rows without an earlier one as near as noise of these squares brings it."""
+    """The number of rows with no earlier one as near as noise with these squares allows."""
     squares = np.diagonal(gram)
     apart = squares[:, None] + squares[None, :] - 2 * gram
     # Three times the expectation: one row too few only leaves a width open.

@@ -48,7 +48,7 @@ def key_value(config: DecoderConfig, key: str) -> Any:
     value = getattr(config, name)
     if name != "activation":
         return value
-    # Of several names of one function the family's own, otherwise the most common one.
+    # A function with several names gets the family's own, otherwise the most common one.
     spellings = [family.keys[key], "silu", "gelu", "gelu_pytorch_tanh"]
     return next(spelling for spelling in spellings if _ACTIVATIONS[spelling] == value)
 

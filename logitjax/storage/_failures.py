@@ -32,7 +32,7 @@ _SAID = re.compile(
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a failure lies in a disk, a store, a hub or a network, and may pass by itself.
+    """Whether a failure is that of a disk, a store, a hub or a network, and may pass by itself.
 
     True for a full or failing disk, a response of 429 or 5xx and a lost connection; false for a
     missing path, a permission and a wrong value. The cause of an error counts too.

@@ -179,7 +179,7 @@ def _read_legacy(file: guard.Reader) -> Any:
             raise ValueError(f"{field} is truncated")
         storage.values = file.array(storage.dtype, storage.count, field)
     if file.left:
-        raise ValueError("it goes on after its last storage")
+        raise ValueError("it continues after its last storage")
     return result
 
 

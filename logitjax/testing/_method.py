@@ -187,7 +187,7 @@ class _Setting:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
                 fail("loss", subject, "expected finite numbers, got others")
         if not any(map(np.any, jax.tree.leaves(self.method.weights(gradient)))):
-            fail("loss", "gradient", "expected one of what is trained, got 0")
+            fail("loss", "gradient", "expected one for the trained arrays, got 0")
 
     def check_differences(self) -> None:
         weights = self.method.weights(self.trained)

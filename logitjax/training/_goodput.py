@@ -12,7 +12,7 @@ from etils import epath
 
 from logitjax.storage import progress, write_atomic
 
-# By the verb of the activity; an activity with none of these verbs is `other`.
+# Parts by the verb of the activity; an activity with another verb is `other`.
 _KINDS = {
     "starting": "start-up",
     "restoring": "start-up",

@@ -124,7 +124,7 @@ def compact_nodes(
     )
     # `[*batch, T k]`.
     rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
-    # Of a permutation: back to the order of `ids`.
+    # The inverse permutation, back to the order of `ids`.
     inverse = jnp.argsort(order, axis=-1)
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
     nodes = jnp.where(ids < 0, -1, nodes)

@@ -60,7 +60,7 @@ def cast(name: str, graph: Graph, low: Any) -> Pair:
         largest = np.max(np.abs(x), initial=0.0)
         if largest and not 2.0**-60 <= largest <= 2.0**60:
             raise ValueError(
-                f"{name}: expected a largest entry from 1e-18 to 1e18 of what is closed over under "
+                f"{name}: expected a largest entry from 1e-18 to 1e18 of arrays closed over under "
                 f"a transformation, got {largest:g}; scale it, or call certificate with arrays"
             )
     return split(graph, exact)

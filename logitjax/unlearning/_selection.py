@@ -1,4 +1,4 @@
-"""Choosing what has forgotten enough and lost nothing else, without a retrained model."""
+"""Choosing a candidate that forgot enough and kept the rest, without a retrained model."""
 
 import dataclasses
 import math
@@ -140,7 +140,7 @@ def matched_strength(
     By false position on logarithms, a tenth or more from both ends; the middle if one is unknown.
     """
     tried: list[tuple[float, float]] = []
-    # A strength, and how far above the goal it leaves answers, in nats.
+    # A strength, and the distance of its answers above the goal, in nats.
     low, high, at = (0.0, _above(goal, without)), (most, math.nan), min(1.0, most / 2)
     for _ in range(trials):
         result = excess(at)

@@ -195,7 +195,7 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     for side, subject_names in ((forgotten, peers), (peer, names)):
         for row, name in side[:_MADE]:
             for other in itertools.islice(_renames(row, name, subject_names, present), 2):
-                # What a model makes up about the capital of a person says nothing of what it knew.
+                # A model's inventions about a person's capital say nothing about its knowledge.
                 kind = "made" if other.count(" ") == name.count(" ") else "far-fetched"
                 again = _about(row, name, other, kind=kind)
                 close_rows.setdefault(again.question.lower(), again)

@@ -18,7 +18,7 @@ from logitjax.unlearning.assistant._deployed import Deployed
 _MULTIPLE = 8
 # Rows to keep for each to forget: there are more of them, and each is asked in as many ways.
 _KEPT = 4
-# Of the rows to keep in a batch, where there is other text: with a quarter its perplexity rose.
+# The share of other text, if any, in a batch's rows to keep: at a quarter its perplexity rose.
 _TEXT_SHARE = 0.5
 
 

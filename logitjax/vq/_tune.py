@@ -99,7 +99,7 @@ class Tuning:
         everywhere = NamedSharding(mesh, PartitionSpec())
         constants = jax.device_put(constants, everywhere)
         count = len(arrays[0])
-        # Of all processes.
+        # The batch of all processes.
         batch_size = min(self.batch_size, count)
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
         losses = []

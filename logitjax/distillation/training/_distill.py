@@ -183,7 +183,7 @@ class Scorer:
         means = {
             n: float(total / count) if count else math.nan for n, (total, count) in totals.items()
         }
-        # Of the mean over labels.
+        # That of the mean loss over labels.
         means["perplexity"] = float(np.exp(means["loss"]))
         # A student equal to its teacher is at zero, which rounding may make negative.
         if "teacher_kl" in means:

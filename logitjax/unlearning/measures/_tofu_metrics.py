@@ -35,7 +35,7 @@ class SetScores:
     """Means over the items of a set; None where the log does not say."""
 
     items: int
-    # Of the answer, for its length; in real-world sets among the wrong answers.
+    # That of the answer, for its length; in real-world sets among the wrong answers.
     probability: float
     # Recall of the generated answer.
     rouge_l: float | None = None
