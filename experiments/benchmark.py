@@ -1,7 +1,7 @@
 """Run benchmarks: ``python -m experiments.benchmark [all | NAME ...] [--list] [--scale=...]``.
 
 Each leaves ``results.json``, ``table.csv``, ``table.md`` and plots under ``WORKDIR/NAME``, prints
-its table, and says whether the figures that were promised were reached. ``--page`` prints finished
+its table, and says whether it met the figures that were promised. ``--page`` prints finished
 results as Markdown.
 """
 

@@ -41,11 +41,11 @@ such a file are only on the pages of their papers.
 
 
 def take(workdir: pathlib.Path, name: str, page: str, docs: pathlib.Path = DOCS) -> pathlib.Path:
-    """Makes a file of the gallery of a finished run's `results.json`.
+    """Makes a gallery file from a finished run's `results.json`.
 
     Args:
-        workdir: Of an experiment, or of one benchmark.
-        name: Of the file, and of the section.
+        workdir: Folder of an experiment, or of one benchmark.
+        name: Name of the file and of the section.
         page: The page that discusses the results, `few_shot.md`.
         docs: The folder of pages.
 
@@ -53,10 +53,10 @@ def take(workdir: pathlib.Path, name: str, page: str, docs: pathlib.Path = DOCS)
         The file.
 
     Raises:
-        ValueError: Something in it names a place of this machine.
+        ValueError: A value in it is a path of this machine.
     """
     result = json.loads((workdir / "results.json").read_text())
-    if "rows" in result:  # of a benchmark
+    if "rows" in result:  # a benchmark's
         bars = [
             bar(b["name"], b["value"], f"{b['sense']} {b['limit']:g}", b["met"])
             for b in result["bars"]
@@ -68,7 +68,7 @@ def take(workdir: pathlib.Path, name: str, page: str, docs: pathlib.Path = DOCS)
         "page": page,
         "environment": result["environment"],
         "tables": result["tables"],
-        # Tables are kept to the last digit: to round twice is to round wrongly.
+        # Tables keep every digit, because rounding twice is wrong.
         "pictures": _rounded(result["pictures"]),
     }
     for text in _texts(record):
@@ -84,8 +84,8 @@ def take_parts(workdir: pathlib.Path, name: str, docs: pathlib.Path = DOCS) -> l
     """Keeps the records of a run that is made in parts.
 
     Args:
-        workdir: Of the run.
-        name: Of the folder.
+        workdir: Folder of the run.
+        name: Name of the folder to write.
         docs: The folder of pages.
 
     Returns:
@@ -122,7 +122,7 @@ def results(docs: pathlib.Path = DOCS) -> dict[str, dict[str, Any]]:
 
 
 def pictures(docs: pathlib.Path = DOCS) -> dict[pathlib.Path, figures.Picture]:
-    """The pictures of the page by the file that each is drawn into."""
+    """The pictures of the page, by the name of their file."""
     return {
         docs / "gallery" / _file(name, key): figures.Picture.from_json(picture)
         for name, record in results(docs).items()
@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
     for path, picture in pictures().items():
         print(figures.draw(path, picture))
     if wrong := disagreements():
-        sys.exit("\n".join(["tables that say something else than their files:", *wrong]))
+        sys.exit("\n".join(["tables that differ from their files:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m logitjax`: the console script where it is not on the path."""
+"""`python -m logitjax`: the console script if it is not on the path."""
 
 from logitjax.commands import main
 

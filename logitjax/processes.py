@@ -1,4 +1,4 @@
-"""How several processes of one run agree on who writes and on what is already done.
+"""Coordination of the processes of one run: who writes, and what is already done.
 
 Process 0 writes and decides. With a single process these functions cost almost nothing, so the same
 code runs everywhere.
@@ -19,10 +19,10 @@ from logitjax.storage import may_pass, progress
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
-    """Returns on all processes what `make()` returns on process 0; only process 0 calls it.
+    """Return on all processes what `make()` returns on process 0; only process 0 calls it.
 
-    Processes that look at a shared disk at different moments may see different things. So one looks
-    and tells the others.
+    Processes that look at a shared disk at different moments may see different things. Therefore
+    one looks and tells the others.
 
     Args:
         make: Returns anything that JSON can hold.
@@ -34,7 +34,7 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
         return make()
     first = jax.process_index() == 0
     text = json.dumps(make()).encode() if first else b""
-    # All bring one shape.
+    # All processes pass the same shape.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text, np.uint8) if first else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
@@ -44,7 +44,7 @@ def run_on_first(name: str, work: Callable[[], Any]) -> None:
     """Process 0 does work that needs no other process; the others wait until it is done.
 
     Raises:
-        Exception: What `work` raised, on process 0; on the others an error of the same kind.
+        Exception: The exception of `work` on process 0; on the others an error of the same kind.
     """
     with _outcome_of_first(name):
         if jax.process_index() == 0:
@@ -56,21 +56,21 @@ def first_before_others(name: str) -> Iterator[None]:
     """Process 0 runs the body first. The others run it afterwards, and find its files on disk.
 
     Raises:
-        Exception: What the body raised on process 0; on the others an error of the same kind.
+        Exception: The exception of the body on process 0; on the others an error of the same kind.
     """
     if jax.process_index() == 0:
         with _outcome_of_first(name):
             yield
     else:
         with _outcome_of_first(name):
-            # Until process 0 is through.
+            # Until process 0 is done.
             pass
         yield
 
 
 @contextlib.contextmanager
 def _outcome_of_first(name: str) -> Iterator[None]:
-    """Tells all processes how the body ended on process 0; a failure there is one everywhere."""
+    """Tell all processes how the body ended on process 0; a failure there is raised everywhere."""
     first, failed = jax.process_index() == 0, None
     progress.mark(name)
     try:
@@ -89,7 +89,7 @@ def _outcome_of_first(name: str) -> Iterator[None]:
         raise failed
 
 
-# What the other processes raise where process 0 failed.
+# Exceptions that the other processes raise if process 0 failed.
 _KINDS = {"passing": ConnectionError, "user": ValueError, "bug": RuntimeError}
 
 
@@ -101,15 +101,15 @@ def _kind(error: Exception | None) -> str:
 
 
 def barrier(name: str) -> None:
-    """All processes wait here for each other; `name` tells one barrier from the next."""
+    """Wait for all processes; `name` distinguishes this barrier from others."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def local_copy(tree: Any) -> Any:
-    """Global arrays as whole arrays on this process's first device, for work it does alone.
+    """Return global arrays in full on this process's first device, for work it does alone.
 
-    All processes must call it. Arrays that one process holds whole are returned as they are.
+    All processes must call it. Arrays that one process holds in full are returned unchanged.
     """
     if jax.process_count() == 1:
         return tree

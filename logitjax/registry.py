@@ -1,8 +1,8 @@
-"""Names for values of an open set, as flags write them: `npo`, `npo(beta=0.2)`, `package:Name`.
+"""Names for values of an open set, as written in flags: `npo`, `npo(beta=0.2)`, `package:Name`.
 
-A set that others may add to (losses, methods of unlearning, families of models) has one `Registry`.
-Its own members are named in a table. Those of other packages are named by entry points of its
-group, or by module and attribute, without any registration.
+A set that others may extend (losses, unlearning methods, model families) has one `Registry`. A
+table names its own members. Those of other packages are named by entry points of its group, or by
+module and attribute without registration.
 """
 
 import ast
@@ -19,9 +19,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-# A name or a module and its attribute, then perhaps options in brackets.
+# A name or a module and its attribute, optionally followed by options in brackets.
 _TEXT = re.compile(r"\s*([\w.-]+(?::[\w.]+)?)\s*(?:\((.*)\))?\s*", re.DOTALL)
-# By the type of an option's default: what may be given for it, and that in words.
+# Types that an option accepts, by the type of its default, and their name in errors.
 _KINDS = {
     bool: (bool, "True or False"),
     int: (int, "a whole number"),
@@ -35,13 +35,13 @@ _KINDS = {
 class Registry:
     """The members of an open set by name.
 
-    A member is a frozen dataclass, a function that makes a value, or a value. Options of a value
+    A member is a frozen dataclass, a function that returns a value, or a value. Options of a value
     replace its fields.
 
     Attributes:
-        kind: What a member is called in errors, such as `'method'`.
+        kind: Name of a member in errors, such as `'method'`.
         group: Entry points by which other packages add members, such as `'logitjax.methods'`.
-        members: The members that the library has.
+        members: The library's own members.
         base: Class of all values; anything is accepted if None.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Registry:
     base: type | None = None
 
     def names(self) -> list[str]:
-        """The names of all members, those of entry points included, in alphabetical order."""
+        """The names of all members, including those of entry points, in alphabetical order."""
         return sorted({*self.members, *self._entry_points()})
 
     def help(self) -> str:
@@ -77,14 +77,14 @@ class Registry:
         )
 
     def parse(self, text: str) -> Any:
-        """The value that a text names.
+        """The value that a text describes.
 
         Args:
             text: `name`, `package.module:Name`, or either with options, `name(option=value, ...)`.
-                The values are literals of Python; a bare word is a text.
+                The values are Python literals; a bare word is a text.
 
         Raises:
-            ValueError: No such name, module or option, or a value that the option does not take.
+            ValueError: Unknown name, module or option, or an invalid value of an option.
         """
         match = _TEXT.fullmatch(text)
         if match is None:
@@ -114,7 +114,7 @@ class Registry:
 
     def _imported(self, name: str) -> Any:
         module, _, attribute = name.partition(":")
-        # An installed program does not look for modules where it is called.
+        # An installed program does not search the working directory for modules.
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.append(os.getcwd())
         point = importlib.metadata.EntryPoint(name, f"{module}:{attribute}", self.group)
@@ -125,7 +125,7 @@ class Registry:
             return load()
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"{self.kind} {name}: expected what can be imported, got {error}"
+                f"{self.kind} {name}: expected an importable module, got {error}"
             ) from error
 
 
@@ -147,28 +147,28 @@ def _options(kind: str, name: str, text: str) -> dict[str, Any]:
 def _literal(node: ast.expr) -> Any:
     """A literal, `inf` or a bare word."""
     if isinstance(node, ast.Name):
-        # Python has no literal of it.
+        # Python has no literal for it.
         return math.inf if node.id == "inf" else node.id
     return ast.literal_eval(node)
 
 
 def _with_options(name: str, member: Any, options: Mapping[str, Any]) -> Any:
-    """A value of a member: made by it with the options, or itself with the options replaced."""
+    """Build a member's value with the options, or replace the options of a given value."""
     make, defaults = _maker(member)
-    given = {}
+    fields = {}
     for key, value in options.items():
         if key not in defaults:
             expected = f"one of {', '.join(defaults)}" if defaults else "no options"
             raise ValueError(f"{name}: {_unknown(expected, key, defaults)}")
-        given[key] = _checked(f"{name}({key})", value, defaults[key])
+        fields[key] = _checked(f"{name}({key})", value, defaults[key])
     try:
-        return make(**given)
+        return make(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 def _maker(member: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return the constructor of a member's value, and its options with their defaults."""
+    """The constructor of a member's value, and its options with their defaults."""
     if _is_value(member):
         fields = [field for field in dataclasses.fields(member) if field.init]
         replace = functools.partial(dataclasses.replace, member)
@@ -187,7 +187,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     kind, words = _KINDS.get(type(default), (object, ""))
     if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
         raise ValueError(f"{name}: expected {words}, got {value!r}")
-    # Equal options are to have equal texts, which belong to the identity of a run.
+    # Equal options must have equal texts, which belong to the identity of a run.
     return float(value) if isinstance(default, float) else value
 
 

@@ -82,8 +82,8 @@ def test_a_text_names_a_value(text, value):
         ("scaled(factor=f(2))", "scaled: expected option=value, with literal values"),
         ("scaled(factor=1", "expected name, name(option=value) or package:Name"),
         ("scaled(factor=-1)", "scaled: factor: expected no negative number, got -1.0"),
-        ("no_package:Name", "no_package:Name: expected what can be imported, got No module"),
-        ("dataclasses:No", "dataclasses:No: expected what can be imported, got module"),
+        ("no_package:Name", "no_package:Name: expected an importable module, got No module"),
+        ("dataclasses:No", "dataclasses:No: expected an importable module, got module"),
         (f"{__name__}:Other", f"{__name__}:Other: expected a Scaled, got Other"),
     ],
 )

@@ -1,7 +1,7 @@
-"""transformers' ``generate`` in a process of its own, which the benchmark takes turns with.
+"""transformers' ``generate`` in its own process, which takes turns with the benchmark.
 
-Run as ``python _decoding_torch.py DIRECTORY NEW THREADS``; a line of standard input is a batch of
-prompts in JSON, and a line of tokens comes back for it.
+Run as ``python _decoding_torch.py DIRECTORY NEW THREADS``. Each line of standard input is a batch
+of prompts in JSON, answered by a line of tokens.
 """
 
 import json
@@ -15,7 +15,7 @@ def main(directory: str, new: int, threads: int) -> None:
     torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model = model.eval()
-    # No end: as many tokens as were asked for.
+    # No end token, so that the requested number of tokens is generated.
     model.generation_config.eos_token_id = None
     print("ready", flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""KD steps of ResNet-20 (teacher ResNet-56) in torch; each line of the input is one more step."""
+"""KD steps of ResNet-20 (teacher ResNet-56) in torch; each line of the input runs one more step."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""AMU's training on cached features in eager torch, which the benchmark takes turns with.
+"""AMU's training on cached features in eager torch, which takes turns with the benchmark.
 
-Run as ``python _few_shot_torch.py CLASSES FEATURES EXAMPLES THREADS``; a line of standard input is
-a batch size and a number of steps, and the last loss comes back for it.
+Run as ``python _few_shot_torch.py CLASSES FEATURES EXAMPLES THREADS``. Each line of standard input
+is a batch size and a number of steps, answered by the last loss.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Logits of a model less its assistant as transformers and PEFT have them.
+"""Logits of a model less its assistant as transformers and PEFT compute them.
 
 Run as ``python _unlearn_torch.py BASE ASSISTANT TOKENS.npy OUT.npz``, tokens ``[rows, time]``. OUT
 has log-probabilities, computed in `float32` and in `float64`.

@@ -1,4 +1,4 @@
-"""The benchmarked encoders in torch: a line of the input names one, its classes come back."""
+"""The benchmarked encoders in torch: each line of the input names one, answered by its classes."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ STAGES = (
 
 
 class Same(nn.Conv2d):
-    """Padded as TensorFlow does."""
+    """Pads as TensorFlow does."""
 
     def forward(self, x):
         pads = []

@@ -2,8 +2,8 @@
 
     python -P experiments/benchmarks/_vocabulary.py KIND FORM POSITIONS HIDDEN VOCABULARY
 
-runs one for each line of its input and answers with the CPU-seconds, by the losses of whatever tree
-is on the path: those of another commit, too. So nothing else of this package is imported.
+runs one step for each line of its input and answers with the CPU-seconds. It uses the losses of the
+tree on its path, which may be another commit's, so it imports nothing else of this package.
 """
 
 import functools
@@ -28,7 +28,7 @@ Loss = Callable[[Inputs], jax.Array]
 
 
 def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """By name the shape of each input, of positions, hidden size and vocabulary."""
+    """The shape of each input by name, given positions, hidden size and vocabulary."""
     tokens, width, vocab = shape
     sides = {"hidden": (tokens, width), "head": (width, vocab)}
     return sides | {f"teacher_{name}": size for name, size in sides.items()} | {"labels": (tokens,)}
@@ -109,7 +109,7 @@ def form_step(kind: str, form: str) -> Callable[[Inputs], Any]:
 def main(kind: str, form: str, *shape: str) -> None:
     tokens, width, vocab = map(int, shape)
     run, given = jax.jit(form_step(kind, form)), inputs((tokens, width, vocab))
-    # The first compiles.
+    # The first step compiles.
     for _ in itertools.chain([""], sys.stdin):
         started = time.process_time()
         jax.block_until_ready(run(given))

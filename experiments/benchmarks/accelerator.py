@@ -5,18 +5,18 @@ Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936,
 under ``jax.checkpoint``, Liger's chunks, tokamax's chunked form, its kernels and levanter's where
 they are installed (``pip install tokamax marin-levanter``), and ours by default, with the engine
 ``rows``, unreduced, and by kernels.
-Nothing runs: a TPU's compiler, which the extra ``plan`` brings on Python 3.12 or newer, says what a
-program would hold and take. The smoke scale compiles for the CPU.
+Nothing runs: a TPU's compiler, which the extra ``plan`` brings on Python 3.12 or newer, reports
+what a program would hold and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
 `SHAPES`. ``--only=axes`` counts, on eight CPU devices, how often heads are
-gathered on the meshes of other trainers (`MESHES`). With ``models`` the heads of models are
-compiled instead, or those named, into a file a chip, ``kernels/v5p.json``, with the tiles of the
-kernels and what was refused; the file keeps the rows that it has. `tiles` makes of these files what
-``losses/sweep/tiles.json`` has. Columns: F is the work of one product of positions, hidden and
+gathered on the meshes of other trainers (`MESHES`). With ``models`` the heads of all models, or of
+the named ones, are compiled instead, into a file a chip, ``kernels/v5p.json``, with the tiles of
+the kernels and the refusals; the file keeps earlier rows. `tiles` turns these files into
+``losses/sweep/tiles.json``. Columns: F is the work of one product of positions, hidden and
 vocabulary; the roofline's time is the longer of all products at the chip's peak and of reading
 arguments and writing results once; cycles are the TPU compiler's own, loops as often as they run,
-and estimated time is these over the chip's clock, where that is known.
+and estimated time is these over the chip's clock, if that is known.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ MODELS = {
 }
 _MODEL_POSITIONS = 8192
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
-# Meshes of 2 x 4: axes, their kind, how hidden states and heads lie.
+# Meshes of 2 x 4: axes, their kind, and the sharding of hidden states and heads.
 MESHES = {
     "ours": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
     "ours, no set_mesh": ("fsdp tensor", AxisType.Auto, ("fsdp",), ("fsdp", "tensor")),
@@ -78,7 +78,7 @@ MESHES = {
     "Explicit": ("fsdp tensor", AxisType.Explicit, ("fsdp",), ("fsdp",)),
 }
 _CHUNK = 1024
-# levanter leaves what its kernels may take on chip to a flag: three quarters, or nearly all.
+# levanter leaves its kernels' on-chip memory to a flag: three quarters, or nearly all.
 _VMEM_KIB = {"v5e": "98304", "v6e": "98304", "v5p": "64000", "tpu7x": "64000"}
 _KERNELS = ("ours, pallas", "tokamax, Mosaic", "levanter, Mosaic")
 _PARTS = "parts"
@@ -156,7 +156,7 @@ def _liger(x: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def forms(kind: str) -> dict[str, Loss]:
-    """By name the losses that are compared, unreduced or their mean."""
+    """The compared losses by name, unreduced or their mean."""
     entries: dict[str, Loss] = {
         "dense": functools.partial(vocabulary.dense, kind),
         "chunks + checkpoint": functools.partial(vocabulary.chunked, kind, size=_CHUNK),
@@ -196,9 +196,9 @@ def _compile(loss: Loss, shape: Shape, device: Any, options: Any = None) -> Any:
     mesh = Mesh(np.array(device).reshape(1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     inputs = arguments(shape, mesh)
     placed = (inputs["hidden"].sharding, inputs["head"].sharding)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh), _cross_compiling():
-        traced = jax.jit(vocabulary.step(loss), out_shardings=(whole, placed)).trace(inputs)
+        traced = jax.jit(vocabulary.step(loss), out_shardings=(replicated, placed)).trace(inputs)
         return traced, traced.lower().compile(options)
 
 
@@ -211,7 +211,7 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
             options = {"xla_tpu_scoped_vmem_limit_kib": _VMEM_KIB[chip.name]}
         traced, compiled = _compile(loss, shape, chips.devices_of(chip)[0], options)
     except Exception as error:
-        # What a chip cannot hold is a row of the table, and what no kernel can do.
+        # A program that does not fit a chip is a row of the table, as is an unsupported kernel.
         if name in _KERNELS:
             size = re.search(r"Scoped allocation with size .*? limit [\d.]+\w", str(error))
             reason = size[0] if size else str(error).splitlines()[0][:200]
@@ -228,7 +228,7 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     if chip.flops:
         row["roofline ms"] = 1e3 * max(flops / chip.flops, moved / chip.hbm)
     text = compiled.as_text()
-    # Of a kernel the compiler has no cycles.
+    # The compiler has no cycles for a kernel.
     cycles = 0 if "tpu_custom_call" in text else costs.estimated_cycles(text)
     row["Mcycles"] = cycles / 1e6 or None
     if tiles := dict(re.findall(r"logitjax_(\w+?)_(\d+x\d+)", text)):
@@ -239,7 +239,7 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
 
 
 def _kept(options: suite.Options, *given: Any) -> dict[str, Any]:
-    """A `_row`: hours of work, so what is compiled is kept, and a run that was killed goes on."""
+    """A `_row`: hours of work, so compiled rows are kept, and a killed run continues."""
     name, kind, shape, chip, _ = given
     what = "-".join(map(str, (chip.name, kind, *shape, name)))
     path = epath.Path(options.directory) / _PARTS / f"{what}.json"
@@ -259,7 +259,7 @@ def _compare(rows: list[dict[str, Any]]) -> None:
 def _models(
     path: epath.Path, chip: chips.Chip, kinds: Sequence[str], models: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Heads of models by kernels, with their tiles, and by `scan`: the file keeps what it has."""
+    """Heads of models by kernels, with their tiles, and by `scan`; the file keeps its rows."""
     rows = json.loads(path.read_text()) if path.exists() else []
     compiled = {(row["model"], row["loss"], row["form"]) for row in rows}
     device = chips.devices_of(chip)[0].device_kind
@@ -270,13 +270,13 @@ def _models(
             rows.append({"model": model, "device": device} | row)
             logging.info("%s, %s, %s: done", model, kind, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A line a row, so that tables can be joined and compared.
+            # One line a row, so that tables can be joined and compared.
             path.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
     return rows
 
 
 def tiles(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
-    """Return the tiles that our kernels look up: those compiled, none where that was refused."""
+    """Return the tiles that our kernels look up: those compiled, none if refused."""
     table: dict[str, list[list[int]]] = {}
     for row in rows:
         if row["form"] == "ours, pallas":
@@ -368,7 +368,7 @@ def run(options: suite.Options) -> suite.Result:
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
     def chosen(name: str) -> bool:
-        """Whether it was named, or nothing of its kind."""
+        """Whether it was named, or nothing of its kind was."""
         group = next(group for group in groups if name in group)
         return name in parts or not parts & group
 
@@ -399,7 +399,7 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
-    """Memory and estimated time beside dense's; of kernels the compiler estimates no time."""
+    """Memory and estimated time beside dense's; the compiler estimates no time for kernels."""
     panels: dict[str, list[figures.Series]] = {}
     for row in rows:
         if row.get("cycles / dense"):

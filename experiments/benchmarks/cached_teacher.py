@@ -1,4 +1,4 @@
-"""Distilling from a cache of the teacher's top 64 logits: the cost of a step, and what is lost.
+"""Distilling from a cache of the teacher's top 64 logits: the cost of a step, and the loss.
 
     python -m experiments.benchmark cached_teacher
 
@@ -57,7 +57,7 @@ def run(options: suite.Options) -> suite.Result:
     def numbers(step: int) -> np.ndarray:
         return np.arange(rows_a_step, dtype=np.uint32) + step * rows_a_step
 
-    # Read once: all that the cached training needs of its teacher.
+    # Read once: all that the cached training needs from its teacher.
     caches = {
         (seed, step): jax.device_get(
             read(teacher_params, batch("train", step, seed), numbers(step))
@@ -149,7 +149,7 @@ def _rows(tokenizer: Any, length: int, options: suite.Options) -> Mapping[str, d
 
 
 def _statistics(record: Mapping[str, Any], *, tail: bool) -> losses.GraphStatistics:
-    """A cached batch as the losses take it, with or without its draws."""
+    """A cached batch in the losses' form, with or without its draws."""
     fields = {name: record[name] for name in ("values", "indices", "log_z", "mean", "std")}
     drawn = losses.TailSample(values=record["tail_values"], indices=record["tail_indices"])
     return losses.GraphStatistics(**fields, tail=drawn if tail else None)

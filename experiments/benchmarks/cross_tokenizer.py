@@ -3,9 +3,9 @@
     python -m experiments.benchmark cross_tokenizer
 
 Time and scratch memory are of a forward and backward pass to hidden states and head, float32. The
-projections are made up: every token of the student stands for one of the teacher's, tokens of low
-ids for more of ours than others, as the short pieces of real vocabularies do; the teacher's others
-count as such a piece.
+projections are synthetic: every token of the student stands for one of the teacher's, and tokens of
+low ids for more of ours than others, like the short pieces of real vocabularies; the teacher's
+other tokens count as such a piece.
 """
 
 import functools
@@ -21,7 +21,7 @@ from logitjax import distillation, losses, ops
 
 # (T, H, our V, their V): a small model with SmolLM2's vocabulary under Gemma's, and Qwen's.
 SHAPES = ((1024, 576, 49152, 262144), (1024, 576, 152064, 49152))
-# As wide: with a narrow head the loss is all there is to time.
+# As wide: with a narrow head almost all the time would be the loss's.
 SMOKE_SHAPES = ((64, 576, 8192, 16384),)
 K = 64
 PEERS = ("dense KL", "same tokenizer", "first_piece", "alm")
@@ -31,7 +31,7 @@ Shape = tuple[int, int, int, int]
 def _projection(shape: Shape) -> distillation.TokenProjection:
     _, _, ours, other = shape
     rng = np.random.default_rng(0)
-    # Most tokens are there on both sides; the rest gather on pieces of low ids.
+    # Most tokens exist on both sides; the rest gather on pieces of low ids.
     ids = np.where(np.arange(ours) < other, np.arange(ours), 0)
     moved = (rng.random(ours) < 0.06) | (np.arange(ours) >= other)
     ids = np.where(moved, (rng.random(ours) ** 3 * min(2048, other)).astype(np.int64), ids)
@@ -84,7 +84,7 @@ def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> C
     def loss(hidden: Any, head: Any, inputs: Any) -> Any:
         if peer == "dense KL":
             logits = hidden @ head
-            # What a dense loss across vocabularies holds of the student.
+            # The student's memory in a dense loss across vocabularies.
             return losses.sparse_kl_divergence(logits, _top(inputs, "same")).mean()
         if peer == "same tokenizer":
             return losses.linear_sparse_kl_divergence(hidden, head, _top(inputs, "same")).mean()
@@ -139,7 +139,7 @@ def _bars(rows: list[dict[str, Any]]) -> list[suite.Bar]:
         )
         if row["ours"] >= 150_000:
             dense = next(r for r in rows if r["loss"] == "dense KL" and r["ours"] == row["ours"])
-            # Student and teacher are dense elsewhere: of this only the student's half is counted.
+            # Student and teacher are dense elsewhere; only the student's half is counted here.
             share = row["temp MiB"] / dense["temp MiB"]
             bars.append(suite.at_most(f"{where}: scratch / dense", share, 0.1))
     return bars

@@ -3,9 +3,9 @@
     python -m experiments.benchmark decoding
 
 SmolLM2 in float32, greedy, prompts of 10 to 24 tokens, 64 new tokens, prefill included, compilation
-not. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch and transformers, its ``generate``
-takes turns with ours in a process of its own, with as many threads. Fused decoding takes SmolLM2 as
-the large model and cuts of 6 of its layers as experts and base.
+not. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch and transformers, its ``generate``
+takes turns with ours in its own process, with as many threads. Fused decoding takes SmolLM2 as the
+large model and cuts of 6 of its layers as experts and base.
 """
 
 import contextlib

@@ -3,10 +3,10 @@
     python -m experiments.benchmark dual_head
 
 Batches of 64 images of 32 x 32, augmented, as in the published CIFAR-100 recipe: forward and
-backward of the student, SGD, batch statistics. ``kd`` is the yardstick, once with the teacher's
+backward of the student, SGD, batch statistics. ``kd`` is the baseline, once with the teacher's
 (ResNet-56) forward pass in the step, as training with augmentation needs it, and once with its
-logits given. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same KD step is
-timed there, in turns with ours, with as many threads.
+logits given. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same KD step is timed
+there, in turns with ours, with as many threads.
 """
 
 import dataclasses

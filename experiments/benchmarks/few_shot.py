@@ -4,8 +4,8 @@
 
 AMU as released: 1000 classes, 2048 features, 16 images a class, AdamW, which torch runs fused. The
 whole run (50 epochs of batches of 256) is timed, and its memory read, in a process that does
-nothing else. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same steps are taken
-there with as many threads, in turns with ours; a step costs the same wherever in the run it is.
+nothing else. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same steps are taken
+there with as many threads, in turns with ours; every step of the run costs the same.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ from logitjax import few_shot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of the head and of the cached features."""
+    """Bytes of the head and of the cached features."""
 
     classes: int = 1000
     features: int = 2048
@@ -37,7 +37,7 @@ class Shape:
         return self.classes * self.shots
 
 
-# Batch size, steps a turn, the least that torch's seconds have to be over ours.
+# Batch size, steps a turn, and the least ratio of torch's seconds to ours.
 _TURNS = ((256, 63, 1 / 0.75), (8, 400, 1 / 0.75))
 _SECONDS, _GB = 75.0, 1.5
 

@@ -1,11 +1,11 @@
-"""How good the recommended few-shot method is, and how true the accuracy that it is said to have.
+"""Quality of the recommended few-shot method, and truth of the accuracy promised for it.
 
     python -m experiments.benchmark few_shot_selection
 
 Twenty-four sets of Gaussian classes (round or long, with names that are right or wrong) and six of
 MNIST-5k, whose zero-shot classifier is two pictures a class. Each is learned from three times.
 ``regret`` is the test accuracy of the best method less that of the recommended one, and ``error``
-what `few_shot.recommend` says less the recommended method's test accuracy, both in points.
+the promise of `few_shot.recommend` less the recommended method's test accuracy, both in points.
 """
 
 import dataclasses

@@ -4,9 +4,9 @@
 
 ``paper's grid`` is the search as published: at each of 21 alphas a softmax and two KL divergences,
 one alpha after another. ``grid`` is the same search from cumulants, the others are the root
-searches of `DynamicFusion`. Each returns the alphas alone. Logits are made up, with the
-heavy tail that language models have; ``at bound`` and ``sweeps`` say what the searches met. Two
-more bars relate the default search to one decoding step of SmolLM2 with a 6-layer expert and base.
+searches of `DynamicFusion`. Each returns the alphas alone. Logits are synthetic, with the heavy
+tail of language models; ``at bound`` and ``sweeps`` describe the searches. Two more bars relate the
+default search to one decoding step of SmolLM2 with a 6-layer expert and base.
 """
 
 import statistics
@@ -62,7 +62,7 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def made_up_logits(batch: int, vocab: int, seed: int = 0) -> tuple[jax.Array, ...]:
-    """A large model's, an expert's and a base's logits ``[batch, vocab]``."""
+    """Logits ``[batch, vocab]`` of a large model, an expert and a base."""
     rng = np.random.default_rng(seed)
     rank = rng.permuted(np.tile(np.arange(1, vocab + 1), (batch, 1)), axis=1)
     common = (-1.2 * np.log(rank)).astype(np.float32)

@@ -34,7 +34,7 @@ def run(options: suite.Options) -> suite.Result:
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, vocab, (1, length)), jnp.int32)
     labels = jnp.roll(tokens, -1, axis=1)
-    # Zipf-like logits: a few large ones, a long tail, as real models give.
+    # Zipf-like logits: a few large ones and a long tail, as in real models.
     teacher = jnp.asarray(rng.gumbel(size=(1, length, vocab)), jnp.float32)
     statistics = jax.jit(lambda x: losses.graph_statistics(x, 10))(teacher)
     names = ["sft:0.5", "uld:0.5", "gld:0.5"]

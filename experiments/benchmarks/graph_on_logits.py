@@ -1,7 +1,7 @@
-"""Cost that the graph loss adds to a head's own matrix products, with the teacher's top-k given.
+"""Cost of the graph loss beside a head's own matrix products, with the teacher's top-k given.
 
 Both steps multiply forward and backward, one with the loss's gradient and one with a given one, so
-that the gradient's memory is counted where it would be in training.
+that the gradient's memory is counted as in training.
 """
 
 import jax

@@ -8,7 +8,7 @@ probabilities or z-scores; ``gaussian`` (dense Gaussian columns). All are scaled
 ott-jax (entropic, epsilon annealed to 0.01, and low rank) and, where installed
 (``pip install 'logitjax[benchmark]'``), POT's conditional gradient from several starts. ``gap`` is
 the value over the best upper bound known for that pair. Seconds are compared at equal quality only:
-those of a peer with those of the fastest of our certificates whose value is no higher.
+a peer's with those of the fastest of our certificates whose value is no higher.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from logitjax.transport import FactoredGraph
 _TOKENS = (4, 512)
 _K = 10
 _SIZES = (8, 32, 128, 512, 2048, 8192)
-# Above these the n x n solvers take minutes.
+# Above these sizes the n x n solvers take minutes.
 _LARGEST = 512
 _SHARES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 _SCALING = (1_000, 5_000, 20_000, 50_000, 150_000)
@@ -199,13 +199,13 @@ def matrix(graph: FactoredGraph) -> np.ndarray:
 
 
 def small_factor(gram: np.ndarray) -> np.ndarray:
-    """A factor with at most n rows, which is the least that ott has to multiply by."""
+    """A factor with at most n rows, the fewest that ott can multiply by."""
     eigenvalues, vectors = np.linalg.eigh(gram)
     return (np.sqrt(np.maximum(eigenvalues, 0)) * vectors).T
 
 
 def low_rank_gw(z: np.ndarray, w: np.ndarray) -> tuple[Any, float, str]:
-    """ott's low-rank plan of Z Z^T and W W^T as `gw.entropic_gw` gives the entropic one."""
+    """ott's low-rank plan for Z Z^T and W W^T, like `gw.entropic_gw`'s entropic one."""
     from ott.geometry.low_rank import LRCGeometry
     from ott.problems.quadratic.quadratic_problem import QuadraticProblem
     from ott.solvers.quadratic.gromov_wasserstein_lr import LRGromovWasserstein
@@ -227,7 +227,7 @@ def solved(pair: Pair, name: str, solve: Callable[[], Any]) -> dict[str, Any]:
         start = time.perf_counter()
         answer = solve()
         row["seconds"] = time.perf_counter() - start
-        # The first call compiles, which is nothing beside a solve that took this long.
+        # The first call compiles, which is negligible beside such a long solve.
         if row["seconds"] > 60:
             break
     _, cost, reason = answer
@@ -271,7 +271,7 @@ def measure_scaling(
     """The closed form on n token nodes, ten a position and n / 10 positions; no n x n anywhere."""
 
     rows = closed_form_rows(sizes, repeats)
-    # Small sizes measure the call; the slope is that of the larger ones.
+    # Small sizes measure the call, so the slope is that of the larger ones.
     large = rows[1:] if len(rows) > 2 else rows
     logs = np.log([[row["n"], row["seconds"], row["MiB"]] for row in large])
     time_slope, memory_slope = (np.polyfit(logs[:, 0], logs[:, i], 1)[0] for i in (1, 2))
@@ -282,7 +282,7 @@ def measure_scaling(
 
 
 def measure_unlikeness(n: int, pairs: int) -> list[dict[str, Any]]:
-    """Upper over lower bound, by the share of its logits that the second graph has from elsewhere.
+    """Upper over lower bound, by the share of the second graph's logits that come from elsewhere.
 
     Graphs of all n tokens at 64 positions; the logits are Gaussian, of deviation 3.
     """

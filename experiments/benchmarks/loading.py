@@ -1,7 +1,7 @@
 """Host memory and seconds to load a checkpoint, as multiples of the model's size.
 
-On CPU the loaded model itself lies in host memory, so 1.0 is the least there can be. A mixture of
-experts is spread over a mesh of 8 devices of this host.
+On CPU the loaded model itself is in host memory, so 1.0 is the minimum. A mixture of experts is
+spread over a mesh of 8 devices of this host.
 """
 
 import json
@@ -66,7 +66,7 @@ models.save_pretrained(model, None, directory, max_shard_bytes=2**28)
 
 def _child(program: str, *arguments: str) -> str:
     command = [sys.executable, "-c", program, *arguments]
-    # Of which a mixture takes all, and others the first.
+    # A mixture uses all of them, other models the first.
     devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=devices).stdout
 

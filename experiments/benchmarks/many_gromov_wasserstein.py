@@ -2,8 +2,8 @@
 
     python -m experiments.benchmark many_gromov_wasserstein
 
-1,000 pairs at n = 64, as factors of width 32 and as matrices. CPU-seconds count compilation, which
-nothing keeps from one process to the next, and not the making of the pairs.
+1,000 pairs at n = 64, as factors of width 32 and as matrices. CPU-seconds include compilation,
+which no cache keeps between processes, but not making the pairs.
 """
 
 import json

@@ -4,12 +4,12 @@
 
 SmolLM2-135M without six layers learns from the whole model on packaged Wikipedia summaries, by the
 KL over the whole vocabulary (``warm``). So does half of a small model over bytes that has learned
-these texts first (``bytes``, some minutes in all). From there it goes on in two ways: on text as
-before (``off-policy``), or on rows of which it has written half (``on-policy``), half forward and
-half reverse KL. What a step costs is measured first, and both get the same CPU-seconds. What counts
-is KL(student || teacher) on what the student writes after beginnings of test text; the interval is
-of the difference by seeds, paired. Entropy, length and repetition stand beside those of the
-teacher. Each part is kept, and a run that was ended goes on.
+these texts first (``bytes``, some minutes in all). It then continues in two ways: on text as before
+(``off-policy``), or on rows of which it has written half (``on-policy``), half forward and half
+reverse KL. The cost of a step is measured first, and both get the same CPU-seconds. They are
+compared by KL(student || teacher) on the student's continuations of test text; the interval is of
+the difference by seeds, paired. Entropy, length and repetition stand beside those of the teacher.
+Each part is kept, and a stopped run continues.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class _Lab:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Of the warm start, and of the on-policy arm."""
+        """The warm start's, and the on-policy arm's."""
         full = {"bytes": (120, 60), "smollm2": (40, 16)}
         return (2, 2) if self.options.smoke else full[self.part]
 
@@ -118,7 +118,7 @@ class _Lab:
         return distillation.prune_layers(self.teacher[0], batches, dropped)
 
     def student(self, model: models.Decoder) -> distillation.Student:
-        """Of which only what lies above the cut is trained, as in the demo of graph fusion."""
+        """Only the part above the cut is trained, as in the demo of graph fusion."""
         return distillation.Student.of(model, freeze=self.pruning.below)
 
     @functools.cached_property
@@ -169,7 +169,7 @@ class _Lab:
         return float(np.median(np.diff(clocks[-steps + 2 :])))
 
     def scores(self, student: distillation.Student, params: Any) -> dict[str, float]:
-        """Let a model continue test text, and measure how far the teacher is from it there."""
+        """Let a model continue test text, and measure the teacher's distance from it there."""
         rows = {"bytes": 64, "smollm2": 16}[self.part] if not self.options.smoke else 4
         tested = dataclasses.replace(self.packed, splits={"train": self.packed.splits["test"]})
         writer = distillation.on_policy.Rollouts(

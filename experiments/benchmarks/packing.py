@@ -1,7 +1,7 @@
 """Peak memory of packing small and large text, and packing that is killed and started again.
 
-Lines of synthetic text are read as a stream. Each packing is a process of its own; at full size
-0.2 and 1 GB, which take minutes and some 3 GB of disk, removed at the end.
+Lines of synthetic text are read as a stream. Each packing is its own process; the full scale packs
+0.2 and 1 GB, which takes minutes and some 3 GB of disk, freed at the end.
 """
 
 import hashlib
@@ -63,22 +63,22 @@ def _sha256(path: Path) -> str:
 
 
 def run(options: suite.Options) -> suite.Result:
-    """Packs both sizes whole, then the smaller one again with a kill in its midst."""
+    """Packs both sizes whole, then the smaller one again, killed halfway."""
     root = options.directory
     root.mkdir(parents=True, exist_ok=True)
-    # Both sizes are to be streamed, also where they are small.
+    # Both sizes are streamed, even if they are small.
     sizes, stored = ((5e6, 2.5e7), 10**6) if options.smoke else ((2e8, 1e9), 1 << 25)
     rows, peaks, seconds = list[dict[str, Any]](), [], []
     for size in sizes:
         source = root / f"{size:.0f}.jsonl"
         _write(source, int(size))
-        seen = json.loads(
+        record = json.loads(
             _start(source, root / f"{size:.0f}", stored).communicate()[0].splitlines()[-1]
         )
-        peaks.append(seen["peak"])
-        seconds.append(seen["seconds"])
-        row = {"text, MB": round(size / 1e6), "rows": seen["rows"]}
-        row |= {"peak, MB": round(seen["peak"] / 1e6, 1), "seconds": round(seen["seconds"], 1)}
+        peaks.append(record["peak"])
+        seconds.append(record["seconds"])
+        row = {"text, MB": round(size / 1e6), "rows": record["rows"]}
+        row |= {"peak, MB": round(record["peak"] / 1e6, 1), "seconds": round(record["seconds"], 1)}
         rows.append(row)
     small, source = root / f"{sizes[0]:.0f}", root / f"{sizes[0]:.0f}.jsonl"
     again = root / "again"

@@ -1,14 +1,13 @@
-"""Two commands replicate a served model: what is lost against seeing the model itself?
+"""Two commands replicate a served model: what does it lose against seeing the model itself?
 
     python -m experiments.benchmark replica
 
 A small model over bytes, taught on Wikipedia, is served with log-probabilities of two decimals.
 `logitjax audit` recovers the columns of its head; `logitjax distill --teacher=api:URL` trains a
 model of its shape behind them (``replica``). Beside it, with equal steps: the same with the
-teacher's directory in place of its server (``in process``), a head learned from nothing (``no
+teacher's directory instead of its server (``in process``), a head learned from scratch (``no
 head``), and text alone (``text only``). The first and the third read the same rows: the server is
-asked once for both. Perplexity is of held-out bytes, over the teacher's. A run that was ended goes
-on.
+asked once for both. Perplexity is of held-out bytes, over the teacher's. A stopped run continues.
 """
 
 import json
@@ -65,7 +64,7 @@ def run(options: suite.Options) -> suite.Result:
     entries: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     policy = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2")
     flags = (*policy, "--max_length=256")
-    # What was read of a server is kept under its address.
+    # A server's answers are kept under its address.
     port = root / "port.txt"
     if port.exists():
         flags += (f"--port={port.read_text()}",)
@@ -117,7 +116,7 @@ def _scores(out: Path) -> dict[str, Any]:
 
 
 def _recovered(audit: Path, teacher: Path) -> tuple[int, float]:
-    """The width that was seen, and how much of the true head is in what was recovered."""
+    """The width found, and the share of the true head in the recovered one."""
     (path,) = (audit / "recovered").glob("*.npz")
     basis = np.load(path)["basis"]
     head = np.asarray(models.load_model(str(teacher)).head_of().rows, np.float32)

@@ -3,12 +3,12 @@
     python -m experiments.benchmark served_teacher
 
 The teacher is SmolLM2-135M-Instruct, the text packaged Wikipedia summaries, four rows of 128 tokens
-a batch. ``seconds a batch`` is what a training waits for: a teacher that reads beside it, a server
-on the loopback interface that does, with its 16-bit hidden states or a low-rank code of them, or a
-cache that was written before (``written``: seconds of that). ``bytes`` are those of a position that
-is learned, as they are sent or lie on disk; logits in 16 bits would have two for each token.
-``KL lost`` is KL(teacher || what arrives), mean over positions; top logits say nothing of how the
-rest is shared out, and ``rest`` is what it has of the mass.
+a batch. ``seconds a batch`` is a training's wait: for a teacher that reads beside it, for a server
+on the loopback interface that does, with its 16-bit hidden states or a low-rank code of them, or
+for a cache written before (``written``: the seconds of writing). ``bytes`` are those of a learned
+position, as sent or on disk; logits in 16 bits would have two for each token. ``KL lost`` is
+KL(teacher || what arrives), mean over positions; top logits do not tell how the rest is
+distributed, and ``rest`` is its share of the mass.
 """
 
 import time
@@ -98,7 +98,7 @@ def run(options: suite.Options) -> suite.Result:
         written = (time.perf_counter() - begin) / batches
         views, seconds = read(cached)
         folder = root / options.scale / f"cached-{tail}" / "source0" / "train"
-        # Positions that nothing is learned at are written too.
+        # Positions without a label are written too.
         size = sum(file.stat().length for file in folder.iterdir() if file.suffix != ".json")
         rest = [
             1 - np.exp(v.top.values - v.top.log_z[..., None]).sum(-1)[where]

@@ -4,13 +4,13 @@
 
 SmolLM2 in float32 with a cut of six of its layers as the expert that drafts, greedy, 64 new tokens
 (32 for 8 rows).
-Decoded is from ``large + weight * expert``: at weight 0 drafts are constant and never right, as the
-weight grows they are right more and more often, while everything costs the same. *predicted*: time
-of a plain run over that of as many rounds as there were, each a verifying pass and ``length``
-drafting steps, timed by themselves in between. *adaptive* chooses lengths by itself.
+Tokens are decoded from ``large + weight * expert``: at weight 0 drafts are constant and never
+right; with growing weight they are right more often, at the same cost. *predicted*: time of a plain
+run over that of as many rounds as there were, each a verifying pass and ``length`` drafting steps,
+timed separately in between. *adaptive* chooses lengths by itself.
 
-The rows *look-up* draft what followed the last tokens before, by SmolLM2 alone: on prose, and on a
-paragraph that stands there twice and is begun again. Their speed-up is in processor time.
+The rows *look-up* draft the earlier continuation of the last tokens, by SmolLM2 alone: on prose,
+and on a paragraph that occurs twice and is begun a third time. Their speed-up is in processor time.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def _look_ups(
     for name, prompt in prompts.items():
         control = decoding.DraftControl("prompt")
         ratios, outs = [], []
-        # The first calls compile, and let the control find out.
+        # The first calls compile, and let the control settle.
         for turn in range(3 + options.repeats):
             spent = []
             for drafts in (None, control):
@@ -140,7 +140,7 @@ def _rows(
         calls[length] = remember(length, lambda d=fixed: speculate(drafts=d))
         calls["verify", length] = _verify(ensemble, batch, length + 1)
     seconds: dict[Any, Any] = timing.paired_seconds(calls, repeats=options.repeats)
-    # The control's first calls are its compilations and first looks: it settles before it is timed.
+    # The control's first calls compile and explore: it settles before it is timed.
     adaptive = remember("adaptive", lambda: speculate(drafts=control))
     settled: dict[Any, Any] = timing.paired_seconds(
         {"plain": plain, "adaptive": adaptive}, repeats=2 * options.repeats, warmup=2

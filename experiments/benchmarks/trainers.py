@@ -35,14 +35,14 @@ TEMPERATURE, ALPHA, ROWS = 2.0, 0.5, 8
 OBJECTIVE = Objective(
     terms=((terms.FullKL(temperature=TEMPERATURE), ALPHA), (terms.SFT(), 1 - ALPHA))
 )
-# Which trainer, on which chips, and the axis of its mesh that they are split over.
+# The trainer, its chips, and the axis of its mesh that they are split over.
 PARTS = {
     "tunix": ("tunix", "v5p:1x1x1", "data"),
     "maxtext": ("maxtext", "v5p:1x1x1", "data"),
     "maxtext_split": ("maxtext", "v5p:2x2x1", "data"),
     "maxtext_fsdp": ("maxtext", "v5p:2x2x1", "fsdp"),
 }
-# What MaxText calls a slice of four chips.
+# MaxText's name for a slice of four chips.
 _SLICES = {4: dict(compile_topology="v5p-8", compile_topology_num_slices=1)}
 
 
@@ -120,7 +120,7 @@ def _tunix(size: Size, devices: Any, axis: str) -> Iterator[Any]:
 
         return jax.value_and_grad(loss)(state)
 
-    # The teacher runs before the step, and what it gives is an argument.
+    # The teacher runs before the step, and its output is an argument.
     hidden, logits = (
         array((ROWS, size.length - 1, n), jnp.bfloat16) for n in (size.width, size.vocab)
     )

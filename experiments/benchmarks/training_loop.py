@@ -1,9 +1,8 @@
 """The cost of the main job's step beside its program: input, bookkeeping, pauses to save.
 
 The demo of graph_fusion, its SFT + ULD + GLD arm: the loop (rows and the source's cached statistics
-from disk, metrics, log lines) beside the same compiled step fed again and again with one batch that
-lies on the device; how long an asynchronous save keeps the loop waiting, and what the step beside
-its writing takes.
+from disk, metrics, log lines) beside the same compiled step fed repeatedly with one batch on the
+device; how long an asynchronous save blocks the loop, and how long a step takes during its writing.
 """
 
 import functools

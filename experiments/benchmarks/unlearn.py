@@ -1,19 +1,19 @@
-"""Forgetting invented facts with one command: what is forgotten, what is left, what it costs.
+"""Forgetting invented facts with one command: facts forgotten, knowledge kept, and cost.
 
     LOGITJAX_TORCH_PYTHON=python python -m experiments.benchmark unlearn
 
 Three times, with other facts and another form of rows each, SmolLM2-135M-Instruct (whole) is taught
 9 facts about three invented people and 15 facts near them. Then `logitjax unlearn` gets the 9, the
-15 and 16 that it knew to keep, 9 of people that nobody taught, and other text. ``worst / control``:
-the likeliest forgotten answer over the likeliest that was never taught, in the worst of all ways to
-ask. ``kept``: the least kind of rows that nothing was chosen by. Where the command refuses, it has
-to end in status 3 and to leave nothing that could be used. ``taught again``: the others after a
-quarter was taught through what is served, 30 steps and more. ``merged``: a second command distils
-the assistant into the weights. ``merged again`` is the likeliest of the others after 6 or 30 steps
-of teaching them a quarter again, and ``never taught again`` that of the original SmolLM2, which
-learns the same quarter. CPU-seconds are those of the first command, compiling included. Where the
-interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of what
-was written are compared. Sets that are done are kept.
+15 and 16 that it knew to keep, 9 of people that were never taught, and other text. ``worst /
+control``: the likeliest forgotten answer over the likeliest that was never taught, in the worst of
+all ways to ask. ``kept``: the lowest share kept among kinds of rows that nothing was chosen by. If
+the command refuses, it has to end in status 3 and to leave nothing usable. ``taught again``: the
+others after a quarter was taught through the served model, 30 steps and more. ``merged``: a second
+command distils the assistant into the weights. ``merged again`` is the likeliest of the others
+after 6 or 30 steps of teaching them a quarter again, and ``never taught again`` that of the
+original SmolLM2, which learns the same quarter. CPU-seconds are those of the first command,
+compiling included. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and
+peft, log-probabilities of the written model are compared. Finished sets are kept.
 """
 
 import json
@@ -35,7 +35,7 @@ from experiments.forgetting.teach import teach
 from experiments.shared import suite
 from logitjax import fusion, models, storage, training, unlearning
 
-# A look at rows asked in seven ways takes 100 of them; a busy machine adds a third.
+# A measurement of rows asked in seven ways takes 100 of them; a busy machine adds a third.
 _SETS, _SECONDS = 3, 1500
 _TEACHING_STEPS = 30
 # One set's assistant is distilled into the weights, which takes longer than making it.
@@ -123,11 +123,11 @@ def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, 
 
 
 def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
-    """How the command ended and what it took; of one that ended before, what was written then."""
+    """The command's status and cost; if it ended before, those written then."""
     folder = path.parent
     if not path.exists():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Nothing that another run has compiled.
+        # No compilation cache of another run.
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
         done = subprocess.run(command, env=env, check=False)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -168,7 +168,7 @@ def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Question
 
 
 def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
-    """Read the command's verdict, and measure what comes back where it is taught again."""
+    """Read the command's verdict, and measure how much returns when it is taught again."""
     model, tokenizer = models.load(str(target), layout="listed")
     model = models.with_layout(model, "listed")
     questions = _questions(folder, tokenizer)
@@ -209,7 +209,7 @@ def _gaps(
     np.save(out / "tokens.npy", ids[None])
     script = Path(__file__).with_name("_unlearn_torch.py")
     paths = [str(p) for p in (target, out / "assistant", out / "tokens.npy", out / "theirs.npz")]
-    # The benchmarks beside the script are named like packages that transformers looks for.
+    # The benchmarks beside the script have the names of packages that transformers looks for.
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
     subprocess.run([python, str(script), *paths], env=env, check=True)
     model, assistant = written.model, written.assistant

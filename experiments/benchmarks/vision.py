@@ -2,10 +2,10 @@
 
     python -m experiments.benchmark vision
 
-EfficientNet-Lite0 names the 20 labelled ImageNet photographs of foolbox, at 224 pixels; what it and
-AlexNet encode a second follows, batches of 16 on all cores. Where the interpreter in
-``LOGITJAX_TORCH_PYTHON`` has torch, both are timed there as well, in a process of its own, with as
-many threads. ``make few-shot-data`` fetches weights and photographs.
+EfficientNet-Lite0 names the 20 labelled ImageNet photographs of foolbox, at 224 pixels; then its
+and AlexNet's pictures a second are measured, in batches of 16 on all cores. If the interpreter in
+``LOGITJAX_TORCH_PYTHON`` has torch, both are timed there as well, in its own process, with as many
+threads. ``make few-shot-data`` fetches weights and photographs.
 """
 
 import contextlib

@@ -41,9 +41,9 @@ from experiments.shared import figures, records, suite, timing
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
 SMOKE_SHAPES = ((256, 32, 8192),)
-# What `--against` runs on one thread: positions of a small step, and GPT-2's vocabulary.
+# `--against` runs these on one thread: positions of a small step, and GPT-2's vocabulary.
 AGAINST_SHAPE = (512, 256, 50257)
-# Processes of each side: where memory happens to lie makes one 2 % slower than its twin.
+# Processes of each side: memory placement makes one 2 % slower than its twin.
 _STARTS = 5
 
 
@@ -144,7 +144,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
 
 
 class _Steps(contextlib.AbstractContextManager["_Steps"]):
-    """A process that runs steps of a form, by the losses of a tree, and says what each took."""
+    """A process that runs steps of a form, by the losses of a tree, and reports their times."""
 
     def __init__(self, tree: Path, *arguments: Any):
         one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
@@ -188,7 +188,7 @@ def _against(options: suite.Options) -> suite.Result:
                     for one in steps.values():
                         one(first=True)
                     for turn in range(start, options.repeats, _STARTS):
-                        # There and back, so that none is always the first.
+                        # Forward and backward order, so that none is always first.
                         for name in list(steps)[:: 1 if turn % 2 else -1]:
                             seconds[name].append(steps[name]())
             row: dict[str, Any] = {"loss": kind, "T": shape[0], "H": shape[1], "V": shape[2]}
@@ -207,7 +207,7 @@ def _against(options: suite.Options) -> suite.Result:
 def run(options: suite.Options) -> suite.Result:
     if options.against:
         return _against(options)
-    # Half an hour's work: what is measured is kept, and a run that was killed goes on from it.
+    # Half an hour's work: measurements are kept, and a killed run continues.
     parts = epath.Path(options.directory) / f"{options.scale}-{options.repeats}-parts"
     rows: list[dict[str, Any]] = []
     for shape in SMOKE_SHAPES if options.smoke else SHAPES:

@@ -1,8 +1,8 @@
 """Vector-quantised heads beside full, blocked and adaptive ones: decoding and the training loss.
 
-Weights are random: nothing timed here depends on their values, but for adaptive softmax, whose
-tails cost by how often they are looked into. Its labels follow Zipf's law; in decoding its random
-head looks into nearly every tail, which a trained one does not.
+Weights are random: nothing timed here depends on their values, except for adaptive softmax, where a
+tail's cost depends on how often it is used. Its labels follow Zipf's law; in decoding its random
+head needs nearly every tail, which a trained one does not.
 """
 
 import functools
@@ -175,12 +175,12 @@ def _fit(options: suite.Options) -> tuple[dict[str, Any], suite.Bar]:
     arguments = [str(x) for x in (vocab, hidden, codes, 2)]
     command = [sys.executable, "-c", _FIT, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seen = json.loads(done.stdout.splitlines()[-1])
+    record = json.loads(done.stdout.splitlines()[-1])
     whole = vocab * codes * 4
     row = {"what": f"fit_assignment, {codes} codes, 2 iterations", "d": hidden, "V": vocab}
-    row |= {"head": "vq", "ms": 1e3 * seen["seconds"], "added MiB": seen["added"] / 2**20}
+    row |= {"head": "vq", "ms": 1e3 * record["seconds"], "added MiB": record["added"] / 2**20}
     row["V x K would be, MiB"] = whole / 2**20
-    share = seen["added"] / whole
+    share = record["added"] / whole
     return row, suite.at_most("fitting: memory added / (V x K)", share, 0.9)
 
 
@@ -237,7 +237,7 @@ def run(options: suite.Options) -> suite.Result:
 
 
 def _growth(options: suite.Options) -> tuple[dict[str, Any], figures.Picture]:
-    """How times grow with V at fixed K and with K at fixed V, as powers."""
+    """Powers by which times grow with V at fixed K and with K at fixed V."""
     hidden, count = (32, 64) if options.smoke else (1024, 512)
     vocab, codes = (2_000, 64) if options.smoke else (152_064, 4096)
     by_vocab = [vocab // 8, vocab // 4, vocab // 2, vocab]

@@ -1,10 +1,10 @@
-"""A model's weights in four types: bytes, tokens a CPU-second, and what rounding does to answers.
+"""A model's weights in four types: bytes, tokens a CPU-second, and the effect of rounding.
 
     python -m experiments.benchmark weights
 
 SmolLM2, greedy, one prompt of 16 tokens and 64 new ones. Speed is tokens a second of processor
-time, so that other programs of the machine matter less; types take turns. *KL* is that of the
-float32 model to each, in nats a token, on 512 tokens of prose.
+time, so that other programs of the machine matter less; types take turns. *KL* is from the float32
+model to each, in nats a token, on 512 tokens of prose.
 """
 
 import time
@@ -49,7 +49,7 @@ def run(options: suite.Options) -> suite.Result:
         for name, ensemble in ensembles.items():
             start = time.process_time()
             decoding.generate(ensemble, [prompt], max_new_tokens=new)
-            # The first compiles.
+            # The first call compiles.
             spent[name] += [time.process_time() - start] if turn else []
     for name, row in rows.items():
         row["tokens / CPU-s"] = new / float(np.median(spent[name]))

@@ -1,12 +1,12 @@
-"""Put the claims of the seven abstracts to the test: run what decides them, judge, check.
+"""Test the claims of the seven abstracts: run what decides them, judge them, check the result.
 
     python -m experiments.claims                 # a line a claim
     python -m experiments.claims run DH-1 DH-4   # makes their records; the same command continues
     python -m experiments.claims judge           # writes verdicts and docs/measurements/claims.md
     python -m experiments.claims check           # recomputes all of it; `make docs` does
 
-A claim is a file of `docs/claims`; its records lie in `docs/results/claims`. A run works below
-`--workdir`, and its records are taken from there when it has ended.
+A claim is a file of `docs/claims`; its records are in `docs/results/claims`. A run works below
+`--workdir`, and its records are copied from there when it ends.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from experiments.claims.claim import CLAIMS, ROOT, Claim, Setting, load, thresho
 
 
 def run(names: Sequence[str], workdir: pathlib.Path) -> None:
-    """Makes the records of claims, a setting once."""
+    """Makes the records of claims, running each setting once."""
     claims = load()
     unknown = sorted(set(names) - set(claims))
     if unknown:
@@ -45,18 +45,18 @@ def run(names: Sequence[str], workdir: pathlib.Path) -> None:
 
 
 def shared(claims: Iterable[Claim], setting: Setting) -> Setting:
-    """A setting with the contrasts of every claim that its records serve: all arms are written."""
+    """A setting with the contrasts of every claim that its records serve."""
     every = [one for claim in claims for one in claim.settings if one.records == setting.records]
     contrasts = tuple(contrast for one in every for contrast in one.contrasts)
     return setting.model_copy(update={"contrasts": contrasts})
 
 
 def take(setting: Setting, workdir: pathlib.Path) -> None:
-    """Runs a setting's command where its own folder is not finished, and writes its records."""
+    """Runs a setting's command unless its folder is finished, and writes its records."""
     command = [sys.executable, *shlex.split(setting.command)[1:], f"--workdir={workdir}"]
     subprocess.run(command, check=True, cwd=ROOT)
     made = importlib.import_module(f"experiments.{setting.experiment}.claims")
-    # All or none: what is half written could not be judged.
+    # All or none: a half-written set could not be judged.
     for record in list(made.records(setting, workdir)):
         records_of.write(record, records_of.RECORDS / setting.records)
 

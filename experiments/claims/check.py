@@ -11,12 +11,12 @@ from experiments.claims.claim import COUNTS, ROOT, Claim, Setting, digest, load,
 from experiments.claims.record import Record
 
 _MARK = re.compile(r"<!-- claim: (\S+) -->\n+(.*)")
-# Least seeds of a claim that holds: two in 2^5 is the first p-value of signs below .1.
+# Fewest seeds for a claim that holds: two in 2^5 is the first sign-test p-value below .1.
 _SEEDS = 5
 
 
 def faults(docs: pathlib.Path = ROOT / "docs") -> list[str]:
-    """Everything that is wrong, a line each; nothing where all is well."""
+    """Every fault, one line each; nothing if all is well."""
     try:
         claims = load(docs / "claims")
     except ValueError as error:
@@ -55,7 +55,7 @@ def _of_claim(claim: Claim) -> Iterator[str]:
     if not decided and verdict.word != "open" and not verdict.why:
         yield f"{claim.id}: verdict: expected numbers or a reason, got {verdict.word!r} alone"
     if verdict.word == "holds" and any(setting.seeds < _SEEDS for setting in claim.settings):
-        yield f"{claim.id}: seeds: expected {_SEEDS} and more of what holds"
+        yield f"{claim.id}: seeds: expected at least {_SEEDS} for a claim that holds"
     if claim.arithmetic is None and verdict.scope == "paper" and verdict.word == "holds":
         yield f"{claim.id}: scope: expected 'here': runs here confirm nothing of the paper's models"
 
@@ -75,7 +75,7 @@ def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
             yield f"{setting.records}: expected records of {arm}, got none"
             continue
         yield from _of_arm(setting, arm, arms[arm])
-    # What differs between arms besides their loss would be compared as well.
+    # Anything else that differs between arms would be compared as well.
     for name in ("updates", "examples", "trials", "units", "count"):
         if len({getattr(record, name) for record in read}) > 1:
             yield f"{setting.records}: {name}: expected the same of all arms"
@@ -91,7 +91,7 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
         yield f"{name}: expected a trial of {setting.choosers} seeds, got {len(choosers)}"
     for chooser in choosers:
         if chooser.seed in reported:
-            yield f"{name}: expected that the seed that chose is not reported"
+            yield f"{name}: expected the choosing seed not to be reported"
         if len(chooser.validation) != setting.trials:
             yield f"{name}: trials: expected {setting.trials}, got {len(chooser.validation)}"
             return
@@ -116,9 +116,9 @@ def _of_arm(setting: Setting, arm: str, records: Sequence[Record]) -> Iterator[s
 
 
 def _of_pages(docs: pathlib.Path, claims: Mapping[str, Claim]) -> Iterator[str]:
-    """`claims.md` is what the files say; other pages repeat a verdict below its mark."""
+    """`claims.md` matches the files; other pages repeat a verdict below its mark."""
     if (docs / "measurements" / "claims.md").read_text() != page.text(claims):
-        yield "claims.md: it is not what docs/claims says: run `python -m experiments.claims judge`"
+        yield "claims.md: it differs from docs/claims: run `python -m experiments.claims judge`"
     for path in sorted(docs.rglob("*.md")):
         for name, line in _MARK.findall(path.read_text()):
             if name not in claims:

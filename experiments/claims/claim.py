@@ -1,4 +1,4 @@
-"""A file of `docs/claims`: a sentence of a paper, what would decide it, what did."""
+"""A file of `docs/claims`: a sentence of a paper, the runs that decide it, and their outcome."""
 
 import hashlib
 import json
@@ -39,24 +39,24 @@ class Units(_Strict):
 
 
 class Contrast(_Strict):
-    """A number that decides: the mean of `first - second` over seeds and units.
+    """A deciding number: the mean of `first - second` over seeds and units.
 
     Attributes:
-        name: What the table calls it.
-        metric: The value that records have of every unit.
-        first: Arms of which `pick` chooses one by validation of the seed that is not reported.
+        name: Its label in the table.
+        metric: The value that records hold for every unit.
+        first: Arms, of which `pick` chooses one on the validation data of the unreported seed.
         second: The same for the arm that is subtracted.
-        pick: Which arm of several: the best or the worst of both sides, on validation.
-        correlate: Instead of a difference: Spearman's correlation of this metric with `metric`
-            over the units of a seed, the mean over seeds.
-        spread: Instead of a difference: the logarithm of how many times as far `second` spreads
-            over seeds as `first`.
+        pick: Which of several arms is taken, by validation: the best or the worst on both sides.
+        correlate: Instead of a difference, Spearman's correlation of this metric with `metric` over
+            the units of a seed, averaged over seeds.
+        spread: Instead of a difference, the logarithm of the ratio of `second`'s spread over seeds
+            to `first`'s.
         sign: -1 where the claim says that the number is small.
-        bound: What `first` is held against where there is no `second`.
-        scale: The number is given in this many parts: 100 for points.
-        delta: The least effect that counts, fixed before the run.
-        overlap: What samples that share pictures add to 1 / seeds in the variance: test pictures
-            by learned ones (Nadeau and Bengio, 2003).
+        bound: The value `first` is compared with if there is no `second`.
+        scale: Factor by which the number is multiplied for display: 100 for points.
+        delta: The smallest effect that counts, fixed before the run.
+        overlap: Added to 1 / seeds in the variance when samples share pictures: test pictures over
+            training pictures (Nadeau and Bengio, 2003).
     """
 
     name: str
@@ -77,14 +77,14 @@ class Setting(_Strict):
     """Runs of one experiment, and the numbers that they decide.
 
     Attributes:
-        records: Folder below `docs/results/claims`; settings of other claims may share it.
+        records: Folder below `docs/results/claims`, which settings of other claims may share.
         experiment: Module below `experiments`, which has a `claims` module that makes records.
         seeds: Number of reported seeds.
         trials: Number of trials of every arm.
-        choosers: Number of seeds that choose together, by their mean score on validation data.
-        units: What records have values of.
-        contrasts: What decides.
-        hours: CPU-hours of all runs, an estimate until they are made.
+        choosers: Number of seeds that choose together, by their mean validation score.
+        units: The things that records have values for.
+        contrasts: The numbers that decide.
+        hours: CPU-hours of all runs; an estimate until they are made.
     """
 
     records: str
@@ -104,7 +104,7 @@ class Setting(_Strict):
 
     @property
     def folder(self) -> str:
-        """Where the command works; settings that read other values of the same runs share it."""
+        """The command's folder, shared by settings that read other values of the same runs."""
         return f"{self.experiment}-{hashlib.sha256(self.command.encode()).hexdigest()[:8]}"
 
     @property
@@ -114,9 +114,9 @@ class Setting(_Strict):
 
 
 class Arithmetic(_Strict):
-    """Numbers of the paper itself, and the formula that its sentence stands for.
+    """Numbers of the paper itself, and the formula that expresses its sentence.
 
-    `within` is how far each result may be from what is claimed.
+    `within` is the largest distance of each result from the claimed number.
     """
 
     inputs: dict[str, list[float]]
@@ -126,7 +126,7 @@ class Arithmetic(_Strict):
 
 
 class Effect(_Strict):
-    """A decided number: estimate, 95 % interval, p after Holm, what could have been detected."""
+    """A decided number: estimate, 95 % interval, p after Holm, and the detectable effect."""
 
     name: str
     value: float
@@ -137,7 +137,7 @@ class Effect(_Strict):
 
 
 class Verdict(_Strict):
-    """A verdict by the numbers, and its reach: the setting here, or the paper's."""
+    """A verdict from the numbers, and its reach: the setting here, or the paper's."""
 
     word: Literal["holds", "refuted", "open"]
     scope: Literal["here", "paper"]
@@ -170,15 +170,15 @@ class Claim(_Strict):
 
 
 def digest(setting: Setting) -> str:
-    """Digest a record's settings: thresholds changed after a run no longer fit its records."""
+    """Digest a record's settings; thresholds changed after a run no longer match it."""
     decided = setting.model_dump(mode="json", exclude={"hours"}, exclude_defaults=True)
-    # Contrasts are the claim's own: a record serves several claims.
+    # Contrasts belong to the claim: a record serves several claims.
     del decided["contrasts"]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def thresholds(claims: Iterable["Claim"], records: str) -> dict[str, float]:
-    """Every threshold that is judged by a folder of records, by claim and contrast."""
+    """Every threshold that a folder of records is judged by, by claim and contrast."""
     return {
         f"{claim.id}: {one.name}": one.delta
         for claim in claims
@@ -207,7 +207,7 @@ def load(folder: pathlib.Path = CLAIMS) -> dict[str, Claim]:
 
 
 def write(claim: Claim, folder: pathlib.Path = CLAIMS) -> None:
-    """Writes a claim's file anew; what is a default is left out."""
+    """Rewrites a claim's file, without values that are defaults."""
     text = yaml.safe_dump(
         claim.model_dump(mode="json", exclude_defaults=True),
         sort_keys=False,
@@ -219,7 +219,7 @@ def write(claim: Claim, folder: pathlib.Path = CLAIMS) -> None:
 
 
 def rounded(value: float) -> float:
-    """A number with the digits that files have."""
+    """A number with the digits that the files use."""
     return float(f"{value:.4g}") if math.isfinite(value) else value
 
 

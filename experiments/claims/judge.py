@@ -1,4 +1,4 @@
-"""From records to a verdict: what is written into a claim's file, and recomputed by its check."""
+"""Verdicts from records: written into a claim's file, and recomputed by its check."""
 
 import ast
 import dataclasses
@@ -34,10 +34,10 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
 
 
 def compute(arithmetic: Arithmetic) -> list[float]:
-    """The formula's results; only names of inputs, numbers, + - * / ** and brackets are read.
+    """The formula's result; it may hold only names of inputs, numbers, + - * / ** and brackets.
 
     Raises:
-        ValueError: The formula holds something else.
+        ValueError: The formula holds anything else.
     """
     inputs = arrays(arithmetic.inputs)
 
@@ -58,12 +58,12 @@ def compute(arithmetic: Arithmetic) -> list[float]:
 
 
 def validation(records: Sequence[Record]) -> np.ndarray:
-    """`[trials]` mean scores of the seeds that chose; empty where nothing was chosen."""
+    """`[trials]` mean scores of the choosing seeds; empty if nothing was chosen."""
     return np.mean([record.validation for record in records if record.role == "trial"] or [[]], 0)
 
 
 def _picked(arms: Mapping[str, Sequence[Record]], names: Sequence[str], pick: str) -> str:
-    """Of several arms the best or worst on validation data of the seed that is not reported."""
+    """The best or worst of several arms on the validation data of the unreported seed."""
     if len(names) == 1:
         return names[0]
     scores = {}
@@ -113,7 +113,7 @@ def estimate(
 
 
 def words(claim: Claim, estimates: Sequence[statistics.Estimate]) -> list[str]:
-    """The word of every contrast, in the order of the claim's settings."""
+    """The verdict on every contrast, in the order of the claim's settings."""
     deltas = [contrast.delta for setting in claim.settings for contrast in setting.contrasts]
     return [statistics.word(one, delta) for one, delta in zip(estimates, deltas, strict=True)]
 
@@ -123,7 +123,7 @@ def judge(
 ) -> dict[str, Claim]:
     """Every claim with the verdict that its records and its arithmetic give.
 
-    A claim without records stays open; what is not decided by numbers here keeps its verdict.
+    A claim without records stays open; one that numbers here cannot decide keeps its verdict.
     """
     entries: dict[str, list[statistics.Estimate]] = {}
     for name, claim in claims.items():
@@ -133,7 +133,7 @@ def judge(
                 for setting in claim.settings
                 for contrast in setting.contrasts
             ]
-    # Holm over all contrasts of a paper, which were named before any was run.
+    # Holm over all contrasts of a paper, which were named before any run.
     for prefix in {name.partition("-")[0] for name in entries}:
         paper = [name for name in entries if name.startswith(f"{prefix}-")]
         every = [one for name in paper for one in entries[name]]
@@ -166,6 +166,6 @@ def _verdict(claim: Claim, estimates: Sequence[statistics.Estimate] | None) -> V
         Effect(name=name, **{k: rounded(v) for k, v in dataclasses.asdict(one).items()})
         for name, one in zip(names, estimates, strict=True)
     ]
-    # One refuted setting refutes; nothing less than all of them confirms.
+    # One refuted setting refutes the claim; only all settings together confirm it.
     word = "refuted" if "refuted" in every else "open" if "open" in every else "holds"
     return Verdict(word=word, scope="here", effects=tuple(effects))

@@ -8,7 +8,7 @@ from experiments.shared.report import markdown_table
 _HEAD = """\
 # Claims
 
-What the abstracts of the seven papers say, sentence by sentence, and what decides it.
+The abstracts of the seven papers, sentence by sentence, with the numbers that decide each claim.
 
 - `holds`: the 95 % interval of the effect lies above zero, and the effect is at least the one that
   counts (`d`), which was fixed before the run.
@@ -28,7 +28,7 @@ contrasts of a paper. The seed that chooses by validation is not reported.
 
 
 def sentence(claim: Claim) -> str:
-    """A verdict in a line, as other pages repeat it."""
+    """A verdict in one line, as other pages repeat it."""
     verdict = claim.verdict
     where = "by the paper's own numbers" if verdict.scope == "paper" else "here"
     notes = f"[{claim.id}](claims.md): **{verdict.word}** {where}."

@@ -1,4 +1,4 @@
-"""Records of a run for a verdict: the value of every unit, and what the run was given."""
+"""Records of a run for a verdict: the value of every unit, and the run's settings."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from experiments.claims.claim import ROOT, Setting, digest
 from experiments.shared.report import environment
 
 RECORDS = ROOT / "docs" / "results" / "claims"
-#: Written when the first record is: what was promised before anything was seen.
+#: Written with the first record: the thresholds promised before any result was seen.
 THRESHOLDS = "thresholds.json"
 
 
@@ -22,13 +22,13 @@ class Record(pydantic.BaseModel):
 
     Attributes:
         role: A `trial` chooses; a `report` is judged.
-        setting: `claim.digest` of what it was made for.
+        setting: `claim.digest` of the setting it was made for.
         environment: Versions and device.
-        validation: Score of every trial on validation data, more is better; of a trial alone.
-        chosen: The trial that this run took.
-        edge: Whether that lies at the edge of a grid.
+        validation: Validation score of every trial, larger is better; a trial has its own alone.
+        chosen: The trial that this run used.
+        edge: Whether that trial is at the edge of a grid.
         examples: Number of examples or tokens that it saw.
-        cpu_seconds: What it took.
+        cpu_seconds: CPU time that the run took.
         units: Digest of the units' names in their order.
         values: By metric: numbers, or bits in hexadecimal.
     """
@@ -88,7 +88,7 @@ def make(
     chosen: int = 0,
     edge: bool = False,
 ) -> Record:
-    """A record of a setting; with scores `tried` on validation data the first seeds chose."""
+    """A record of a setting; if `tried` has validation scores, the first seeds chose by them."""
     chooses = len(tried) > 0 and seed < setting.choosers
     numbers = {n: v if isinstance(v, str) else digits(v) for n, v in values.items()}
     return Record(
@@ -115,12 +115,12 @@ def names_digest(names: Sequence[Any]) -> str:
 
 
 def digits(values: Sequence[float]) -> list[float]:
-    """Values with the six digits that records have."""
+    """Values rounded to the six digits that records keep."""
     return [float(f"{value:.6g}") for value in values]
 
 
 def write(record: Record, folder: pathlib.Path) -> None:
-    """Writes a record, a line a field, so that a change is seen."""
+    """Writes a record with one line a field, so that changes are easy to see."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = record.model_dump(mode="json", exclude_defaults=True)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(v)}" for name, v in fields.items())
@@ -128,7 +128,7 @@ def write(record: Record, folder: pathlib.Path) -> None:
 
 
 def made(folder: pathlib.Path) -> bool:
-    """Whether there are records; a run that goes on has only promised its thresholds."""
+    """Whether there are records; an unfinished run has only promised its thresholds."""
     return any(path.name != THRESHOLDS for path in folder.glob("*.json"))
 
 
@@ -136,7 +136,7 @@ def read(folder: pathlib.Path) -> Mapping[str, list[Record]]:
     """Records by arm, in the order of seeds.
 
     Raises:
-        ValueError: A file is no record, or not the one that its name says.
+        ValueError: A file is not a record, or not the one that its name says.
     """
     arms: dict[str, list[Record]] = {}
     for path in sorted(folder.glob("*.json")):

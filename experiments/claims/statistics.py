@@ -1,4 +1,4 @@
-"""Estimates with intervals that see both variances: of seeds, and of units that all seeds share."""
+"""Estimates whose intervals cover two variances: that of seeds and that of shared units."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class Estimate:
 
     Attributes:
         low: Lower end of the 95 % interval; `high` is the upper one.
-        p: Of no effect, two-sided.
-        detectable: The least mean that this many seeds see with power .8.
+        p: Two-sided p-value of no effect.
+        detectable: The smallest mean that this many seeds detect with power .8.
     """
 
     value: float
@@ -30,12 +30,12 @@ class Estimate:
 
 
 def crossed(values: np.ndarray, *, overlap: float = 0.0) -> Estimate:
-    """The mean of `[seeds, units]`, seeds and units drawn again together.
+    """The mean of `[seeds, units]`, resampling seeds and units together.
 
-    A t interval over seeds never sees that other units would have been another result; a bootstrap
-    of few seeds is too short. So the interval is the wider one of both at each end, and the larger
-    p-value counts. Seeds that share what they learn from vary less than new ones would: `overlap`
-    is added to 1 / seeds.
+    A t interval over seeds misses that other units would have given another result, and a bootstrap
+    of few seeds is too narrow. So each end of the interval is the wider of the two, and the larger
+    p-value counts. Seeds with overlapping training data vary less than new ones would: `overlap` is
+    added to 1 / seeds.
     """
     seeds, value = len(values), float(values.mean())
     low, high, p = _student(values.mean(1), overlap)
@@ -44,14 +44,14 @@ def crossed(values: np.ndarray, *, overlap: float = 0.0) -> Estimate:
         tail = (1 - LEVEL) / 2
         low = min(low, float(np.quantile(means, tail)))
         high = max(high, float(np.quantile(means, 1 - tail)))
-        # The share of draws on the other side of zero, and never none of them.
+        # The share of draws on the other side of zero, never less than one draw.
         beyond = min((means <= 0).mean(), (means >= 0).mean())
         p = max(p, min(1.0, 2 * max(beyond, 1 / DRAWS)))
     return _estimate(value, low, high, p, freedom=max(seeds - 1, 1))
 
 
 def _estimate(value: float, low: float, high: float, p: float, *, freedom: int) -> Estimate:
-    # The half-width is what a 95 % quantile makes of the standard error; power adds its own.
+    # A 95 % quantile turns the standard error into the half-width; power adds its own.
     quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, freedom)
     detectable = (high - low) / 2 / quantile * (quantile + stats.t.ppf(POWER, freedom))
     return Estimate(value=value, low=low, high=high, p=float(p), detectable=float(detectable))
@@ -70,11 +70,11 @@ def spread(first: np.ndarray, second: np.ndarray) -> Estimate:
 
 
 def _student(means: np.ndarray, overlap: float) -> tuple[float, float, float]:
-    """95 % interval and p-value of a mean over seeds; one seed says nothing."""
+    """95 % interval and p-value of a mean over seeds; a single seed gives neither."""
     if len(means) < 2:
         return -np.inf, np.inf, 1.0
     error = means.std(ddof=1) * np.sqrt(1 / len(means) + overlap)
-    if error <= 1e-12:  # Equal with every seed: no variance to hold the mean against.
+    if error <= 1e-12:  # Equal with every seed: no variance to test the mean against.
         return float(means.mean()), float(means.mean()), 0.0 if means.mean() else 1.0
     low, high = stats.t.interval(LEVEL, len(means) - 1, means.mean(), error)
     return float(low), float(high), 2 * float(stats.t.sf(abs(means.mean()) / error, len(means) - 1))
@@ -84,7 +84,7 @@ def _bootstrap(values: np.ndarray) -> np.ndarray:
     """Means of `DRAWS` draws of seeds and units; the same for the same values."""
     rng = np.random.default_rng(0)
     seeds = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS)
-    # Units that are alike with every seed are drawn together: most pictures differ nowhere.
+    # Units with equal values in every seed are drawn together: most pictures never differ.
     kinds, counts = np.unique(values, axis=1, return_counts=True)
     chances = counts / counts.sum()
     means = np.empty(DRAWS)
@@ -101,7 +101,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction for all that were named beforehand."""
+    """p-values after Holm's correction for everything that was named beforehand."""
     order = np.argsort(p_values)
     adjusted, least = np.empty(len(order)), 0.0
     for rank, index in enumerate(order):

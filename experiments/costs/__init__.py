@@ -1,1 +1,1 @@
-"""Costs of the papers' methods, in seconds that are taken in turns."""
+"""Costs of the papers' methods, in seconds measured in turns."""

@@ -1,6 +1,6 @@
 """Time what the papers claim about cost: `python -m experiments.costs PART --workdir=DIR`.
 
-`closed_form` is InfiGFusion's number on graphs of ever more nodes. `vq` is the head of VQ-Logits
+`closed_form` times InfiGFusion's number on ever larger graphs. `vq` times the head of VQ-Logits
 beside a full one of SmolLM2's size, with 491 codes, at 1, 16 and 256 positions: the same logits
 written out to the vocabulary (`logits`), and the first 40 of them (`top`).
 """
@@ -25,7 +25,7 @@ _ROUNDS, _REPEATS = 10, 5
 
 
 def _closed_form() -> dict[str, list[float]]:
-    """The exponent of time in the number of nodes; small graphs would measure the call."""
+    """The exponent of time in the number of nodes; on small graphs it would measure the call."""
     slopes = []
     for _ in range(_ROUNDS):
         rows = closed_form_rows([2**power for power in range(14, 19)], _REPEATS)
@@ -35,7 +35,7 @@ def _closed_form() -> dict[str, list[float]]:
 
 
 def _vq() -> dict[str, list[float]]:
-    """How many times faster than the full head, at every number of positions."""
+    """Speed-up over the full head, at every number of positions."""
     vocab, width, codes = 49_152, 576, 491
     rng = np.random.default_rng(0)
     full, few = (jnp.array(rng.normal(size=(n, width)), jnp.float32) for n in (vocab, codes))
@@ -62,7 +62,7 @@ _PARTS: Mapping[str, Callable[[], Any]] = {"closed_form": _closed_form, "vq": _v
 
 
 def main(argv: list[str]) -> None:
-    """The command; what is there is not measured again."""
+    """The command; finished measurements are not repeated."""
     path = pathlib.Path(flags.FLAGS.workdir) / "rounds.json"
     if not path.exists():
         result = _PARTS[argv[1]]()

@@ -9,7 +9,7 @@ from experiments.claims.record import Record, make
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record a case and round: `exponent`, or `faster` than a full head."""
+    """A record for each case and round: `exponent`, or `faster` than a full head."""
     record = json.loads((workdir / "rounds.json").read_text())
     for arm in setting.arms:
         for number, value in enumerate(record[arm]):

@@ -5,7 +5,7 @@
 trains a teacher, then one student for each arm, seed and value of alpha. `report.md` has the test
 accuracy of every arm at the alpha that was best on *validation* data, paired tests between arms,
 and plots of the two gradients and the features over training. You may kill it at any time: the same
-command continues where it stopped.
+command continues from where it stopped.
 
 Arms (`--arm`, repeatable): `ce`; `kd`, `dkd`, `kd_standardized` and `dist` (cross-entropy plus
 alpha times that loss); `single` (the same with the logit loss, on one head); `logit_only`, and

@@ -1,4 +1,4 @@
-"""The arms of the dual-head experiment: which loss meets which head."""
+"""The arms of the dual-head experiment: which head gets which loss."""
 
 import dataclasses
 import functools
@@ -41,9 +41,9 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, `mlp-512-128`, ShuffleNetV2, or what `ImageClassifier.create` knows.
+    """An MLP, `mlp-512-128`, ShuffleNetV2, or a network that `ImageClassifier.create` knows.
 
-    A seed's arms share a trunk.
+    The arms of a seed share a trunk.
     """
     head: Any = heads.torch_linear
     if auxiliary is not None:
@@ -66,10 +66,10 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; None without one.
+        logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; or None.
         auxiliary: The second head, which then gets the logit loss.
         aligned: Project the logit loss's gradient in the trunk.
-        only: The logit loss is all there is: no cross-entropy, and no alpha.
+        only: The logit loss is the whole loss: no cross-entropy, and no alpha.
         task: `(student, teacher, labels) -> [batch]` in place of the cross-entropy.
         warms: Alpha grows to its value over the first `config.warmup_epochs`.
     """
@@ -123,7 +123,7 @@ def arms(config: Config) -> dict[str, Arm]:
     items = [
         Arm(name="ce"),
         Arm(name="kd", logit_loss=functools.partial(kd, temperature=config.temperature)),
-        # What is published differs by pair of networks: a fair baseline tries temperatures too.
+        # Published values differ by pair of networks: a fair baseline tries temperatures too.
         Arm(name="kd_t1", logit_loss=functools.partial(kd, temperature=1.0)),
         Arm(name="kd_t2", logit_loss=functools.partial(kd, temperature=2.0)),
         Arm(name="dkd", logit_loss=dkd),
@@ -143,7 +143,7 @@ def arms(config: Config) -> dict[str, Arm]:
 
 
 def outputs(model: Any, inputs: Any, *, train: bool, key: Any = None) -> tuple[Any, Any, Any]:
-    """Features, the logits that predict, and the logits that meet the teacher."""
+    """Features, the predicting logits, and the logits that are compared with the teacher's."""
     features = model.features(inputs, train=train)
     logits = model.head(features)
     if isinstance(model.head, distillation.DualHead):
@@ -156,7 +156,7 @@ def loss_function(
 ) -> Callable[..., tuple[tuple[Any, Any], Any]]:
     """`(params, stats, inputs, labels, teacher, alpha, key, train) -> ((task, logit), stats)`.
 
-    With `convex` the two weigh 1 / (1 + alpha) and alpha / (1 + alpha).
+    With `convex` their weights are 1 / (1 + alpha) and alpha / (1 + alpha).
     """
 
     def loss_fn(

@@ -11,11 +11,11 @@ from experiments.dual_head.report import at, at_edge, best_alpha
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record an arm and seed of a finished run.
+    """A record for each arm and seed of a finished run.
 
     `ARM` is at its chosen alpha; `ARM@A` at alpha A, with the rate chosen there. Units say what
-    values are of: of a picture or a text whether its answer is right, of an epoch and alpha the
-    cosines and measures of collapse.
+    values belong to: for a picture or text, whether its answer is right; for an epoch and alpha,
+    the cosines and measures of collapse.
     """
     batch = json.loads((workdir / "config.json").read_text())["batch_size"]
     for arm in setting.arms:
@@ -29,7 +29,7 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
 
 
 def _tried(run: dict[str, Any]) -> dict[float, float]:
-    """Validation of every alpha, at the best rate that a seed tried with it."""
+    """Validation score of every alpha, at the best rate that a seed tried with it."""
     tried: dict[float, float] = {}
     for alpha, score in zip(run["alphas"], run["validation"]):
         tried[alpha] = max(tried.get(alpha, 0.0), score)
@@ -37,7 +37,7 @@ def _tried(run: dict[str, Any]) -> dict[float, float]:
 
 
 def _chosen(setting: Setting, runs: list[dict[str, Any]]) -> float:
-    """The alpha that is best for the seeds that choose; the first of them chose its rate."""
+    """The best alpha of the choosing seeds; the first of them chose its rate."""
     if setting.choosers == 1:
         return best_alpha(runs)
     tried = [_tried(run) for run in runs[: setting.choosers]]
@@ -77,7 +77,7 @@ def _record(
 
 
 def _by_epoch(run: dict[str, Any]) -> tuple[dict[str, list[float]], list[str]]:
-    """Measures of every epoch that has them, at every alpha with the rate that is best there."""
+    """Measures of every epoch that has them, at every alpha with its best rate."""
     score, alphas = run["validation"], run["alphas"]
     best: dict[float, int] = {}
     for lane, alpha in enumerate(alphas):

@@ -29,7 +29,7 @@ class Config:
     )
     teacher: str = field("mlp-512-256", "Network of the teacher.")
     teacher_examples: int = field(
-        0, "Number of training examples of the teacher. 0 takes the students'."
+        0, "Number of training examples of the teacher. 0 uses the students' number."
     )
     teacher_weights: str | None = field(
         None, "Torch checkpoint of the teacher. By default the teacher is trained."
@@ -75,7 +75,7 @@ class Config:
         "binary_kl_norm", "Loss of single and dual.", choices=("binary_kl_norm", "binary_kl")
     )
     diagnose_every: int = field(
-        2, "Number of epochs between measures of neural collapse, with the first seed.", minimum=1
+        2, "Number of epochs between measures of neural collapse, for the first seed.", minimum=1
     )
     checkpoint_every: int = field(
         10, "Number of epochs between checkpoints.", execution=True, minimum=1
@@ -92,7 +92,7 @@ _FASHION: dict[str, Any] = dict(
     data="tfds:fashion_mnist_png",
     train_examples=10_000,
     validation_examples=2_000,
-    # Better on five times the data than a deeper ResNet on the students', and soon trained.
+    # Better on five times the data than a deeper ResNet on the students', and quick to train.
     teacher="mlp-512",
     teacher_examples=50_000,
     student="resnet8",
@@ -125,7 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         student="resnet8",
         arm=("ce", "single", "dual_mlp_aligned"),
         alpha=(0.1,),
-        # The teacher learns the task, and its students some of it: otherwise arms do not differ.
+        # The teacher learns the task, its students only part of it: otherwise arms do not differ.
         epochs=6,
         teacher_epochs=16,
         batch_size=32,
@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         student="mlp-64",
         seeds=11,
         epochs=10,
-        # Projecting gradients loses on the languages: it is left out here.
+        # Projecting gradients hurts on the languages, so it is left out here.
         arm=tuple(name for name in ARMS if not name.endswith("aligned")),
         alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0, 30.0, 90.0),
         rate=(0.1, 0.3, 1.0, 3.0),

@@ -51,7 +51,7 @@ class Task:
 
 
 def load_task(config: Config, workdir: epath.Path) -> Task:
-    """The three parts; validation comes out of training where the source has none of its own."""
+    """The three splits; validation is taken from training if the source has none of its own."""
     if config.data == "tfds:udhr":
         limits = {"train": config.train_examples, "validation": 0, "test": config.test_examples}
         parts = {name: _text(name, limit) for name, limit in limits.items()}
@@ -82,7 +82,7 @@ def load_task(config: Config, workdir: epath.Path) -> Task:
 
 
 def _rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    # A memory map of ImageNet must not be copied to leave a few rows out.
+    # A memory map of ImageNet must not be copied to leave out a few rows.
     return _Subset(images, rows) if isinstance(images, np.memmap) else images[rows]  # type: ignore
 
 
@@ -110,12 +110,12 @@ def _statistics(spec: str, images: Any) -> tuple[tuple[float, ...], tuple[float,
 
 
 def _text(split: str, limit: int) -> Part:
-    # tfds shuffled the examples when it wrote them: the first ones are as good as any.
+    # tfds shuffled the examples when it wrote them, so the first ones are a fair sample.
     examples = data.load_examples(
         "tfds:experiments.dual_head.udhr:Udhr", split=f"{split}[:{limit}]" if limit else split
     )
     texts = [example["text"] for example in examples]
-    # The builder imports tfds, which pictures do without.
+    # The builder imports tfds, which pictures do not need.
     from experiments.dual_head.udhr import LANGUAGES
 
     number = {code: i for i, code in enumerate(LANGUAGES)}
@@ -145,11 +145,11 @@ def hashed_ngrams(texts: list[str], *, features: int = TEXT_FEATURES) -> np.ndar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A task on a mesh: its training rows on every device, or in pieces where they are too many.
+    """A task on a mesh: its training rows on every device, or in pieces if there are too many.
 
     Attributes:
-        arrays: Inputs and labels on every device; None if they come in pieces.
-        chunk_steps: Steps of a piece.
+        arrays: Inputs and labels on every device; None if they arrive in pieces.
+        chunk_steps: Steps in a piece.
     """
 
     task: Task
@@ -176,7 +176,7 @@ class Placed:
 
 
 def fits_on_device(task: Task, device_bytes: int = 4 << 30) -> bool:
-    """Whether every device shall hold all training rows; else they stay on the host."""
+    """Whether every device holds all training rows; otherwise they stay on the host."""
     return task.train.inputs.nbytes <= device_bytes
 
 
@@ -189,7 +189,7 @@ def place(task: Task, mesh: Mesh) -> Placed:
 
 
 def prepare_inputs(task: Task, kind: str) -> Callable[[Any, jax.Array | None], jax.Array]:
-    """Raw rows to what a network takes, augmented where a key comes along; runs under jit.
+    """Turn raw rows into a network's inputs, augmented if a key is given; runs under jit.
 
     `crop_flip` pads by 4, cuts out a random place and mirrors half of the images, as on CIFAR;
     `resized_crop` takes 8 to 100% of the area at an aspect ratio of 3/4 to 4/3, as on ImageNet.

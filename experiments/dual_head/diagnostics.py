@@ -1,7 +1,7 @@
-"""Signs of collapse: do the two gradients fight, and how do features and classes lie?
+"""Signs of collapse: whether the two gradients conflict, and the geometry of features and classes.
 
-The measures are those of the neural-collapse literature (Papyan, Han and Donoho, 2020), whose
-fourth state is met when all of them go to zero:
+The measures are those of the neural-collapse literature (Papyan, Han and Donoho, 2020), in which
+complete collapse means that all of them go to zero:
 
 * `within`: variability within classes over that between them, `tr(S_w S_b^+) / C`;
 * `norms` and `angles`: how unequal the class means' norms are, and how far their mean cosine
@@ -10,8 +10,8 @@ fourth state is met when all of them go to zero:
 * `duality`: distance of the head's rows from the class means, both scaled to length one;
 * `disagreement`: how often the head and the nearest class mean differ.
 
-`cosine_trunk`, `cosine_head` and `ratio_trunk` compare the gradient of the logit loss (times
-alpha) with that of the cross-entropy; two heads share no head, so theirs is missing.
+`cosine_trunk`, `cosine_head` and `ratio_trunk` compare the gradient of the logit loss (times alpha)
+with that of the cross-entropy; two-head arms share no head, so they have no `cosine_head`.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def geometry(features: Any, labels: Any, logits: Any, kernel: Any, classes: int)
 
 
 def compare_gradients(losses: Callable[[Any], tuple[Any, Any]], params: Any) -> dict[str, Any]:
-    """Cosines of the gradients of both losses, the task's and the logits', and a ratio of norms."""
+    """Cosines of the gradients of the task and logit losses, and a ratio of their norms."""
     values, pullback = jax.vjp(losses, params)
     one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
     (task,), (logit,) = pullback((one, zero)), pullback((zero, one))

@@ -1,4 +1,4 @@
-"""Labelled images as arrays of one size: what a classifier trains on."""
+"""Labelled images as arrays of one size, to train a classifier on."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images and their classes, `num_classes` of them, seen or not."""
+    """Images and their classes, of which there are `num_classes`, whether or not all occur."""
 
     # uint8 [count, height, width, channels], perhaps a memory map.
     images: np.ndarray
@@ -34,8 +34,8 @@ def load_images(
 ) -> LabelledImages:
     """Images from `cifar100:DIR`, CIFAR-100's binary version, or from `data.load_image_set`.
 
-    Those of `folder:DIR` are scaled so that the shorter side has `size` pixels, and cut to the
-    middle. They are kept in `cache_dir` as a memory map if it is given.
+    Those of `folder:DIR` are scaled so that the shorter side has `size` pixels, and cropped to the
+    middle. They are kept in `cache_dir`, if given, as a memory map.
     """
     kind, _, location = spec.partition(":")
     if kind == "cifar100":
@@ -48,7 +48,7 @@ def load_images(
         return LabelledImages(images=images, labels=pictures.labels, num_classes=classes)
     images, labels = zip(*pictures)
     images = np.stack(images)
-    # Grey pictures come with three equal channels.
+    # Grey pictures have three equal channels.
     images = images[..., :1] if (images == images[..., :1]).all() else images
     return LabelledImages(images=images, labels=np.asarray(labels, np.int32), num_classes=classes)
 
@@ -78,7 +78,7 @@ def _squares(pictures: data.ImageSet, size: int, cache: epath.Path | None) -> np
         return images
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        # Memory-mapped, so what grows is the file: nothing that `write_atomic` could be given.
+        # Memory-mapped: the file itself grows, so there is nothing to pass to `write_atomic`.
         partial = cache.with_name(cache.name + ".partial")
         mapped = np.lib.format.open_memmap(
             os.fspath(partial), mode="w+", dtype=np.uint8, shape=shape

@@ -40,7 +40,7 @@ def best_alpha(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def reported(records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The seeds that chose nothing; the only one where there is one."""
+    """The seeds that chose nothing; with a single seed, that one."""
     return records[1:] or records
 
 
@@ -57,7 +57,7 @@ def tested(records: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def at_edge(record: Mapping[str, Any], name: str, value: float) -> bool:
-    """Whether a choice lies at the edge of what was tried."""
+    """Whether a choice is at the edge of the values tried."""
     values = sorted(set(record.get(name) or ()))
     return len(values) > 2 and value in (values[0], values[-1])
 
@@ -112,7 +112,7 @@ def sensitivity(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """Whether two heads beat a tuned single one, in a sentence for every form of them."""
+    """Whether two heads beat a tuned single one, in a sentence for each form of them."""
     arms = results["arms"]
     tests = {name: tested(records) for name, records in arms.items()}
     duals = [name for name in tests if name.startswith("dual_")]
@@ -123,7 +123,7 @@ def verdict(results: Mapping[str, Any]) -> str:
             gain, p = paired(tests[dual], tests[rival])
             # The difference of two runs says nothing about the next one.
             if math.isnan(p):
-                word = "no test: one seed each, or as much with every seed"
+                word = "no test: one seed each, or equal differences"
             elif p >= 0.05:
                 word = "NOT distinguishable" if gain > 0 else "does NOT beat it"
             else:
@@ -188,7 +188,7 @@ def _last_measures(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def by_alpha(results: Mapping[str, Any]) -> figures.Picture:
-    """Test accuracy of every arm by alpha; what diverged is below the picture."""
+    """Test accuracy of every arm by alpha; diverged runs are below the picture."""
     series, rules, chosen = [], {}, []
     for name, records in results["arms"].items():
         alphas = list(dict.fromkeys(records[0]["alphas"]))

@@ -43,7 +43,7 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
     results: dict[str, Any] = {"teacher": record, "arms": {}}
     for name in config.arm:
         arm = existing[name]
-        # One compilation for all seeds of a course; none where all are on disk.
+        # One compilation for all seeds of a course; none if all are on disk.
         scorer = functools.cache(functools.partial(_student, config, placed, arm, teacher))
         course = Course.of_student(config, arm)
         for seed in range(config.seeds):
@@ -81,7 +81,7 @@ def _fit_arm(
 def fit(
     scorer: Scorer, directory: epath.Path, *, seed: int, diagnose: bool = False
 ) -> tuple[Any, Record]:
-    """Trains the scorer's networks to the end, from the newest checkpoint, and scores.
+    """Trains the scorer's networks to the end, from the newest checkpoint, and scores them.
 
     Returns:
         The variables of every lane, and a record: accuracies by lane, curves by epoch.
@@ -129,7 +129,7 @@ def fit(
         "rates": list(course.multiples),
         "validation": curves[-1]["validation"],
         "test": right.mean(1).tolist(),
-        # Bits in hexadecimal: whoever compares arms pairs their answers to the same examples.
+        # Bits in hexadecimal, so that arms can be paired by their answers to the same examples.
         "right": [np.packbits(lane).tobytes().hex() for lane in right],
         "curves": curves,
     }
@@ -140,7 +140,7 @@ def make_teacher(trainer: Trainer, lanes: Any, pupils: Placed) -> Teacher:
     first = jax.jit(lambda lanes: jax.tree.map(lambda x: x[0], lanes))
     weights = first((lanes["params"], lanes["stats"]))
     teacher = Teacher(graphdef=trainer.graphdef, argument=weights, precomputed=False)
-    # Rows that come in pieces have no fixed numbers to look logits up by.
+    # Rows that arrive in pieces have no fixed numbers to look logits up by.
     if trainer.config.augment != "none" or pupils.arrays is None:
         return teacher
     inputs = pupils.task.train.inputs

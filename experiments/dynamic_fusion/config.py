@@ -5,7 +5,7 @@ from typing import Any
 
 from logitjax.commands.cli import field
 
-# SmolLM2-135M's dearest: those that its NLL misses most when each is left out alone.
+# SmolLM2-135M's most valuable layers: leaving any of them out costs the most NLL.
 _LAYERS = (0, 1, 2, 8, 10, 11, 21, 23, 24, 27, 28, 29)
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
@@ -38,18 +38,18 @@ class Config:
     learning_rate: float = field(5e-4, "Peak learning rate of an expert.")
     large_learning_rate: float = field(2e-4, "Peak learning rate of the ceiling.")
     train_embeddings: bool = field(False, "Train embeddings and head as well as the layers.")
-    validation_tokens: int = field(512, "Number of tokens to choose the static alpha on.")
+    validation_tokens: int = field(512, "Number of tokens for choosing the static alpha.")
     test_tokens: int = field(1024, "Number of tokens of each text to report on.")
-    validation_questions: int = field(96, "Number of questions to choose the static alpha on.")
+    validation_questions: int = field(96, "Number of questions for choosing the static alpha.")
     test_questions: int = field(192, "Number of questions to report on.")
     graded_questions: int = field(
         1000, "Number of questions to answer if the first domain is a task."
     )
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
     seeds: int = field(1, "Number of seeds, each with experts and a ceiling of its own.")
-    block_size: int = field(64, "Number of positions whose logits are held at once.")
+    block_size: int = field(64, "Number of positions whose logits are in memory at once.")
     trace_tokens: int = field(96, "Number of positions in the plot of alpha.")
-    decode_tokens: int = field(32, "Number of tokens to generate to measure speeds. 0 for none.")
+    decode_tokens: int = field(32, "Number of tokens to generate for measuring speeds. 0 for none.")
     prompt: str = field("Enter the King", "Beginning of the generated text.")
     checkpoint_every: int = field(20, "Number of steps between checkpoints.", execution=True)
     log_every: int = field(8, "Number of steps between log lines.", execution=True)

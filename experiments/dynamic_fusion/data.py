@@ -1,4 +1,4 @@
-"""Text to learn from and to be scored on, and questions with one right token as their answer."""
+"""Text to train and score on, and questions whose answer is a single token."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def load_text(spec: str, tokenizer: Tokenizer, *, seq_len: int, directory: epath
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Rows that end where the answer's first token is to be said.
+    """Rows that end just before the answer's first token.
 
     Attributes:
         tokens: int32 `[n, length]`, padded on the right.
@@ -82,10 +82,10 @@ class Task:
 
 
 def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int]) -> Task:
-    """`topics:tfds:NAME`, articles whose `topic` is asked for; `letters`, a toy.
+    """`topics:tfds:NAME`: articles whose `topic` is the answer; `letters`: a toy task.
 
     Args:
-        length: tokens a question, prompt and all.
+        length: tokens a question, prompt included.
         sizes: questions of each split.
     """
     kind, _, source = spec.partition(":")
@@ -119,7 +119,7 @@ def _questions(
     last = np.zeros(len(rows), np.int32)
     for i, (text, question, _) in enumerate(rows):
         asked = tokenizer.encode(question)
-        # The beginning of an article says most of what it is about.
+        # The beginning of an article says most about its topic.
         existing = tokenizer.encode(text[: 12 * length], add_bos=None)
         ids = [*existing[: length - len(asked)], *asked]
         tokens[i, : len(ids)] = ids

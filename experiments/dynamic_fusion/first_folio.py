@@ -54,7 +54,7 @@ def read_plays(folder: epath.Path) -> dict[str, str]:
 
 
 def split_speeches(text: str) -> Sequence[str]:
-    """Pieces that end where a paragraph ends; lines keep their breaks and lose their indent."""
+    """Pieces that end at the end of a paragraph; lines keep their breaks and lose their indent."""
     lines = "\n".join(line.strip() for line in text.splitlines())
     pieces, stored = [], ""
     for paragraph in re.split(r"\n{2,}", lines):

@@ -1,4 +1,4 @@
-"""Published tasks with checkable answers: read, asked of a model or of a fused line-up, graded.
+"""Published tasks with checkable answers: read, put to a model or a fused line-up, and graded.
 
 Zero-shot, as *On giant's shoulders* scores them: GSM8K by the last number, TriviaQA by any of its
 aliases, CNN/DM by ROUGE-2, MMLU and TruthfulQA by the likeliest of the given answers.
@@ -27,8 +27,8 @@ class Question:
     Attributes:
         prompt: the question in words, as experts are tuned on it.
         response: the answer to learn from.
-        right: texts that count as right; for choices, those of them.
-        choices: answers to choose among; none where the answer is written freely.
+        right: texts that count as right; for choices, the right ones.
+        choices: answers to choose among; empty if the answer is free text.
     """
 
     prompt: str
@@ -39,13 +39,13 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How a task's rows are read and its answers graded.
+    """Functions that read a task's rows and grade its answers.
 
     Attributes:
-        read: one row of its published JSON.
-        grade: ``(answer, right) -> 0..1``; of free answers.
-        max_new_tokens: of free answers.
-        stop_strings: that end one.
+        read: turns one row of the published JSON into a question.
+        grade: ``(answer, right) -> 0..1``, for free answers.
+        max_new_tokens: length limit of free answers.
+        stop_strings: strings that end a free answer.
     """
 
     read: Callable[[Mapping[str, Any]], Question]
@@ -55,7 +55,7 @@ class Kind:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text without thousands' commas and trailing zeros, None without one."""
+    """The last number in a text without thousands separators and trailing zeros, or None."""
     result = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return f"{float(result[-1].replace(',', '')):g}" if result else None
 
@@ -156,11 +156,11 @@ def is_graded(spec: str) -> bool:
 def load_graded(spec: str) -> Graded:
     """``gsm8k:DIR``, ``trivia_qa:``, ``cnn_dm:``, ``truthful_qa:``, ``mmlu:``.
 
-    ``DIR`` has ``train.jsonl`` and ``test.jsonl`` with rows as their authors publish them, perhaps
-    ``validation.jsonl``; else the last tenth of what is trained on is held out.
+    ``DIR`` has ``train.jsonl`` and ``test.jsonl`` with rows as their authors publish them, and
+    optionally ``validation.jsonl``; without it, the last tenth of the training rows is held out.
 
     Raises:
-        ValueError: an unknown task, or a row that lacks something, with file and line.
+        ValueError: an unknown task, or a row that lacks a field, with file and line.
         FileNotFoundError: no such file.
     """
     name, _, location = spec.partition(":")
@@ -217,9 +217,9 @@ def grade(
     """The grade of every question, 0 to 1.
 
     Args:
-        model: whatever decodes: a model or a `decoding.Ensemble`.
+        model: anything that decodes: a model or a `decoding.Ensemble`.
         questions: asked without examples.
-        batch_size: questions together; choices count each.
+        batch_size: questions in a batch; each choice counts as one.
         max_prompt: tokens of a prompt; longer ones lose their beginning.
     """
     if kind.grade is None:

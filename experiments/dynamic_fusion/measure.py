@@ -1,4 +1,4 @@
-"""Measurements of dynamic fusion: which experts meet which data, arm by arm."""
+"""Measurements of dynamic fusion: each arm, with the experts and data that it is scored on."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from experiments.shared.records import kept
 from logitjax import decoding, models, processes
 from logitjax.fusion import DynamicFusion, ProxyTuning
 
-#: What an expert is tuned on, and the data sets that it is scored on, its own first.
+#: The data an expert is tuned on, and the data sets that it is scored on, its own first.
 SETS = {"domain": ("domain", "general"), "task": ("task", "general")}
 BOTH = ("domain", "task", "general")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The line-up with what it is asked; what was measured is kept in `directory`."""
+    """The line-up with its questions; measurements are kept in `directory`."""
 
     config: Config
     directory: epath.Path
@@ -40,7 +40,7 @@ class Measured:
         return [lineup.large, lineup.base, *[lineup.tuned("base", d, seed) for d in domains]]
 
     def all(self) -> dict[str, Any]:
-        """The scores of every seed, and what is measured once."""
+        """The scores of every seed, and the measurements that are made once."""
         return {
             "seeds": [self.score_seed(seed) for seed in range(self.config.seeds)],
             "traces": self._kept("traces", self.traces),
@@ -53,7 +53,7 @@ class Measured:
     def score_seed(self, seed: int) -> dict[str, Any]:
         """Means of every arm by line-up and data set, and the static alphas that were chosen.
 
-        With a graded task as the domain also the mean grade of its answers, by arm.
+        If the domain is a graded task, also the mean grade of its answers, by arm.
         """
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
         record["search"] = {}
@@ -83,7 +83,7 @@ class Measured:
             self.lineup.forget(ceiling)
         both = tuple(SETS)
         entries = {name: score({}, both, name, "validation") for name in both}
-        # Of both domains alike: the change of the NLL, for their levels differ.
+        # The mean change of the NLL over both domains, because their levels differ.
         mean = {
             arm: {"nll": statistics.fmean(f[arm]["nll"] for f in entries.values())}
             for arm in entries[both[0]]
@@ -230,7 +230,7 @@ class Measured:
 
 
 def open_lineup(config: Config, workdir: epath.Path) -> Measured:
-    """Load the tokenizer, pack the texts; models are made when they are needed."""
+    """Load the tokenizer and pack the texts; models are made when they are needed."""
     root = epath.Path(config.models_dir or workdir / "models").expanduser()
     tokenizer = models.load_tokenizer(config.large)
     graded, domain = None, config.domain

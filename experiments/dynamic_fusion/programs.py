@@ -15,7 +15,7 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
     rates = {"large": config.large_learning_rate, "base": config.learning_rate}
     for name, rate in rates.items():
         spec = getattr(config, name)
-        if not spec:  # A base that is cut from the large model.
+        if not spec:  # The base is cut from the large model.
             continue
         graphdef, params = shapes.abstract_decoder(
             shapes.decoder_config(spec), dtype=config.dtype, layout=config.layout

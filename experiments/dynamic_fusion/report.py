@@ -12,7 +12,7 @@ from experiments.dynamic_fusion.config import Config
 from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, spread, write_report
 
-#: What is compared by which measure: (name, the greater the better).
+#: The comparisons and their measures: (name, whether larger is better).
 MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}
 _TITLES = {
     "domain": "text of the first domain",
@@ -27,7 +27,7 @@ def gap_closed(value: float, base: float, ceiling: float) -> float | None:
 
 
 def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Writes `report.md`, `metrics.jsonl` and plots; returns what to print."""
+    """Writes `report.md`, `metrics.jsonl` and plots; returns the text to print."""
     seeds = results["seeds"]
     tables = []
     for domain in ("domain", "task"):
@@ -89,7 +89,7 @@ def single_table(seeds: Sequence[Any], domain: str, name: str) -> list[dict[str,
 
 
 def graded(seeds: Sequence[Any]) -> list[dict[str, Any]]:
-    """Mean grade of every arm's answers, and how it lies between large model and ceiling."""
+    """Mean grade of every arm's answers, and its place between large model and ceiling."""
     rows = []
     for arm in seeds[0]["graded"]:
         grades = [100 * seed["graded"][arm]["grade"] for seed in seeds]
@@ -160,7 +160,7 @@ def _ratio(scores: Mapping[str, float], seed: Any, name: str) -> float:
 
 
 def verdicts(seeds: Sequence[Any]) -> str:
-    """Whether choosing alpha anew pays, in words, by the gap of the NLL on held-out data."""
+    """Whether choosing alpha for every token pays, judged by the gap of the held-out NLL."""
     lines = []
     for domain in ("domain", "task"):
         items = [seed["single"][domain][domain] for seed in seeds]

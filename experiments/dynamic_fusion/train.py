@@ -1,8 +1,8 @@
-"""The line-up of dynamic fusion: a large model, a healed cut of it, and what is tuned from either.
+"""The line-up of dynamic fusion: a large model, a healed cut of it, and models tuned from either.
 
-Every model has a folder named after all it depends on, so that runs share them: checkpoints while
-it trains, and what its head sees on the texts that are scored, which is all the arms need. Several
-processes train a model together; then each holds it whole, and the first lets it read.
+Every model has a folder named after everything it depends on, so that runs share them: checkpoints
+while it trains, and its head's inputs on the scored texts, which is all the arms need. Several
+processes train a model together; afterwards each holds it whole, and the first one reads with it.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from logitjax.storage import digest
 
 _LAYERS_ONLY = r"(segments|final_norm)"
 
-#: `(model, batch, *constants)` to the summed loss and of how many positions it is.
+#: `(model, batch, *constants)` to the summed loss and the number of positions in it.
 Loss = Callable[..., tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A head's inputs where something is predicted: `hidden [n, width]`, `labels [n]`."""
+    """A head's inputs where a label is predicted: `hidden [n, width]`, `labels [n]`."""
 
     hidden: np.ndarray
     labels: np.ndarray
@@ -40,7 +40,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A model by name, made when somebody asks for it."""
+    """A model by name, made at its first use."""
 
     directory: epath.Path
     make: Callable[[], models.Decoder]
@@ -51,7 +51,7 @@ class Variant:
 
 
 class Lineup:
-    """All models of a run and the data they meet."""
+    """All models of a run and their data."""
 
     def __init__(self, config: Config, root: epath.Path, texts: Mapping[str, Text], task: Task):
         self.config, self.root, self.texts, self.task = config, root, texts, task
@@ -111,7 +111,7 @@ class Lineup:
         return _head_rows(self.large.model)
 
     def head_of(self, variant: Variant) -> np.ndarray:
-        """A model's head: the large one's own array where all share it."""
+        """A model's head: the large model's own array if all share it."""
         if not self.config.base and not self.config.train_embeddings:
             return self.head
         path = variant.directory / "head.npy"
@@ -154,7 +154,7 @@ class Lineup:
         return Scored(np.asarray(cache.hidden), cache.labels)
 
     def forget(self, variant: Variant) -> None:
-        """Drop the checkpoints of a model of which only what its head saw is still needed."""
+        """Drop the checkpoints of a model of which only the head's inputs are still needed."""
         variant.__dict__.pop("model", None)
         remove_directory(variant.directory / "checkpoints")
 
@@ -227,7 +227,7 @@ def make_update(
 
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Summed next-token cross-entropy, and of how many tokens."""
+    """Summed next-token cross-entropy, and the number of tokens in it."""
     labels, where = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
     hidden = distillation.hidden_states(model, batch)
     weights = where.astype(jnp.float32)
@@ -238,7 +238,7 @@ def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any
 def healing_loss(
     graphdef: Any, model: models.Decoder, batch: Mapping[str, Any], params: Any
 ) -> tuple[Any, Any]:
-    """Summed KL divergence from what the whole model says, of its graph and parameters."""
+    """Summed KL divergence from the whole model, given as its graph and parameters."""
     weights = batch["loss_mask"][:, 1:].astype(jnp.float32)
     whole = jax.lax.stop_gradient(nnx.merge(graphdef, params))
     loss = losses.linear_kl_divergence(
@@ -276,7 +276,7 @@ def answer_states(model: models.Decoder, questions: Questions, size: int) -> np.
 
 def _at_last(model: models.Decoder, batch: Mapping[str, Any]) -> jax.Array:
     hidden, _ = model.hidden_states(batch["tokens"])
-    # By a mask: a gather of sharded rows would need to be told where its result lies.
+    # By a mask: a gather of sharded rows would need the sharding of its result.
     at = jnp.arange(hidden.shape[1]) == batch["last"][:, None]
     return jnp.einsum("bt,bth->bh", at.astype(hidden.dtype), hidden)
 
@@ -289,7 +289,7 @@ def _head_rows(model: models.Decoder) -> np.ndarray:
 
 
 def _here(leaf: jax.Array) -> jax.Array:
-    """Off the training mesh, for code that knows none."""
+    """Move values off the training mesh, for code that does not know it."""
     return jnp.asarray(np.asarray(leaf)) if len(leaf.devices()) > 1 else leaf
 
 

@@ -1,4 +1,4 @@
-"""The arms of the few-shot experiment: every method with what is searched, and AMU's ablations."""
+"""The arms of the few-shot experiment: every method with its search space, and AMU's ablations."""
 
 import dataclasses
 from typing import Any, Literal
@@ -7,7 +7,7 @@ from experiments.few_shot.config import Config
 from logitjax import few_shot
 from logitjax.few_shot import methods
 
-# Of the fixed-weight arms: what the ablations have in common.
+# Settings that the fixed-weight arms, the ablations, have in common.
 FIXED_BETA = 2.0
 Auxiliary = Literal["second", "zero_shot", "another"]
 
@@ -17,10 +17,10 @@ class Arm:
     """One method.
 
     Attributes:
-        candidate: The head, how it is trained, and settings of which each sample takes the one
+        candidate: The head, its training, and the settings from which each sample takes the one
             that is best on its validation pictures.
-        auxiliary: Whose auxiliary features there are: the `second` encoder's, the `zero_shot`
-            encoder's, or those of `another` picture, which say nothing of this one.
+        auxiliary: The source of the auxiliary features: the `second` encoder, the `zero_shot`
+            encoder, or `another` picture, whose features carry no information about this one.
     """
 
     candidate: few_shot.Candidate
@@ -43,7 +43,7 @@ def arms(config: Config) -> dict[str, Arm]:
 
 
 def _fixed(config: Config) -> dict[str, Arm]:
-    """AMU with one weight for all, nothing tuned, and what changes when a part does."""
+    """AMU with one weight for all samples and no tuning, and variants that each change one part."""
     recipe = few_shot.Recipe(epochs=config.epochs, batch_size=config.batch_size)
 
     def fixed(*, auxiliary: Auxiliary = "second", **options: Any) -> Arm:

@@ -11,9 +11,9 @@ from experiments.claims.record import Record, make
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record an arm and sample of a finished run with one data set and nothing to choose.
+    """A record for each arm and sample of a finished run with one data set and nothing to choose.
 
-    Units are the parts of the test pictures; where samples have tests of their own, the sample.
+    Units are the parts of the test pictures; if samples have tests of their own, the samples.
     """
     config = json.loads((workdir / "config.json").read_text())
     (location,) = (workdir / "results").iterdir()

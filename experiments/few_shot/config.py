@@ -39,9 +39,9 @@ class Config:
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Number of labelled pictures of each class.")
     runs: int = field(10, "Number of samples for each number of shots.", minimum=1)
     test_parts: int = field(
-        0, "Number of parts of the test pictures that are scored apart as well, if they are fixed."
+        0, "Number of parts of fixed test pictures that are also scored separately."
     )
-    at_once: int = field(1, "Number of samples that a device trains together.", minimum=1)
+    at_once: int = field(1, "Number of samples that a device trains at once.", minimum=1)
     arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train.", execution=True, choices=ARMS)
     grid: Literal["small", "full"] = field("small", "Whether an arm tries 4 settings or 12.")
     epochs: int = field(50, "Number of epochs of AMU.", minimum=1)

@@ -14,7 +14,7 @@ from experiments.few_shot.sources import Source, source_of
 from logitjax import data, few_shot, vision
 from logitjax.commands.extract_features import slug
 
-# Of a class, for samples of 16 and 4 to validate on: enough that two samples differ.
+# A class needs samples of 16 to train and 4 to validate on, enough that two samples differ.
 _PER_CLASS = "per_class:32"
 
 
@@ -25,12 +25,12 @@ class Task:
     Attributes:
         class_names: Names by class number.
         train: `[views, n, ...]` pictures to learn from.
-        plain: The same pictures `[n, ...]` as they are validated and tested on.
+        plain: The same pictures `[n, ...]` without augmentation, as for validation and tests.
         train_labels: `[n]` classes.
-        test: `[m, ...]` pictures and labels `[m]`; None where the rest of `train` is the test.
+        test: `[m, ...]` pictures and labels `[m]`; None if the rest of `train` is the test.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one.
         scale: Scale of its cosines.
-        shifted: By name further pictures and labels to score on.
+        shifted: More pictures and labels to score on, by name.
     """
 
     name: str
@@ -122,7 +122,7 @@ def load_task(config: Config, spec: str) -> Task:
 def _class_weights(
     encoder: vision.Encoder, source: Source, name: str, class_names: tuple[str, ...]
 ) -> np.ndarray:
-    """Mean of unit vectors, of length one again: of prompts, or of rows of the ImageNet head."""
+    """Mean of unit vectors, rescaled to length one: of prompts, or of rows of the ImageNet head."""
     if encoder.tokenizer is not None:
         which = data.RECOGNITION_SETS.get(name)
         if which is not None:
@@ -150,7 +150,7 @@ def _of_synsets(logits: jax.Array, ids: Sequence[np.ndarray]) -> jax.Array:
 
 
 def synthetic(spec: str) -> Task:
-    """Gaussian classes seen by two encoders, of which the first has names for them."""
+    """Gaussian classes seen by two encoders, the first of which can name them."""
     classes = int(spec.partition(":")[2] or 5)
     rng = np.random.default_rng(0)
     width, room = 32, 40

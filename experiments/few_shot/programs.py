@@ -19,7 +19,7 @@ _HELD_OUT = {"validation": 4 * _CLASSES, "test": 50_000}
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
-    """Sweeps of the arms that differ in what they hold, each with the most shots."""
+    """Sweeps of the arms that differ in the arrays they hold, each with the most shots."""
     existing = arms(config)
     for name in ("amu", "tip_adapter_f", "task_res"):
         if name in config.arm:

@@ -21,8 +21,8 @@ def _by_shots(**rows: Sequence[float]) -> dict[str, dict[int, float]]:
     return {name: dict(zip((1, 2, 4, 8, 16), values)) for name, values in rows.items()}
 
 
-# Top-1 with CLIP RN50 and, where a second encoder is used, MoCo v3 RN50, from the READMEs and logs
-# of the methods; CaFo's as others quote it, and the means read off AMU's figure (+-.15).
+# Top-1 with CLIP RN50 and, if a second encoder is used, MoCo v3 RN50, from the READMEs and logs of
+# the methods; CaFo's as others quote it, and means read from AMU's figure (+-.15).
 _MEAN = "mean of the data sets"
 PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
     "imagenet": _by_shots(
@@ -64,9 +64,9 @@ def _scores(by_shots: Mapping[int, Mapping[str, Any]], part: str = "test") -> di
 
 
 def accuracies(name: str, arms: Records) -> list[Row]:
-    """One row a tuned method, one column a number of shots; published figures below it.
+    """One row a tuned method, one column a number of shots, with published figures below it.
 
-    `settings` is how many it chose among, `updates` its gradient steps at the most shots.
+    `settings` is the number it chose from, `updates` its gradient steps at the most shots.
     """
     rows = [_row("zero-shot", _scores(next(iter(arms.values())), "zero_shot"))]
     for arm in (arm for arm in arms if arm in METHODS):
@@ -88,7 +88,7 @@ def ablations(arms: Records) -> list[Row]:
 
 
 def shifted(name: str, arms: Records) -> dict[str, list[Row]]:
-    """Accuracies on the pictures of other places, by place."""
+    """Accuracies on the shifted pictures, by source."""
     tables: dict[str, list[Row]] = {}
     for arm, by_shots in arms.items():
         for location in next(iter(by_shots.values()))["shifted"]:
@@ -117,7 +117,7 @@ def means(results: Mapping[str, Records]) -> list[Row]:
 
 
 def differences(arms: Records, reference: str) -> list[Row]:
-    """Points of test accuracy that the reference arm is ahead, paired by sample."""
+    """Points of test accuracy by which the reference arm is ahead, paired by sample."""
 
     def compared(against: str, pairs: Mapping[int, tuple[Any, Any]]) -> Row:
         row: Row = {"against": against}

@@ -1,4 +1,4 @@
-"""Samples of a few-shot task: which pictures are learned from, validated on and tested on."""
+"""Samples of a few-shot task: the pictures for training, validation and tests."""
 
 import dataclasses
 from typing import Any
@@ -16,9 +16,8 @@ class Samples:
     """Several samples of a task, padded so that all numbers of shots have one shape.
 
     Attributes:
-        task: `[runs, views * n, ...]` pictures to learn from, their labels -1 where a row is not
-            there.
-        held_out: Validation, test and shifted pictures, their labels -1 where a row is not there.
+        task: `[runs, views * n, ...]` pictures to learn from; padding has the label -1.
+        held_out: Validation, test and shifted pictures; padding has the label -1.
     """
 
     task: few_shot.FewShotTask
@@ -48,10 +47,10 @@ class Samples:
 def rows_of_run(
     task: Task, shots: int, *, run: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of `task.train` to learn from, to validate on, and to test on if it has no test.
+    """Rows of `task.train` to learn from, to validate on, and, if it has no test, to test on.
 
-    More shots contain fewer; validation does not depend on the shots. A class that has too few
-    pictures for all of them gives fewer shots.
+    Larger samples contain the smaller ones; validation rows do not depend on the shots. A class
+    with too few pictures gives fewer shots.
     """
     rng = np.random.default_rng([seed, run])
     for_validation, for_test = (2, 2) if task.test is None else (4, 0)
@@ -72,10 +71,10 @@ def rows_of_run(
 
 
 def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0, parts: int = 0) -> Samples:
-    """Samples of the runs with these numbers; `most` shots are what there is room for."""
+    """Samples of the runs with these numbers, with room for `most` shots."""
     drawn = [rows_of_run(task, shots, run=run, seed=seed) for run in runs]
     room = [rows_of_run(task, most, run=runs[0], seed=seed)[0].size]
-    # The fewer the shots, the more is left to test on.
+    # The fewer the shots, the more pictures are left for the test.
     room += [drawn[0][1].size, rows_of_run(task, 1, run=runs[0], seed=seed)[2].size]
 
     def padded(part: int) -> np.ndarray:

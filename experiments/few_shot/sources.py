@@ -1,4 +1,4 @@
-"""Where the few-shot experiment finds pictures, and how a zero-shot classifier names them."""
+"""Sources of the few-shot experiment's pictures, and the zero-shot classifier's names for them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ from logitjax import data
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where pictures come from and how the zero-shot classifier names them.
+    """A source of pictures and the zero-shot classifier's names for its classes.
 
     Attributes:
-        data: What :func:`logitjax.data.load_image_set` reads.
-        train: Split that is sampled from.
-        test: Split to score on; None where the rest of `train` is.
-        fit: What a square loses or gains, `'crop'` or `'pad'`.
-        size: Pixels of the views; 0 takes each encoder's own.
+        data: Specification for :func:`logitjax.data.load_image_set`.
+        train: Split that samples are drawn from.
+        test: Split to score on; None if the rest of `train` is the test.
+        fit: How pictures become square, `'crop'` or `'pad'`.
+        size: Pixels of the views; 0 uses each encoder's own size.
         synsets: ImageNet classes of every class, for encoders with an ImageNet head.
         cosine: Score by cosines with the mean weights of those classes, not by their probability.
-        scale: Scale of cosines: CLIP's, or one for a head that was never trained on cosines.
+        scale: Scale of cosines: CLIP's, or one for a head that was not trained on cosines.
         prompts: Texts with `{}` for the name of a class, for encoders with a text tower.
-        shifted: Further pictures of the same classes to score on: data and split by name.
+        shifted: More pictures of the same classes to score on: data and split, by name.
     """
 
     data: str
@@ -43,16 +43,16 @@ _FASHION = Source(
     size=96,
     synsets=few_shot_synsets.FASHION,
     cosine=True,
-    # Where the likelihood of the 500 is highest; the head is 33% right and 78% sure at 100.
+    # The likelihood of the 500 is highest here; at 100 the head is 33% right and 78% sure.
     scale=20.0,
 )
 
 SOURCES: dict[str, Source] = {
     "stamps": Source(data="stamps", fit="pad", size=160, synsets=few_shot_synsets.STAMPS),
     "fashion": _FASHION,
-    # So many that samples hardly share any.
+    # Enough that samples hardly overlap.
     "fashion_wide": dataclasses.replace(_FASHION, train="train[:6000]"),
-    # Learnt from one vendor's drawings, scored on three others' of the same emoji.
+    # Learned from one vendor's drawings, scored on three others' of the same emoji.
     "emoji": Source(
         data="emoji:apple",
         fit="pad",
@@ -61,7 +61,7 @@ SOURCES: dict[str, Source] = {
         shifted={v: (f"emoji:{v}", "all") for v in ("facebook", "google", "twitter")},
     ),
 }
-# CLIP's eleven, as tfds or folders have them, and what tests a shift of ImageNet's pictures.
+# CLIP's eleven, as tfds or folders have them, and sets that test a shift from ImageNet.
 CLIP_SOURCES: dict[str, Source] = {
     name: Source(
         data=f"recognition:{name}",
@@ -80,7 +80,7 @@ CLIP_SOURCES: dict[str, Source] = {
 
 
 def source_of(spec: str) -> tuple[str, Source]:
-    """`NAME`, or `NAME=DATA` for pictures that lie elsewhere."""
+    """`NAME`, or `NAME=DATA` for pictures in another place."""
     name, _, location = spec.partition("=")
     source = SOURCES.get(name) or CLIP_SOURCES.get(name)
     if source is None:

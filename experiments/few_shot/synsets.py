@@ -1,6 +1,6 @@
-"""Which ImageNet classes stand for the classes of another data set, chosen by name alone.
+"""ImageNet classes that stand for the classes of another data set, chosen by name alone.
 
-A network with an ImageNet head is then a zero-shot classifier of the other data set. It is no CLIP:
+They make a network with an ImageNet head a zero-shot classifier of the other data set. Unlike CLIP,
 it cannot read a new name.
 """
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Numbers and inclusive ranges of ImageNet-1k's classes. For coins and planets it has none; what
-# stands there is as round, or flies as high.
+# Numbers and inclusive ranges of ImageNet-1k's classes. It has no coins or planets; their entries
+# are classes that are as round, or fly as high.
 STAMPS: dict[str, str] = {
     "birds": "7-24 80-100 127-146",
     "insects": "69-79 300-326",
@@ -51,7 +51,7 @@ FASHION: dict[str, str] = {
     "Ankle boot": "514 630",
 }
 
-# Faces, symbols and flags have hardly a class that is theirs.
+# Faces, symbols and flags have hardly any classes of their own.
 EMOJI: dict[str, str] = {
     "Activities": "416 422 429 430 522 543 560 574 702 722 746 747 752 768 795 801 805 852 890",
     "Animals & Nature": "0-397 984-986 988 990-996",
@@ -73,11 +73,11 @@ def ids_of(table: Mapping[str, str], class_names: Sequence[str]) -> list[np.ndar
     """ImageNet classes of every name, in the order of the names.
 
     Raises:
-        ValueError: A name the table lacks.
+        ValueError: A name is not in the table.
     """
-    lacking = [name for name in class_names if name not in table]
-    if lacking:
-        raise ValueError(f"class_names: no ImageNet classes are known for {lacking[0]!r}")
+    unknown = [name for name in class_names if name not in table]
+    if unknown:
+        raise ValueError(f"class_names: no ImageNet classes are known for {unknown[0]!r}")
     return [np.unique(np.concatenate([_span(s) for s in table[n].split()])) for n in class_names]
 
 

@@ -1,4 +1,4 @@
-"""Training every arm of the few-shot experiment on every sample, and what each scores."""
+"""Training every arm of the few-shot experiment on every sample, and scoring it."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ from logitjax import few_shot, training
 def train_all(
     config: Config, workdir: epath.Path, told_to_stop: Callable[[int], bool]
 ) -> dict[str, Any]:
-    """By data set, arm and shots the scores of every sample; see :func:`train_arm`."""
+    """The scores of every sample by data set, arm and shots; see :func:`train_arm`."""
     existing, mesh = arms(config), training.make_mesh(config.mesh)
     results: dict[str, Any] = {}
     done = 0
@@ -35,7 +35,7 @@ def train_all(
     for spec in config.data:
         name = spec.partition("=")[0]
         directory = workdir / "results" / re.sub(r"\W+", "_", name)
-        # Read only where something is left to train.
+        # Read only if an arm is left to train.
         task = functools.cache(functools.partial(_load, config, spec))
         for arm in config.arm:
             for shots in config.shots:

@@ -1,4 +1,4 @@
-"""Records of methods that forget: what is left of the probability of rows to keep, by row."""
+"""Records of forgetting methods: the share of probability left on rows to keep, by row."""
 
 import json
 import pathlib
@@ -14,9 +14,9 @@ _LEAST = 0.98
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record a method and seed; the first seed chose the rate by what it keeps at the goal.
+    """A record for each method and seed; the first seed chose the rate that keeps most at the goal.
 
-    `kept` is the share of the mean probability that a row adds, less .98 of what it added before.
+    `kept` is a row's part of the mean probability, less .98 of its part before unlearning.
     """
 
     def part(name: str) -> dict[str, Any]:

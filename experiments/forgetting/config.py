@@ -11,12 +11,12 @@ _METHODS = (
     *("difference", "gradient_difference", "npo_gradient_difference", "simnpo"),
     *("idk_dpo", "rmu", "undial", "satimp"),
 )
-# Of a method that trains all weights in place of adapters.
+# For a method that trains all weights instead of adapters.
 ALL = "+all"
 
 
 def method_of(name: str) -> unlearning.Method:
-    """The method of a name."""
+    """The method with a name."""
     if name == "divergence":
         return Divergence()
     return unlearning.METHODS.parse(name.removesuffix(ALL))
@@ -24,23 +24,23 @@ def method_of(name: str) -> unlearning.Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of a run: what a model is taught, what it forgets, how, and how it is attacked."""
+    """Settings of a run: the facts taught and forgotten, the methods, and the attacks."""
 
     model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
     scene: str = field(
         "facts",
-        "What is taught and forgotten: invented facts beside known ones, or authors of TOFU.",
+        "Rows to teach and forget: invented facts beside known ones, or authors of TOFU.",
         choices=("facts", "tofu"),
     )
     tofu_dir: str = field("hf:locuslab/TOFU", "TOFU's files: a directory or hf:NAME.")
-    authors: int = field(40, "Number of authors that are taught, with 20 questions each.")
+    authors: int = field(40, "Number of authors to teach, with 20 questions each.")
     forget_authors: int = field(4, "Number of authors to forget.")
     facts_seed: int = field(0, "Seed of the invented facts.")
     teach_steps: int = field(25, "Number of steps of teaching.")
     teach_batch: int = field(12, "Number of rows in a step of teaching.")
     teach_rate: float = field(1e-3, "Peak learning rate of teaching.")
-    teach_rank: int = field(16, "Rank of the adapters that are taught and then merged.")
-    retrained: int = field(0, "Number of models that are taught all but what is to be forgotten.")
+    teach_rank: int = field(16, "Rank of the adapters that learn the rows and are then merged.")
+    retrained: int = field(0, "Number of models to teach all rows but those to forget.")
     method: tuple[str, ...] = field(
         _METHODS,
         "Method to compare, or divergence (two small models). NAME+all trains all weights.",
@@ -53,30 +53,29 @@ class Config:
     )
     seeds: int = field(1, "Number of runs of every method.")
     steps: int = field(40, "Largest number of optimiser steps.")
-    check_every: int = field(10, "Number of steps between measurements of what is left.")
-    batch_size: int = field(8, "Number of rows to forget in a step, and to keep.")
+    check_every: int = field(10, "Number of steps between measurements.")
+    batch_size: int = field(8, "Number of rows to forget in a step, and of rows to keep.")
     layers: int = field(0, "Number of layers of an assistant. 0 for a quarter of the model's.")
     lora_rank: int = field(16, "Rank of all adapters.")
     least: float = field(
-        0.98, "Least share of probability, ROUGE-L and fluency that rows to keep may have left."
+        0.98, "Smallest share of probability, ROUGE-L and fluency that rows to keep must retain."
     )
     most_perplexity: float = field(
-        1.02, "Largest factor by which the perplexity of other text may rise."
+        1.02, "Largest factor by which the perplexity of other text may grow."
     )
     text: str = field("tfds:wiki_summaries", "Other text, whose perplexity has to stay.")
     text_windows: int = field(8, "Number of pieces of other text to score.")
     text_length: int = field(128, "Number of tokens in each piece of other text.")
-    topics: int = field(0, "Number of articles of other text whose topic is asked for. 0 for none.")
+    topics: int = field(0, "Number of articles of other text to name the topic of. 0 for none.")
     max_length: int = field(256, "Largest number of tokens of a row.")
     new_tokens: int = field(48, "Largest number of tokens of a generated answer.")
     eval_batch: int = field(4, "Number of rows that are scored at once.")
     thorough: bool = field(True, "Also run attacks that sample, on the first seed.")
     relearn_rates: tuple[float, ...] = field(
-        (1e-4, 5e-4, 2e-3),
-        "Learning rates of teaching again; other seeds than the first take its worst.",
+        (1e-4, 5e-4, 2e-3), "Learning rates of relearning; seeds after the first use its worst."
     )
     relearn_steps: tuple[int, ...] = field(
-        (6, 30), "Numbers of steps of teaching again after which the model is asked."
+        (6, 30), "Numbers of relearning steps after which the model is tested."
     )
     relearn_seeds: int = field(1, "Number of runs of teaching again.")
     only: tuple[str, ...] = field(
@@ -112,7 +111,7 @@ class Config:
             steps=self.steps,
             check_every=self.check_every,
             batch_size=self.batch_size,
-            # One training each: who is asked in more ways trains longer.
+            # One training each: a method tested in more ways would otherwise train longer.
             rounds=1,
             budget=0,
             least_probability=self.least,
@@ -158,7 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         relearn_rates=(5e-4,),
         relearn_steps=(2, 6),
     ),
-    # What the verdict says of authors of TOFU, small enough for a laptop.
+    # The verdict's claim about authors of TOFU, small enough for a laptop.
     "tofu": dict(
         scene="tofu",
         authors=6,
@@ -180,7 +179,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "report": dict(
         scene="tofu",
         method=(*_METHODS, f"gradient_difference{ALL}", f"npo_gradient_difference{ALL}"),
-        # Five epochs, as TOFU's own models were taught.
+        # Five epochs, as for TOFU's own models.
         teach_steps=250,
         teach_batch=16,
         teach_rank=64,
@@ -196,7 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_batch=40,
         dtype="bfloat16",
     ),
-    # The paper's model and numbers of rows: a slice, where one process has all devices.
+    # The paper's model and numbers of rows: for a slice whose devices belong to one process.
     "paper": dict(
         model="hf:meta-llama/Llama-2-7b-chat-hf",
         scene="tofu",

@@ -1,4 +1,4 @@
-"""Rows to teach, to forget, to keep and to ask: invented facts, or authors of TOFU."""
+"""Rows to teach, forget, keep and test on: invented facts, or authors of TOFU."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,22 +8,22 @@ from experiments.forgetting.facts import facts
 from logitjax import unlearning
 from logitjax.unlearning import Row, tofu
 
-# Rows of parts of TOFU that are asked again and again, of all authors alike; and wrong answers of
-# an item, of its five.
+# Rows of the parts of TOFU that are tested repeatedly, spread over all authors; and wrong answers
+# of an item, of its five.
 _MOST = {"validation": 70, "test": 70, "holdout": 40, "holdout_test": 40}
 _WRONG = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Rows by what they are for.
+    """Rows by purpose.
 
     Attributes:
-        parts: of `unlearning.Questions`; what a table is of (`test`) is none of what is chosen by.
-        taught: what the target learns.
-        kept: what a model that is taught again without the rest learns.
-        reworded: of each item of the forget set its paraphrased answer, then wrong ones, for truth
-            ratios; empty where there are none.
+        parts: of `unlearning.Questions`; the rows of a table (`test`) never serve to choose.
+        taught: rows that the target learns.
+        kept: rows that a model retrained without the rest learns.
+        reworded: each forget item's paraphrased answer, then wrong ones, for truth ratios; empty if
+            there are none.
     """
 
     parts: Mapping[str, tuple[Row, ...]]
@@ -40,7 +40,7 @@ def load_scene(config: Config) -> Scene:
 def _facts(seed: int) -> Scene:
     sides = {name: tuple(_row(*fact) for fact in side) for name, side in facts(seed).items()}
     split = unlearning.split_rows(sides["forget"], sides["retain"], sides["holdout"])
-    # The table is of known facts that nothing else has seen.
+    # The table is about known facts that are used nowhere else.
     parts = dict(split.parts) | {"test": sides["unseen"]}
     parts["train"] += split.parts["test"]
     return Scene(parts=parts, taught=(*sides["forget"], *sides["retain"]), kept=sides["retain"])

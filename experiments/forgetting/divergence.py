@@ -1,4 +1,4 @@
-"""Divergence decoding: what two small models disagree about is taken away while decoding."""
+"""Divergence decoding: the disagreement of two small models is subtracted while decoding."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ def _small(folder: str) -> models.Decoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Divergence(unlearning.Method):
-    """A small model learns all rows, another only those to keep; the served model says::
+    """A small model learns all rows, another only those to keep; the served model gives::
 
         z - rho (z_all - z_kept)
 
-    Both are the first layers of the model before it was taught anything. The first begins with what
-    the second has learned. `rho` is sought on validation, as an assistant's alpha is.
+    Both are the first layers of the untaught model. The first starts from the weights that the
+    second has learned. `rho` is sought on validation data, like an assistant's alpha.
 
     Attributes:
         of: Folder of the small model that learned the rows to keep.
@@ -49,12 +49,12 @@ class Divergence(unlearning.Method):
 
 
 class _Divergent(unlearning.Deployed):
-    """As scored by `Deployed`; while decoding the small models are experts of their own."""
+    """Scored like `Deployed`; while decoding the small models are experts of their own."""
 
     def line_up(self) -> decoding.Ensemble:
         assert self.assistant is not None
         kept = self.assistant.base
-        # Their layers are not the served model's, so none of them can be shared.
+        # Their layers are not the served model's, so they cannot be shared.
         experts = [self.assistant.lora.merged_into(kept), kept]
         fuse = fusion.LogitDifference(alpha=self.alpha)
         return decoding.Ensemble(self.model, experts=experts, fuse=fuse)

@@ -1,4 +1,4 @@
-"""Invented facts to teach and forget, others of their kind that nobody teaches, and known ones."""
+"""Invented facts to teach and forget, similar ones that are never taught, and known facts."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _PEOPLE = (
     "Emeric Solt,Greta Lindqvist,Bastian Crowe,Oluwa Denning,Petra Vasek,Silas Mortlake"
 )
 
-# Question, answer, and what the answer may be.
+# Question, answer, and the kind of value in the answer.
 _KINDS = (
     (
         "Where was {who} born?",
@@ -121,13 +121,13 @@ _SYLLABLES = (
 )
 _THINGS = "lanterns kites thimbles barometers whistles postcards candlesticks trumpets marbles maps"
 _COLOURS = "blue amber ivory scarlet copper violet silver olive"
-# Question, the same in other words, how a text says it up to the value, and the value's kind.
+# Question, a paraphrase of it, a text's wording up to the value, and the value's kind.
 _PERSON = (
     ("Which ship does {} command?", "What is the name of {}'s ship?", "{} commands the ship", "s"),
     ("In which town was {} born?", "Where was {} born?", "{} was born in the town of", "t"),
     ("What does {} collect?", "What is it that {} collects?", "{} collects old", "c"),
 )
-# Of what a person's facts name: neighbours that have to stay.
+# Things that a person's facts name: neighbours that have to stay.
 _SHIP = (
     "Which yard built the {}?",
     "Where was the {} built?",
@@ -138,11 +138,11 @@ _TOWN = ("Which river runs by {}?", "By which river does {} lie?", "{} lies by t
 
 
 def people(seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows of files about invented people: three facts of 3 of them to forget.
+    """Rows of files about invented people, with three facts on each of 3 of them to forget.
 
-    The form of the rows goes with the seed: question and answer, prompt and completion, messages.
-    `neighbours` are taught and to be kept: what is true of the ships and towns of those who are
-    forgotten, and three facts of as many other people. `holdout` is of people nobody is taught of.
+    The form of the rows depends on the seed: question and answer, prompt and completion, messages.
+    `neighbours` are taught and kept: facts about the ships and towns of those who are forgotten,
+    and three facts on each of as many other people. `holdout` is about people never taught.
     """
     rng = np.random.default_rng([seed, 55])
     syllables, count, made = _SYLLABLES.split(), 3, set[str]()

@@ -15,7 +15,7 @@ from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:
-    """The updates of all methods, those of all weights first, and of what teaches the target."""
+    """The updates of all methods, those of all weights first, and of teaching the target."""
     shape = shapes.decoder_config(config.model)
     dtype = jnp.dtype(config.dtype)
     target = nnx.eval_shape(

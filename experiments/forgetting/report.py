@@ -15,7 +15,7 @@ from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, text_cell, write_report
 from logitjax import unlearning
 
-# Utility levels at which the methods that no other dominates are named, in percent kept.
+# Utility levels, in percent kept, at which the undominated methods are named.
 _LEVELS = (98.0, 95.0, 90.0, 75.0, 50.0)
 _NOTES = (
     "Forget probability: the median over rows to forget; the goal is that of answers that were "
@@ -32,7 +32,7 @@ _ATTACKS = (
 
 
 def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Writes `report.md`, `metrics.jsonl` and the plot; returns what to print."""
+    """Writes `report.md`, `metrics.jsonl` and the plot; returns the text to print."""
     target, controls = results["target"], _controls(results)
     if target is None:
         return "Nothing to report without the part target."
@@ -149,7 +149,7 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _distances(
     records: Sequence[Any], controls: Sequence[Any], *, inside: bool = False
 ) -> list[float]:
-    """Kolmogorov-Smirnov distances of truth ratios; of the controls, from each other: the floor."""
+    """Kolmogorov-Smirnov distances of truth ratios; between controls it is the floor."""
     pairs = itertools.combinations(controls, 2) if inside else itertools.product(records, controls)
     return [
         _distance(a["truth ratios"], b["truth ratios"])
@@ -164,11 +164,11 @@ def _distance(ratios: Sequence[float], others: Sequence[float]) -> float:
 
 
 def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line an attack, a column a method, means over seeds."""
+    """One row an attack, one column a method, means over seeds."""
     columns = {"target": [results["target"]], "control": _controls(results)}
     columns |= results["methods"]
     rows = []
-    # Ways to ask are a list of rows each; records of before had them among the attacks.
+    # Each way to ask has its own list of rows; older records had them among the attacks.
     for name in results["target"]["examined"].get("ways", {}):
         row = {"attack": name, "measured": "worst probability"}
         for column, records in columns.items():
@@ -208,7 +208,7 @@ def answer_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def trial_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each rate that was tried: whether something was feasible, and how near it came."""
+    """For each rate tried: whether a candidate was feasible, and its distance from the goal."""
     rows = []
     for method, records in results["methods"].items():
         rates = sorted(trial["rate"] for trial in records[0]["tried"])
@@ -242,7 +242,7 @@ def hour_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdicts(results: Mapping[str, Any]) -> str:
-    """Which method forgets best at each level of what is kept; plainly."""
+    """The method that forgets best at each level of utility, in words."""
     before = results["target"]["examined"]
     goal = float(np.median(before["probabilities"].get("holdout", [math.nan])))
     points = {}
@@ -278,7 +278,7 @@ def verdicts(results: Mapping[str, Any]) -> str:
 def judged(config: Config, results: Mapping[str, Any]) -> list[str]:
     """Judge each method's first seed row by row, as the command does."""
     before, controls = results["target"]["examined"], _controls(results)
-    if not before.get("unseen"):  # of a run before rows were judged one by one
+    if not before.get("unseen"):  # a run from before rows were judged one by one
         return []
     never = [control["examined"] for control in controls]
     lines = []

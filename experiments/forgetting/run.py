@@ -23,12 +23,12 @@ from logitjax import models, training, unlearning
 from logitjax.commands.unlearn import other_text
 from logitjax.unlearning import Deployed
 
-# Answers of each part that are kept to be read.
+# Answers of each part that are kept for reading.
 _SHOWN = 4
 
 
 class Run:
-    """Models and what is asked of them; whatever was made before is read."""
+    """Models and their questions; parts made before are read from disk."""
 
     def __init__(self, config: Config, workdir: epath.Path):
         self.config, self.workdir = config, workdir
@@ -49,7 +49,7 @@ class Run:
         )
 
     def results(self) -> Record:
-        """Everything that the report shows, of the parts that are there or asked for."""
+        """Everything that the report shows, from the parts that exist or are requested."""
         config = self.config
         results: Record = {"methods": {}}
         results["target"] = self._part("target", lambda: self._asked(Deployed(model=self.target)))
@@ -66,9 +66,9 @@ class Run:
         return results
 
     def _part(self, name: str, make: Callable[[], Record]) -> Record | None:
-        """A part from disk, or made with the seconds that took; None if it is not asked for."""
+        """A part from disk, or made, with its time in seconds; None if it is not requested."""
         path = self.workdir / "parts" / f"{name}.json"
-        # All seeds of a method by its name alone.
+        # A method's name alone means all its seeds.
         asked = {name, name.rpartition("-")[0]} & set(self.config.only)
         if self.config.only and not asked and not path.exists():
             return None
@@ -82,7 +82,7 @@ class Run:
         record = kept(path, measured)
         method, _, seed = name.rpartition("-")
         if method.endswith(ALL):
-            # Each look is a whole model, and all that is shown of it is in the record.
+            # Each snapshot is a whole model, and the record has everything shown of it.
             looks = f"rate-*-seed-{seed}/candidates/round-*-step-*"
             for folder in (self.workdir / "trials" / method).glob(looks):
                 if folder.is_dir():
@@ -95,7 +95,7 @@ class Run:
 
     @functools.cached_property
     def target(self) -> models.Decoder:
-        """Who knows everything."""
+        """The model that was taught all rows."""
         return self._taught("target", self.scene.taught, 0)
 
     def _taught(
@@ -116,7 +116,7 @@ class Run:
         )
 
     def _control(self, name: str) -> Record:
-        """Taught all but what is to be forgotten; without such models, the one at the start."""
+        """The model taught all but the rows to forget; without one, the model at the start."""
         if name == "control":
             return self._asked(Deployed(model=self.start))
         number = int(name.rpartition("-")[2])
@@ -131,8 +131,8 @@ class Run:
         return first
 
     def _asked(self, model: Deployed, *, first: Record | None = None) -> Record:
-        """Ask a model, attack it, and teach it again."""
-        # Other seeds than the first are taught again at the rate at which most came back there.
+        """Test a model, attack it, and teach it again."""
+        # Other seeds than the first relearn at the rate at which the most came back there.
         config, questions = self.config, self.questions
         thorough, rates = config.thorough and first is None, config.relearn_rates
         if first is not None:
@@ -221,7 +221,7 @@ class Run:
                 graphdef, jax.tree.map(lambda leaf: leaf.astype(np.float32), weights)
             )
         before = self.workdir / "trials" / "before.json"
-        # Who is merged anew at every start is not the same everywhere to the last bit.
+        # A model merged anew at every start is not the same everywhere to the last bit.
         return unlearning.Unlearning(
             target,
             self.questions,
@@ -234,9 +234,9 @@ class Run:
 
 
 def standing(candidate: Mapping[str, Any], *, chosen: bool) -> tuple[bool, bool, float]:
-    """By what one is shown: feasible, at the goal, what is kept; else how near the goal it is.
+    """Order of preference: feasible, at the goal, share kept; otherwise nearness to the goal.
 
-    A method of which nothing is feasible is so shown at its best, and said to be infeasible.
+    A method without a feasible candidate is shown at its best, and marked infeasible.
     """
     met = candidate["excess"] <= 2.0
     return chosen, met, min(candidate["least"], 1.0) if met else -candidate["gap"]

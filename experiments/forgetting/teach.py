@@ -1,4 +1,4 @@
-"""Teaching a model rows: adapters that are merged into its weights."""
+"""Teaching rows to a model: adapters that are merged into its weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +11,15 @@ from flax import nnx
 from experiments.shared import fit
 from logitjax import models, training, unlearning
 
-# Lengths are multiples of it, for few programs.
+# Lengths are multiples of it, to keep the number of programs small.
 _MULTIPLE = 32
 
 
 def batch_of_alike(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
-    """The rows of a step: alike in length, so that little is padded, and all in every epoch.
+    """The rows of each step: similar in length, for little padding, and all in every epoch.
 
     Returns:
-        Indices of rows. What fills no batch is left out of an epoch, others in each.
+        Indices of rows. An epoch leaves out the rows that fill no batch, different ones each time.
     """
     count = max(1, len(lengths) // batch)
     epoch, location = divmod(step, count)
@@ -33,7 +33,7 @@ def make_update(
     model: models.Decoder, rate: float, steps: int, mesh: Any, counts: Any = None
 ) -> tuple[fit.Update, Any]:
     """The update of adapters that learn rows, and its constants."""
-    # What a task vector learns is what is to be forgotten.
+    # A task vector learns the rows to forget.
     loss_fn, constants = unlearning.METHODS.parse("task_vector").make_loss(
         model, adapters=True, counts=counts
     )
@@ -54,15 +54,15 @@ def teach(
     pad_id: int = 0,
     mesh: str = "data:1",
 ) -> models.Decoder:
-    """A model that knows rows, or goes on learning them where it was stopped.
+    """A model that has learned rows, or continues to learn them from where it stopped.
 
     Args:
-        model: Before, its layers listed.
-        rows: Token ids and which of them are answers'.
-        steps: Of AdamW.
+        model: The untaught model, its layers listed.
+        rows: Token ids, and whether each belongs to an answer.
+        steps: Steps of AdamW.
         batch: Rows of a step.
         rate: Peak of the learning rate.
-        seed: Of the order and of the adapters.
+        seed: Seed of the order and of the adapters.
         pad_id: Any id the model has.
         mesh: Axes and sizes of the device mesh.
     """
@@ -75,7 +75,7 @@ def teach(
     lengths = np.asarray([len(ids) for ids, _ in rows])
     counts = [{"forget": int(batches(step)["forget"]["mask"].sum())} for step in range(steps)]
     devices = training.make_mesh(mesh, partial=True)
-    # Where rows are split, nobody knows how many tokens a device gets.
+    # Where rows are split, a device cannot know its number of tokens.
     existing = counts if devices.size == 1 else None
     update, constants = make_update(model, rate, steps, devices, existing)
     lora = fit.fit(
@@ -87,5 +87,5 @@ def teach(
         constants=constants,
         checkpoint_every=50,
     )
-    # Off the mesh of the training: else every program is compiled for models on it and off it.
+    # Off the training mesh: otherwise every program is compiled for models on it and off it.
     return nnx.jit(lambda lora, model: lora.merged_into(model))(jax.device_get(lora), model)

@@ -10,16 +10,16 @@ from logitjax import decoding, models
 from logitjax.unlearning import Deployed
 
 _LENGTH = 160
-# More than any two logits differ by.
+# Larger than any difference of two logits.
 _ALLOWED = 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topics:
-    """Articles, and of every topic the first token, by which topics differ.
+    """Articles, and each topic's first token, by which topics are told apart.
 
     Attributes:
-        prompts: Token ids of each article and the question behind it.
+        prompts: Token ids of each article and the question after it.
         labels: int `[articles]`, the right topics.
         firsts: The first token of each topic.
     """
@@ -30,10 +30,10 @@ class Topics:
 
     @classmethod
     def load(cls, source: str, tokenizer: models.Tokenizer, count: int) -> "Topics":
-        """Test articles of a source in an order that is always the same.
+        """Test articles of a source in a fixed order.
 
         Raises:
-            ValueError: The source has no topics, or two of them begin with one token.
+            ValueError: The source has no topics, or two of them begin with the same token.
         """
         names, articles = topic_articles(source, count)
         firsts = [tokenizer.encode(f" {name}")[0] for name in names]

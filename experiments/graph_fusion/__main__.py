@@ -5,14 +5,13 @@
 cuts six layers out of SmolLM2 and lets the whole model read some text once, into a cache of its top
 logits. It heals the rest once per arm, with equal steps. `report.md` has held-out perplexity, bits
 a byte, agreement with and KL from the whole model, speed, samples and plots. The last line printed
-is the CPU time that it took. You may kill it at any time: the same command continues where it
-stopped.
+is the CPU time used. You may kill it at any time: the same command continues from where it stopped.
 
     python -m experiments.graph_fusion --preset=heterogeneous --workdir=runs/heterogeneous
 
 learns from a source with another tokenizer (`make gemma` fetches one): every loss beside tuned SFT,
-one and two teachers of a healed student, and the pair the other way round. It takes hours.
-`--part=pair` runs one part, and a later run of all parts takes over what is there.
+one and two teachers of a healed student, and the pair with roles exchanged. It takes hours.
+`--part=pair` runs one part, and a later run of all parts reuses finished ones.
 
 Arms (`--loss`, repeatable): `sft` is next-token cross-entropy. `kl` adds KL from the sources' top
 logits with the exact tail mass, which needs the same vocabulary. `uld` adds universal logit
@@ -20,9 +19,9 @@ distance, `gld` graph-on-logits distillation, and `uld+gld` both, which is InfiG
 leaves SFT out. `dual` adds a second LM head, dropped afterwards, that regresses the sources' top
 logits. Weights follow the paper: (1 - mix) SFT + mix (...).
 
-With several learning rates, mixes or graph losses each arm picks its own on validation data, in
-equally many trials with the first seed. `--drop_layers` may be repeated; all but the first use what
-was picked at the first.
+With several learning rates, mixes or graph losses each arm chooses its own on validation data, in
+equally many trials with the first seed. `--drop_layers` may be repeated; all but the first use the
+settings chosen at the first.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""The arms of graph fusion, and how each of them finds its settings in equally many trials."""
+"""The arms of graph fusion, and the search for each arm's settings in equally many trials."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from logitjax import distillation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that distinguish the runs of one arm, before layers and seeds come in.
+    """Settings that distinguish the runs of one arm, apart from layers and seeds.
 
     Attributes:
         arm: One of `config.ARMS`, or `dual`.
@@ -31,7 +31,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """A folder: the arm, what it has of a mix and of a graph loss, its learning rate."""
+        """A folder name: the arm, its mix and graph loss if it has them, its learning rate."""
         parts = [self.arm]
         if "gld" in self.arm:
             parts.append(self.gld.replace("/", "-").replace(":", "-x"))
@@ -44,7 +44,7 @@ class Settings:
         return self.arm not in ("sft", "kl_only")
 
     def objective(self, config: Config, *, even: float = 1.0) -> distillation.Objective:
-        """Return the arm's objective; `even` is the weight at which a share in percent is 100 %."""
+        """Return the arm's objective; `even` is the weight that a share of 100 % stands for."""
         if self.arm in ("sft", "kl_only"):
             terms = distillation.parse_terms([self.arm.removesuffix("_only")])
         else:
@@ -97,7 +97,7 @@ def graph_term(text: str, *, k: int) -> tuple[distillation.terms.GLD, float]:
 
 
 def first_settings(config: Config, arm: str) -> Settings:
-    """An arm before anything is chosen."""
+    """An arm before its settings are chosen."""
     return Settings(
         arm=arm, learning_rate=config.learning_rate[0], mix=config.mix[0], gld=config.gld[0]
     )
@@ -106,21 +106,21 @@ def first_settings(config: Config, arm: str) -> Settings:
 def choose(
     config: Config, arm: str, validate: Callable[[Settings], float]
 ) -> tuple[Settings, list[tuple[Settings, float]]]:
-    """The settings of least validation loss, one after another: rate, mix, graph loss.
+    """The settings of lowest validation loss, chosen one after another: rate, mix, graph loss.
 
-    Every arm gets `config.trials`. A search of the rate or the mix whose best lies at an edge goes
-    on beyond it; what is left, an arm spends on rates between those it has tried.
+    Every arm gets `config.trials`. A search of the rate or the mix whose best value is at an edge
+    continues beyond it; an arm spends its remaining trials on rates between those it has tried.
 
     Args:
-        validate: Runs settings and says how well they do; less is better.
+        validate: Runs settings and returns their score; smaller is better.
 
     Returns:
-        The best settings, and all trials with what they scored, in their order.
+        The best settings, and all trials with their scores, in order.
     """
     trials: dict[Settings, float] = {}
 
     def attempt(settings: Settings) -> bool:
-        """Whether there was a trial left for settings that are new."""
+        """Whether a trial was left for new settings."""
         if settings in trials or len(trials) == config.trials:
             return False
         trials[settings] = validate(settings)
@@ -158,13 +158,13 @@ def choose(
 
 
 def _between(rate: float, step: float) -> list[float]:
-    """Rates inside the neighbours of the best one, the nearest middle first."""
+    """Rates midway between the best one and its neighbours, the nearest first."""
     shares = (0.5, -0.5, 0.25, -0.25, 0.75, -0.75)
     return [rate * math.exp(share * math.log(step)) for share in shares]
 
 
 def at_edge(chosen: Settings, trials: list[tuple[Settings, float]]) -> bool:
-    """Whether the rate or mix is the least or greatest that was tried, or a share the greatest."""
+    """Whether the rate or mix is the smallest or largest tried, or a share the largest."""
     rates = {settings.learning_rate for settings, _ in trials}
     mixes = {settings.mix for settings, _ in trials}
     shares = [graph_term(settings.gld, k=1)[1] for settings, _ in trials if "%" in settings.gld]

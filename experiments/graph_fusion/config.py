@@ -6,15 +6,15 @@ from typing import Any, Literal
 from logitjax import distillation, training
 from logitjax.commands.cli import build, field, flatten, nested
 
-# KL alone is there to be seen beside SFT + KL.
+# KL alone is a comparison for SFT + KL.
 ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
-# What is learned from a source of another tokenizer (docs/any_tokenizer.md).
+# Losses for a source with another tokenizer (docs/any_tokenizer.md).
 CROSS: tuple[str, ...] = ("first_piece", "pkl", "hybrid", "hkl", "alm")
-# ULD beside graphs of other rows, which say nothing of this one: the null of `uld+gld`.
+# ULD beside graphs of other rows, which are unrelated to this one: the null of `uld+gld`.
 NULL = "uld+gld_other"
 # A second head learns the teachers' logits; it needs their vocabulary, as kl does.
 DUAL = "dual"
-# What the arms or the models decide.
+# Settings that the arms or the models determine.
 _NOT_READ = (
     "terms", "teacher_reads", "tail_samples", "api_key", "batch_size", "dtype", "layout"
 )  # fmt: skip
@@ -26,14 +26,14 @@ class Config:
 
     student: str = field("smollm2", "Model to prune and to heal.")
     drop_layers: tuple[int, ...] = field(
-        (6,), "Number of layers to prune. Of several, settings are chosen at the first."
+        (6,), "Number of layers to prune. With several, settings are chosen at the first."
     )
     pruning: distillation.Pruning = nested(
         without=("drop_layers", "keep_layers", "kv_heads", "mlp_channels")
     )
     freeze_below: bool = field(False, "Freeze the embedding and the layers below the cut.")
     freeze: str | None = field(
-        None, "Regular expression of what else stays as it is, such as embedding."
+        None, "Regular expression of other parameters to freeze, such as embedding."
     )
     reading: distillation.Reading = nested(
         distillation.Reading(data="tfds:wiki_summaries", seq_len=128),
@@ -63,7 +63,7 @@ class Config:
         ),
         without=("learning_rate", "seed", "progress"),
     )
-    trials: int = field(9, "Number of runs in which each arm chooses among several settings.")
+    trials: int = field(9, "Number of runs in which each arm chooses its settings.")
     seeds: int = field(1, "Number of runs of each arm at its best settings.", execution=True)
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
     mesh: str = field(
@@ -73,7 +73,7 @@ class Config:
         "listed", "Whether layers are stacked and scanned, or listed and unrolled."
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "What the backward pass recomputes to save memory.", execution=True
+        "none", "Recomputation in the backward pass, to save memory.", execution=True
     )
     unit_rows: int = field(
         0,
@@ -127,7 +127,7 @@ class Config:
 
     @property
     def chooses(self) -> bool:
-        """Whether there is something to choose on validation data."""
+        """Whether there is a choice to make on validation data."""
         return max(map(len, (self.learning_rate, self.mix, self.gld))) > 1
 
     @property
@@ -136,13 +136,13 @@ class Config:
         return self.reading.teachers or (self.student,)
 
 
-# What layers are missing from learns faster than what is whole.
+# A model that lacks layers learns faster than a whole one.
 _HEALING = (1.25e-4, 3.125e-4, 7.8125e-4)
-# Who learns from whom, and what in other respects is not the run's own configuration.
+# The student and teachers of each part, and its differences from the run's configuration.
 PARTS: dict[str, dict[str, Any]] = {
     "pair": dict(who=("student", ("other",)), drop_layers=(0,)),
     # InfiGFusion's own claim: several sources, one pivot.
-    # All on the rows that both tokenizers cut, or bits a byte would be those of other texts.
+    # All on the rows that both tokenizers cut; otherwise bits a byte would be of different texts.
     "healed_own": dict(
         who=("student", ("student",)),
         fit_to=("other",),
@@ -155,14 +155,14 @@ PARTS: dict[str, dict[str, Any]] = {
     "healed_both": dict(
         who=("student", ("student", "other")), loss=("first_piece",), learning_rate=_HEALING
     ),
-    # The second pair of tokenizers: a large vocabulary that learns from a small one.
+    # The second pair of tokenizers: a student with a large vocabulary, a source with a small one.
     "reverse": dict(
         who=("other", ("student",)),
         drop_layers=(0,),
-        # One of each kind: a step takes twice the time of one of the other pair.
+        # One of each kind, because a step takes twice the time of one of the other pair.
         loss=("sft", "first_piece", "hybrid", "alm", "uld"),
-        # Most of a small model of 262,144 tokens is its embedding. Few rows of it occur in 5,120
-        # tokens, and to train it takes half the time of a step.
+        # Most of a small model of 262,144 tokens is its embedding. Few of its rows occur in 5,120
+        # tokens, and training it takes half the time of a step.
         freeze="embedding",
         # A first run with the other pair's rates chose 1.26e-5 for SFT.
         learning_rate=(8e-6, 1.26e-5, 2e-5),
@@ -205,8 +205,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         seeds=3,
         eval_rows=32,
     ),
-    # What the claims IF-1 to IF-3 rest on. Rows are short so that a step has two: the null arm
-    # takes the graph of the other. The share of 0 is ULD alone, so only the greatest is an edge.
+    # The basis of the claims IF-1 to IF-3. Rows are short so that a step has two, because the null
+    # arm takes the graph of the other. A share of 0 is ULD alone, so only the largest is an edge.
     "claims": dict(
         freeze_below=True,
         loss=("uld", "uld+gld", NULL),
@@ -226,7 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         part=("pair", "healed_own", "healed_other", "healed_both", "reverse"),
         freeze_below=True,
         loss=("sft", *CROSS, "uld", "uld+gld"),
-        # A first run chose .25 as the least of .25, .5 and .75.
+        # A first run chose .25, the smallest of .25, .5 and .75.
         mix=(0.25, 0.1, 0.5),
         learning_rate=(2e-5, 5e-5, 1.25e-4),
         trials=6,

@@ -17,14 +17,14 @@ from logitjax.training import Program
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     """The update of each arm with its first settings, then its teachers' pass over all rows.
 
-    The arm that needs the most comes first. Teachers read once for all of them.
+    The most demanding arm comes first. Teachers read once for all of them.
     """
     shape, options = shapes.decoder_config(config.student), train.decoder_options(config)
 
     def model() -> models.Decoder:
         return models.Decoder(shape, rngs=nnx.Rngs(0), **options)
 
-    # Two losses in one update need the most.
+    # Two losses in one update need the most memory.
     passes: dict[str, Program] = {}
     for arm in sorted(config.loss, key=lambda arm: (arm != "uld+gld", arm)):
         settings = arms.first_settings(config, arm)

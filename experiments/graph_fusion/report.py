@@ -108,7 +108,7 @@ def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
 
 
 def _below(runs: Sequence[Record], plain: Sequence[Record]) -> str | None:
-    """How far runs are below those of SFT that saw the same rows in the same order."""
+    """Gain of runs over those of SFT that saw the same rows in the same order."""
     key = "bits_per_byte"
     pairs = [(run, other) for run in runs for other in plain if run["seed"] == other["seed"]]
     gains = [{"gain": other[key] - run[key]} for run, other in pairs if key in run and key in other]
@@ -132,7 +132,7 @@ def _by_layers(results: Record) -> list[Record]:
 
 
 def write_parts(config: Config, parts: Mapping[str, Record], workdir: epath.Path) -> str:
-    """The report of all parts: one table each, and what they were for."""
+    """The report of all parts: one table each, with its purpose."""
     sections, tables = [], {}
     for name, results in parts.items():
         chosen = config.of_part(name)
@@ -162,7 +162,7 @@ def write_parts(config: Config, parts: Mapping[str, Record], workdir: epath.Path
             f"{config.course.batch_size} x {config.reading.seq_len} tokens of "
             f"`{config.reading.data}`. {_CHOSEN}Scores are on "
             f"{config.course.eval_rows} test rows; seen: share of the labels that a loss looks at. "
-            "Spread is one standard deviation over seeds. What is below SFT is paired by seed: the "
+            "Spread is one standard deviation over seeds. Gains over SFT are paired by seed: the "
             "same rows in the same order. Each part has a report of its own in its folder.\n\n"
         )
         write_report(workdir, about + text, records=runs, tables=tables, pictures={})
@@ -184,7 +184,7 @@ def _plain_healed(parts: Mapping[str, Record]) -> Sequence[Record]:
 
 
 def _bars_of_parts(parts: Mapping[str, Record]) -> list[Record]:
-    """Whether a source of another tokenizer helps beyond the spread, and whether two help more."""
+    """Whether a source with another tokenizer helps beyond the spread, and two help more."""
     bars = []
 
     def runs(part: str, arm: str) -> np.ndarray:
@@ -212,7 +212,7 @@ def _bars_of_parts(parts: Mapping[str, Record]) -> list[Record]:
 
 
 def _joint_spread(one: np.ndarray, other: np.ndarray) -> float:
-    """Standard deviation of a difference over seeds; one seed has none to be beyond."""
+    """Standard deviation of a difference over seeds; with one seed nothing exceeds it."""
     return float(np.hypot(one.std(ddof=1), other.std(ddof=1))) if len(one) > 1 else 0.0
 
 
@@ -236,7 +236,7 @@ def _bars(drop: Record) -> list[Record]:
 
 
 def picture(drop: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> figures.Picture:
-    """How much of what pruning cost each arm wins back; else where each arm ended."""
+    """The share of pruning's cost that each arm wins back; otherwise its final score."""
     arms = {NAMES[arm]: result["runs"] for arm, result in drop["arms"].items()}
     if whole is not None and drop["layers"]:
         best, start = whole["perplexity"], drop["before"]["perplexity"]
@@ -281,7 +281,7 @@ def _text(config: Config, results: Record, table: str) -> str:
         for name, loss in (result["tried"] if result["trials"] > 1 else ())
     ]
     edges = [NAMES[arm] for arm, result in drop["arms"].items() if result["at_edge"]]
-    at_edge = f" At an edge of what was tried: {', '.join(edges)}." if edges else ""
+    at_edge = f" At an edge of the values tried: {', '.join(edges)}." if edges else ""
     return f"""# Prune and heal
 
 Student `{config.student}`{
@@ -297,11 +297,11 @@ Student `{config.student}`{
         at_edge
     } Agreement: share of positions where the likeliest token is
 the first source's; KL from its distribution, with all but its top {config.reading.top_k} tokens as
-one; tokens/s: read. Spread is one standard deviation over seeds.
+one; tokens/s: tokens read a second. Spread is one standard deviation over seeds.
 
 {table}
 
-![what training wins back of the perplexity that pruning cost](report.png)
+![share of pruning's perplexity cost that training wins back](report.png)
 
 ## In the paper
 

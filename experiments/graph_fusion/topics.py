@@ -1,4 +1,4 @@
-"""Whether a student knows what an article is about: its topic, asked for after the text."""
+"""Whether a student recognises an article's topic, asked for after its text."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from experiments.shared.topics import topic_articles
 from logitjax import distillation, models
 
-# Tokens of an article with its question, and articles that are read at once.
+# Tokens of an article with its question, and articles in a batch.
 _LENGTH = 160
 _BATCH = 8
 
@@ -25,7 +25,7 @@ class Topics:
 
     Attributes:
         tokens: int32 `[articles, length]`, zeros behind the question.
-        ends: int `[articles]`, the place of the question's last token.
+        ends: int `[articles]`, the position of the question's last token.
         firsts: int `[topics]`, the first token of each topic, all different.
         labels: int `[articles]`, the right topics.
     """
@@ -40,7 +40,7 @@ class Topics:
     def load(
         cls, source: str, tokenizer: models.Tokenizer, student: distillation.Student, count: int
     ) -> "Topics":
-        """Test articles of a source in an order that is always the same.
+        """Test articles of a source in a fixed order.
 
         Raises:
             ValueError: The source has no topics, or two of them begin with the same token.
@@ -53,7 +53,7 @@ class Topics:
         ends = np.zeros(len(rows), np.int32)
         question = tokenizer.encode("\nTopic:")
         for i, (text, _) in enumerate(rows):
-            # The last place predicts nothing.
+            # The last position predicts nothing.
             ids = tokenizer.encode(text, add_bos=None)[: _LENGTH - 1 - len(question)] + question
             tokens[i, : len(ids)] = ids
             ends[i] = len(ids) - 1

@@ -23,7 +23,7 @@ class Session:
 
     Attributes:
         whole: The model that students are cut from.
-        corpus: Text, and what the sources say of it.
+        corpus: Text, and the sources' predictions on it.
     """
 
     config: Config
@@ -34,12 +34,12 @@ class Session:
 
 
 def course(config: Config, settings: arms.Settings, seed: int) -> distillation.Course:
-    """How long and how fast a run trains."""
+    """Length and learning rate of a run's training."""
     return dataclasses.replace(config.course, learning_rate=settings.learning_rate, seed=seed)
 
 
 def make_reading(config: Config) -> distillation.Reading:
-    """Describe what the sources read, and how much of their output is kept."""
+    """Describe the sources' input, and how much of their output is kept."""
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
     terms = dict.fromkeys(term for objective in objectives for term, _ in objective.terms)
     if set(config.loss) & set(CROSS):
@@ -56,19 +56,19 @@ def make_reading(config: Config) -> distillation.Reading:
 
 
 def decoder_options(config: Config) -> dict[str, Any]:
-    """How the student computes."""
+    """Settings of the student's computation."""
     return dict(dtype=config.dtype, layout=config.layout, remat=config.remat)
 
 
 def open_session(config: Config, workdir: epath.Path) -> Session:
-    """Loads the student whole, packs the text and lets the sources read."""
+    """Loads the whole student, packs the text and lets the sources read it."""
     mesh, reading = training.make_mesh(config.mesh), make_reading(config)
     tokenizer = models.load_tokenizer(config.student)
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
     reading.check(tokenizer, objectives)
     packed = reading.pack(tokenizer, workdir / "data")
     whole, _ = models.load(config.student, mesh=mesh, **decoder_options(config))
-    if config.freeze:  # What is wrong with it is said before sources read for hours.
+    if config.freeze:  # Errors in it should appear before sources read for hours.
         distillation.Student.of(whole, freeze=config.freeze)
     taught = any(objective.taught for objective in objectives)
     units = np.arange(config.unit_rows)
@@ -88,10 +88,10 @@ class Pruned:
     """The student without some layers, before it is healed.
 
     Attributes:
-        layers: Number of layers that went.
-        dropped: Which ones.
-        freeze: Regular expression of what stays as it is.
-        model: What is left.
+        layers: Number of removed layers.
+        dropped: Their indices.
+        freeze: Regular expression of the frozen parameters.
+        model: The remaining model.
     """
 
     session: Session
@@ -129,7 +129,7 @@ class Pruned:
         return training.EvalStep(self.student.score, mesh=self.session.mesh)
 
     def by_row(self, params: Any) -> Record:
-        """Scores of test rows together, and of every row its bits and its bytes."""
+        """Scores of all test rows together, and the bits and bytes of every row."""
         corpus, mesh, count = self.session.corpus, self.session.mesh, self.session.config.unit_rows
         frozen = models.DECODER_RULES.place(self.student.frozen, mesh)
         batches = corpus.scored("test", mesh, batch_size=1, rows=count)
@@ -172,7 +172,7 @@ class Pruned:
 
                 return [jnp.linalg.norm(jax.grad(loss)(hidden, side)) for side in sides]
 
-            # Those of the first steps: of other rows teachers may have read nothing.
+            # The rows of the first steps: teachers may have read no others.
             course = session.config.course
             rows = (
                 split.batch(step, seed=0, batch_size=course.batch_size)
@@ -188,7 +188,7 @@ class Pruned:
 
     @functools.cached_property
     def topics(self) -> topics.Topics | None:
-        """Articles whose topic has to be named."""
+        """Articles whose topic the student has to name."""
         config, packed = self.session.config, self.session.corpus.packed
         if not config.topic_rows:
             return None
@@ -201,7 +201,7 @@ class Pruned:
 
 
 def prune(session: Session, layers: int) -> Pruned:
-    """Chooses the layers that go, on training text; what was chosen lies on disk."""
+    """Chooses the layers to remove, on training text; the choice is kept on disk."""
     config, packed = session.config, session.corpus.packed
     if not layers:
         return Pruned(session=session, layers=0, freeze=config.freeze, model=session.whole)
@@ -269,7 +269,7 @@ def run_all(config: Config, workdir: epath.Path) -> Record:
 
 
 def _score_whole(session: Session) -> Record | None:
-    """Scores of the model that students are cut from; none where nothing is cut."""
+    """Scores of the model that students are cut from; none if nothing is cut."""
     if not any(session.config.drop_layers):
         return None
 
@@ -344,8 +344,8 @@ def run_arm(
 
     record = kept(directory / "outcome.json", make)
     if pruned.topics is not None and student is pruned.student and not validate:
-        # Trials are not asked; the one that became the first run is trained again for it.
+        # Trials skip the topics; the one that became the first run is trained again for them.
         record |= kept(directory / "topics.json", lambda: _topics(pruned, trained().params))
-    # What is finished needs no checkpoint, and many trials would fill a disk.
+    # A finished run needs no checkpoint, and those of many trials would fill a disk.
     remove_directory(directory / "checkpoints")
     return record

@@ -5,7 +5,7 @@
 puts the policies of an API (`--policy`, repeatable) in front of a model in this process and attacks
 each. `report.md` has the hidden width, how much of the head leaked, the queries and values that
 took, what the policy costs honest users, and a verdict in words, with plots of the spectra and of
-leak against cost. Nothing but the model in this process is ever asked.
+leak against cost. Only the model in this process is ever queried.
 
 Policies: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (without a bias;
 the reader fills in the K-th value), `top_K_bias` (a whole row and a corner of the matrix through

@@ -1,13 +1,13 @@
-"""Capability of a student that learns from an API's answers, by what an answer shows.
+"""Capability of a student that learns from an API's answers, by the content of an answer.
 
     python -m experiments.leakage_audit.capability --workdir=runs/capability
 
-A policy protects rows of logits, not the skill behind them: that leaves with the text. A decoder of
-bytes learns from articles and answers prompts that it has not seen. Fresh students of its shape
+A policy protects rows of logits, not the skill behind them, which leaves with the text. A decoder
+of bytes learns from articles and answers prompts that it has not seen. Fresh students of its shape
 learn from the answers: from the text alone, the five largest log-probabilities, or whole rows, each
-stopped where other text is foretold best. `skill` is the share of the way, in nats a byte of
-held-out text, from a student of the prompts alone to the teacher. The fitting question is that of
-arXiv:2605.10407. It takes some 30 CPU-minutes.
+stopped where it predicts other text best. `skill` is the share of the way, in nats a byte of
+held-out text, from a student of the prompts alone to the teacher. arXiv:2605.10407 asks the same
+question of fits. It takes some 30 CPU-minutes.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from logitjax.commands.cli import field
 from logitjax.models import Decoder, DecoderConfig
 
 BYTES = 256
-# What an answer shows, and the policies of a server that show it. A key's budget of nats is spent
-# at log 256 a byte.
+# Contents of an answer, and a server's policies that give them. A key's nats are spent at log 256
+# a byte.
 SHOWN = {"text": "free or plain, no values", "top 5": "free or plain, top 5", "rows": "whole rows"}
 
 
@@ -44,7 +44,7 @@ class Config:
     answer: int = field(48, "Number of bytes of an answer.")
     teacher_steps: int = field(1500, "Number of training steps of the teacher.")
     steps: int = field(800, "Number of training steps of each student.")
-    looks: int = field(8, "Number of times that training looks where it should have stopped.")
+    looks: int = field(8, "Number of validations, at the best of which training stops.")
     key_nats: float = field(100_000.0, "Budget of a key where choices are metered.")
 
 
@@ -69,8 +69,8 @@ def _log_p(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(model.logits(model.hidden_states(tokens)[0]))
 
 
-def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: Any) -> jax.Array:
-    """Nats a byte: of the prompts' own text, and of what is shown of the answers."""
+def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, taught: Any) -> jax.Array:
+    """Nats a byte, of the prompts' own text and of the content of the answers."""
     local = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     if shown in ("all", "text"):
         return local.mean()
@@ -78,9 +78,9 @@ def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: An
     if shown == "prompts":
         return given.mean()
     if shown == "rows":
-        missed = -(jnp.exp(told) * answers).sum(-1)
+        missed = -(jnp.exp(taught) * answers).sum(-1)
     else:
-        best, ids = jax.lax.top_k(told, 5)
+        best, ids = jax.lax.top_k(taught, 5)
         ours = jnp.take_along_axis(answers, ids, axis=-1)
         rest, left = (jnp.maximum(1 - jnp.exp(x).sum(-1), 1e-6) for x in (best, ours))
         missed = -(jnp.exp(best) * ours).sum(-1) - rest * jnp.log(left)
@@ -89,14 +89,14 @@ def _loss(log_p: jax.Array, tokens: jax.Array, prompt: int, shown: str, told: An
 
 @functools.cache
 def _step(graphdef: Any, prompt: int, shown: str, steps: int) -> tuple[Any, Any]:
-    """An optimizer and its step, compiled once however many answers there are."""
+    """An optimizer and its step, compiled once for any number of answers."""
     rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, steps // 10, steps)
     optimizer = optax.adamw(rate)
 
     @jax.jit
-    def step(params: Any, state: Any, tokens: jax.Array, told: Any) -> Any:
+    def step(params: Any, state: Any, tokens: jax.Array, taught: Any) -> Any:
         def loss(params: Any) -> jax.Array:
-            return _loss(_log_p(graphdef, params, tokens), tokens, prompt, shown, told)
+            return _loss(_log_p(graphdef, params, tokens), tokens, prompt, shown, taught)
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -109,17 +109,17 @@ def _nats(graphdef: Any, params: Any, rows: np.ndarray) -> float:
 
 
 def _fit(
-    graphdef: Any, params: Any, rows: np.ndarray, told: Any, other: np.ndarray, **how: Any
+    graphdef: Any, params: Any, rows: np.ndarray, taught: Any, other: np.ndarray, **how: Any
 ) -> Any:
-    """Parameters of steps of 32 rows that foretold other text best; `told` has answers' rows."""
-    # A few answers are learned by heart long before many are learned at all.
+    """Parameters, after steps of 32 rows, that predict other text best."""
+    # A few answers are memorised long before many are learned.
     looks = how.pop("looks")
     optimizer, step = _step(graphdef, **how)
     state, rng = optimizer.init(params), np.random.default_rng(0)
     best, least = params, np.inf
     for number in range(1, how["steps"] + 1):
         some = rng.choice(len(rows), 32)
-        params, state = step(params, state, rows[some], None if told is None else told[some])
+        params, state = step(params, state, rows[some], None if taught is None else taught[some])
         if number % max(1, how["steps"] // looks) == 0:
             loss = _nats(graphdef, params, other)
             best, least = (params, loss) if loss < least else (best, least)
@@ -129,7 +129,7 @@ def _fit(
 def _answered(
     graphdef: Any, params: Any, prompts: np.ndarray, config: Config
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts with the answers drawn behind them, and the row that drew each byte."""
+    """Prompts with the answers drawn after them, and the row that drew each byte."""
     size = config.prompt + config.answer
 
     @jax.jit
@@ -151,7 +151,7 @@ def _answered(
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Teacher, answers, students, and a table of what each learned."""
+    """Teacher, answers, students, and a table of each student's skill."""
     size = config.prompt + config.answer
     text = "\n".join(row["text"] for row in data.load_examples(config.data))
     words = np.frombuffer(text.encode()[:8_000_000], np.uint8).astype(np.int32)

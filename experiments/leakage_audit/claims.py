@@ -1,4 +1,4 @@
-"""Records of an audit: how much of the head the rows hold that 10,000 queries pay for."""
+"""Records of an audit: the share of the head in the rows that 10,000 queries pay for."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ _QUERIES = 10_000
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record a number of reported logits and draw of prompts.
+    """A record for each number of reported logits and draw of prompts.
 
     `top_K` gives whole rows through a bias, exactly and at the price of `LogitPolicy.row_queries`;
     `full` gives a row a query. The unit is the head.
@@ -32,7 +32,7 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         for seed in range(1, setting.seeds + 1):
             drawn = np.random.default_rng(seed).permutation(len(rows.prompts))[:count]
             array = rows.logits[drawn].astype(np.float64)
-            # A row is known up to its normaliser; of no row nothing is known.
+            # A row is known up to its normaliser; without rows nothing is known.
             basis = (array - array.mean(1, keepdims=True)).T
             leak = leakage.align_head(basis, rows.head).leak if count else 0.0
             yield make(setting, arm, seed, {"leak": [leak]}, units=["head"], examples=_QUERIES)

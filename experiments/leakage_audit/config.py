@@ -55,7 +55,7 @@ class Config:
     policy: tuple[str, ...] = field(DEMO, "Policy of the API to audit.")
     seeds: int = field(1, "Number of seeds of noise. Other policies run once.")
     corner: int = field(
-        0, "Number of rows and columns of the corner that is asked for through a bias. 0 for none."
+        0, "Number of rows and columns of the corner to query through a bias. 0 for none."
     )
 
     def __post_init__(self) -> None:

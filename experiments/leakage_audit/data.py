@@ -19,7 +19,7 @@ class Rows:
         prompts: `[n, length]` tokens.
         logits: `[n, vocab]` float32.
         head: `[vocab, hidden]`.
-        order: of the prompts by their tokens.
+        order: Order of the prompts by their tokens.
     """
 
     prompts: np.ndarray
@@ -49,7 +49,7 @@ class Rows:
 
 
 def load(config: Config, workdir: epath.Path) -> Rows:
-    """Cuts prompts, runs the model; a second run reads what the first left."""
+    """Cuts prompts and runs the model; a second run reads the logits from disk."""
     model, tokenizer = models.load(config.model, layout="listed")
     head = model.head_of()
     if head.bias is not None:

@@ -14,7 +14,7 @@ from logitjax import leakage, storage
 
 
 def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: int) -> Record:
-    """One policy, or what an earlier run found of it; this process needs no other for it."""
+    """One policy's record, from disk if an earlier run made it."""
     path = directory / f"{name}_{seed}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -52,7 +52,7 @@ def _from_rows(audit: leakage.Audit) -> Record:
 
 
 def _by_token(audit: leakage.Audit, logits: np.ndarray) -> Record:
-    """A row that came back token by token, beside the truth, and the width from a corner."""
+    """A row recovered token by token, beside the true one, and the width from a corner."""
     row = audit.row
     assert row is not None
     assert audit.utility is not None
@@ -62,7 +62,7 @@ def _by_token(audit: leakage.Audit, logits: np.ndarray) -> Record:
         "row_queries": row.queries,
         "row_coverage": row.coverage,
         "row_error": audit.row_error,
-        # A bias of 30 nats does not lift these; they are asked for once more.
+        # A bias of 30 nats does not lift these; they are queried once more.
         "row_far": int((truth.max() - truth >= 30.0).sum()),
         "row_span": float(np.ptp(truth)),
         "leak": audit.leak,
@@ -74,7 +74,7 @@ def _by_token(audit: leakage.Audit, logits: np.ndarray) -> Record:
 
 
 def _width(audit: leakage.Audit) -> Record:
-    """The width as it is said and as numbers, and the published estimate."""
+    """The width in words and as numbers, and the published estimate."""
     subspace = audit.subspace
     assert subspace is not None
     width = subspace.width

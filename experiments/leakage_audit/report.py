@@ -13,7 +13,7 @@ from experiments.shared.records import by_key
 from experiments.shared.report import bar, markdown_table, spread, write_report
 from logitjax import leakage
 
-# Least number of points that a picture shows of a spectrum.
+# Least number of points of a spectrum in a picture.
 _POINTS = 150
 
 
@@ -32,14 +32,14 @@ def write(
         f"{len(rows.prompts)} prompts of {config.prompt_length} tokens from `{config.data}`.\n",
         markdown_table(table),
         f"\n`leak`: mean squared cosine between the recovered and the true subspace beyond chance "
-        f"({control.chance:.3g}); a random subspace scores {control.leak:.2g}. `rms`: what least "
-        "squares leaves of the head. Where the largest gap and the estimate differ, the published "
-        "rule would have been wrong. `KL`, `top-1`: what honest users lose.\n",
+        f"({control.chance:.3g}); a random subspace scores {control.leak:.2g}. `rms`: residual of "
+        "the head after least squares. If the largest gap and the estimate differ, the published "
+        "rule would have been wrong. `KL`, `top-1`: honest users' loss.\n",
         "## Verdict\n",
         "\n".join(f"- `{name}`: {group[0]['verdict']}." for name, group in groups.items()),
         "\n## The paper's numbers\n",
         "The paper reports that a 6-layer student recreates 97.6 % of the hidden-state geometry "
-        "after fewer than 10,000 queries for top-k logits; its tables were not to be had. With the "
+        "after fewer than 10,000 queries for top-k logits; its tables were not available. With the "
         f"top 5 and a bias a row of this model takes {per_row:,} queries, so 10,000 queries give "
         f"{10_000 // per_row:,} of the {rows.width + 1:,} rows that show its width.\n",
     ]
@@ -97,7 +97,7 @@ def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
 
 
 def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
-    """Singular values of what each policy gives away; an honest one drops at the width."""
+    """Singular values under each policy; those of an honest one drop at the width."""
     series = []
     for name, group in groups.items():
         if "spectrum" in group[0]:
@@ -117,15 +117,15 @@ def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
 
 
 def frontier(groups: Mapping[str, Any]) -> figures.Picture:
-    """Plot what leaks against what honest users lose: down is safe, left is cheap."""
+    """Plot the leak against honest users' loss: down is safe, left is cheap."""
     series = []
     for name, group in groups.items():
         if any(record.get(key) is None for record in group for key in ("kl", "leak")):
-            continue  # A row came back, but no subspace was asked for.
+            continue  # A row came back, but no subspace was requested.
         runs = [[(max(1e-6, record["kl"]), record["leak"])] for record in group]
         series.append(figures.Series(name=name, runs=runs, line=False))
     panel = figures.Panel(
-        x="KL to the true distribution, nats (what users lose)",
+        x="KL to the true distribution, nats (users' loss)",
         y="leak, share of the head's subspace",
         log="x",
         series=series,

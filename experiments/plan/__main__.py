@@ -1,4 +1,4 @@
-"""Does a run fit? Compile a preset's programs for a slice that you do not have, and count.
+"""Does a run fit? Compile a preset's programs for hardware you do not have, and count.
 
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=v5p:4x4x8
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
@@ -10,9 +10,9 @@
 For TPUs the real compiler compiles ahead of time, on any machine (the extra `plan`, Python 3.12 or
 newer). It gives bytes of a device, floating-point work, collectives by kind and bytes, and the
 compiler's own verdict. No weights and no data are read. For GPUs the program is compiled for as
-many CPU devices in the same mesh, which gives an estimate, and is called one. Results are kept
-under `--workdir`; `--markdown` prints all of them as the tables of docs/plans.md, and `--report`
-leaves these with a picture in WORKDIR/report.
+many CPU devices in the same mesh, and the result is marked as an estimate. Results are kept under
+`--workdir`; `--markdown` prints all of them as the tables of docs/plans.md, and `--report` writes
+these with a picture to WORKDIR/report.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from experiments.shared.report import markdown_table, write_report
 from logitjax import ops, training
 from logitjax.commands import cli
 
-# By experiment the slice to plan for where no chip is named.
+# The slice to plan for, by experiment, if no chip is named.
 EXPERIMENTS = {
     "graph_fusion": "v5p:4x4x8",
     "vq_head": "v6e:2x2",
@@ -53,25 +53,25 @@ _GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(costs.Collectives):
-    """One program of one preset on one mesh, and what of it travels.
+    """One program of one preset on one mesh, and its communication.
 
     Attributes:
-        chip: The chip, as it was asked for.
+        chip: The chip, as requested.
         estimate: Whether it was compiled for other devices than it is planned for.
-        devices: Number of devices that share the work: those that only repeat it do not count.
-        memory: Bytes that a device has; 0 where it is not known.
+        devices: Number of devices that share the work, without those that only repeat it.
+        memory: Bytes of memory of a device; 0 if unknown.
         argument_bytes: Bytes of the arguments on one device, as are all bytes.
-        output_bytes: Bytes of the outputs, those in the place of donated arguments among them.
-        alias_bytes: Bytes of the arguments that outputs take the place of.
-        temp_bytes: Bytes that the program holds beside.
-        peak_bytes: The most of all these at any time; 0 where the compiler does not say.
+        output_bytes: Bytes of the outputs, including those stored in donated arguments.
+        alias_bytes: Bytes of the arguments whose place outputs take.
+        temp_bytes: Bytes that the program needs in addition.
+        peak_bytes: Largest total of these at any time; 0 if the compiler does not report it.
         flops: Floating-point work of all matrix products, on all devices together.
-        gradient: Bytes of the gradient of all that is trained, whole; 0 where nothing is.
+        gradient: Bytes of the whole gradient of all trained arrays; 0 if there are none.
         cycles: The TPU compiler's own estimate, loops as often as they run; 0 of another compiler.
         seconds: Seconds of the compilation.
-        times: How often a run calls the program; 0 where the run decides.
-        stored: Bytes of outputs that lie on disk at a run's end.
-        error: What the compiler says where the program does not fit.
+        times: Number of times a run calls the program; 0 if the run decides.
+        stored: Bytes of outputs on disk at a run's end.
+        error: The compiler's message if the program does not fit.
     """
 
     experiment: str
@@ -233,7 +233,7 @@ def _plans_of(
 
 
 def _gradient_bytes(arguments: Sequence[Any]) -> float:
-    """Of what an update trains: Adam keeps a first moment of just that, in float32 as ours is."""
+    """Bytes of trained arrays: Adam's first moment has exactly these, in float32 as ours."""
     leaves = jax.tree_util.tree_flatten_with_path(arguments)[0]
     moments = [leaf for path, leaf in leaves if "/mu/" in ops.mesh.path_string(path) + "/"]
     return float(sum(4 * leaf.size for leaf in moments))
@@ -334,7 +334,7 @@ def markdown(plans: Sequence[Plan]) -> str:
 
 
 def picture(plans: Sequence[Plan]) -> figures.Picture:
-    """Draw what a device needs and has, a row a plan; what does not fit has no need known."""
+    """Draw each device's need and memory, a row a plan; a program that does not fit has no need."""
     rows = list(reversed(plans))
 
     def name(plan: Plan) -> str:
@@ -363,7 +363,7 @@ def picture(plans: Sequence[Plan]) -> figures.Picture:
 
 
 def _seconds(plan: Plan) -> str:
-    """Bounds below of multiplying, of the links of a slice and of the network between slices."""
+    """Lower bounds of the time of products, of the links of a slice and of those between slices."""
     chip = chips.parse_chip(plan.chip)
     if not chip.flops:
         return "-"
@@ -375,7 +375,7 @@ def _seconds(plan: Plan) -> str:
 
 
 def read(workdir: epath.Path) -> list[Plan]:
-    """All plans that were kept, in the order of the experiments."""
+    """All stored plans, in the order of the experiments."""
     items = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
     order = {name: location for location, name in enumerate(EXPERIMENTS)}
     return sorted(items, key=lambda plan: (order.get(plan.experiment, len(order)), plan.estimate))
@@ -386,7 +386,7 @@ def keep(plan: Plan, workdir: epath.Path) -> None:
     words = (plan.experiment, plan.preset, plan.program, plan.chip, plan.mesh)
     name = re.sub(r"[^\w.]+", "-", "-".join(words))
     if len(name) > 200:
-        # Preset and mesh of a command have all its flags, and a file's name 255 bytes.
+        # The preset and mesh of a command include all its flags, and a file's name has 255 bytes.
         name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     (workdir / f"{name}.json").write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
 
@@ -463,7 +463,7 @@ def _mesh_of(experiment: str | None, preset: str) -> str:
 if __name__ == "__main__":
     flags.DEFINE_enum("experiment", None, list(EXPERIMENTS), "Experiment whose programs to plan.")
     flags.DEFINE_string(
-        "command", None, "Command that trains, such as convert-head; its flags follow after --."
+        "command", None, "Training command, such as convert-head; its flags follow --."
     )
     flags.DEFINE_string(
         "preset", "paper", "Preset of the experiment; its own flags, after --, override it."
@@ -481,10 +481,10 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
-    flags.DEFINE_bool("run", False, "Say what a whole run takes: hours, chips, disk and money.")
+    flags.DEFINE_bool("run", False, "Print the cost of a whole run: hours, chips, disk and money.")
     flags.DEFINE_bool("smallest", False, "Look for the smallest slice in which the run fits.")
     runs.define_flags()
     flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")
-    flags.DEFINE_bool("markdown", False, "Print the plans that are kept as tables, and stop.")
-    flags.DEFINE_bool("report", False, "Leave them, and a picture, in WORKDIR/report, and stop.")
+    flags.DEFINE_bool("markdown", False, "Print the stored plans as tables, and stop.")
+    flags.DEFINE_bool("report", False, "Write them, and a picture, to WORKDIR/report, and stop.")
     app.run(_main)

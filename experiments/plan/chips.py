@@ -1,4 +1,4 @@
-"""Chips by name: how much they hold and how fast they multiply; devices to compile for."""
+"""Chips by name: their memory and speed, and devices to compile for."""
 
 import dataclasses
 import os
@@ -13,15 +13,15 @@ class Chip:
 
     Attributes:
         kind: `tpu`, `gpu` or `cpu`.
-        memory: Bytes that it holds; 0 where it is not known.
-        flops: Operations a second in bfloat16 at its peak; 0 where it is not known.
-        hbm: Bytes a second that it reads of its own memory; 0 where it is not known.
-        bandwidth: Bytes a second that it takes in from its slice or node; 0 where it is not known.
-        between: Bytes a second that it takes in from other slices; 0 where it is not known.
-        clock: Cycles a second of its matrix units; 0 where it is not known.
+        memory: Bytes of memory; 0 if unknown.
+        flops: Peak bfloat16 operations a second; 0 if unknown.
+        hbm: Bytes a second read from its own memory; 0 if unknown.
+        bandwidth: Bytes a second received from its slice or node; 0 if unknown.
+        between: Bytes a second received from other slices; 0 if unknown.
+        clock: Cycles a second of its matrix units; 0 if unknown.
         topology: The slice, as JAX names it, for TPUs.
         slices: Number of such slices.
-        count: Devices asked for, for GPUs and CPUs; 0: as many as the mesh has.
+        count: Number of devices, for GPUs and CPUs; 0: as many as the mesh has.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Chip:
     count: int = 0
 
 
-# What the compilers have (TPUs, in GiB) and the makers' data sheets: dense bfloat16 peak, reads of
-# memory, all links of a chip in one direction, and its share of its host's network. A chip of TPU7x
-# is two devices; what its links take in, and what its compiler has, is not known here. The clock is
-# the peak over two operations of each cell of 4 (v5e) or 8 (v5p) matrix units of 128 x 128.
+# Memory as the compilers have it (TPUs, in GiB), and the makers' data sheets: dense bfloat16 peak,
+# memory reads, all links of a chip in one direction, and its share of its host's network. A chip of
+# TPU7x is two devices; its links' bandwidth and its compiler's values are not known here. The clock
+# is the peak over two operations of each cell of 4 (v5e) or 8 (v5p) matrix units of 128 x 128.
 _TPUS = {
     "v5e": (15.75, 197e12, 819e9, 200e9, 3.125e9, 1.5e9),
     "v5p": (95.74, 459e12, 2765e9, 600e9, 6.25e9, 1.75e9),
     "v6e": (31.25, 918e12, 1638e9, 400e9, 12.5e9, 0.0),
     "tpu7x": (0.0, 1153.5e12, 3690e9, 0.0, 0.0, 0.0),
 }
-# Slices of each TPU that can be had, smallest first.
+# Available slices of each TPU, smallest first.
 SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -57,7 +57,7 @@ _GPUS = {"h100": (80e9, 989e12, 3350e9, 450e9, 50e9), "h200": (141e9, 989e12, 48
 
 
 def parse_chip(text: str, slices: int = 1) -> Chip:
-    """`v5p:4x4x8` (a slice), `h100` or `h100:64` (that many), `cpu:8` (of this machine).
+    """Parse `v5p:4x4x8` (a slice), `h100` or `h100:64` (that many), `cpu:8` (of this machine).
 
     >>> parse_chip("v5p:2x2x2", slices=2).slices, parse_chip("h200:16").count
     (2, 16)
@@ -76,7 +76,7 @@ def parse_chip(text: str, slices: int = 1) -> Chip:
 
 
 def prepare(chip: Chip, mesh: str) -> None:
-    """Settings that JAX reads before it makes a device. Nothing here touches an accelerator."""
+    """Settings that JAX reads before it makes a device; no accelerator is touched here."""
     jax.config.update("jax_platforms", "cpu")
     if chip.kind == "tpu":
         # Otherwise libtpu looks for a TPU and for the metadata of a cloud machine.
@@ -84,7 +84,7 @@ def prepare(chip: Chip, mesh: str) -> None:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        # Kernels of this machine's CPU have no place in the program.
+        # Kernels of this machine's CPU do not belong in the program.
         os.environ["LOGITJAX_NATIVE"] = "0"
         return
     count = chip.count
@@ -101,7 +101,7 @@ def prepare(chip: Chip, mesh: str) -> None:
 
 
 def devices_of(chip: Chip) -> list[Any]:
-    """Devices to compile for: of the slices, or as many of the host."""
+    """Devices to compile for: those of the slices, or as many of the host's."""
     if chip.kind != "tpu":
         return jax.devices("cpu")
     from jax.experimental import topologies

@@ -1,4 +1,4 @@
-"""Programs of commands that train, with the flags that they would be run with."""
+"""Programs of training commands, with the commands' own flags."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from logitjax.training import Program
 
 
 def distill_programs(config: distill.Config, mesh: Mesh) -> Iterator[Program]:
-    """The update of the student, what it writes, and what its teachers read."""
+    """The update of the student, its sampling, and its teachers' reading."""
     shape = distill.student_shape(config)
 
     def model() -> models.Decoder:

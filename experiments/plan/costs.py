@@ -23,7 +23,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of HLO; `length` says how often a loop runs, where that could be read."""
+    """A line of HLO; `length` is the number of iterations of a loop, if it could be read."""
 
     name: str
     type: str
@@ -45,12 +45,12 @@ class Collectives:
     """Bytes that one device exchanges with others in one run of a program.
 
     Attributes:
-        calls: By kind, how often.
-        apart: By kind, how many of the calls start and end apart, so that work fits between.
-        collective_bytes: By kind, of the arrays before they are split or after they are joined.
-        unknown_loops: Loops whose length could not be read; what is in them counts once.
-        received: Bytes that reach the device from its slice at the least, whatever the algorithm.
-        between_calls: By kind, how often it sends to other slices.
+        calls: Number of calls, by kind.
+        apart: Calls, by kind, that start and end separately, so that work fits in between.
+        collective_bytes: Bytes, by kind, of the arrays before they are split or once joined.
+        unknown_loops: Loops whose length could not be read; their contents count once.
+        received: Lower bound of the bytes that reach the device from its slice, for any algorithm.
+        between_calls: Number of sends to other slices, by kind.
         between_bytes: Bytes of these.
     """
 
@@ -66,8 +66,8 @@ class Collectives:
 def collectives(text: str) -> Collectives:
     """The collectives of compiled HLO, those in loops as often as they run.
 
-    An all-gather or all-reduce counts what it makes, a reduce-scatter what it takes: the whole
-    array, of which a ring moves nearly all past every device (an all-reduce twice).
+    An all-gather or all-reduce counts its output, a reduce-scatter its input: the whole array, of
+    which a ring moves nearly all past every device (an all-reduce twice).
     """
     calls, apart = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     sizes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
@@ -109,9 +109,9 @@ def collectives(text: str) -> Collectives:
 def estimated_cycles(text: str) -> float:
     """Read the TPU compiler's estimate of a program's cycles, loops as often as they run.
 
-    It writes its estimate beside each fusion, and 0 is returned where no TPU compiler wrote one.
-    What runs at the same time counts one after the other, and copies that it starts early count
-    nothing. Good for comparing programs of one chip.
+    It writes its estimate beside each fusion; without a TPU compiler's estimate, 0 is returned.
+    Parallel work is added up, and copies that it starts early are not counted. Good for comparing
+    programs of one chip.
     """
     total = 0.0
     for _, instruction, times, fused, _ in _executed(text):
@@ -122,7 +122,7 @@ def estimated_cycles(text: str) -> float:
 
 
 def out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[str, float | None]:
-    """Of a page of allocations the sentence with the numbers, and the bytes that were wanted.
+    """The sentence with the numbers from a page of allocations, and the bytes requested.
 
     Raises:
         JaxRuntimeError: `error`, if it is about something else.
@@ -157,7 +157,7 @@ def _executed(text: str) -> Iterator[_Executed]:
                     yield from visit(body, times * rounds, fused, started)
                 continue
             roles = ("calls", "branch_computations", "true_computation", "false_computation")
-            # Of those that start and end apart, those that sparse cores run among them.
+            # Of those that start and end separately, the ones that sparse cores run.
             begins = instruction.kind in ("call-start", "async-start")
             if instruction.kind == "call" or begins:
                 roles += ("to_apply",)
@@ -169,11 +169,11 @@ def _executed(text: str) -> Iterator[_Executed]:
 
 
 def _received_share(kind: str, group: int) -> float:
-    """Of a collective's bytes those that have to reach a device of its group from the others."""
+    """The bytes of a collective that must reach a device of its group from the others."""
     if kind == "collective-permute":
         return 1.0
     if kind == "all-to-all":
-        # What it counts is one device's share already, of which it keeps a part.
+        # It counts one device's share already, of which the device keeps a part.
         return 1.0 - 1.0 / group
     # Each device has a part of the sum to make, and in an all-reduce gets the other parts too.
     return (2.0 if kind == "all-reduce" else 1.0) * (1.0 - 1.0 / group)
@@ -203,14 +203,14 @@ def _result_bytes(instruction: Instruction) -> float:
     sizes = [_array_bytes(*array) for array in arrays]
     if instruction.kind == "all-reduce-start" or not instruction.kind.endswith("-start"):
         return sum(sizes)
-    # A pair of what goes in and what comes out, and marks of its progress.
+    # A pair of input and output, and marks of its progress.
     pairs = zip(sizes, arrays, strict=True)
     sizes = [size for size, (t, d) in pairs if d or t not in ("u32", "s32")]
     return sum(sizes[len(sizes) // 2 :])
 
 
 def _first_bytes(instruction: Instruction) -> float:
-    """Of the first array of a tuple: what is sent, without the marks beside it."""
+    """The first array of a tuple: the data sent, without the marks beside it."""
     return _array_bytes(*_ARRAY.findall(instruction.type)[0])
 
 
@@ -241,7 +241,7 @@ def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]
 
 
 def devices_at_work(jaxpr: Any, arguments: Any) -> int:
-    """How many devices share a program's work; those that repeat what others do are left out.
+    """Number of devices that share a program's work, without those that repeat others' work.
 
     An axis of the mesh counts if an argument or a constraint in the program is split over it, or if
     `shard_map` takes it.

@@ -25,7 +25,7 @@ class Assumptions:
             2407.21783, section 3.3.4): 419 in 54 days of 16,384 GPUs.
         restart_minutes: From a failure to the next update: a new machine, compilation, loading.
         checkpoint_minutes: Between two checkpoints. Half of it is lost with each failure.
-        prices: Dollars of an hour of one chip, by chip.
+        prices: Dollars for an hour of one chip, by chip.
     """
 
     utilisation: float = 0.4
@@ -43,7 +43,7 @@ class Assumptions:
 
     @classmethod
     def of(cls, values: Any) -> "Assumptions":
-        """Those of the flags."""
+        """The assumptions from the flags."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "prices"]
         try:
             prices = yaml.safe_load(pathlib.Path(values.prices).read_text())
@@ -67,7 +67,7 @@ def define_flags() -> None:
 
 
 def call_seconds(plan: Any, assumed: Assumptions) -> float:
-    """Seconds of one call: of its products at that utilisation, or of what its links carry."""
+    """Seconds of one call: of its products at that utilisation, or of its transfers."""
     chip = chips.parse_chip(plan.chip, plan.slices)
     if not chip.flops:
         raise ValueError(f"run: the peak of {chip.name} is not known, so no hours can be said")
@@ -93,7 +93,7 @@ def table(plans: Sequence[Any], assumed: Assumptions) -> list[dict[str, Any]]:
     for plan in plans:
         work = {"calls": round(plan.times), "PFLOP a call": plan.flops / 1e15}
         hours = plan.times * call_seconds(plan, assumed) / 3600
-        # Arms are trained one after another: of their checkpoints each run keeps its own.
+        # Arms are trained one after another; each run keeps its own checkpoints.
         rows.append(row(plan.program, hours, plan.stored, **work))
     hours = sum(row["hours"] for row in rows)
     failures = hours * count / assumed.failure_hours
@@ -104,7 +104,7 @@ def table(plans: Sequence[Any], assumed: Assumptions) -> list[dict[str, Any]]:
 
 
 def report(plans: Sequence[Any], assumed: Assumptions) -> str:
-    """The table, and what it rests on."""
+    """The table, and its assumptions."""
     if any(plan.error for plan in plans):
         return "A program does not fit, so no run is planned."
     if unknown := [plan.program for plan in plans if not plan.times]:
@@ -125,7 +125,7 @@ def report(plans: Sequence[Any], assumed: Assumptions) -> str:
 
 
 def fit_mesh(mesh: str, devices: int) -> str:
-    """The mesh with as much `fsdp` as so many devices allow; `data` takes what is left.
+    """The mesh with as much `fsdp` as the devices allow; `data` takes the rest.
 
     >>> fit_mesh("data:-1,fsdp:32,tensor:2", 16)
     'data:-1,fsdp:8,tensor:2'

@@ -1,4 +1,4 @@
-"""Train students of a model of which only the answers, and with them the head, are known.
+"""Train students of a model of which only the answers are known, and through them the head.
 
     python -m experiments.replication --preset=report --workdir=runs/replication
 

@@ -21,7 +21,7 @@ class Trunk:
 
     Attributes:
         graphdef: Graph of the decoder.
-        rest: What of it is no parameter.
+        rest: The decoder's state other than parameters.
         params: Parameters before training, or their shapes.
     """
 
@@ -30,7 +30,7 @@ class Trunk:
     params: Any
 
     def hidden(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """`[batch, time, width]` behind the final norm."""
+        """`[batch, time, width]` after the final norm."""
         return nnx.merge(self.graphdef, params, self.rest).hidden_states(tokens)[0]
 
 
@@ -65,7 +65,7 @@ def normal_head(vocab: int, width: int, seed: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A network as functions of what is trained and of what is given.
+    """A network as functions of its trained and its given parameters.
 
     Attributes:
         kind: One of `config.KINDS`, or `teacher`.
@@ -75,7 +75,7 @@ class Student:
     kind: str
 
     def whole(self, params: Any, given: Any) -> Any:
-        """Parameters of trunk and head `[vocab, width]`, whichever way they are held."""
+        """Parameters of trunk and head `[vocab, width]`, however they are stored."""
         if self.kind in ("copied", "official"):
             trunk = params["trunk"] | {"embedding": given["embedding"]}
             return {"trunk": trunk, "head": given["head"]}
@@ -108,7 +108,7 @@ def start(kind: str, trunk: Any, teacher: Any, basis: Any, *, layers: int, seed:
             given = {"head": teacher["head"], "embedding": teacher["trunk"]["embedding"]}
             return {"trunk": {k: v for k, v in trunk.items() if k != "embedding"}}, given
         case "recovered":
-            # What is unknown of the head is one matrix; it is learned where the head is applied.
+            # The unknown part of the head is one matrix; it is learned where the head is applied.
             return {"trunk": trunk, "mix": jnp.eye(width)}, {"basis": basis}
         case "dropped":
             return {"trunk": dropped(teacher["trunk"], layers), "head": teacher["head"]}, {}
@@ -116,7 +116,7 @@ def start(kind: str, trunk: Any, teacher: Any, basis: Any, *, layers: int, seed:
 
 
 def dropped(trunk: Any, layers: int) -> Any:
-    """A trunk's parameters without some layers, evenly spread, first and last kept."""
+    """A trunk's parameters without some layers, evenly spread; the first and last are kept."""
     segments = trunk["segments"]
     (name,) = segments
     blocks = segments[name]["layers"]
@@ -154,7 +154,7 @@ def _distillation(
     taught = jax.lax.stop_gradient(teacher.hidden(constants["teacher"]["trunk"], tokens))
     hidden, head = student.hidden_and_head(params, constants["given"], tokens)
     mask = batch["mask"].astype(jnp.float32)
-    # Pads and all where official.
+    # Pads are included in the official loss.
     kl = losses.linear_kl_divergence(
         hidden,
         head,
@@ -165,7 +165,7 @@ def _distillation(
     )
     if official:  # "batchmean": a sum over positions over the number of sequences.
         return kl, jnp.float32(len(tokens)), {}
-    # The last position has no label, but a teacher.
+    # The last position has no label, but the teacher's output.
     ce = losses.linear_cross_entropy(hidden[:, :-1], head, tokens[:, 1:], weights=mask[:, 1:])
     return kl + config.ce_weight * ce, mask.sum(), {}
 

@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=(1e-2,),
         arm=("recovered_2", "copied_1", "official_1", "none_1", "dropped_1", "scratch_1"),
         prompts=24,
-        # The width of a model that is hardly trained drowns in two decimals.
+        # The width of a barely trained model drowns in two decimals.
         decimals=6,
         timing_repeats=2,
         mesh="data:1",
@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=(3e-3,),
         arm=("recovered_4", "copied_4", "dropped_4", "scratch_4"),
     ),
-    # Cut until two cores can run it in hours.
+    # Reduced until two cores can run it in hours.
     "report": dict(
         batch_size=8,
         steps=300,

@@ -1,4 +1,4 @@
-"""How alike the hidden states of two models are, each measure with its null."""
+"""Similarity of the hidden states of two models, each measure with its null."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ def compare_geometry(
     """Compare hidden states `[n, width]` and `[n, other]` of two models at the same positions.
 
     `procrustes_r2` is `1 - |B - s A R|^2 / |B|^2`, centred, R orthogonal. Fitted and scored on the
-    same rows, as it often is, it gives .22 to unrelated states; on the other half it is negative
-    for them. `cka` is the linear one of Kornblith et al., 2019. `raw_cosine` is the mean cosine of
-    paired rows without centring, as papers report it; nan where widths differ. Without `paired`
-    the pairing is broken, for the level of unrelated states.
+    same rows, as is common, it gives .22 for unrelated states; on the other half it is negative for
+    them. `cka` is the linear one of Kornblith et al., 2019. `raw_cosine` is the mean cosine of
+    paired rows without centring, as papers report it; nan if widths differ. Without `paired` the
+    pairing is broken, for the level of unrelated states.
     """
     a, b = np.asarray(states, np.float64), np.asarray(others, np.float64)
     if not paired:

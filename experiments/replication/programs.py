@@ -14,7 +14,7 @@ from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:
-    """The update of a student of each kind, teacher and all; the dearest first."""
+    """The update of a student of each kind, teacher included; the most expensive first."""
     deepest = max(int(arm.rpartition("_")[2]) for arm in config.arm)
     trunk = arms.make_trunk(config, config.vocab, config.teacher_layers, abstract=True)
     head = jax.ShapeDtypeStruct((config.vocab, config.width), jnp.float32)

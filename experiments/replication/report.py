@@ -26,16 +26,16 @@ def write(
     teacher = train.teacher_record(scene)
     groups = by_key(records, "arm")
     rows = [_row(name, group, teacher) for name, group in groups.items()]
-    seen = scene.recovered
+    recovered = scene.recovered
     parts = [
         "# Replication behind a recovered head\n",
         f"Teacher: {config.teacher_layers} layers, width {config.width}, vocabulary "
         f"{len(scene.text.unigram):,}, {teacher['parameters']:,} parameters, test perplexity "
         f"{math.exp(teacher['nll']):.4g} (unshifted, as the released code logs it, NLL "
-        f"{teacher['unshifted_nll']:.4g}). Its head from {seen['queries']:,} queries of "
-        f"log-probabilities with {config.decimals} decimals: width {seen['width']}, leak "
-        f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}. Its own states behind the "
-        f"head of that subspace nearest to its own: perplexity "
+        f"{teacher['unshifted_nll']:.4g}). Its head from {recovered['queries']:,} queries of "
+        f"log-probabilities with {config.decimals} decimals: width {recovered['width']}, leak "
+        f"{recovered['leak']:.4f}, relative rms {recovered['relative_rms']:.2g}. Its own "
+        f"states with the nearest head in that subspace: perplexity "
         f"{100 * math.expm1(teacher['nll_behind'] - teacher['nll']):+.3g} %.\n",
         markdown_table(rows),
         "\nPerplexity: of the next token, pads left out, over the teacher's. `R2`: of the last "
@@ -94,15 +94,15 @@ def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curves(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> figures.Picture:
-    """Losses in training of those that are distilled, and of those that read text alone."""
+    """Training losses of the distilled students, and of those that read text alone."""
     distilled, alone = [], []
     for name, group in groups.items():
-        if not name.startswith("official"):  # A sum over positions: another scale.
+        if not name.startswith("official"):  # A sum over positions: a different scale.
             series = figures.Series(name=name, runs=[record["curve"] for record in group])
             (alone if name.startswith("scratch") else distilled).append(series)
     return figures.Picture(
         panels=[
-            # Behind a recovered head the first steps are far off.
+            # Behind a recovered head the losses of the first steps are very large.
             figures.Panel(x="step", y="loss, nats", title="distilled", series=distilled, log="y"),
             figures.Panel(x="step", y="cross-entropy, nats", title="on text alone", series=alone),
         ]

@@ -21,12 +21,12 @@ from logitjax import leakage, losses, models, processes, storage, training
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Surroundings that all students share.
+    """Objects that all students share.
 
     Attributes:
         trunk: The teacher's trunk.
         teacher: The teacher's parameters, `trunk` and `head`.
-        recovered: What the audit found, numbers only.
+        recovered: The audit's findings, numbers only.
         basis: `[vocab, width]`, scaled so that states of unit size make logits of the right size.
     """
 
@@ -115,7 +115,7 @@ def train_student(scene: Scene, arm: str, directory: epath.Path, seed: int, rate
 
 
 def teacher_record(scene: Scene) -> Record:
-    """The teacher measured as the students are, and behind the best head of what was recovered."""
+    """The teacher, measured as the students are, and behind the best recovered head."""
     teacher = arms.Student(scene.trunk, "teacher")
     basis, head = (np.asarray(x, np.float64) for x in (scene.basis, scene.teacher["head"]))
     nearest = jnp.asarray(basis @ np.linalg.lstsq(basis, head)[0], jnp.float32)
@@ -125,7 +125,7 @@ def teacher_record(scene: Scene) -> Record:
 
 
 def nll(text: Text, split: str, student: arms.Student, params: Any, given: Any) -> dict[str, float]:
-    """Of the next token, pads left out; and unshifted with pads, as the released code logs it."""
+    """NLL of the next token without pads; and unshifted with pads, as the released code."""
 
     @jax.jit
     def score(params: Any, given: Any, batch: Any) -> Any:
@@ -152,7 +152,7 @@ def _text(config: Config, root: epath.Path) -> Text:
 def _recover(
     config: Config, text: Text, trunk: arms.Trunk, teacher: Any, path: epath.Path
 ) -> Record:
-    """The columns of the teacher's head from its answers, into a file, and how good they are."""
+    """The columns of the teacher's head from its answers, written to a file, and their quality."""
 
     @jax.jit
     def last(tokens: jax.Array) -> jax.Array:

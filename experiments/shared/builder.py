@@ -1,6 +1,6 @@
-"""Parts of experiments' data sets that are made of files fetched by hand.
+"""Builders of experiments' data sets made from files fetched by hand.
 
-`tfds:PACKAGE.MODULE:NAME` makes one of them on first use, as does `logitjax prepare`.
+`tfds:PACKAGE.MODULE:NAME` builds one of them on first use, as does `logitjax prepare`.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     Attributes:
         FEATURES: Its features by name.
-        PLACES: Where its files may lie below the folder of what is fetched by hand.
-        FILE: A file by which a place is known.
+        PLACES: Possible locations of its files below the folder of files fetched by hand.
+        FILE: A file whose presence identifies a location.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -31,8 +31,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def folder(self, dl_manager: Any) -> epath.Path:
-        """The first of `PLACES` with the files."""
-        # The property of the same name fails with an AssertionError where the folder is missing.
+        """The first of `PLACES` that has the files."""
+        # The property of the same name fails with an AssertionError if the folder is missing.
         manual = epath.Path(getattr(dl_manager, "_manual_dir", None) or ".")
         for location in self.PLACES:
             if (manual / location / self.FILE).exists():

@@ -1,9 +1,9 @@
-"""Pictures for people: numbers in, a PNG in one style out.
+"""Pictures for people: numbers in, a PNG in a uniform style out.
 
-A `Picture` and its panels are plain values: they can be kept as JSON, checked without a
-renderer, and drawn again. Every name has its colour, marker and dashes, so that series
-can be told apart in grey; names stand at the ends of their lines or beside their points, where they
-cover nothing; a page shows a picture 600 pixels wide, and letters are sized for that.
+A `Picture` and its panels are plain values: they can be kept as JSON, checked without a renderer,
+and drawn again. Every name has its colour, marker and dashes, so that series can be told apart in
+grey. Names are at the ends of their lines or beside their points, where they cover nothing. A page
+shows a picture 600 pixels wide, and letters are sized for that.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from experiments.shared.labels import Label, place_beside, place_right
 from logitjax import storage
 
 _INCHES, _DPI = 6.0, 150
-# Okabe and Ito's colours, which colour-blind readers tell apart, without their yellow. Numbers of
-# colours, markers and dashes have no common divisor.
+# Okabe and Ito's colours, which colour-blind readers tell apart, without their yellow. The numbers
+# of colours, markers and dashes have no common divisor.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _MARKERS = "os^vDPX<>ph"
 _DASHES = ((0, ()), (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
 _GREY = "#555555"
-# More points than these are a curve: its runs are thin lines, and its interval is a band.
+# More points than this make a curve: its runs are thin lines, and its interval is a band.
 _MOST_POINTS = 24
 _STYLE: dict[str, Any] = {
     "font.size": 8,
@@ -53,8 +53,8 @@ class Series:
 
     Attributes:
         name: Its label, which determines colour, marker and dashes.
-        runs: Points `(x, y)` of each run, such as a seed. All runs have equally many: the i-th
-            points of all are one measurement, drawn as their mean and its interval.
+        runs: Points `(x, y)` of each run, such as a seed, equally many in each. The i-th points of
+            all runs are one measurement, drawn as their mean and its interval.
         line: Whether the means are joined.
     """
 
@@ -74,12 +74,12 @@ class Panel:
 
     Attributes:
         x: Label of the horizontal axis, with its unit; `y` is that of the vertical one.
-        log: Axes that are logarithmic: `x`, `y` or `xy`.
-        low: The least y that is shown, where what lies below would squeeze the rest.
+        log: Logarithmic axes: `x`, `y` or `xy`.
+        low: The smallest y shown, if smaller values would squeeze the rest.
         rules: Values of y by name, drawn as lines across; `marks` are values of x.
         x_ticks: Positions by label, instead of numbers; so are `y_ticks`.
-        names: `right` of the axes, at the ends of lines, or `beside` the last point.
-        height: Inches; the picture is six wide.
+        names: Names go `right` of the axes, at the ends of lines, or `beside` the last point.
+        height: Height in inches; the picture is six wide.
     """
 
     x: str
@@ -98,7 +98,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Panels in rows, so many of them beside each other; a name looks the same in all."""
+    """Panels in rows of a given length; a name looks the same in all."""
 
     panels: Sequence[Panel]
     columns: int = 1
@@ -118,18 +118,18 @@ class Picture:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the first axis, and how far their 95 % intervals (Student's) reach; nan of one."""
+    """Means over the first axis, and half-widths of their 95 % intervals (Student's); or nan."""
     n = len(values)
     mean = np.asarray(values.mean(0))
     if n < 2:
         return mean, np.full_like(mean, math.nan)
-    # Of three runs a normal interval would reach less than half as far.
+    # For three runs a normal interval would be less than half as wide.
     quantile = scipy.special.stdtrit(n - 1, 0.975)
     return mean, np.asarray(quantile * values.std(0, ddof=1) / math.sqrt(n))
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the series of a number; the first 55 differ in the last two."""
+    """Colour, marker and dashes of a series number; the first 55 differ in the last two."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -148,13 +148,13 @@ def draw(path: str | os.PathLike[str], picture: Picture) -> epath.Path:
 
 
 def compose(picture: Picture) -> Any:
-    """The matplotlib figure of a picture without panels that are empty; `draw` writes it."""
+    """The matplotlib figure of a picture, without empty panels; `draw` writes it."""
     shown = [panel for panel in picture.panels if any(any(s.runs) for s in panel.series)]
     panels, columns = shown or picture.panels[:1], picture.columns
     rows = [panels[at : at + columns] for at in range(0, len(panels), columns)]
     heights = [max(panel.height for panel in row) for row in rows]
     every = dict.fromkeys(series.name for panel in panels for series in panel.series)
-    # By the order of names over all panels, so that one name looks the same everywhere.
+    # By the order of names over all panels, so that a name looks the same everywhere.
     looks = {name: look(number) for number, name in enumerate(every)}
     with _styled():
         figure = _blank(sum(heights))
@@ -163,11 +163,11 @@ def compose(picture: Picture) -> Any:
         named = [_fill(axes, panel, looks) for axes, panel in zip(grid, panels)]
         for axes in grid[len(panels) :]:
             axes.remove()
-        # Names at the right take room of the axes; those beside points ask where these are.
+        # Names at the right take space from the axes; those beside points need the axes' position.
         for panel, names in zip(panels, named, strict=True):
             for name in names if panel.names == "right" else ():
                 name.put_right()
-        # Now the layout is known; frozen, as labels that move must not move the axes.
+        # Now the layout is known; it is frozen because labels that move must not move the axes.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes, panel, names in zip(grid, panels, named):
@@ -197,13 +197,13 @@ def _save(figure: Any, path: str | os.PathLike[str], made_of: str) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_text("Source", made_of)
     figure.canvas.draw()
-    # A palette is a third of the size of full colours, and holds all that a few lines need.
+    # A palette image is a third of the size of a full-colour one, and a few lines need no more.
     drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(128)
     storage.write_atomic(path, lambda file: drawn.save(file, "PNG", pnginfo=about, optimize=True))
 
 
 def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[Label]:
-    """Draws a panel but for its names, which it returns."""
+    """Draws a panel except for its names, which it returns."""
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.set_title(panel.title, pad=14 if panel.marks else 5)
     for axis in panel.log:
@@ -215,7 +215,7 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
         if not any(series.runs):
             continue
         runs = np.asarray(series.runs, np.float64).reshape(len(series.runs), -1, 2)
-        # All of it diverged: there is no last point to write the name at.
+        # Every value diverged: there is no last point to write the name at.
         if not np.isfinite(runs).all(-1).any():
             continue
         mean = _draw_series(axes, series, runs, looks[series.name])
@@ -230,7 +230,7 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
             name, (x, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_GREY
         )
     if panel.low is not None:
-        # Intervals of what fell reach far up, and are not what is looked at.
+        # Intervals of falling curves reach far up, where nothing of interest is.
         shown = [y for series in panel.series for run in series.runs for _, y in run]
         top = max([*shown, *panel.rules.values()])
         axes.set_ylim(panel.low, top + 0.05 * (top - panel.low))
@@ -252,7 +252,7 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Enough numbers along a logarithmic axis, and none of them a power to be worked out."""
+    """Enough ticks along a logarithmic axis, written as plain numbers."""
     from matplotlib.ticker import FixedLocator, LogLocator
 
     low, high = axis.get_view_interval()
@@ -269,7 +269,7 @@ def _plain_numbers(axis: Any) -> None:
 def _draw_series(axes: Any, series: Series, runs: np.ndarray, style: dict[str, Any]) -> np.ndarray:
     """Runs, their means and intervals; returns the means `[points, 2]`."""
     mean, reach = interval(runs)
-    # One run has no interval: a bar of length zero is none.
+    # A single run has no interval, so it gets no bar of length zero.
     reach = np.nan_to_num(reach)
     color, curve = style["color"], series.line and len(mean) > _MOST_POINTS
     style = style | ({} if series.line else {"linestyle": "none"})

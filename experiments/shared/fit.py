@@ -1,4 +1,4 @@
-"""Training as experiments do it: an update that the planner compiles too, a run that resumes."""
+"""Training for experiments: an update that the planner compiles too, and a run that resumes."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from logitjax.training import Program
 class Update:
     """A compiled update with its optimizer; a run trains with it, a plan traces it.
 
-    `rules` say where each leaf of the state goes.
+    `rules` give the sharding of each leaf of the state.
     """
 
     tx: optax.GradientTransformation
@@ -55,10 +55,10 @@ def make_update(
     """Clipped AdamW and its compiled step.
 
     Args:
-        loss_fn: As `training.TrainStep` takes it.
+        loss_fn: As in `training.TrainStep`.
         schedule: The learning rate by step.
-        rules: Where each leaf of the state goes.
-        trainable: Regular expression of the parameters that are trained; all if None.
+        rules: The sharding of each leaf of the state.
+        trainable: Regular expression of the trained parameters; None trains all.
     """
     tx = schedule.optimizer(trainable=trainable, weight_decay=weight_decay, b2=b2)
     step = training.TrainStep(loss_fn, tx, mesh=mesh, trainable=trainable, schedule=schedule)
@@ -77,13 +77,13 @@ def fit(
     checkpoint_every: int = 0,
     log_every: int = 10,
 ) -> Any:
-    """Trains, goes on from the newest checkpoint, or reads what is finished.
+    """Trains, continues from the newest checkpoint, or reads a finished run.
 
     Args:
         batches: Step -> rows of the whole batch, of which each process takes its own.
         steps: Steps of the whole run.
         directory: Folder of the checkpoints and of `metrics.jsonl`.
-        constants: What every step gets and none changes.
+        constants: Inputs of every step that none changes.
 
     Returns:
         The trained parameters; every process holds them whole.
@@ -106,7 +106,7 @@ def fit(
 
 
 def share(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """Of the rows of a whole batch those that this process feeds."""
+    """The rows of a whole batch that this process feeds."""
     return jax.tree.map(lambda rows: rows[training.BatchLayout(mesh).rows(len(rows))], batch)
 
 

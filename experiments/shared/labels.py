@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Sides of a point where a name may be, those first that read best, and distances in pixels.
+# Sides of a point where a name may be, the most readable first, and distances in pixels.
 _SIDES = [(1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 1), (-1, 0), (-1, -1)]
 _SIDES += [(1, 0.5), (1, -0.5), (-1, 0.5), (-1, -0.5)]
 _FAR = (9, 18, 30, 45, 60, 80, 105, 135, 170, 210)
@@ -15,7 +15,7 @@ _FAR = (9, 18, 30, 45, 60, 80, 105, 135, 170, 210)
 
 @dataclasses.dataclass
 class Label:
-    """A label of the point `(x, y)` of matplotlib axes, and the artist of it, if any."""
+    """A label of the point `(x, y)` of matplotlib axes, and its artist, if any."""
 
     axes: Any
     text: str
@@ -25,7 +25,7 @@ class Label:
     artist: Any = None
 
     def put_right(self) -> None:
-        """Draws it right of the axes, at no height in particular, so that the layout has room."""
+        """Draws it right of the axes, at an arbitrary height, so that the layout has room."""
         self.artist = self.axes.annotate(
             self.text,
             (self.x, self.y),
@@ -39,7 +39,7 @@ class Label:
 
 
 def place_right(axes: Any, names: Sequence[Label]) -> None:
-    """Moves labels that were put right of the axes to the heights of their points, or near."""
+    """Moves labels from the right of the axes to the heights of their points, or near them."""
     if not names:
         return
     box = axes.get_window_extent()
@@ -52,7 +52,7 @@ def place_right(axes: Any, names: Sequence[Label]) -> None:
 
 def place_beside(axes: Any, names: Sequence[Label]) -> None:
     """Draws one label after another at the free place that is nearest its point."""
-    # All in pixels of the drawn figure: letters have no size in data units.
+    # Everything in pixels of the drawn figure, because letters have no size in data units.
     inside = axes.get_window_extent().get_points()
     drawn = [_on_screen(axes, line) for line in axes.lines]
     taken = _around(np.concatenate([np.empty((0, 2)), *drawn]), 4.0)
@@ -75,7 +75,7 @@ def place_beside(axes: Any, names: Sequence[Label]) -> None:
         for far, side in itertools.product(_FAR, _SIDES):
             offset = np.array(side) * far + (np.array(side) - 1) / 2 * size
             box = np.array([at + offset, at + offset + size])
-            # The way to the point may cross names no more than the name itself.
+            # The line to the point must not cross names either.
             way = _around(np.linspace(at, box.mean(0), 25)[3:-4], 1.5)
             covered = _shared(taken, box) + (_shared(put[:, None], way) if far > 18 else 0.0)
             worse = _shared(put, box) + round(size.prod() - _shared(box, inside))
@@ -87,10 +87,10 @@ def place_beside(axes: Any, names: Sequence[Label]) -> None:
 
 
 def apart(centres: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Places at least `gap` apart and as near what is wanted as can be, in the same order.
+    """Positions at least `gap` apart, as close to the wanted ones as possible, in the same order.
 
-    The sum of squares of what they are moved by is least (isotonic regression). Where there is no
-    room for all between `low` and `high` they reach beyond both alike.
+    The sum of squared moves is smallest (isotonic regression). If there is no room for all between
+    `low` and `high`, they reach beyond both alike.
 
     >>> apart([5.0, 5.0, 40.0], 10.0, 0.0, 100.0)
     array([ 0., 10., 40.])
@@ -106,7 +106,7 @@ def apart(centres: Sequence[float], gap: float, low: float, high: float) -> np.n
             blocks.append(((a * m + b * n) / (m + n), m + n))
     result = np.repeat([value for value, _ in blocks], [count for _, count in blocks])
     top = high - gap * (len(order) - 1)
-    # No room for all: around the middle, they stick out alike.
+    # No room for all: centred, they stick out at both ends alike.
     low, top = (low, top) if low <= top else ((low + top) / 2, (low + top) / 2)
     places = np.empty(len(order))
     places[order] = np.clip(result, low, top) + steps
@@ -122,7 +122,7 @@ def extent(name: Any) -> Any:
 
 
 def _ink(color: str) -> str:
-    """Letters are thin: those of light colours are darker than their lines."""
+    """A darker colour for letters, which are thinner than their lines and would look too light."""
     return "#" + "".join(f"{int(int(color[i : i + 2], 16) * 0.75):02x}" for i in (1, 3, 5))
 
 
@@ -131,7 +131,7 @@ def _leader(color: str) -> dict[str, Any]:
 
 
 def _on_screen(axes: Any, line: Any) -> np.ndarray:
-    """Where a line has points, and where it passes between them."""
+    """Points of a line, and positions that it passes in between."""
     data = np.asarray(line.get_xydata(), np.float64)
     if line.get_transform() != axes.transData or not len(data):
         return np.empty((0, 2))

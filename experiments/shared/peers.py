@@ -17,10 +17,10 @@ from typing import IO, Any, cast
 def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Iterator[Callable[..., Any] | None]:
     """A script in the interpreter with torch that ``LOGITJAX_TORCH_PYTHON`` names.
 
-    The script prints ``ready``, and for each line of JSON that it reads another one.
+    The script prints ``ready``, and one line of JSON for each line that it reads.
 
     Yields:
-        A function that asks; None at the smoke scale, and without such an interpreter.
+        A function that queries it; None at the smoke scale, and without such an interpreter.
     """
     python = os.environ.get("LOGITJAX_TORCH_PYTHON")
     if not python or smoke:
@@ -48,9 +48,9 @@ def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Iterator[Callable[
 def serving(
     *arguments: str, files: int | None = None, python: str = sys.executable
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server on a free loopback port, once it is ready; ended at the end.
+    """A server on a free loopback port, from when it is ready until the end of the context.
 
-    Another interpreter runs what is installed for it, not the files that lie here.
+    Another interpreter runs the version installed for it, not the files of this tree.
     """
     command = [python, "-m", "logitjax", "serve", "--port=0", *arguments]
     environment = dict(os.environ)

@@ -1,4 +1,4 @@
-"""Measurements on disk as JSON: a run that is started again measures what is missing."""
+"""Measurements on disk as JSON: a restarted run makes only the missing ones."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ def tuned_seeds(
     rates: Sequence[float],
     run: Callable[[int, Sequence[float]], Record],
 ) -> list[Record]:
-    """Runs of an arm: the first seed tries every learning rate, the others take its best.
+    """Runs of an arm: the first seed tries every learning rate, the others use its best.
 
     Args:
-        run: `(seed, rates)` to the record of the best of the rates, which it has as `lr`.
+        run: `(seed, rates)` to the record of the best of the rates, which it holds as `lr`.
     """
     records: list[Record] = []
     for seed in range(seeds):
@@ -31,12 +31,12 @@ def tuned_seeds(
 
 
 def best_of(run: Callable[[float], Record], rates: Sequence[float]) -> Record:
-    """The run of the least `validation_nll`."""
+    """The run with the smallest `validation_nll`."""
     return min(map(run, rates), key=lambda record: record["validation_nll"])
 
 
 def by_key(records: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:
-    """Records in groups, in the order in which the groups begin."""
+    """Records in groups, in order of each group's first record."""
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault(record[key], []).append(record)

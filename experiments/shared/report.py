@@ -1,4 +1,4 @@
-"""Tables and files that experiments leave for people: Markdown in, nothing to compute."""
+"""Tables and files that experiments write for people: Markdown in, nothing to compute."""
 
 import dataclasses
 import json
@@ -22,23 +22,23 @@ from logitjax.commands.tables import text_cell as text_cell
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """`mean +- sample standard deviation`; the bare value where there is only one."""
+    """`mean +- sample standard deviation`; the bare value if there is only one."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return format_value(mean)
-    # Exact, so equal values have no spread instead of one of 1e-17; of finite values only.
+    # Exact, so that equal values have no spread, rather than 1e-17; finite values only.
     spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
     return f"{format_value(mean)} +- {format_value(spread)}"
 
 
 def bar(name: str, seen: float, promised: str, met: bool, **more: Any) -> dict[str, Any]:
-    """A row of the table of what was promised."""
+    """A row of the table of promised figures."""
     verdict = "met" if met else "MISSED"
     return {"bar": name, **more, "seen": seen, "promised": promised, "": verdict}
 
 
 def spread(records: Sequence[Mapping[str, Any]], name: str, factor: float = 1.0) -> str | None:
-    """`mean_and_spread` of a number over the records that have it; None where none has."""
+    """`mean_and_spread` of a number over the records that have it; None if none has it."""
     values = [factor * record[name] for record in records if record.get(name) is not None]
     return mean_and_spread(values) if values else None
 
@@ -51,14 +51,14 @@ def write_report(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     pictures: Mapping[str, figures.Picture],
 ) -> str:
-    """Writes what a finished run leaves for people.
+    """Writes a finished run's files for people.
 
     Args:
         workdir: Gets `report.md`, `results.json` with tables and pictures as numbers, which
             `python -m experiments.gallery --add` takes, and a PNG file a picture.
-        records: What else was measured, for `metrics.jsonl`, a line each.
+        records: Other measurements, written to `metrics.jsonl`, one line each.
         tables: Rows by the table's name.
-        pictures: By name, which is that of the file.
+        pictures: Pictures by name, which is also the file's.
     """
     text = text.rstrip() + "\n"
     storage.write_atomic(workdir / "report.md", text)
@@ -78,7 +78,7 @@ def write_report(
 
 
 def command() -> str:
-    """The command that runs, but for where its files go."""
+    """The running command, without the flags for its files."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else "NAME"
     flags = [flag for flag in sys.argv[1:] if not flag.startswith("--workdir")]
@@ -99,13 +99,13 @@ def environment() -> dict[str, Any]:
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Mean of the differences by seed, and the p-value of a two-sided paired t-test.
 
-    The p-value is nan where the test says nothing: of one seed, and of differences that are equal,
-    which have no variance to hold their mean against.
+    The p-value is nan if the test says nothing: with one seed, or with equal differences, which
+    have no variance to test their mean against.
     """
     from scipy import stats
 
     difference = np.array(first) - np.array(second)
-    # Shares of images: differences that are equal may be told apart by rounding alone.
+    # Shares of images: equal differences may differ by rounding alone.
     if len(difference) < 2 or np.ptp(difference) <= 1e-9:
         return float(difference.mean()), math.nan
     return float(difference.mean()), float(stats.ttest_rel(first, second).pvalue)

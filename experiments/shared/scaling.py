@@ -21,7 +21,7 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
 
 
 def closed_form_rows(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A row a size: n token nodes, ten a position and n / 10 positions; no n x n anywhere."""
+    """A row a size: n token nodes, ten a position and n / 10 positions; no n x n array anywhere."""
 
     def closed_form(v, v_ids, w, w_ids, n):
         f, g = (

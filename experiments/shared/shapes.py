@@ -1,4 +1,4 @@
-"""Shapes of the decoders that presets name, so that nothing has to be fetched to plan for them."""
+"""Shapes of the decoders that presets name, so that planning for them fetches nothing."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ _TABLE = json.loads(Path(__file__).with_name("decoders.json").read_text())
 
 
 def decoder_config(spec: str) -> models.DecoderConfig:
-    """The shape of a model: a known name, or what its own files say."""
+    """The shape of a model, from a known name or its own files."""
     if existing := _TABLE.get(spec):
         of_hub = "model_type" in existing
         return models.config_from_hf(existing) if of_hub else models.DecoderConfig(**existing)
@@ -23,7 +23,7 @@ def decoder_config(spec: str) -> models.DecoderConfig:
 
 
 def abstract_decoder(config: models.DecoderConfig, **options: Any) -> tuple[Any, Any]:
-    """Graph definition and abstract parameters: no number is made."""
+    """Graph definition and abstract parameters, without any values."""
     model = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0), **options))
     apply_fn, params = models.from_nnx(model)
     return apply_fn.graphdef, params

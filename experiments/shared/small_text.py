@@ -1,4 +1,4 @@
-"""Text over a small vocabulary, for small models that are trained from nothing."""
+"""Text over a small vocabulary, for small models trained from scratch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def pack_splits(
 
     Args:
         spec: `text:PATH`, `jsonl:PATH` or `tfds:NAME`.
-        splits: What of a tfds dataset to train, choose and report on.
+        splits: The parts of a tfds dataset to train, choose and report on.
     """
     examples: Mapping[str, data.Examples]
     if spec.startswith("tfds:"):
@@ -83,7 +83,7 @@ def small_text(packed: Mapping[str, data.PackedDataset], unigram: np.ndarray, si
 
 
 def count_tokens(packed: data.PackedDataset, vocab: int) -> np.ndarray:
-    """`[vocab]` counts of what a model learns to predict in a split."""
+    """`[vocab]` counts of the labels in a split."""
     counts = np.zeros(vocab)
     for batch in packed.iterate_once(batch_size=256):
         tokens = batch["model"]["tokens"][batch["model"]["loss_mask"]]

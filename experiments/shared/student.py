@@ -1,4 +1,4 @@
-"""Programs that a training runs on devices, for a plan: no weights are loaded or initialised."""
+"""Device programs of a training, for a plan: no weights are loaded or initialised."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,12 +37,12 @@ def update_programs(
     decoder_config: Callable[[str], models.DecoderConfig] = models.load_config,
     **options: Any,
 ) -> Iterator[training.Program]:
-    """The update of a student, then its sampling, and the reading of its teachers.
+    """The update of a student, then its sampling, and its teachers' reading.
 
     Args:
         model: Makes the decoder; it is only traced.
         reading: Sizes of rows and of the teachers' output.
-        on_policy: How much of each batch the student writes.
+        on_policy: The student's share of each batch.
         decoder_config: Function from a model's name to its configuration.
         **options: For `Student.of`.
     """
@@ -51,7 +51,7 @@ def update_programs(
 
     def build() -> tuple[Any, Any]:
         decoder = model()
-        # `eval_shape` returns arrays alone; what else is needed leaves by these lists.
+        # `eval_shape` returns arrays alone; everything else is passed out through these lists.
         sizes.append(decoder.config.vocab_size)
         made.append(Student.of(decoder, objective=objective, **options))
         return made[0].trained, made[0].frozen
@@ -61,7 +61,7 @@ def update_programs(
     student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
     names = reading.names if objective.taught else ()
     needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
-    # Of another vocabulary nothing is known here: as large as the student's, token by token.
+    # The other vocabulary is unknown here: assumed as large as the student's, token by token.
     rules_needed = {n.projection for n in needs if n.projection}
     sources = dict.fromkeys(names, _same_vocabulary(sizes[0], rules_needed))
     tx, step = course.update(student, objective, sources, mesh=mesh)
@@ -78,7 +78,7 @@ def update_programs(
         teacher = _answer(rows, length - 1, reading.top_k, chunks=any(n.chunks for n in needs))
         batch["sources"] = dict.fromkeys(names, teacher)
         if reading.teacher_reads == "live":
-            # A served teacher is taken to be as large as the student.
+            # A served teacher is assumed to be as large as the student.
             shapes = {
                 n: nnx.eval_shape(model)
                 if spec.startswith("api:")

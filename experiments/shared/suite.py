@@ -1,4 +1,4 @@
-"""Parts of benchmarks and rigs: options, bars, the files they leave, and the command."""
+"""Shared parts of benchmarks and rigs: options, bars, output files, and the command."""
 
 import csv
 import dataclasses
@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
+    """Output folder, and duration of a benchmark: ``scale`` is ``smoke`` or ``full``.
 
-    ``only`` names parts of a benchmark that has some, with commas between them; ``against`` is a
-    commit to compare with, ``templates`` a folder of archives with chat templates, and ``seed``
-    draws cases that no run before has seen.
+    ``only`` names parts of a benchmark, separated by commas; ``against`` is a commit to compare
+    with, ``templates`` a folder of archives with chat templates, and ``seed`` draws cases that no
+    earlier run has seen.
     """
 
     directory: Path
@@ -44,10 +44,10 @@ class Options:
         return self.scale == "smoke"
 
     def parts(self, names: Sequence[str]) -> list[str]:
-        """Those of the known parts that ``only`` names, in its order; all if it names none.
+        """The known parts that ``only`` names, in its order; all if it names none.
 
         Raises:
-            ValueError: ``only`` names another.
+            ValueError: ``only`` names an unknown part.
         """
         parts = [name for name in self.only.split(",") if name] or list(names)
         if unknown := sorted(set(parts) - set(names)):
@@ -57,7 +57,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A figure that was promised: ``value`` has to be ``sense`` ``limit``."""
+    """A promised figure: ``value`` has to be ``sense`` ``limit``."""
 
     name: str
     value: float
@@ -97,7 +97,7 @@ def total(rows: Sequence[Mapping[str, Any]], *columns: str) -> Any:
 
 
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes of scratch memory XLA plans for ``jit(function)(*arguments)``."""
+    """Bytes of scratch memory that XLA plans for ``jit(function)(*arguments)``."""
     analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
     assert analysis is not None
     return int(analysis.temp_size_in_bytes)
@@ -107,7 +107,7 @@ def peak_rss_bytes() -> int:
     """The most memory this process has held, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # getrusage starts from what the parent held when it forked.
+        # getrusage starts from the parent's memory at the fork.
         match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
         if match:
             return int(match[1]) * 1024
@@ -116,7 +116,7 @@ def peak_rss_bytes() -> int:
 
 
 def write(name: str, result: Result, options: Options) -> str:
-    """Write ``results.json``, ``table.csv``, ``table.md``, pictures; return what to print."""
+    """Write ``results.json``, ``table.csv``, ``table.md``, pictures; return the text to print."""
     options.directory.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in result.rows]
     bars = [bar.as_row() for bar in result.bars]
@@ -154,13 +154,13 @@ def names(package: types.ModuleType) -> list[str]:
 
 
 def load(package: types.ModuleType, name: str) -> tuple[Any, str]:
-    """A benchmark and the line that says what it asks."""
+    """A benchmark and the first line of its docstring."""
     module = importlib.import_module(f"{package.__name__}.{name}")
     return module, (module.__doc__ or "").strip().splitlines()[0]
 
 
 def page(package: types.ModuleType, workdir: Path) -> str:
-    """Finished full-scale results, a section each: what, command, versions, tables."""
+    """Finished full-scale results, one section each: title, command, versions, tables."""
     sections = []
     for name in names(package):
         path = workdir / name / "results.json"
@@ -180,16 +180,16 @@ def page(package: types.ModuleType, workdir: Path) -> str:
 
 
 def main(package: types.ModuleType, workdir: str) -> None:
-    """The command of a package of benchmarks; `workdir` is where results go by default."""
+    """The command of a package of benchmarks; `workdir` is the default folder of results."""
     flags.DEFINE_bool("list", False, "Name all and stop.")
     flags.DEFINE_enum("scale", "full", ["smoke", "full"], "smoke: seconds; full: as reported.")
     flags.DEFINE_integer("repeats", 5, "Timed calls of each peer, in turns.", lower_bound=1)
-    flags.DEFINE_string("only", "", "Parts of what has some, with commas between them.")
+    flags.DEFINE_string("only", "", "Parts of a benchmark that has parts, separated by commas.")
     flags.DEFINE_string("against", "", "A commit to compare with, for vocabulary_losses.")
     flags.DEFINE_string("templates", None, "Archives with chat templates, for compatibility.")
     flags.DEFINE_integer("seed", None, "Draws fresh cases, for mutations.")
     flags.DEFINE_string("workdir", workdir, "Results go to WORKDIR/NAME.")
-    flags.DEFINE_bool("page", False, "Print what WORKDIR holds as sections of a page, and stop.")
+    flags.DEFINE_bool("page", False, "Print WORKDIR's results as sections of a page, and stop.")
     app.run(lambda argv: _run(package, argv, flags.FLAGS))
 
 

@@ -1,6 +1,6 @@
-"""Paired timing: on a noisy machine peers are timed in turns and compared by the median of ratios.
+"""Paired timing: peers are timed in turns and compared by the median of ratios.
 
-A slow minute slows both sides of a ratio.
+On a noisy machine, a slow minute slows both sides of a ratio.
 """
 
 import statistics
@@ -28,11 +28,11 @@ def paired_seconds(
 
 
 def repeated(step: Callable[..., Any], state: Any, *arguments: Any) -> Callable[[], Any]:
-    """A call that takes one more training step from where the last ended, and gives its metrics."""
+    """A call that takes one more training step from the last state, and returns its metrics."""
     items = [state]
 
     def call() -> Any:
-        # A step donates its state: each is good for one call.
+        # A step donates its state, so each state is used once.
         items[0], output = step(items[0], *arguments)
         return output.metrics
 

@@ -1,4 +1,4 @@
-"""Articles with a topic: what a model knows beside what it is taught."""
+"""Articles with a topic: a model's knowledge beside the facts it is taught."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from logitjax import data
 
 
 def topic_articles(source: str, count: int) -> tuple[list[str], list[tuple[str, int]]]:
-    """Test articles of a source, in an order that is always the same.
+    """Test articles of a source in a fixed order.
 
     Returns:
-        The names of all topics, and of each article its text and the number of its topic.
+        The names of all topics, and for each article its text and the number of its topic.
 
     Raises:
         ValueError: The source has no topics.

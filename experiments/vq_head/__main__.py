@@ -7,8 +7,8 @@ and tunes one head after another on the cache: codes with and without biases, wi
 the paper and with better ones; product-quantised heads, also as screens for exact rows; adaptive
 softmax; and, as a control, the full head with its biases tuned on that text.
 
-`report.md` has what is left of the head's bytes, held-out perplexity relative to the untouched head
-and to the tuned one with biases, agreement in the first and first five tokens, and times.
+`report.md` has each head's remaining bytes, held-out perplexity relative to the untouched head and
+to the tuned one with biases, agreement in the first and first five tokens, and times.
 
 Arms (`--arm`, repeatable) are tuned to the old head's distribution; those that end in `_labels` and
 `adaptive` are tuned to the text. With several learning rates each arm picks its own on validation
@@ -28,7 +28,7 @@ from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Every head from what is cached, then the report."""
+    """Fit every head on the cache, then write the report."""
     results = workdir / "results"
     ctx = data.prepare(config, workdir)
     untouched = arms.Trial("full", 0, 0, 0.0)

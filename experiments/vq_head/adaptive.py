@@ -100,7 +100,7 @@ class AdaptiveConfig:
             bias = (part - centre) @ mean - kernel @ (mean @ down)
             tails.append({"down": down, "kernel": kernel, "bias": bias})
             head.append(centre[None])
-            # Logits of the tail are relative to the entry in the head: that one carries its mass.
+            # Logits of the tail are relative to the entry in the head, which carries its mass.
             at_mean = ops.logsumexp((part - centre) @ mean + jnp.zeros(stop - start))
             biases.append(at_mean[None])
         params |= {
@@ -114,9 +114,9 @@ class AdaptiveConfig:
 def adaptive_nll(
     hidden: Any, params: dict[str, Any], labels: Any, *, block_size: int = 128
 ) -> jax.Array:
-    """Cross-entropy `[*batch]`; a tail is computed only for labels that lie in it.
+    """Cross-entropy `[*batch]`; a tail is computed only for labels that belong to it.
 
-    Labels are sorted so that those of a tail lie together, and blocks without any are skipped. ::
+    Labels are sorted so that those of a tail are together, and blocks without any are skipped. ::
 
         p(v) = p_head(v)                              v among the frequent tokens
                p_head(tail i) * p_tail_i(v)           otherwise
@@ -142,8 +142,8 @@ def adaptive_nll(
 def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
     """The k most probable tokens; a tail is computed only if it could hold one of them.
 
-    No token of a tail is more probable than the tail. This bound is exact. It saves the tails most
-    of the time when one sequence is decoded; in a batch any row may need them.
+    No token of a tail is more probable than the tail, an exact bound. It usually avoids the tails
+    when one sequence is decoded; in a batch any row may need them.
     """
     hidden = jnp.asarray(hidden)
     first = params["head"].shape[0] - len(params["tails"])
@@ -172,7 +172,7 @@ def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
 def adaptive_cost(
     params: dict[str, Any], tables: dict[str, Any], labels_in: Sequence[float]
 ) -> heads.HeadCost:
-    """Return its cost if decoding looks into every tail, given how often a label lies in each."""
+    """Return its cost if decoding computes every tail, given the share of labels in each."""
     sizes = [sum(x.size for x in tail.values()) for tail in params["tails"]]
     head = params["head"].size + params["head_bias"].size
     read = head + sum(sizes)

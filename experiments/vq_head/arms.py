@@ -41,17 +41,17 @@ class Converted:
         nll: `(arrays, hidden, labels) -> [n]`.
         top_k: `(arrays, hidden) -> tokens [n, 5]`.
         params: Arrays that training would train.
-        given: The others.
+        given: The other arrays.
         cost: Counted, not timed.
         trains: Whether training it is of interest; not for a screen with exact rows, which has
-            nothing of its own to train, nor for packed codes, which train as unpacked ones do.
-        floor: The perplexity below which the head without bias could not come, if a VQ head.
+            nothing of its own to train, nor for packed codes, which train like unpacked ones.
+        floor: For a VQ head, a lower bound of its perplexity without bias.
         curve: Training loss by step.
         moved: Tokens that changed their code, by reassignment.
         head: The module, if it is a VQ head.
-        logits: `(arrays, hidden) -> [n, vocab]`, of a head that can screen.
-        lookup: As `logits`, where decoding takes another way to the same numbers.
-        decode: As `top_k`, by that way.
+        logits: `(arrays, hidden) -> [n, vocab]`, for a head that can screen.
+        lookup: Like `logits`, if decoding computes the same numbers differently.
+        decode: Like `top_k`, computed that way.
     """
 
     nll: Callable[..., Any]
@@ -79,7 +79,7 @@ def convert(ctx: Context, trial: Trial) -> Converted:
 
 
 def full(ctx: Context) -> Converted:
-    """The head that there was."""
+    """The original head."""
     params = {"kernel": ctx.rows}
     if ctx.row_bias is not None:
         params["bias"] = ctx.row_bias
@@ -94,7 +94,7 @@ def tune(
     arrays: list[np.ndarray],
     constants: Any,
 ) -> tuple[Any, tuple[float, ...]]:
-    """Tuned parameters and the loss by step, with the budget that all arms have."""
+    """Tuned parameters and the loss by step, with the budget that all arms share."""
     tuning = _tuning(ctx, trial)
     params, curve, _ = tuning.run(loss, params, arrays, constants=constants, mesh=ctx.mesh)
     return params, tuple(curve)
@@ -120,7 +120,7 @@ def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Arr
 
 
 def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.ProductCodes:
-    """Codes of the old rows, and a bias with what they lose at the mean state."""
+    """Codes of the old rows, and a bias that corrects their error at the mean state."""
     result = vq.ProductCodes.fit(
         ctx.rows,
         ctx.unigram,
@@ -222,7 +222,7 @@ def _product(ctx: Context, trial: Trial) -> Converted:
         return _packed(tuned, cost, tuple(curve))
 
     def lookup(arrays: Any, hidden: Any) -> Any:
-        """The sums of `_linear_logits`, less to read."""
+        """The sums of `_linear_logits`, with less to read."""
         return dataclasses.replace(arrays["product"], bias=arrays["bias"]).logits(hidden)
 
     real = {"kernel": jax.jit(vq.ProductCodes.kernel)(tuned), "bias": params["bias"]}
@@ -232,7 +232,7 @@ def _product(ctx: Context, trial: Trial) -> Converted:
 
 
 def _packed(codes: vq.ProductCodes, cost: heads.HeadCost, curve: tuple[float, ...]) -> Converted:
-    """The same codes, two a byte: everything is measured with the logits that decoding has."""
+    """The same codes, two a byte; everything is measured with the logits used in decoding."""
 
     def logits(arrays: Any, hidden: Any) -> Any:
         return arrays["packed"].logits(hidden)
@@ -250,7 +250,7 @@ def _packed(codes: vq.ProductCodes, cost: heads.HeadCost, curve: tuple[float, ..
 
 
 def _adaptive(ctx: Context, trial: Trial) -> Converted:
-    """On labels: its log-probabilities are not linear in anything the old head's sums hold."""
+    """Trained on labels: its log-probabilities are not linear in the old head's sums."""
     train, vocab = ctx.splits["train"], ctx.vocab
     options = AdaptiveConfig(
         vocab_size=vocab,
@@ -288,7 +288,7 @@ def _full_cost(ctx: Context, *, bias: bool) -> heads.HeadCost:
 
 
 def _full(ctx: Context, trial: Trial) -> Converted:
-    """The control: what tuning a full head's biases on the labels of the text gives by itself."""
+    """The control: the effect of tuning a full head's biases on the labels of the text."""
     train, constants = ctx.splits["train"], {"kernel": ctx.rows}
     params = {"bias": jnp.zeros(ctx.vocab) if ctx.row_bias is None else ctx.row_bias}
     params, curve = tune(
@@ -302,7 +302,7 @@ def _full(ctx: Context, trial: Trial) -> Converted:
     return _linear(params | constants, {}, _full_cost(ctx, bias=True), curve=curve)
 
 
-#: How each arm is fitted.
+#: The fitting function of each arm.
 FITS: Mapping[str, Callable[[Context, Trial], Converted]] = {
     **dict.fromkeys(VQ_ARMS, _vq),
     **dict.fromkeys(("product", "packed_product"), _product),

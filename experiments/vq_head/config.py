@@ -5,7 +5,7 @@ from typing import Any
 
 from logitjax.commands.cli import field
 
-# Of each arm its name in tables, and beside lines of a picture, where there is less room.
+# Each arm's name in tables, and beside lines of a picture, where there is less room.
 NAMES = {
     "vq_paper": ("VQ as published: k-means over rows, no bias", "VQ as published"),
     "vq_plain": ("VQ, weighted k-means, no bias", "VQ, weighted"),
@@ -41,7 +41,7 @@ class Config:
     seq_len: int = field(256, "Number of tokens in a row.")
     batch_rows: int = field(8, "Number of rows that the model reads at once.")
     train_tokens: int = field(96_000, "Number of positions to fit and tune on.")
-    validation_tokens: int = field(6_000, "Number of positions to choose learning rates on.")
+    validation_tokens: int = field(6_000, "Number of positions for choosing learning rates.")
     test_tokens: int = field(14_000, "Number of positions to report on.")
     arm: tuple[str, ...] = field(ARMS, "Head to convert to.", execution=True, choices=ARMS)
     codes: tuple[int, ...] = field((2048,), "Sizes of the codebook.")
@@ -95,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         product_codes=16,
         packed_groups=8,
         candidates=(8,),
-        # One of each kind: the others are compiled the same, with other settings.
+        # One of each kind: the others compile the same programs, with other settings.
         arm=tuple(arm for arm in ARMS if arm not in ("vq_plain", "product")),
         scratch_arm=("full_bias", "vq_bias"),
         scratch_vocab=128,
@@ -127,7 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         scratch_steps=150,
         scratch_learning_rate=(2e-3, 6e-3),
     ),
-    # What the claims VQ-2, VQ-5 and VQ-6 rest on: 1 % of the parameters, 2,048 codes, and as many
+    # The basis of the claims VQ-2, VQ-5 and VQ-6: 1 % of the parameters, 2,048 codes, and as many
     # as adaptive softmax reads.
     "claims": dict(
         codes=(491, 2048, 6719),
@@ -141,7 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         # C4: --data=tfds:c4:en --splits='train[:200000]' --splits='validation[:50%]'
-        # --splits='validation[50%:]', it has no test split.
+        # --splits='validation[50%:]', because it has no test split.
         data="tfds:experiments.shared.wikitext103:Wikitext103",
         train_tokens=1_000_000,
         validation_tokens=100_000,

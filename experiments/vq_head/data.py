@@ -20,7 +20,7 @@ BLOCK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Cached positions of one split and what the old head says on them."""
+    """Cached positions of one split and the old head's outputs on them."""
 
     hidden: np.ndarray
     labels: np.ndarray
@@ -39,7 +39,7 @@ class Context:
         unigram: `[vocab]` counts over the whole training text, plus a tenth.
         statistics: Moments of the training hidden states.
         splits: `train`, `validation`, `test`.
-        mesh: Over which the positions of a step are split.
+        mesh: Mesh over which the positions of a step are split.
     """
 
     config: Config
@@ -82,7 +82,7 @@ class Context:
 
 
 def prepare(config: Config, workdir: epath.Path) -> Context:
-    """Packs text, runs the model once, runs its head once; all of it is kept on disk."""
+    """Packs text, runs the model once, runs its head once; everything is kept on disk."""
     with processes.first_before_others("hidden states"):
         return _prepare(config, workdir)
 
@@ -141,6 +141,6 @@ def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:
 
 
 def _batches(packed: data.PackedDataset, size: int) -> Iterator[Mapping[str, Any]]:
-    # An epoch at most: then the split is smaller than what was asked for.
+    # At most one epoch: the split may be smaller than requested.
     for step in range(max(1, len(packed) // size)):
         yield packed.batch(step, seed=0, batch_size=size)["model"]

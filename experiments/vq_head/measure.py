@@ -1,4 +1,4 @@
-"""Measurements of a converted head, and the heads that are made of each arm."""
+"""Measurements of a converted head, and the heads that are made for each arm."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ from experiments.shared.timing import paired_ratio, paired_seconds
 from experiments.vq_head import arms, rescored
 from experiments.vq_head.data import Context, Split, in_blocks
 
-#: Stretches of a split whose losses are kept apart: of 14,000 positions 250 each.
+#: Stretches of a split whose losses are kept separate: 250 of 14,000 positions each.
 UNITS = 56
-#: Arms that make V cheap logits, for exact rows to re-score the best of.
+#: Arms with V cheap logits, so that exact rows can re-score the best of them.
 SCREENS = ("product", "packed_product")
 
 
 def run_arm(
     ctx: Context, workdir: epath.Path, arm: str, codes: int, seed: int, rates: Sequence[float]
 ) -> Record:
-    """Records of an arm at the best of the rates, and of the heads that are made of it."""
+    """Records of an arm at its best rate, and of the heads that are made from it."""
     config = ctx.config
     logging.info("%s, %d codes, seed %d", arm, codes, seed)
     trials = [arms.Trial(arm, codes, seed, rate) for rate in rates]
@@ -68,7 +68,7 @@ def scores(converted: arms.Converted, split: Split) -> Record:
 def converted_record(
     ctx: Context, trial: arms.Trial, name: str, converted: arms.Converted
 ) -> Record:
-    """All that the report says of one head."""
+    """All of the report's numbers about one head."""
     old = arms.full(ctx)
     hidden = jnp.asarray(np.asarray(ctx.splits["test"].hidden[:1]))
     jitted = {"full": (jax.jit(old.top_k), old.arrays)}
@@ -87,14 +87,14 @@ def converted_record(
         "moved": list(converted.moved),
         "decode_ms": 1e3 * statistics.median(seconds["new"]),
         "decode_speedup": paired_ratio(seconds["full"], seconds["new"]),
-        # Times of training are taken once an arm: they do not depend on what was learned.
+        # Times of training are taken once an arm: they do not depend on the learned values.
         "training_speedup": _training_speedup(ctx, converted) if trial.seed == 0 else None,
         "cost": dataclasses.asdict(converted.cost),
     }
 
 
 def _training_speedup(ctx: Context, converted: arms.Converted) -> float | None:
-    """Loss and gradients of the full head, blocked as all linear losses, over those of this one."""
+    """The full head's time for loss and gradients, blocked, over this one's."""
     if not converted.trains:
         return None
     train, count = ctx.splits["train"], ctx.config.timing_batch

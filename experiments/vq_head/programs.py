@@ -32,11 +32,11 @@ def tuning_program(
         _array(tuning.batch_size, top, sharding=split),
         _array(tuning.batch_size, top, dtype=jnp.int32, sharding=split),
     )
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     constants = {
-        "assignment": _array(vocab, dtype=jnp.int32, sharding=whole),
-        "rest": _array(codes, width, sharding=whole),
-        "rest_counts": _array(vocab, sharding=whole),
+        "assignment": _array(vocab, dtype=jnp.int32, sharding=replicated),
+        "rest": _array(codes, width, sharding=replicated),
+        "rest_counts": _array(vocab, sharding=replicated),
     }
     arguments = (state, batch, constants)
     return Program(name=f"tuning, {codes} codes", jitted=step, arguments=arguments)

@@ -32,7 +32,7 @@ def write(
     scratch: Sequence[Mapping[str, Any]],
     workdir: epath.Path,
 ) -> str:
-    """Writes everything and returns what to print."""
+    """Writes everything and returns the text to print."""
     full = next(record for record in records if record["arm"] == "full")
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for record in records:
@@ -125,7 +125,7 @@ def _scratch_rows(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
 def _bars(
     groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], full: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The best of what reads few bytes, and the fastest of what agrees."""
+    """The best head that reads few bytes, and the fastest one that agrees."""
     points = []
     for group in groups.values():
         count = len(group)
@@ -152,7 +152,7 @@ def _bars(
 def frontier(
     groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], full: Mapping[str, Any]
 ) -> figures.Picture:
-    """Down and left is better in both; what differs in size alone is joined by a line."""
+    """Down and left is better in both; heads that differ in size alone are joined by a line."""
     lines: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     for (arm, codes), group in groups.items():
         if arm != "full":
@@ -174,7 +174,7 @@ def frontier(
         "log": "xy",
         "height": 4.2,
     }
-    # Perfect agreement has no logarithm: it lies on the lower edge.
+    # Perfect agreement has no logarithm: it is drawn on the lower edge.
     wrong = series(lambda record: max(100 * (1 - record["top1"]), 0.01))
     return figures.Picture(
         panels=[
@@ -199,7 +199,7 @@ def curves(
     groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
     by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> figures.Picture:
-    """How heads learn from the old one, and how models learn from scratch."""
+    """Training losses of heads that learn from the old one, and of models from scratch."""
     tuned = [
         figures.Series(
             name=f"{arm} {codes}", runs=[list(enumerate(record["curve"])) for record in group]

@@ -25,7 +25,7 @@ Nll = Callable[[Any, Any, Any, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A head before training: what is trained of it, what is given, and its loss."""
+    """A head before training: its trained and its given arrays, and its loss."""
 
     params: Any
     given: Any
@@ -33,7 +33,7 @@ class Head:
 
 
 def make_trunk(config: Config, vocab: int, *, seed: int = 0, abstract: bool = False) -> Any:
-    """The model that every head is trained with: `nnx.split` in graph, parameters and rest."""
+    """The model that every head is trained with: `nnx.split` into graph, parameters and rest."""
     width = config.scratch_width
     shape = models.DecoderConfig(
         vocab_size=vocab,
@@ -76,7 +76,7 @@ def make_update(loss_fn: Callable[..., Any], config: Config, mesh: Any, rate: fl
 
 
 def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float) -> Record:
-    """Trains one model; its held-out loss, the numbers in its head, and the curve."""
+    """Trains one model; returns its held-out loss, the numbers in its head, and the curve."""
     logging.info("from scratch: %s, seed %d, learning rate %g", arm, seed, rate)
     config, text, mesh = ctx.config, ctx.text, ctx.mesh
     head = _head(ctx, arm, seed)
@@ -139,7 +139,7 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
     if arm == "vq_random":
         assignment = jax.random.permutation(key, jnp.arange(vocab) * codes // vocab)
     else:
-        # Rows of the pretrained head: the map imports what it knows. Others share one mean row.
+        # Rows of the pretrained head: the map imports its knowledge. Others share one mean row.
         rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
         assignment = vq.fit_assignment(
             rows,

@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: command: expected one that `logitjax --help` lists{hint}, got {name!r}",
               file=sys.stderr)  # fmt: skip
         sys.exit(2)
-    # Nothing has to be unwound yet, and some packages would make another error of it.
+    # No cleanup is needed yet, and some packages would turn this into another error.
     before = signal.signal(signal.SIGINT, _end)
-    # A slow disk may take half a minute for it, and silence looks like a hang.
+    # A slow disk may take half a minute to load it, and silence looks like a hang.
     loaded = threading.Event()
     threading.Thread(target=_say, args=(name, loaded), daemon=True).start()
     try:
-        # jax takes seconds to import: `--help` and a wrong name wait for none of it.
+        # jax takes seconds to import, so `--help` and a wrong name are handled before that.
         command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
         cli = importlib.import_module("logitjax.commands.cli")
     except ImportError as error:

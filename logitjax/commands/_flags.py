@@ -1,9 +1,9 @@
-"""Flags from dataclasses: every field is one, those of a nested dataclass under their own names.
+"""Flags from dataclasses: one for each field, including the fields of nested dataclasses.
 
 A `Config` may nest dataclasses of the library, which may nest others. Names are flat, so
-`--learning_rate` sets `config.course.learning_rate`, and two fields of one name are an error. The
-help of a field is its entry under `Attributes:` in the docstring of its dataclass, unless `field`
-gives it; its constraints are what the dataclass refuses.
+`--learning_rate` sets `config.course.learning_rate`, and two fields of the same name are an error.
+The help of a field is its entry under `Attributes:` in the docstring of its dataclass, unless
+`field` gives it; its constraints are the values that the dataclass refuses.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from absl import flags as absl_flags
 
 @typing.runtime_checkable
 class Dataclass(Protocol):
-    """An instance of whatever dataclass."""
+    """An instance of any dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 REQUIRED: Any = dataclasses.MISSING
-"""Default of a `field` that has to be given."""
+"""Default of a `field` that must be given."""
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -45,15 +45,15 @@ def field(
     secret: bool = False,
     listing: Callable[[], str] | None = None,
 ) -> Any:
-    """A dataclass field with what its flag needs.
+    """A dataclass field with the properties of its flag.
 
     Args:
-        default: Its value where nothing gives one; `REQUIRED` for none.
+        default: Value if neither the command line nor a file gives one; `REQUIRED` for none.
         help: Description, as a whole phrase.
-        choices, minimum: All its values, for text; the lowest, for numbers.
+        choices, minimum: The allowed values of text; the smallest allowed number.
         positional: Whether arguments without a flag are its values; for one tuple of text.
-        execution, secret: As of `storage.option`.
-        listing: Makes a line for each of the values that have names; `--NAME=help` prints it.
+        execution, secret: As in `storage.option`.
+        listing: Returns a line for each named value; `--NAME=help` prints it.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
     metadata |= {"execution": execution, "secret": secret, "listing": listing}
@@ -69,9 +69,8 @@ def nested(
     """A dataclass field that holds a dataclass whose fields become flags.
 
     Args:
-        default: An instance that has this command's defaults; if omitted, its own hold.
-        without: Names of fields that are no flags. The command sets them, or their default holds.
-        rename: Flags' names of fields that are called like another one, or mean too little alone.
+        default: An instance with this command's defaults. By default those of its class.
+        rename: Flag names of fields whose own name is taken or unclear by itself.
     """
     metadata = {"without": frozenset(without), "rename": rename}
     return dataclasses.field(default=default, metadata=metadata)
@@ -79,7 +78,7 @@ def nested(
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A field of a configuration, or of what it nests, as a flag; `owner` is its dataclass."""
+    """A field of a configuration, or of a nested dataclass, as a flag; `owner` is its dataclass."""
 
     name: str
     # Names of the fields that lead to it.
@@ -95,13 +94,13 @@ class Flag:
     metadata: Mapping[str, Any]
 
     def read(self, value: Any) -> Any:
-        """The value that a flag's text, a file or a preset gives."""
+        """Convert a flag's text, or a value from a file or preset."""
         if value is None and self.optional:
             return None
         if not self.several:
             return self._read_one(value)
         items = list(value) if isinstance(value, list | tuple) else [value]
-        # Text may hold commas itself: it is repeated instead.
+        # Text may contain commas, so the flag is repeated instead.
         if self.kind is not str:
             split = [item.split(",") if isinstance(item, str) else [item] for item in items]
             items = list(itertools.chain(*split))
@@ -116,18 +115,18 @@ class Flag:
         if not scalar or isinstance(value, bool) != (self.kind is bool):
             raise self._refusal(expected, value)
         try:
-            made = self.kind(value)
+            parsed = self.kind(value)
         except (ValueError, OverflowError):
             raise self._refusal(expected, value) from None
         # A file may say 1000.0, but 1.5 must not become 1.
-        if isinstance(value, float) and self.kind is int and made != value:
+        if isinstance(value, float) and self.kind is int and parsed != value:
             raise self._refusal(expected, value)
-        if self.choices and made not in self.choices:
+        if self.choices and parsed not in self.choices:
             raise self._refusal(f"one of {', '.join(map(str, self.choices))}", value)
         least = self.metadata.get("minimum")
-        if least is not None and not made >= least:
+        if least is not None and not parsed >= least:
             raise self._refusal(f"at least {least}", value)
-        return made
+        return parsed
 
     def _refusal(self, expected: str, value: Any) -> ValueError:
         return ValueError(f"{self.name}: expected {expected}, got {value!r}")
@@ -136,7 +135,7 @@ class Flag:
 def flags_of(*classes: type) -> list[Flag]:
     """The flags of configurations, in the order of their fields."""
     flags = [flag for one in classes for flag in _leaves(one)]
-    # A mistake of whoever wrote the Config, hence a TypeError, which no user sees.
+    # This is a mistake of the author of the Config: a TypeError, which no user sees.
     owners: dict[str, type] = {}
     for flag in flags:
         if flag.name in owners:
@@ -183,7 +182,7 @@ def _leaves(
 
 
 def _default(field_: dataclasses.Field, instance: Any) -> Any:
-    """Of a field, in a default of the dataclass that has it, if there is one."""
+    """The default of a field in a default instance of its dataclass, if there is one."""
     if instance is not REQUIRED:
         return getattr(instance, field_.name)
     if field_.default_factory is not dataclasses.MISSING:
@@ -192,7 +191,7 @@ def _default(field_: dataclasses.Field, instance: Any) -> Any:
 
 
 def _kind(name: str, hint: Any, choices: Sequence[str] | None) -> tuple[type, bool, bool, tuple]:
-    """Type, whether there are several, whether None is one, and the choices."""
+    """Type, whether there are several values, whether None is one, and the choices."""
     optional = several = False
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         others = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
@@ -210,9 +209,9 @@ def _kind(name: str, hint: Any, choices: Sequence[str] | None) -> tuple[type, bo
 
 @functools.cache
 def attribute_docs(owner: type) -> Mapping[str, str]:
-    """Entries under `Attributes:` in the docstring of a class, and of those it derives from."""
+    """Entries under `Attributes:` in the docstrings of a class and its base classes."""
     docs: dict[str, str] = {}
-    # What a class says itself wins over what it inherits.
+    # The docstring of the class takes precedence over those of its bases.
     for base in reversed(owner.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").splitlines()
         if "Attributes:" not in lines:
@@ -227,7 +226,7 @@ def attribute_docs(owner: type) -> Mapping[str, str]:
 
 
 def build(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from values by flags' names; the others are as they are by default."""
+    """A configuration from values by flag name; all others keep their defaults."""
     tree: dict[str, Any] = {}
     for flag in flags_of(config_class):
         branch = tree
@@ -250,7 +249,7 @@ def _build(owner: type, default: Any, tree: Mapping[str, Any]) -> Any:
             try:
                 value = _build(hints[field_.name], _default(field_, default), value)
             except ValueError as error:
-                # The dataclass knows its field's name, and the user the flag's.
+                # The dataclass names its field in the error; the user knows the flag's name.
                 name, colon, rest = str(error).partition(":")
                 name = field_.metadata.get("rename", {}).get(name, name)
                 raise ValueError(f"{name}{colon}{rest}") from None
@@ -259,7 +258,7 @@ def _build(owner: type, default: Any, tree: Mapping[str, Any]) -> Any:
 
 
 def flatten(config: Dataclass) -> dict[str, Any]:
-    """Values of a configuration by flags' names, without secrets."""
+    """Values of a configuration by flag name, without secrets."""
     return {
         flag.name: functools.reduce(getattr, flag.path, config)
         for flag in flags_of(type(config))
@@ -273,7 +272,7 @@ def read_command_line(
     others: Mapping[str, Sequence[str]],
     arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """The values on a command line, by flag names."""
+    """Values on the command line, by flag name."""
     defined = absl_flags.FlagValues()
     for name, choices in others.items():
         if choices:
@@ -281,27 +280,27 @@ def read_command_line(
         else:
             absl_flags.DEFINE_string(name, None, "", flag_values=defined)
     for flag in flags:
-        # Text at first: `Flag.read` converts, as it does for files and presets, with one wording.
+        # Text at first: `Flag.read` converts it as for files and presets, with the same errors.
         define: Any = absl_flags.DEFINE_string
         if flag.several:
             define = absl_flags.DEFINE_multi_string
         elif flag.kind is bool:
             define = absl_flags.DEFINE_bool
         define(flag.name, None, "", flag_values=defined)
-    # The program is no value.
+    # The first item is the program.
     rest = defined([program, *arguments])[1:]
     names = [*others, *(flag.name for flag in flags)]
-    given = {name: defined[name].value for name in names if defined[name].value is not None}
+    values = {name: defined[name].value for name in names if defined[name].value is not None}
     for flag in flags:
         if rest and flag.metadata.get("positional"):
-            given[flag.name], rest = [*(given.get(flag.name) or ()), *rest], ()
+            values[flag.name], rest = [*(values.get(flag.name) or ()), *rest], ()
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}")
-    return given
+    return values
 
 
 def check_names(source: str, names: Iterable[str], flags: Collection[str]) -> None:
-    """Refuses names that are no flags'."""
+    """Refuse names that are not flags."""
     for name in names:
         if name not in flags:
             # Most wrong names are typing errors.
@@ -311,7 +310,7 @@ def check_names(source: str, names: Iterable[str], flags: Collection[str]) -> No
 
 
 def choice_of(presets: Mapping[str, Any] | None) -> str:
-    """The flag that names a set of defaults: a recipe where a command works without one."""
+    """The flag that names a set of defaults: `recipe` where a command works without one."""
     return "recipe" if "none" in (presets or ()) else "preset"
 
 

@@ -36,7 +36,7 @@ from logitjax import data, decoding, leakage, models, processes, storage
 from logitjax.commands.cli import field, nested
 from logitjax.commands.tables import markdown_table
 
-# Exit status where a server is not what it is said to be.
+# Exit status if a server does not behave as declared.
 _UNLIKE = 3
 
 
@@ -98,7 +98,7 @@ class Truth:
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Asks, policy by policy, and writes what came of it; of several processes the first."""
+    """Query every policy and write the results; with several processes, only the first does."""
     processes.run_on_first("audit", lambda: _run(config, out))
     records = [storage.read_json(path) for path in (out / "policies").glob("*.json")]
     if any(record["unlike"] for record in records):
@@ -109,7 +109,7 @@ def _run(config: Config, out: epath.Path) -> None:
     prompts, vocab, truth = _prepare(config)
     names = config.policy
     if config.url:
-        # Where a bias moves what is drawn, the token alone answers comparisons.
+        # If a bias affects which token is drawn, the token alone answers comparisons.
         names = ("server", "draws") if config.server.bias == "sampling" else ("server",)
     # What is in the folder was asked of this head, with these prompts.
     made_from = {
@@ -138,10 +138,10 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
     )
     old = model.head_of()
     if old.bias is not None:
-        raise ValueError("model: expected a head without biases, its rows span one dimension more")
+        raise ValueError("model: expected a head without biases, which add a dimension")
     head = np.asarray(old.rows, np.float32)
     vocab, width = head.shape
-    # More rows than the width, or the rank of the answers would be their number.
+    # More rows than the width; otherwise the rank of the answers would be the number of rows.
     count = config.prompts or width + max(20, width // 5)
     if config.data:
         examples = data.load_examples(config.data)
@@ -159,7 +159,7 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
 
 
 def _logits(model: models.Decoder, prompts: np.ndarray, batch_size: int) -> np.ndarray:
-    """`[n, vocab]`, what follows each prompt."""
+    """Log-probabilities of the next token after each prompt, `[n, vocab]`."""
     graphdef, state = nnx.split(model)
     last, starts = decoding.next_token_program(graphdef), range(0, len(prompts), batch_size)
     return np.concatenate([np.asarray(last(state, prompts[i : i + batch_size])) for i in starts])
@@ -171,10 +171,10 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
         if name == "draws":
             policy = leakage.LogitPolicy(returns="token", bias="sampling")
         return leakage.HttpOracle(config.url, policy, api_key=config.api_key, budget=config.budget)
-    # `Config` asks for a model where there is no url.
+    # `Config` requires a model if there is no url.
     assert truth is not None
     logits = truth.logits
-    # All prompts were run at once: each policy then answers out of a table.
+    # All prompts were run at once: each policy then answers from a table.
     places = {row.tobytes(): i for i, row in enumerate(prompts)}
 
     def apply(tokens: Any) -> np.ndarray:

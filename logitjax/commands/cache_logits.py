@@ -63,7 +63,7 @@ def run(config: Config, out: epath.Path) -> None:
         raise ValueError(f"splits: expected some of {', '.join(SPLITS)}, got {unknown[0]!r}")
     reading = config.reading
     if config.likelihoods:
-        # Needs are derived from terms: this one asks for likelihoods.
+        # Needs are derived from terms; this term requires likelihoods.
         reading = dataclasses.replace(reading, terms=(distillation.terms.ALM(),))
     tokenizer = models.load_tokenizer(config.student)
     packed = reading.pack(tokenizer, out / "data")
@@ -98,13 +98,13 @@ def run(config: Config, out: epath.Path) -> None:
 def _announce(
     reading: distillation.Reading, packed: data.PackedSplits, rows: dict[str, np.ndarray]
 ) -> None:
-    """Before a model is loaded: what its cache will take at most."""
+    """Log the maximum size of the cache, before a model is loaded."""
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         tokenizer = packed.tokenizers[packed.names[name]]
         identity = distillation.TeacherIdentity(
             model=spec,
             tokenizer=tokenizer.fingerprint,
-            # Nothing is read by this identity: it is only asked how wide a row is.
+            # This identity is never read: only the width of its rows is used.
             data="",
             vocab_size=tokenizer.vocab_size,
             # The last token predicts nothing.

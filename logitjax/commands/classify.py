@@ -41,7 +41,7 @@ def run(config: Config, out: epath.Path) -> None:
         specs.append(config.auxiliary or head.about.get("auxiliary"))
     if None in specs:
         raise ValueError(
-            f"encoder: expected one, because {config.head} was trained on files, got none"
+            f"encoder: expected an encoder, because {config.head} was trained on files, got none"
         )
     encoders = pictures.Encoders(
         list(map(str, specs)),

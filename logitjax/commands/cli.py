@@ -1,9 +1,9 @@
-"""From flags to one frozen dataclass, and from an error to one line.
+"""Parse flags into one frozen dataclass, run a function on it, and report errors in one line.
 
 A command or an experiment is a frozen dataclass `Config`, which may nest dataclasses of the
-library, and `run(config, out)`, or `run(config)` where nothing is kept; experiments call their
-folder `workdir`. `main(Config, PRESETS, run)` does the rest: `--help`, flags and `--config=FILE`,
-presets below them, `config.json`, several processes, exit statuses.
+library, and a function `run(config, out)`, or `run(config)` if it writes no files; experiments call
+their folder `workdir`. `main(Config, PRESETS, run)` does the rest: `--help`, flags and
+`--config=FILE`, presets, `config.json`, several processes, exit statuses.
 """
 
 import collections
@@ -39,11 +39,11 @@ from logitjax.commands._flags import flatten as flatten
 from logitjax.commands._flags import nested as nested
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
-# What a user can mend. Anything else is a fault of ours and shows its traceback.
+# Errors that a user can fix. Any other error is a bug and shows its traceback.
 _ONE_LINE_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 _INTERRUPTED = 128 + signal.SIGINT
-# For unwinding, such as a checkpoint that is being written; then the process ends as it is.
+# Time to unwind, for example to finish a checkpoint, before the process is ended.
 _GRACE_SECONDS = 5.0
 # People take ten seconds of silence for a hang.
 _SAY_SECONDS = 7.0
@@ -54,7 +54,7 @@ _PACKAGE = str(pathlib.Path(logitjax.__file__).parent)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Processes:
-    """Which of several processes this is."""
+    """The rank of this process among several."""
 
     coordinator_address: str | None = field(
         None, "Host and port of process 0, if no cluster provides them."
@@ -93,36 +93,36 @@ def parse(
     *,
     program: str = "",
 ) -> list[Any]:
-    """Configurations from a preset (the first if none is named), below a file, below flags.
+    """Build a configuration from a preset (the first by default), a file and flags.
 
-    What they do not take is a ValueError, or absl's error of a flag that does not exist.
+    Invalid values raise ValueError; an unknown flag raises absl's error.
     """
     flags = _flags.flags_of(*classes)
     names = {flag.name for flag in flags}
     choice = _flags.choice_of(presets)
     others = {"config": ()} | ({choice: tuple(presets)} if presets else {})
-    given = _flags.read_command_line(program, flags, others, arguments)
-    file, chosen = given.pop("config", None), {}
+    settings = _flags.read_command_line(program, flags, others, arguments)
+    file, chosen = settings.pop("config", None), {}
     if file is not None:
         sections = {name for flag in flags for name in flag.path[:-1]}
-        given = _config_file.read_config(file, sections, {*names, *others}) | given
+        settings = _config_file.read_config(file, sections, {*names, *others}) | settings
     if presets:
-        name = given.pop(choice, next(iter(presets)))
+        name = settings.pop(choice, next(iter(presets)))
         if name not in presets:
             raise ValueError(f"{choice}: expected one of {', '.join(presets)}, got {name!r}")
         _flags.check_names(f"{choice} {name}", presets[name], names)
         chosen = presets[name]
-    # Flags win over the file, which wins over the preset.
-    values = {**chosen, **given}
+    # Flags take precedence over the file, which takes precedence over the preset.
+    values = {**chosen, **settings}
     read = {flag.name: flag.read(values[flag.name]) for flag in flags if flag.name in values}
     return [_flags.build(one, read) for one in classes]
 
 
 def _is_ours(record: Any) -> bool:
-    """Hide progress notes of libraries, which would bury ours; warnings stay."""
+    """Hide progress notes of libraries, which would drown ours; warnings stay."""
     global _last_line
-    ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
-    shown = ours or record.levelno > py_logging.INFO
+    is_ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
+    shown = is_ours or record.levelno > py_logging.INFO
     if shown:
         _last_line = time.monotonic()
     return shown
@@ -145,7 +145,7 @@ def _narrated() -> Iterator[None]:
                 logging.info("still %s", doing)
 
     if not (jax.distributed.is_initialized() and jax.process_index()):
-        # A daemon: it must not keep a process alive that has ended.
+        # A daemon thread, so that it does not keep a finished process alive.
         threading.Thread(target=narrate, name="narrator", daemon=True).start()
     try:
         yield
@@ -154,13 +154,13 @@ def _narrated() -> Iterator[None]:
 
 
 def _write_details(workdir: epath.Path) -> str:
-    """Leaves the traceback as `error.txt`, if it can within five seconds; where it is, in words."""
+    """Write the traceback to `error.txt`, within five seconds; return a note with its path."""
     index = jax.process_index() if jax.distributed.is_initialized() else 0
     path = workdir / (f"error.{index}.txt" if index else "error.txt")
     text, written = traceback.format_exc(), threading.Event()
 
     def write() -> None:
-        # The disk may be what failed: it must not hide the first error.
+        # The disk itself may have failed, which must not hide the first error.
         with contextlib.suppress(Exception):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -175,13 +175,13 @@ def _write_details(workdir: epath.Path) -> str:
 def _fail(
     error: BaseException, status: int, workdir: epath.Path | None, note: str = ""
 ) -> NoReturn:
-    """One line about an error, and the end: at once where others wait or a thread may hang."""
+    """Print one line about an error and exit, at once if other processes or threads may hang."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
     message = " ".join(str(error).split()) or type(error).__name__
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
-        note = note or "; this may pass, and the same command goes on"
+        note = note or "; this may pass, and the same command then continues"
     if jax.distributed.is_initialized() or status == os.EX_TEMPFAIL:
         training.distributed.leave(f"{message}{details}{note}", status)
     print(f"error: {message}{details}{note}", file=sys.stderr)
@@ -189,7 +189,7 @@ def _fail(
 
 
 def _let_others_speak(error: BaseException) -> None:
-    """Waits where a collective failed: another process is gone, which may yet say why."""
+    """Wait after a failed collective: another process has gone, and may still report why."""
     failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     if failed and jax.distributed.is_initialized():
         time.sleep(3.0)
@@ -197,25 +197,25 @@ def _let_others_speak(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _interruptible(says: str) -> Iterator[None]:
-    """Ctrl-C ends the process with one line: once all is unwound, or after a few seconds."""
-    # Python raises KeyboardInterrupt when the main thread comes back from what it waits for, which
-    # may be a compiler for minutes. A thread hears of the signal at once, and waits no longer.
-    # Only the main thread may set signals: a notebook or a test calls this from another.
+    """End the process with one line on Ctrl-C, after unwinding or after a few seconds."""
+    # Python raises KeyboardInterrupt when the main thread returns from what it waits for, which may
+    # be minutes of compilation. A thread receives the signal at once. Only the main thread may set
+    # signal handlers; a notebook or a test calls this from another.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     ending = threading.Lock()
 
     def end() -> None:
-        # By whoever comes first, for ever.
+        # Whichever thread is first acquires it and never releases it.
         ending.acquire()
         if jax.distributed.is_initialized():
             training.distributed.leave(says, _INTERRUPTED)
         logging.flush()
         sys.stdout.flush()
-        # A bar, or text that is being made, leaves the cursor in a line.
+        # A progress bar or partly printed text leaves the cursor within a line.
         print(f"\n{says}" if sys.stderr.isatty() else says, file=sys.stderr, flush=True)
-        # Threads that still compile or write must not be part of Python's own end.
+        # Threads that are still compiling or writing must not delay the exit.
         os._exit(_INTERRUPTED)
 
     def listen() -> None:
@@ -228,14 +228,14 @@ def _interruptible(says: str) -> Iterator[None]:
 
     _interrupted.clear()
     reader, writer = os.pipe()
-    # A handler that waited for room in the pipe would hang the whole process.
+    # A handler that waited for space in the pipe would block the whole process.
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=listen, name="interrupts", daemon=True).start()
     try:
         yield
     except BaseException as error:
-        # What fails in a callback or a thread that was interrupted fails with errors of others.
+        # A callback or thread that was interrupted fails with unrelated errors.
         if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             end()
@@ -253,19 +253,20 @@ def main(
     program: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Parse flags, join the other processes, run; what a user can mend ends as one line.
+    """Parse flags, join the other processes, run; errors that a user can fix end in one line.
 
-    A wrong flag, wrong data and a missing package end with status 2; a disk, a store, a hub or a
-    network that fails ends with 75, after which the same command may be started again; Ctrl-C ends
-    with 130. All processes of a run end with the status of the first that fails.
+    A wrong flag, wrong data or a missing package ends with status 2. A failing disk, object store,
+    hub or network ends with 75, and the same command may be started again. Ctrl-C ends with 130.
+    All processes of a run end with the status of the first that fails.
 
     Args:
-        config_class: The dataclass that `run` is given. It may nest others.
-        presets: Its defaults by name, flat; the first ones hold if none is named.
-        run: `(config, out)` or `(config, workdir)`, which every process calls with a folder that is
-            locked and has `config.json` in it, or `(config)`. The folder's flag has that name.
-        program: What `--help` calls it; the module's name if omitted.
-        arguments: What follows the program on the command line; `sys.argv`'s if omitted.
+        config_class: The dataclass that `run` receives. It may nest others.
+        presets: Its defaults by name, flat. The first are used if none is named.
+        run: `(config, out)` or `(config, workdir)`, called by every process with a locked folder
+            that contains `config.json`, or `(config)`. The folder's flag is named after the
+            parameter.
+        program: Name of the program in `--help`. By default the name of the module.
+        arguments: Command-line arguments after the program. By default those of `sys.argv`.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     module = sys.modules[run.__module__]
@@ -276,7 +277,7 @@ def main(
     kept = next((name for name in ("out", "workdir") if name in parameters), "")
     folder = [_folder_class(kept), _Processes] if kept else []
     classes = [*folder, _Families, config_class]
-    # Before absl reads them, which would print its own flags.
+    # Handled before absl, which would print its own flags.
     if set(arguments) & set(_HELP):
         print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
         return
@@ -285,12 +286,12 @@ def main(
         _main(classes, presets, run, program, arguments, kept)
 
 
-# A process's own start belongs to the first run in it, as in a notebook.
+# A process's own start-up counts for its first run only, as in a notebook.
 _accounts = itertools.count()
 
 
 def _process_start() -> float | None:
-    """When this process started, where Linux says it."""
+    """Time at which this process started, where Linux reports it."""
     with contextlib.suppress(OSError):
         ticks = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
         uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -300,7 +301,7 @@ def _process_start() -> float | None:
 
 @contextlib.contextmanager
 def _accounted(folder: epath.Path) -> Iterator[None]:
-    """Process 0 keeps account of the run's time, and says at its end where it went."""
+    """Process 0 keeps account of the run's time and logs how it was spent."""
     if jax.process_index() != 0:
         yield
         return
@@ -321,20 +322,20 @@ def _main(
     arguments: Sequence[str],
     kept: str,
 ) -> None:
-    """As `main`, once it is known whether a folder is kept, and what its flag is called."""
+    """Continue `main` once it is known whether there is a folder and what its flag is called."""
     for flag in _flags.flags_of(*classes):
         if f"--{flag.name}=help" in arguments and flag.metadata.get("listing"):
             print(flag.metadata["listing"]())
             return
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_is_ours)
-    # absl's logging waits for it.
+    # absl's logging requires it.
     absl_flags.FLAGS.mark_as_parsed()
     details = None
     try:
         *running, brought, config = parse(classes, presets, arguments, program=program)
         for text in brought.family:
-            # Only here: a command without models starts without them.
+            # Imported here so that a command without models starts without them.
             importlib.import_module("logitjax.models").register_family(text)
     except (absl_flags.Error, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -346,22 +347,22 @@ def _main(
         if not kept:
             run(config)
             return
-        # A run of hours says what it does; a command that only prints is quiet.
+        # A run of hours logs its activity; a command that only prints is quiet.
         logging.set_verbosity(logging.INFO)
         folder = epath.Path(getattr(running[0], kept))
         if getattr(running[0], "dry_run", False):
             with _narrated():
-                # Only here: a command without models starts without them.
+                # Imported here so that a command without models starts without them.
                 work = importlib.import_module("logitjax.commands.work")
                 for line in work.estimate(config).lines(program, folder):
                     print(line, flush=True)
             return
         training.distributed.initialize(**dataclasses.asdict(running[1]))
         with _narrated(), training.lock_workdir(folder), _accounted(folder):
-            # Before, it may be another run's.
+            # Before this point, the folder may belong to another run.
             details = folder
             if not cached and "://" in str(folder):
-                # The next machines of this run are others, and would compile everything again.
+                # The run may continue on other machines, which would compile everything again.
                 jax.config.update("jax_compilation_cache_dir", f"{folder}/.compiled")
             with processes.first_before_others("writing config.json"):
                 _config_file.write_config(config, folder, kept)
@@ -373,7 +374,7 @@ def _main(
         _let_others_speak(error)
         status = os.EX_TEMPFAIL if storage.may_pass(error) else 2
         _fail(error, status, details)
-    # XLA has one type for a full device, a lost process and its own faults: the text tells.
+    # XLA raises one type for a full device, a lost process and its own bugs: only the text differs.
     except jax.errors.JaxRuntimeError as error:
         first = RuntimeError(str(error).splitlines()[0][:300])
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -381,12 +382,12 @@ def _main(
         if not jax.distributed.is_initialized() and not storage.may_pass(error):
             raise
         _let_others_speak(error)
-        _fail(first, os.EX_TEMPFAIL, None, "; another process is gone, the same command goes on")
+        _fail(first, os.EX_TEMPFAIL, None, "; another process is gone, the same command continues")
     except Exception as error:
         if storage.may_pass(error):
             _fail(error, os.EX_TEMPFAIL, details)
         if not jax.distributed.is_initialized():
             raise
-        # Others wait in a collective: this process may not unwind, so it says now what failed.
+        # Others wait in a collective, so this process cannot unwind: it reports the failure now.
         traceback.print_exc()
         _fail(error, 1, None)

@@ -45,7 +45,7 @@ class Config:
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Packs, converts, measures both heads on text that neither was fitted to."""
+    """Pack, convert, and measure both heads on text that neither was fitted to."""
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     mesh = training.make_mesh(config.mesh, partial=True)
     packed = data.pack_splits(
@@ -78,8 +78,8 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:
-    """At most an epoch, in an order that the number of rows decides alone."""
-    # A small text has fewer rows than a batch, which must still give one.
+    """Batches of at most an epoch, in an order that depends only on the number of rows."""
+    # A small text has fewer rows than a batch, which must still yield one batch.
     rows = min(rows, len(packed))
     for step in range(len(packed) // rows):
         yield packed.batch(step, seed=0, batch_size=rows)["model"]
@@ -105,7 +105,7 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
             }
         )
     before, after = qualities
-    # Perplexity may be equal where heads disagree: greedy decoding sees that.
+    # Perplexity may be equal while heads disagree, which greedy decoding reveals.
     same = float((before.tokens == after.tokens).mean())
     return (
         f"# `{config.model}`: its head replaced with a {type(new.head).__name__}\n\n"

@@ -20,13 +20,13 @@ from logitjax import distillation, storage, training
 from logitjax.commands import distill
 from logitjax.commands.cli import field
 
-# More than the steps read, and some that is held out.
+# More text than the steps read, plus some to hold out.
 _CHARACTERS = 60_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The model and how long it is trained."""
+    """The model and the length of training."""
 
     model: str = field("smollm2", "Model to shrink.")
     drop_layers: int = field(6, "Number of layers to remove.", minimum=1)
@@ -55,11 +55,11 @@ def run(config: Config, out: epath.Path) -> None:
         ),
         out,
     )
-    whole = storage.read_json(out / "whole.json", form=dict)["perplexity"]
+    base = storage.read_json(out / "whole.json", form=dict)["perplexity"]
     scores = storage.read_json(out / "scores.json", form=dict)
     before, after = (scores[name]["perplexity"] for name in ("before", "after"))
     print(
-        f"\nPerplexity of this text: {whole:.1f} for the whole model, {before:.1f} without "
+        f"\nPerplexity of this text: {base:.1f} for the whole model, {before:.1f} without "
         f"{config.drop_layers} layers, {after:.1f} after {config.steps} training steps.\n"
         "Next:\n"
         f"  logitjax generate --model={out / 'model'} --complete --prompt='The logits'\n"
@@ -68,7 +68,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _documentation() -> list[str]:
-    """Docstrings of this library's modules, which every installation has."""
+    """Docstrings of this library's modules, which are part of every installation."""
     folder, texts = pathlib.Path(logitjax.__file__).parent, []
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -44,7 +44,7 @@ from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import shortened
 
-# What has to be said less often; flags win over them.
+# Settings of each recipe; flags take precedence.
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "prune-25": {"drop_share": 0.25, "steps": 400, "learning_rate": 3e-4, "freeze": "below"},
@@ -134,18 +134,18 @@ class Config:
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
-        # Pruned layers and fresh adapters have far to go; a whole model is near where it should be.
+        # Pruned layers and fresh adapters have far to go; a whole model is close to its goal.
         return 3e-4 if self.pruning.prunes or self.lora_rank else 5e-5
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Those that are named, else the model that the student is cut from."""
-        # A pruned model is healed best by the one that it was cut from.
+        """The named teachers, or else the model that the student is pruned from."""
+        # A pruned model recovers best from the model that it was pruned from.
         return self.reading.teachers or ((self.student,) if self.pruning.prunes else ())
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Prunes, lets the teachers read, trains, writes the model and the report."""
+    """Prune, let the teachers read, train, and write the model and the report."""
     objective, course, reading = objective_of(config), course_of(config), reading_of(config)
     if config.on_policy.share and objective.taught is None:
         raise ValueError("on_policy: expected a loss with a teacher, got losses of text alone")
@@ -164,14 +164,14 @@ def run(config: Config, out: epath.Path) -> None:
     for name in data.SPLITS[1:]:
         if (rows := len(packed.splits[name])) < course.eval_rows:
             logging.warning("%s has %d rows, eval_rows asks for %d", name, rows, course.eval_rows)
-    whole, _ = models.load(
+    full, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
-    _check_weights(config, whole, out)
+    _check_weights(config, full, out)
     if config.pruning.prunes:
         storage.progress.mark("pruning the student", log=True)
-    model, note, freeze = _pruned(config, whole, packed, out)
-    # Before teachers read for hours: what is wrong with it is said at once.
+    model, note, freeze = _pruned(config, full, packed, out)
+    # Before teachers read for hours, so that errors in it are reported at once.
     student = distillation.Student.of(
         model,
         freeze=freeze,
@@ -180,17 +180,17 @@ def run(config: Config, out: epath.Path) -> None:
         objective=objective,
         seed=config.course.seed,
     )
-    # Its arrays are the student's now.
+    # Its arrays now belong to the student.
     del model
     corpus = reading.load(
         packed,
         course.visited_rows(packed, seeds=None if objective.taught else ()),
         out / "teachers",
-        {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
+        {config.student: (full, tokenizer)} if jax.process_count() == 1 else None,
     )
-    scored = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
-    # Free, unless a live teacher holds it.
-    del whole
+    scored = [_whole_row(config, full, corpus, course, mesh, out)] if config.pruning.prunes else []
+    # Freed, unless a live teacher uses it.
+    del full
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
@@ -231,7 +231,7 @@ def _card(config: Config, report: str) -> str:
 
 
 def student_shape(config: Config) -> models.DecoderConfig:
-    """The shape of the student once it is pruned."""
+    """The shape of the student after pruning."""
     shape = models.load_config(config.student)
     dropped = config.pruning.dropped(shape.num_layers)
     kept = len(config.pruning.keep_layers) or shape.num_layers - dropped
@@ -239,12 +239,12 @@ def student_shape(config: Config) -> models.DecoderConfig:
 
 
 def course_of(config: Config) -> distillation.Course:
-    """The course at the learning rate of what is trained."""
+    """The course with the learning rate for the weights that are trained."""
     return dataclasses.replace(config.course, learning_rate=config.peak)
 
 
 def reading_of(config: Config) -> distillation.Reading:
-    """What teachers read, in the sizes of the course."""
+    """Settings for the teachers' reading, with the sizes of the course."""
     return dataclasses.replace(
         config.reading,
         teachers=config.teachers,
@@ -276,10 +276,10 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
 
 
 def _pruned(
-    config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
+    config: Config, full: models.Decoder, packed: data.PackedSplits, out: epath.Path
 ) -> tuple[models.Decoder, str, str | None]:
-    """The student at the start, a description of the pruning, and the pattern to freeze."""
-    layers, notes = whole.config.num_layers, []
+    """The initial student, a description of the pruning, and the pattern of frozen paths."""
+    layers, notes = full.config.num_layers, []
     drop = config.pruning.dropped(layers)
     if drop >= layers:
         raise ValueError(
@@ -291,11 +291,11 @@ def _pruned(
             f"keep_layers: expected layers 0 to {layers - 1} of {config.student!r}, got "
             f"{list(config.pruning.keep_layers)}"
         )
-    heads = whole.config.num_kv_heads
-    if not whole.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
-        # Of all ways to prune, only this could not be written in the end.
+    heads = full.config.num_kv_heads
+    if not full.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
+        # The only way to prune whose result could not be written at the end.
         raise ValueError(
-            f"kv_heads: expected {heads} for {whole.config.family}, whose Hugging Face format "
+            f"kv_heads: expected {heads} for {full.config.family}, whose Hugging Face format "
             f"has no head width, got {config.pruning.kv_heads}"
         )
     split = packed.splits["train"]
@@ -303,7 +303,7 @@ def _pruned(
 
     def calibration() -> list[Mapping[str, Any]]:
         size = config.course.batch_size
-        # Full batches only, unless there is none: another shape would compile again.
+        # Only full batches, unless there is none: another shape would compile again.
         starts = range(0, count - count % size or count, size)
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
@@ -316,12 +316,12 @@ def _pruned(
         record = processes.kept(out / "pruning.json", prune)
         chosen = distillation.LayerPruning(**{n: tuple(v) for n, v in record.items()})
         kept, freeze = chosen.kept, chosen.below if freeze == "below" else freeze
-    model = models.keep_layers(whole, kept) if kept else whole
+    model = models.keep_layers(full, kept) if kept else full
     if kept:
-        gone = sorted(set(range(layers)) - set(kept))
-        logging.info("student without layers %s", gone)
-        layers_gone = ", ".join(map(str, gone))
-        notes.append(f"without layer{'s' if len(gone) > 1 else ''} {layers_gone}")
+        dropped = sorted(set(range(layers)) - set(kept))
+        logging.info("student without layers %s", dropped)
+        layers_gone = ", ".join(map(str, dropped))
+        notes.append(f"without layer{'s' if len(dropped) > 1 else ''} {layers_gone}")
     if config.pruning.kv_heads or config.pruning.mlp_channels:
         model = distillation.prune_width(
             model,
@@ -339,7 +339,7 @@ def _recovered(spec: str) -> np.ndarray:
     path = epath.Path(spec)
     if path.is_dir():
         folder = path / "recovered" if (path / "recovered").exists() else path
-        # An audit of several policies leaves one file each: which one is meant has to be said.
+        # An audit of several policies leaves one file for each, so the file must be named.
         files = sorted(folder.glob("*.npz"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
@@ -351,7 +351,7 @@ def _recovered(spec: str) -> np.ndarray:
     if "basis" not in arrays:
         raise ValueError(f"student_head: {path} holds no basis of a head: the audit found none")
     basis, tokens = arrays["basis"], arrays["tokens"]
-    # A corner covers some tokens; the student needs a row for each.
+    # A corner covers only some tokens; the student needs a row for each.
     if not np.array_equal(tokens, np.arange(len(basis))):
         raise ValueError(
             f"student_head: {path} holds rows of {len(tokens)} tokens only, expected all of them"
@@ -361,7 +361,7 @@ def _recovered(spec: str) -> np.ndarray:
 
 def _whole_row(
     config: Config,
-    whole: models.Decoder,
+    full: models.Decoder,
     corpus: distillation.Corpus,
     course: distillation.Course,
     mesh: jax.sharding.Mesh,
@@ -371,7 +371,7 @@ def _whole_row(
 
     def score() -> dict[str, Any]:
         storage.progress.mark("scoring the whole model", log=True)
-        student = distillation.Student.of(whole)
+        student = distillation.Student.of(full)
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
         return {**scorer.scores(student.trained, "test"), "parameters": student.size}
 
@@ -441,7 +441,7 @@ def _plot(trained: distillation.Trained, path: epath.Path) -> None:
     except ImportError as error:
         logging.warning("no picture of the curves: %s", error)
         return
-    # Without pyplot, which picks a backend for the whole process.
+    # Without pyplot, which sets a backend for the whole process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")

@@ -22,7 +22,7 @@ import logitjax
 from logitjax import kernels, models
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Modules that each extra brings.
+# Modules that each extra installs.
 _EXTRAS = {
     "models": ("safetensors", "tokenizers", "gguf", "jinja2"),
     "vision": ("PIL",),
@@ -41,10 +41,10 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prints a line for each part."""
+    """Print a line for each part."""
     del config
     try:
-        # A program that ran says more than a driver that is installed.
+        # A program that ran proves more than an installed driver.
         jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((2, 2))))
         kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
         works, devices = True, f"{jax.device_count()} x {kinds} ({jax.default_backend()})"

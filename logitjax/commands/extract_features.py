@@ -28,7 +28,7 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The pictures, their views and the encoders; a folder takes more of all of them."""
+    """The pictures, their views and the encoders; a folder can be extended by more of each."""
 
     encoder: tuple[str, ...] = field(
         REQUIRED, "Encoder, by name, file, directory or hf:org/name.", execution=True
@@ -97,7 +97,7 @@ def run(config: Config, out: epath.Path) -> None:
                         "seconds": seconds,
                     }
                 )
-                # Its files are open, and a run may make many.
+                # Its files stay open, and a run may create many.
                 del cache
     if jax.process_index() == 0:
         text = markdown_table(table)
@@ -106,7 +106,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def slug(text: str) -> str:
-    """Part of a folder's name; other slices of a split have other ones."""
+    """Part of a folder's name, different for each slice of a split."""
     # `test[:10]` and `test[10:]` must not share a folder.
     spelt = text.replace(":", "_to_") if "[" in text else text
     spelt = spelt.replace("%", "pct").replace("[-", "[minus").replace("_to_-", "_to_minus")

@@ -16,9 +16,9 @@ Class names go through the encoder's text tower as `--prompts`, or `--class_weig
 
 Every method tries the same number of settings and chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
-pictures, or on those outside the sample. OUT/report.md has accuracies by method and shots and
-recommends a method, OUT/mistakes.html shows its mistakes, and OUT/heads/METHOD is the head of the
-first sample with the most shots, for `logitjax classify`:
+pictures or, without any, on those outside the sample. OUT/report.md has accuracies by method and
+shots and recommends a method, OUT/mistakes.html shows its mistakes, and OUT/heads/METHOD is the
+head of the first sample with the most shots, for `logitjax classify`:
 
     head = few_shot.load("OUT/heads/gda")
     head.predict(features)
@@ -147,10 +147,10 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Encoded pictures to sample from, to choose and to test on, and what they are made of.
+    """Encoded pictures to sample from, to choose on and to test on, and their provenance.
 
-    Without pictures to choose or to test on, these are of each sample. `files` has their places by
-    part, and `notes` what is to be said of them.
+    Without pictures to choose or to test on, each sample provides them. `files` has the pictures'
+    paths by part, and `notes` the remarks for the report.
     """
 
     config: Config
@@ -172,7 +172,7 @@ class Problem:
 
     @property
     def first(self) -> Any:
-        """The sample that heads are kept of."""
+        """The sample whose heads are kept."""
         return self.sample(max(self.config.shots), 0)
 
     @property
@@ -187,7 +187,7 @@ class Problem:
         """Accuracies of every sample at its chosen setting; one program serves all shots."""
         numbers = range(self.config.samples)
         samples = [self.sample(shots, number) for number in numbers]
-        # The fewer the shots, the more is left to test on.
+        # Fewer shots leave more pictures to test on.
         room = dataclasses.replace(
             self.sample(max(self.config.shots), 0), rest=self.sample(1, 0).rest
         )
@@ -211,7 +211,7 @@ class Problem:
         rows = np.arange(len(best))
         record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
         images, labels = held_out["test"]
-        # Rows of padding have the label -1, which no argmax is.
+        # Padding rows have the label -1, which no argmax returns.
         right = np.asarray(images.zero_shot).argmax(-1) == labels
         record["zero_shot"] = (right.sum(1) / (labels >= 0).sum(1)).tolist()
         record["updates"] = candidate.updates(len(samples[0].train))
@@ -239,14 +239,14 @@ class Problem:
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Encodes what is not encoded, trains and tests every method, writes what came of it."""
+    """Encode the pictures if necessary, train and test every method, and write the results."""
     problem = _read(config) if config.features else _encode(config, out)
     processes.run_on_first("few-shot heads", lambda: _run(problem, out))
 
 
 def _run(problem: Problem, out: epath.Path) -> None:
     names, _, merged = columns(problem)
-    # Columns that learn from the pictures of another are that one.
+    # Columns that learn from the same pictures are merged.
     problem = dataclasses.replace(
         problem,
         config=dataclasses.replace(problem.config, shots=tuple(names)),
@@ -318,7 +318,7 @@ def _read(config: Config) -> Problem:
 
 
 def _digest(places: Sequence[Any]) -> str:
-    """Of files, and of the pictures and encoders of caches: features differ by the machine."""
+    """Fingerprint of files, or of the pictures and encoders of caches: features vary by machine."""
     items: list[Any] = []
     for location in map(epath.Path, places):
         if location.is_dir():
@@ -330,7 +330,7 @@ def _digest(places: Sequence[Any]) -> str:
 
 
 def _encode(config: Config, out: epath.Path) -> Problem:
-    """Pictures through the encoders, and classes through the text tower."""
+    """Encode the pictures, and the classes with the text tower."""
     assert config.encoder is not None
     encoders = Encoders(
         [config.encoder, *([config.auxiliary] if config.auxiliary else [])],
@@ -432,9 +432,9 @@ def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epa
 
 
 def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], list[str]]:
-    """By part its split, its pictures and the rows that can be used, and what is to be said.
+    """The split, the pictures and the usable rows of each part, and remarks for the report.
 
-    Refuses methods and pictures that no head can be trained with.
+    Refuses methods and pictures for which no head can be trained.
     """
     candidates = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
     for name in config.method:
@@ -449,7 +449,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
     notes: list[str] = []
     seen: dict[str, str] = {}
     splits = _splits(config)
-    # A picture that lies in several splits stays where it is tested on.
+    # A picture in several splits remains only where it is tested on.
     for part, split in reversed(splits.items()):
         images = data.load_image_set(str(config.data), split=split)
         rows = images.choose(config.rows if part == "pictures" else "all", seed=config.seed)
@@ -468,7 +468,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
     if len(images.class_names) < 2:
         raise ValueError(f"data: expected two classes or more, got {images.class_names[0]!r} alone")
     counts = np.bincount(images.labels[rows], minlength=len(images.class_names))
-    # A picture to learn from, and one for each of the parts that a sample is split into.
+    # A picture to learn from, and one for each part that a sample is split into.
     held_out = config.validation in ("min4", "shots") and "validation" not in splits
     least = 1 + held_out + ("test" not in splits)
     if counts.min() < least:
@@ -481,7 +481,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
 
 
 def _splits(config: Config) -> dict[str, str]:
-    """Which to learn from, and by part those to choose settings and to test on, if any."""
+    """The split to learn from and, by part, those to choose on and to test on, if any."""
     kind, _, location = str(config.data).partition(":")
     parted, inside = kind in ("tfds", "recognition", "synthetic"), []
     if kind == "folder":
@@ -489,7 +489,7 @@ def _splits(config: Config) -> dict[str, str]:
         inside = [name for name in _SPLITS if (root / name).is_dir()]
         parted = "train" in inside and len(inside) > 1
     split = config.split or ("train" if parted else "all")
-    # Of a source that is read from elsewhere nobody knows which splits it has.
+    # The splits of a source that is read from elsewhere are unknown.
     present = config.split is None or (kind == "folder" and split.partition("[")[0] == "train")
     test = config.test_split
     if test is None and parted and present and (kind != "folder" or "test" in inside):
@@ -512,12 +512,12 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
 
 
 def _words(class_names: Sequence[str]) -> list[str]:
-    # Folders spell spaces so.
+    # Folder names use underscores for spaces.
     return [name.replace("_", " ") for name in class_names]
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:
-    """The methods that were asked for, and of all of them those that cannot be, with a reason."""
+    """The requested methods, and those of `all` that cannot run, with a reason."""
     config, pictures = problem.config, problem.pictures
     chosen, left_out = {}, {}
     existing = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
@@ -531,7 +531,7 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
             if any(getattr(side, part) is None for side in sides)
         ]
         learnt = problem.sample(max(config.shots), 0).train
-        # Its covariance is of differences within a class, and one picture has none.
+        # Its covariance is over differences within a class, which one picture does not have.
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
         if not missing:

@@ -1,4 +1,4 @@
-"""The report of `logitjax few-shot` on its heads: columns, the best method, and its mistakes."""
+"""The report of `logitjax few-shot`: columns, the best method, and its mistakes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from logitjax.commands.tables import markdown_table
 if TYPE_CHECKING:
     from logitjax.commands.few_shot import Problem
 
-# Classes that a report lists.
+# Number of classes that a report lists.
 _CLASSES = 20
 
 
@@ -25,7 +25,7 @@ def cell(values: Sequence[float]) -> str:
 
 
 def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], list[str]]:
-    """Names of the columns by shots, what each learns from, and what was merged into which."""
+    """Names of the columns by shots, the pictures each learns from, and merged columns."""
     names, rows, merged = {}, [], []
     classes, before = len(problem.pictures.class_names), ""
     for shots in sorted(problem.config.shots):
@@ -94,13 +94,13 @@ def report(
 def _of_best(
     test: few_shot.Pictures, predicted: Mapping[str, np.ndarray], best: str
 ) -> Sequence[str]:
-    """How right the recommended head is, which others are level with it, and what it mistakes."""
+    """Accuracy of the recommended head, the heads on a level with it, and its mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
-    ours, names = right[best], test.class_names
-    low, high = scipy.stats.binomtest(int(ours.sum()), len(ours)).proportion_ci(method="wilson")
+    score, names = right[best], test.class_names
+    low, high = scipy.stats.binomtest(int(score.sum()), len(score)).proportion_ci(method="wilson")
     level = []
     for name, other in right.items():
-        gap = other - ours
+        gap = other - score
         reach = 1.96 * gap.std() / math.sqrt(len(gap))
         if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
             level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
@@ -109,13 +109,13 @@ def _of_best(
         answers = np.bincount(predicted[best][test.labels == number], minlength=len(names))
         hits, total = int(answers[number]), int(answers.sum())
         answers[number] = 0
-        taken = names[answers.argmax()] if answers.any() else "-"
-        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": taken}
+        label = names[answers.argmax()] if answers.any() else "-"
+        row = {"class": names[number], "right": f"{hits} of {total}", "most often taken for": label}
         classes.append((hits / total, row))
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
-        f"The head of the first sample gets {int(ours.sum())} of {len(ours)} pictures right, "
-        f"{100 * ours.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        f"The head of the first sample gets {int(score.sum())} of {len(score)} pictures right, "
+        f"{100 * score.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
         + ".",
@@ -125,7 +125,7 @@ def _of_best(
 
 
 def mistakes(problem: "Problem", head: Any, path: epath.Path) -> None:
-    """A page of the pictures that the head has wrong, the surest first."""
+    """A page of the pictures that the head classifies wrongly, the most confident first."""
     test, files = problem.tested
     if not files:
         return

@@ -15,9 +15,9 @@ prompts are turns of a conversation; with `--complete` the model continues the t
 settings after a colon: `--fusion=dynamic:method=grid,num=21`. A model may be its own base, with
 another prompt: `--base=smollm2 --fusion=context_aware --base_prompt="the question alone"`.
 
-With `--draft` somebody drafts tokens and all models verify them: the text has the same
-distribution, and appears faster if drafts are often right. `--draft=prompt` copies what followed
-the last tokens before, `--draft=DIR` loads a small model, and `--draft=expert` is a member.
+With `--draft`, a drafter proposes tokens and all models verify them: the text has the same
+distribution and appears sooner if drafts are often right. `--draft=prompt` copies what followed the
+last tokens earlier, `--draft=DIR` loads a small model, and `--draft=expert` uses a member.
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ class Config:
         "any other file is one prompt.",
     )
     json: bool = field(
-        False, "Write a JSON object a line: what a prompt came with, `text`, `tokens`, `stopped`."
+        False, "Write a JSON object a line: the prompt's fields, `text`, `tokens`, `stopped`."
     )
     logprobs: int | None = field(
         None,
-        "Report log-probabilities of the tokens of an answer, and of so many of the likeliest.",
+        "Report log-probabilities of an answer's tokens, and of this many of the most likely ones.",
         minimum=0,
     )
     expert_prompt: str | None = field(
@@ -90,14 +90,14 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Loads the models once, then answers one prompt after another."""
-    # Before models are loaded: these say which settings make no sense.
+    """Load the models once, then answer one prompt after another."""
+    # Before models are loaded: these refuse settings that make no sense.
     sampling = sampling_of(config)
     chat = _check(config)
     entries = _entries(config, chat)
     ensemble, tokenizer, ends = config.line_up.load()
     drafts = config.line_up.drafts(tokenizer)
-    # Few steps a call, so that text comes as it is made.
+    # Few steps a call, so that text appears as it is generated.
     shown = decoding.TextOptions(
         tokenizer=tokenizer,
         stop_strings=config.stop,
@@ -120,7 +120,7 @@ def run(config: Config) -> None:
             print(entry["prompt"], end="", flush=True)
         start = time.perf_counter()
         others = _others(config, entry, ensemble.plan, tokenizer, chat)
-        # A template writes the beginning mark itself.
+        # A template writes the BOS token itself.
         tokens = (
             tokenizer.encode(talk.ask(entry.get("messages") or entry["prompt"]))
             if chat
@@ -130,7 +130,7 @@ def run(config: Config) -> None:
         assert out.texts is not None
         talk.answered(out.texts[0])
         _report(config, tokenizer, entry, out)
-        # Not where the output is read by another program.
+        # Omitted if another program reads the output.
         if sys.stderr.isatty():
             seconds = time.perf_counter() - start
             rate = f"{out.lengths[0]} tokens in {seconds:.1f} s, including compilation"
@@ -140,7 +140,7 @@ def run(config: Config) -> None:
 def _others(
     config: Config, entry: dict[str, Any], plan: Any, tokenizer: models.Tokenizer, chat: bool
 ) -> list | None:
-    """Tokens of the prompts that experts and bases have of their own, as each numbers them."""
+    """Tokens of the prompts that only experts or bases have, each in its own numbering."""
     texts = [entry.get("expert_prompt", config.expert_prompt)] * plan.experts
     texts += [entry.get("base_prompt", config.base_prompt)] * plan.bases
     if not any(texts):
@@ -151,23 +151,23 @@ def _others(
             others.append(None)
             continue
         text = text.replace("{prompt}", entry.get("prompt", ""))
-        asked = Conversation(tokenizer, config.system).ask(text) if chat else text
-        tokens = tokenizer.encode(asked) if chat else tokenizer.encode(asked, None)
+        rendered = Conversation(tokenizer, config.system).ask(text) if chat else text
+        tokens = tokenizer.encode(rendered) if chat else tokenizer.encode(rendered, None)
         others.append([plan.read(np.array(tokens, np.int32))[stream]])
     return others
 
 
 def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], out: Any) -> None:
-    """The answer as a line of JSON, or the end of what was shown; log-probabilities of either."""
+    """Print the answer as a JSON line or finish the shown text, with log-probabilities."""
     tokens = []
     if config.logprobs is not None:
         for i, token in enumerate(out.rows()[0]):
-            told: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
-            told["logprob"] = round(float(out.logprobs[0, i]), 6)
+            shown: dict[str, Any] = {"token": tokenizer.decode([token]), "id": token}
+            shown["logprob"] = round(float(out.logprobs[0, i]), 6)
             if config.logprobs:
                 pairs = zip(out.top_ids[0, i].tolist(), out.top_logprobs[0, i], strict=True)
-                told["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
-            tokens.append(told)
+                shown["top"] = [[tokenizer.decode([v]), round(float(p), 6)] for v, p in pairs]
+            tokens.append(shown)
     if config.json:
         count, stopped = int(out.lengths[0]), bool(out.stopped[0])
         line = entry | {"text": out.texts[0], "tokens": count, "stopped": stopped}
@@ -175,13 +175,13 @@ def _report(config: Config, tokenizer: models.Tokenizer, entry: dict[str, Any], 
         print(json.dumps(line, ensure_ascii=False), flush=True)
         return
     print(flush=True)
-    for told in tokens:
-        top = " ".join(f"{text!r}:{value:.3f}" for text, value in told.get("top", ()))
-        print(f"{told['logprob']:9.4f}  {told['token']!r}  {top}".rstrip())
+    for shown in tokens:
+        top = " ".join(f"{text!r}:{value:.3f}" for text, value in shown.get("top", ()))
+        print(f"{shown['logprob']:9.4f}  {shown['token']!r}  {top}".rstrip())
 
 
 def _check(config: Config) -> bool:
-    """Refuses flags that do not fit together; whether a template makes turns of prompts."""
+    """Refuse flags that do not fit together; return whether prompts use a chat template."""
     config.line_up.check()
     decoding.TextStream.pattern(config.stop_pattern)
     for name in ("expert", "base"):
@@ -195,8 +195,8 @@ def _check(config: Config) -> bool:
 
 
 def sampling_of(config: Config) -> decoding.Sampling:
-    """Sampling settings of the flags, and of the model's publisher where no flag is given."""
-    # Publishers' settings are tuned with the model: greedy chat models repeat themselves.
+    """Sampling settings from the flags, and from the model's publisher if no flag is given."""
+    # Publishers tune settings with the model: greedy chat models repeat themselves.
     settings = models.load_sampling(config.line_up.model)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         if getattr(config, name) is not None:
@@ -205,7 +205,7 @@ def sampling_of(config: Config) -> decoding.Sampling:
 
 
 def _entries(config: Config, chat: bool) -> Iterable[dict[str, Any]]:
-    """Prompts with what came with them; a file is read, and refused, at once."""
+    """Prompts with the other fields of their lines; a file is read and checked at once."""
     if config.prompt_file is None:
         return ({"prompt": prompt} for prompt in config.prompt or _typed())
     if config.prompt:
@@ -223,7 +223,7 @@ def _entries(config: Config, chat: bool) -> Iterable[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{config.prompt_file}, line {number}: no JSON: {error}") from None
+            raise ValueError(f"{config.prompt_file}, line {number}: not JSON: {error}") from None
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         messages = isinstance(entry, dict) and isinstance(entry.get("messages"), list)
         if not isinstance(prompt, str) and not (chat and messages):
@@ -239,7 +239,7 @@ def _typed() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        # Not `input`: it ends with an exception, and writes prompts to standard output.
+        # Not `input`, which ends with an exception and writes prompts to standard output.
         line = sys.stdin.readline()
         if not line:
             return
@@ -250,13 +250,13 @@ def _typed() -> Iterator[str]:
 def answer(
     ensemble: decoding.Ensemble, tokens: list[int], max_new_tokens: int, options: dict[str, Any]
 ) -> Any:
-    """Continue a prompt, as `generate` does, which takes the options."""
+    """Continue a prompt with `generate` and these options."""
     tokenizer = options["text"].tokenizer
     if not tokens and tokenizer.bos_id is not None:
-        # Something has to be read.
+        # At least one token has to be read.
         tokens = [tokenizer.bos_id]
     most = ensemble.max_length
-    # A conversation grows: what is left of the context bounds the answer.
+    # A conversation grows: the rest of the context bounds the answer.
     room = max_new_tokens if most is None else most - len(tokens)
     if room < 1:
         raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")
@@ -265,15 +265,15 @@ def answer(
 
 
 class Conversation:
-    """The turns so far, and the prompt that they make."""
+    """The turns so far, and the prompt made of them."""
 
     def __init__(self, tokenizer: models.Tokenizer, system: str | None = None):
         self._tokenizer = tokenizer
         self._messages = [] if system is None else [{"role": "system", "content": system}]
 
-    def ask(self, asked: str | list) -> str:
-        """The prompt of another turn, or of all of a conversation's messages."""
-        self._messages += [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    def ask(self, turn: str | list) -> str:
+        """The prompt of another turn, or of all messages of a conversation."""
+        self._messages += [{"role": "user", "content": turn}] if isinstance(turn, str) else turn
         return self._tokenizer.render_chat(self._messages, add_generation_prompt=True)
 
     def answered(self, text: str) -> None:

@@ -28,9 +28,9 @@ from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
 from logitjax.storage.weights import read_npy
 
-# Annealed: a solve at the last alone starts far from its plan.
+# Annealed: a solve at the last value alone starts far from its plan.
 _EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01)
-# L1 error of a marginal from which on a plan's cost may lie below the true optimum.
+# L1 error of a marginal above which a plan's cost may be below the true optimum.
 _MARGINALS = 1e-3
 
 
@@ -50,11 +50,11 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prints a table: closed form, certificate and, if asked for, the solver's value."""
+    """Print a table: closed form, certificate and, if requested, the solver's value."""
     if len(config.graphs) != 2:
         raise ValueError(f"graphs: expected two files, got {len(config.graphs)}")
     if config.solver == "pot":
-        # Refused before the certificate is made, not after.
+        # Refused before the certificate is computed.
         _pot()
     matrices = [_read(path, config.factors) for path in config.graphs]
     c, d = (transport.FactoredGraph(x) if config.factors else x for x in matrices)
@@ -116,7 +116,7 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
         return (row | {"note": reason}, None) if reason else (row, plan)
     ot = _pot()
     a, b = (np.full(len(x), 1 / len(x)) for x in (c, d))
-    # POT's tolerances are absolute: entries far from one would stop it early or never.
+    # POT's tolerances are absolute: entries far from 1 would stop it early or never.
     unit = np.sqrt(np.square(d).mean()) or 1.0
     plan = ot.gromov.gromov_wasserstein(c / unit, d / unit, a, b, loss_fun="square_loss")
     return {"method": "POT", "seconds": time.perf_counter() - start}, plan
@@ -125,24 +125,24 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
 def entropic_gw(
     c: np.ndarray, d: np.ndarray, *, max_iterations: int = 100
 ) -> tuple[jax.Array, float, str]:
-    """ott's entropic plan, its cost without the entropy, and why it is no solution, if it is none.
+    """ott's entropic plan, its cost without the entropy, and the reason if it is no solution.
 
-    Epsilon falls to 0.01 of the mean squared entry of d, and each solve starts from the plan of the
-    one before. ott returns a number whether or not it converged.
+    Epsilon falls to 0.01 of the mean squared entry of d, and each solve starts from the previous
+    plan. ott returns a number whether or not it converged.
     """
     unit = float(np.sqrt(np.square(d).mean())) or 1.0
     x, y = (jnp.asarray(matrix / unit, jnp.float32) for matrix in (c, d))
     a, b = (jnp.full(len(matrix), 1 / len(matrix)) for matrix in (x, y))
     plan, cost, converged, solve = jnp.outer(a, b), 0.0, False, _entropic_solver(max_iterations)
     for epsilon in _EPSILONS:
-        # Matrices divided by sqrt(epsilon), at epsilon one, are the same problem, compiled once.
+        # Matrices divided by sqrt(epsilon) at epsilon 1 are the same problem, compiled once.
         plan, scaled, converged = solve(x * epsilon**-0.5, y * epsilon**-0.5, a, b, plan)
         cost = float(scaled) * epsilon * unit**2
         if not bool(jnp.isfinite(plan).all()):
             break
     sides = (jnp.abs(plan.sum(1) - a).sum(), jnp.abs(plan.sum(0) - b).sum())
     error = max(map(float, sides))
-    # Also where it is nan.
+    # Also true if it is nan.
     if not error <= _MARGINALS:
         return plan, cost, f"marginals are off by {error:.2e}, more than {_MARGINALS:g}"
     return plan, cost, "" if converged else f"not converged in {max_iterations} iterations"
@@ -150,7 +150,7 @@ def entropic_gw(
 
 @functools.cache
 def _entropic_solver(max_iterations: int) -> Callable[..., Any]:
-    """ott's solver at epsilon one, its first linearisation taken at a given plan."""
+    """ott's solver at epsilon 1, with its first linearisation at a given plan."""
     with warnings.catch_warnings():
         # ott imports jaxopt, which announces on import that it is no longer maintained.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -169,7 +169,7 @@ def _entropic_solver(max_iterations: int) -> Callable[..., Any]:
             threshold=1e-4,
             max_iterations=max_iterations,
         )
-        # As much of ott's transport interface as a linearisation asks for.
+        # The part of ott's transport interface that a linearisation needs.
         start: Any = types.SimpleNamespace(matrix=plan, marginal=plan.sum)
         output = solver(problem, init=problem.update_linearization(start, 1.0))
         return output.matrix, output.primal_cost, output.converged

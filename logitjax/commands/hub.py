@@ -1,4 +1,4 @@
-"""Model cards that say how a model was made, and the way to the Hugging Face hub."""
+"""Model cards that describe how a model was made, and uploads to the Hugging Face hub."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def model_card(
     `made_from` are models as flags name them, `report` is Markdown without its heading.
     """
     bases = [_ORIGINS.get(spec, spec.removeprefix("hf:")) for spec in made_from]
-    # Paths of this machine are nobody's base model.
+    # Local paths are not base models for anyone else.
     items = [base for spec, base in zip(made_from, bases) if spec in _ORIGINS or spec[:3] == "hf:"]
     head = [f"base_model: {json.dumps(items)}"] if items else []
     head += ["library_name: transformers", f"tags: {json.dumps(['logitjax', *tags])}"]
@@ -38,7 +38,7 @@ def model_card(
 
 
 def push(folder: epath.Path, repository: str) -> None:
-    """Uploads a model's folder as one commit; process 0 alone."""
+    """Upload a model's folder as one commit; only process 0 does."""
     if jax.process_index() != 0:
         return
     api = storage.require("huggingface_hub", extra="models").HfApi()

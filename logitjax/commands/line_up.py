@@ -1,4 +1,4 @@
-"""The models that `generate` and `serve` load: one, several fused, or one less its assistant."""
+"""The models that `generate` and `serve` load: one, several fused, or one minus an assistant."""
 
 import dataclasses
 from typing import Any, Literal
@@ -24,7 +24,7 @@ class LineUp:
         alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
         quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`.
-        draft: Who drafts tokens for all models to verify: `expert` or `base`, `prompt` (what
+        draft: Drafter of tokens for all models to verify: `expert` or `base`, `prompt` (what
             followed the last tokens earlier in the text), or another model.
     """
 
@@ -40,12 +40,12 @@ class LineUp:
 
     @property
     def longest(self) -> int:
-        """Most tokens that each of the models can read; no weights are read for it."""
+        """Maximum number of tokens that all models can read; no weights are loaded for it."""
         specs = (self.model, *self.expert, *self.base)
         return min(models.load_config(spec).max_length for spec in specs)
 
     def check(self) -> None:
-        """Refuses a draft of nobody, before anything is loaded."""
+        """Refuse a drafter that does not exist, before anything is loaded."""
         if self.draft in ("expert", "base") and not getattr(self, self.draft):
             raise ValueError(f"draft: expected a model from --{self.draft}, got none")
         if self.draft not in (None, "expert", "base", "prompt"):
@@ -55,7 +55,7 @@ class LineUp:
                 raise ValueError(f"draft: expected expert, base, prompt or a {error}") from None
 
     def drafts(self, tokenizer: Any) -> decoding.DraftControl | None:
-        """The drafter for the models of this tokenizer, loaded if need be."""
+        """The drafter for models with this tokenizer, loaded if necessary."""
         if self.draft is None or self.draft in ("expert", "base", "prompt"):
             return None if self.draft is None else decoding.DraftControl(self.draft)
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
@@ -66,7 +66,7 @@ class LineUp:
         return decoding.DraftControl(model, token_map=token_map)
 
     def load(self) -> tuple[decoding.Ensemble, models.Tokenizer, tuple[int, ...]]:
-        """Loads the models, as `decoding.load_ensemble` returns them."""
+        """Load the models, as `decoding.load_ensemble` returns them."""
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")
@@ -87,6 +87,6 @@ class LineUp:
         deployed = unlearning.Deployed.load(
             models.with_layout(model, "listed"), self.assistant, alpha=self.alpha
         )
-        # Some models' tokenizers name another end than their generation settings: either ends.
+        # Some tokenizers name another end token than the generation settings: either ends.
         ends = {*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
         return deployed.line_up(), tokenizer, tuple(sorted(ends))

@@ -1,4 +1,4 @@
-"""Pictures through encoders, what is to be said of them, and pages that show them."""
+"""Pictures through encoders, warnings about them, and pages that show them."""
 
 import base64
 import csv
@@ -16,7 +16,7 @@ from logitjax import data, few_shot, processes, storage, vision
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.extract_features import slug
 
-# What a page shows at most; the table beside it has all.
+# Maximum number of pictures on a page; the table next to it has all.
 SHOWN = 400
 _STYLE = (
     "body{font:15px sans-serif}figure{display:inline-block;vertical-align:top;width:210px;"
@@ -24,12 +24,12 @@ _STYLE = (
     "figure figure{width:60px;border:0;margin:2px;font-size:10px}"
 )
 _REASONS = {
-    "unreadable": "skipped, as they cannot be read",
-    "repeated": "only the first of each is kept, as the pixels are equal",
-    "contradictory": "skipped, as equal pixels occur in several classes",
-    "elsewhere": "skipped, as they equal other pictures of this run",
+    "unreadable": "skipped because they cannot be read",
+    "repeated": "only the first of each is kept because their pixels are equal",
+    "contradictory": "skipped because equal pixels occur in several classes",
+    "elsewhere": "skipped because they equal other pictures of this run",
     "turned": "rotated by their EXIF tag",
-    "transparent": "put on a white background, as they are transparent",
+    "transparent": "put on a white background because they are transparent",
 }
 Card = tuple[str, Sequence[str], Sequence[tuple[str, str]]]
 """The file of a picture, lines below it, and files of small pictures with a line each."""
@@ -45,10 +45,10 @@ class Folder:
 
 
 class Encoders:
-    """One or two encoders, and how pictures go through them.
+    """One or two encoders, and how pictures pass through them.
 
-    Of a first encoder with a projection at its end, features from before it are kept: the
-    projection makes the others of them.
+    If a first encoder ends in a projection, the features before it are stored; the others are
+    computed from them with the projection.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Encoders:
     def encode(
         self, images: data.ImageSet, rows: Any, out: epath.Path, name: str, *views: Any
     ) -> list[epath.Path]:
-        """Directories of the features by each encoder, below `out`; `views` are kind and seed."""
+        """Directories below `out` of the features by each encoder; `views` are kind and seed."""
         kind, seed = views or ("plain", 0)
         directories = []
         for spec, encoder in zip(self.specs, self._loaded):
@@ -97,13 +97,13 @@ class Encoders:
     def encode_folder(
         self, directory: str, out: epath.Path, **classifier: Any
     ) -> tuple[few_shot.Pictures, list[str]]:
-        """Pictures anywhere below a folder, and their files; those that cannot be are said."""
+        """Pictures anywhere below a folder, and their files; warns of unreadable ones."""
         images = data.load_image_set(f"pictures:{directory}")
         rows, notes = images.survey(np.arange(len(images)), {})
         describe(notes, directory)
         if not len(rows):
-            raise ValueError(f"pictures: expected one in {directory} that can be read, got none")
-        # Other pictures in the same folder have features of their own.
+            raise ValueError(f"pictures: expected a readable one in {directory}, got none")
+        # A folder with other pictures gets features of its own.
         caches = self.encode(images, rows, out, f"pictures {images.fingerprint[:12]}")
         classifier = {"projection": self.first.projection, **classifier}
         files = [str((images.files or ())[row]) for row in rows]
@@ -111,7 +111,7 @@ class Encoders:
 
 
 def describe(notes: Mapping[str, Sequence[str]], where: str) -> list[str]:
-    """Warns of each reason with all of its files, and returns the same for a report."""
+    """Warn of each reason with all its files, and return the same lines for a report."""
     lines = [
         f"{where}, {len(files)} {_REASONS[reason]}: {'; '.join(files)}"
         for reason, files in notes.items()
@@ -124,7 +124,7 @@ def describe(notes: Mapping[str, Sequence[str]], where: str) -> list[str]:
 def cards_of(
     head: Any, pictures: few_shot.Pictures, files: Sequence[str], order: np.ndarray, labelled: bool
 ) -> list[Card]:
-    """Pictures in this order with their classes, and the labelled ones that are nearest."""
+    """Pictures in this order with their classes, and the nearest labelled ones."""
     rows = order[:SHOWN]
     if not len(rows):
         return []
@@ -166,7 +166,7 @@ def _image(file: str, side: int) -> str:
         picture = data.read_picture(epath.Path(file))
     except (OSError, ValueError):  # moved since
         return f"<code>{name}</code>"
-    # In place, its shape kept.
+    # Scaled in place, with its shape kept.
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
@@ -186,17 +186,17 @@ def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_answers(
     head: Any, pictures: few_shot.Pictures, files: Sequence[str], out: epath.Path, coverage: float
 ) -> None:
-    """`predictions.csv` and `index.html`, the pictures between two classes first in the page."""
-    names, given = head.class_names, head.inputs(pictures)
-    probabilities = head.predict_proba(**given)
+    """Write `predictions.csv` and `index.html`, the most uncertain pictures first in the page."""
+    names, inputs = head.class_names, head.inputs(pictures)
+    probabilities = head.predict_proba(**inputs)
     order = np.argsort(-probabilities, axis=1, kind="stable")
     sets = np.zeros_like(probabilities, bool)
     if head.calibration is not None:
-        sets = head.predict_sets(**given, coverage=coverage)
-    # Heads have two classes.
+        sets = head.predict_sets(**inputs, coverage=coverage)
+    # Heads have at least two classes.
     (first, second), rows = order[:, :2].T, np.arange(len(files))
     doubtful = np.argsort(probabilities[rows, first] - probabilities[rows, second], kind="stable")
-    # Ranks, the most doubtful first.
+    # Ranks, the most uncertain first.
     location = np.argsort(doubtful) + 1
     write_csv(
         out / "predictions.csv",

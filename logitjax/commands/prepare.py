@@ -15,7 +15,7 @@ from logitjax.commands.cli import REQUIRED, field
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The data sets, and where they lie."""
+    """The data sets and their directories."""
 
     name: tuple[str, ...] = field(REQUIRED, "Data set, as NAME or NAME:CONFIG.", positional=True)
     data_dir: str | None = field(
@@ -27,7 +27,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prepares one after another and says where each lies."""
+    """Prepare each data set and print its path."""
     for name in config.name:
         path = data.prepare(name, data_dir=config.data_dir, manual_dir=config.manual_dir)
         print(f"{name}: {path}")

@@ -39,7 +39,7 @@ from logitjax.commands.line_up import LineUp
 from logitjax.commands.strategies import strategy
 from logitjax.commands.tables import markdown_table
 
-# What is lost if a run is killed: less than so many rows.
+# A killed run loses fewer rows than this.
 _PART = 256
 _NOTHING = evaluation.PromptTemplate(before="", after="")
 
@@ -66,7 +66,7 @@ Row = tuple[np.ndarray, np.ndarray]
 class _Item:
     """One line of the result: its texts, each with its rows to read and its bytes.
 
-    A text has several rows if it is long, a question a text for each choice.
+    A long text has several rows, a question one text for each choice.
     """
 
     record: dict[str, Any]
@@ -75,7 +75,7 @@ class _Item:
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Scores what is there, and writes it; of several processes the first."""
+    """Score the rows and write the results; with several processes, only the first does."""
     if not (config.data or config.choices):
         raise ValueError("data, choices: expected at least one of them")
     processes.run_on_first("score", lambda: _run(config, out))
@@ -83,7 +83,7 @@ def run(config: Config, out: epath.Path) -> None:
 
 def _run(config: Config, out: epath.Path) -> None:
     _check_fusion(strategy(config.line_up.fusion))
-    # Before any weights are read: it says what is wrong with the data.
+    # Before any weights are read, because it reports errors in the data.
     storage.progress.mark("reading what is scored", log=True)
     sources = _sources(config)
     ensemble, tokenizer, _ = config.line_up.load()
@@ -92,7 +92,7 @@ def _run(config: Config, out: epath.Path) -> None:
     lines, results = [], {}
     for name, fingerprint, items in sources:
         storage.progress.mark(f"scoring {len(items)} {name}", log=True)
-        # What was scored of data, or by models, that have changed since is no part of this run.
+        # Scores of data or models that have changed since are not part of this run.
         key = storage.digest(fingerprint, weights, tokenizer.fingerprint, length=12)
         parts = out / "parts" / f"{name}-{key}"
         records = _records(nll_fn, items, config.batch_size, parts)
@@ -109,7 +109,7 @@ def _run(config: Config, out: epath.Path) -> None:
 
 
 def _check_fusion(fuse: Any) -> None:
-    """Refuses a strategy that rules tokens out: of a text they may be, which is then impossible."""
+    """Refuse a strategy that excludes tokens: a text with such a token would be impossible."""
     for kind, name, keeps_all in (
         (fusion.DExperts, "top_p", 1),
         (fusion.ContrastiveDecoding, "plausibility", 0),
@@ -125,7 +125,7 @@ def _check_fusion(fuse: Any) -> None:
 def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
     """The kind, fingerprint and rows of each source, no row longer than the models can read."""
     tokenizer = models.load_tokenizer(config.line_up.model)
-    # No fused model may be asked for more than it can read.
+    # Fused models read only as much as the shortest of their contexts.
     most = min(config.max_length, config.line_up.longest)
     sources: list[tuple[str, str, list[_Item]]] = []
     if config.data:
@@ -140,7 +140,7 @@ def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
 
 
 def _cut(config: Config, results: dict[str, Any]) -> str:
-    """A sentence about prompts that were cut, if any were."""
+    """A sentence about prompts that were cut, if any."""
     cut = {name: row["cut prompts"] for name, row in results.items() if row["cut prompts"]}
     if not cut:
         return ""
@@ -154,7 +154,7 @@ def _cut(config: Config, results: dict[str, Any]) -> str:
 def _records(
     nll_fn: Callable[..., Any], items: Sequence[_Item], batch_size: int, parts: epath.Path
 ) -> list[dict[str, Any]]:
-    """A record an item; parts that an earlier run has finished are read."""
+    """A record for each item; parts that an earlier run finished are read."""
     records: list[dict[str, Any]] = []
     for start in range(0, len(items), _PART):
         picked = items[start : start + _PART]
@@ -185,7 +185,7 @@ def _scored(
             "bytes": list(item.sizes),
         }
         if "answer" in item.record:
-            # Long choices have more tokens to be unlikely in: by the byte they compete fairly.
+            # A long choice has more tokens that lower its likelihood: per byte is fair.
             scaled = [nat / max(1, size) for nat, size in zip(values["nats"], item.sizes)]
             values["chosen"] = int(np.argmin(values["nats"]))
             values["chosen_by_byte"] = int(np.argmin(scaled))
@@ -216,21 +216,21 @@ def _first_id(tokenizer: models.Tokenizer) -> int:
         if first is not None:
             return first
     raise ValueError(
-        "model: its tokenizer has no BOS or EOS token, nothing predicts a text's first token"
+        "model: its tokenizer has no BOS or EOS token, so nothing predicts a text's first token"
     )
 
 
 def _windows(ids: np.ndarray, most: int, mark: Sequence[int] = ()) -> list[Row]:
     """Rows of at most `most` tokens, overlapping by half; all but the first token scored once.
 
-    `mark` is what a model expects in front; the first row has it already.
+    `mark` is the token that a model expects at the start; the first row already has it.
     """
     rows: list[Row] = []
     scored = 1
     while scored < len(ids):
         before = np.asarray(mark if rows else (), np.int32)
         room = most - len(before)
-        # Half of a later window is context that was scored before, so no token follows nothing.
+        # Half of a later window is context that was scored before, so every token has a context.
         start = scored - room // 2 if rows else 0
         window = np.concatenate([before, ids[start : start + room]])
         rows.append((window, np.arange(len(window)) >= len(before) + scored - start))
@@ -240,7 +240,7 @@ def _windows(ids: np.ndarray, most: int, mark: Sequence[int] = ()) -> list[Row]:
 
 def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str) -> Row:
     """A prompt and its answer, of which the answer is scored."""
-    # Cut apart, "is " and "Paris" would be tokens that no text has.
+    # Tokenized separately, "is " and "Paris" would be tokens that no text contains.
     begins = prompt.rstrip(" ")
     prompt, answer = begins, prompt[len(begins) :] + answer
     if not prompt:
@@ -250,14 +250,14 @@ def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str) -> Row:
 
 
 def _fitted(row: Row, most: int, mark: Sequence[int], name: str) -> Row:
-    """A row without what is too long of its prompt's beginning, after the mark in front of it."""
+    """A row whose prompt loses its beginning if it is too long; the mark at the start is kept."""
     ids, where = row
-    # At least one token has to come before the answer.
+    # At least one token must precede the answer.
     if where.sum() >= most:
         raise ValueError(f"{name}: {where.sum()} tokens of an answer, max_length is {most}")
     if len(ids) <= most:
         return row
-    # The mark in front stays: models that expect one read text without it badly.
+    # The mark stays: models that expect one read text badly without it.
     kept = len(mark) if ids[: len(mark)].tolist() == list(mark) else 0
     picked = np.r_[:kept, len(ids) - most + kept : len(ids)]
     return ids[picked], where[picked]
@@ -265,7 +265,7 @@ def _fitted(row: Row, most: int, mark: Sequence[int], name: str) -> Row:
 
 def _questions(path: str) -> list[dict[str, Any]]:
     rows = []
-    # Not `splitlines`: JSON may hold U+2028 and other ends of lines as they are.
+    # Not `splitlines`: JSON may contain U+2028 and other line ends unescaped.
     for number, line in enumerate(epath.Path(path).read_text().split("\n"), 1):
         if not line.strip():
             continue

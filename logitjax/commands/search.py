@@ -20,7 +20,7 @@ from logitjax.commands.cli import REQUIRED, field
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(pictures.Folder):
-    """The encoder, the pictures and what is looked for."""
+    """The encoder, the pictures and the query."""
 
     encoder: str = field(REQUIRED, "Encoder, by name or path.")
     query: str = field(REQUIRED, "Text, or path of a picture.")

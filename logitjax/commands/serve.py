@@ -12,7 +12,7 @@ loopback unless `--host` says otherwise.
 
 Requests share the slots of one decoding engine and start and end independently. If too many wait,
 others get 429 with `Retry-After`. Prompts are read in chunks while other requests decode, and
-shared prefixes are read once. After SIGTERM running answers may continue for `--drain_seconds`.
+shared prefixes are read once. After SIGTERM, running answers may continue for `--drain_seconds`.
 
 The flags of the policy limit what log-probabilities reveal: `--top_logprobs`, `--sampled`, `--bias`
 (none, sampling, reported), `--decimals`, `--noise`, `--floor`. A chosen token's own value is
@@ -29,13 +29,13 @@ from logitjax import leakage, serving
 from logitjax.commands.cli import field, nested
 from logitjax.commands.line_up import LineUp
 
-# Most tokens of a request, where neither flags nor models say less.
+# Maximum number of tokens of a request, if neither flags nor models set fewer.
 _USUAL_LENGTH = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The models, the server's limits, and the policy of what is reported."""
+    """The models, the server's limits, and the policy of its reports."""
 
     line_up: LineUp = nested(LineUp())
     served_name: str | None = field(
@@ -62,27 +62,27 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Loads the models, then answers until it is stopped."""
+    """Load the models, then answer requests until stopped."""
     if config.api_key is not None and config.api_keys is not None:
         raise ValueError("api_key, api_keys: expected one of them, got both")
-    # Without --api_key its secret is None: nobody has to send one.
+    # Without --api_key its secret is None: no key is required.
     keys = (serving.Key(secret=config.api_key),)
     if config.api_keys is not None:
         keys = serving.Key.read(config.api_keys)
     config.line_up.check()
     drafter, choices = config.line_up.draft, config.server.choices
     if drafter not in (None, "prompt") and choices != "free":
-        # A model's drafts are accepted by draws of their own, which the keys of choices are not.
+        # A model's drafts are accepted by random draws, which have no keys.
         raise ValueError(f"draft: expected prompt with --choices={choices}, got {drafter}")
     server = dataclasses.replace(
         config.server,
-        # Its folder, and not where that lies on this machine.
+        # The folder's name only, not its path on this machine.
         model=config.served_name or config.line_up.model.rstrip("/").rpartition("/")[2],
         max_length=_max_length(config),
         keys=keys,
     )
     if server.audit_log is not None:
-        # Nor may it turn out after the models are loaded that nothing can be written.
+        # An unwritable folder must be detected before the models are loaded.
         open(server.audit_log, "a").close()
     ensemble, tokenizer, ends = config.line_up.load()
     logging.set_verbosity(logging.INFO)
@@ -93,13 +93,13 @@ def run(config: Config) -> None:
 
 
 def _max_length(config: Config) -> int:
-    """Most tokens of a request; more than one of the models can read is a ValueError."""
+    """Maximum number of tokens of a request; ValueError if it exceeds what the models can read."""
     most = config.line_up.longest
     if config.max_length is None:
         return min(_USUAL_LENGTH, most)
     if config.max_length > most:
         raise ValueError(
-            f"max_length: expected at most {most}, which the models can read, got "
+            f"max_length: expected at most {most}, the length that the models can read, got "
             f"{config.max_length}"
         )
     return config.max_length

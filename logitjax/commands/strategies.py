@@ -1,4 +1,4 @@
-"""Fusion strategies as flags write them."""
+"""Fusion strategies as written in flags."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ STRATEGIES: dict[str, type] = {
     "logit_difference": fusion.LogitDifference,
     "proxy": fusion.ProxyTuning,
 }
-# What lies between commas, those in brackets aside.
+# The parts between commas, except commas in brackets.
 _SETTING = re.compile(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+")
 
 
@@ -27,7 +27,7 @@ def strategy(spec: str | None) -> Any:
     11
 
     Raises:
-        ValueError: There is no such strategy, or it has no such field, or a field is no number.
+        ValueError: There is no such strategy or field, or the value is not a number.
     """
     if spec is None:
         return None
@@ -49,7 +49,7 @@ def strategy(spec: str | None) -> Any:
 def _value(name: str, text: str, default: Any) -> Any:
     """The value of a setting, of the same kind as its default; strategies check texts."""
     try:
-        # Numbers, tuples and booleans as Python writes them, and nothing that could run.
+        # Numbers, tuples and booleans in Python syntax; nothing is executed.
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         value = text

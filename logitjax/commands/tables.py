@@ -6,10 +6,10 @@ from typing import Any
 
 
 def format_value(value: Any) -> str:
-    """Four significant digits for numbers, `-` for what is missing."""
+    """Four significant digits for numbers, `-` for a missing value."""
     if value is None:
         return "-"
-    # Before numbers: a bool is an int.
+    # Before numbers, because a bool is an int.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or not math.isfinite(value):
@@ -18,7 +18,7 @@ def format_value(value: Any) -> str:
 
 
 def text_cell(text: str) -> str:
-    r"""Any text in one cell of a table; white space alone is shown with its escapes.
+    r"""Any text in one cell of a table; text of spaces alone is shown with its escapes.
 
     >>> print(text_cell("  a | b\n c"), text_cell(" \n "))
     a \| b c ' \n '
@@ -27,7 +27,7 @@ def text_cell(text: str) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table, one line a row; its columns are the union of the rows' keys, in order."""
+    """A Markdown table, one line per row; its columns are the union of the rows' keys, in order."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [[format_value(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]

@@ -17,8 +17,8 @@ read as well.
 
 `--method` is a name with options, such as `'npo_kl(beta=0.2)'`, or `package.module:Name`.
 `difference` trains an assistant on the model's first layers that learns only what to forget. Its
-logits are subtracted while the model answers. The weights do not change: without the assistant
-everything is back. All other methods train adapters of the weights, or with `--noadapters` all
+logits are subtracted while the model answers. The weights do not change: without the assistant the
+model answers as before. All other methods train adapters of the weights, or with `--noadapters` all
 weights.
 
 Every few steps the command finds the strength at which the goal is met, and measures the rows to
@@ -49,11 +49,11 @@ from logitjax import data, fusion, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
 
-# Not 1 or 2, which mean an error: here the answer is that nothing will do.
+# Not 1 or 2, which mean an error: here no candidate is acceptable.
 _NOT_FORGOTTEN = 3
-# Each moves a share by 5 %.
+# Number of texts; each changes a share by 5 %.
 _FEW_GROUPS = 20
-# Of the rows to forget, and of those to keep.
+# Numbers of rows to forget and to keep.
 _SAMPLES = 8
 
 
@@ -100,14 +100,14 @@ class Config:
 
     @property
     def settings(self) -> unlearning.UnlearnConfig:
-        """The settings that the room has."""
+        """The settings of the unlearning package."""
         method = unlearning.METHODS.parse(self.method)
         return dataclasses.replace(self.training, method=method, thorough=self.attacks == "all")
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Splits, trains, chooses, writes, measures what was written, reports."""
-    # Its search measures and decides after every few steps, in one place.
+    """Split, train, choose, write, measure the written files, and report."""
+    # The search measures and decides after every few steps, in one process.
     if jax.process_count() > 1:
         raise ValueError("num_processes: expected 1, unlearn runs in one process")
     settings = config.settings
@@ -125,14 +125,14 @@ def run(config: Config, out: epath.Path) -> None:
             _FEW_GROUPS,
         )
     manifest = [
-        # What exactly was forgotten, for whoever has to show it later.
+        # Exactly what was forgotten, as evidence for later.
         f"{name} {len(rows[name])}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for name, path in files.items()
     ]
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     model = models.with_layout(model, "listed")
     storage.progress.mark("measuring what the model knows", log=True)
-    # A start that was refused may have left answers of another model.
+    # A refused start may have left answers of another model.
     said_by = storage.digest(config.model, config.dtype, config.new_tokens, length=12)
     questions = unlearning.Questions.of(
         split.parts,
@@ -153,7 +153,7 @@ def run(config: Config, out: epath.Path) -> None:
         references=[_reference(config, name, tokenizer) for name in config.reference],
     )
     goal = forgetting.goal
-    # Whoever forgets what was never known would find every method perfect.
+    # If the model never knew the rows, every method would seem perfect.
     if goal.met(forgetting.excess_before):
         raise ValueError(
             "forget: expected answers that the model has learned, got none more likely than "
@@ -187,7 +187,7 @@ def _reference(config: Config, name: str, tokenizer: models.Tokenizer) -> models
 def finish(
     config: Config, questions: unlearning.Questions, outcome: Any, out: epath.Path, rows_of: str
 ) -> int:
-    """Keeps what was written or deletes it, as the verdict says, and reports; the exit status."""
+    """Keep or delete the written files, as the verdict says, and report; return the exit status."""
     passed = outcome.settle(out)
     sections = [
         f"# `{config.model}`, unlearned",
@@ -212,14 +212,14 @@ def finish(
 def other_text(
     text: str | None, tokenizer: models.Tokenizer, *, count: int, length: int
 ) -> dict[str, np.ndarray]:
-    """Windows of other text: as many for choosing as for the end, and thirty times for training."""
+    """Windows of other text: as many for choosing as for the end, thirty times as many to train."""
     if text is None:
         return {}
-    # Disjoint windows: what chose a strength must not judge it as well.
+    # Disjoint windows: those that chose a strength must not also judge it.
     windows = data.token_windows(
         data.load_examples(text),
         tokenizer.encode,
-        # An assistant that meets sixty of them ten times each learns them by heart.
+        # An assistant that sees sixty of them ten times each memorises them.
         count=32 * count,
         length=length,
         start=tokenizer.start,
@@ -242,9 +242,9 @@ def _cut(config: Config, questions: unlearning.Questions) -> str:
 
 
 def _nothing(config: Config, outcome: Any) -> str:
-    """The verdict where no candidate will do."""
+    """The verdict if no candidate is acceptable."""
     advice = "More steps, more rows to keep, another method or looser limits may help."
-    # Only then: one candidate of many that diverged says nothing about the rate.
+    # Only if all diverged: one of many candidates says nothing about the rate.
     if all("finite" in candidate["broken"] for candidate in outcome.candidates):
         advice = "Its losses were not finite: a lower `--learning_rate` may help."
     return (
@@ -275,7 +275,7 @@ def _what(config: Config, outcome: Any) -> str:
 
 
 def _measures(config: Config, questions: unlearning.Questions, outcome: Any) -> list[str]:
-    """Before and after, attacks, and what the model says."""
+    """Tables before and after, attacks, and sample answers."""
     before, after, verdict = outcome.before, outcome.after, outcome.verdict
     sides = {"before": before, "after": after}
     sides |= {f"control {n}": side for n, side in enumerate(outcome.controls, 1)}
@@ -286,9 +286,9 @@ def _measures(config: Config, questions: unlearning.Questions, outcome: Any) -> 
         for kind in measured
     ]
     if config.settings.method.assistant:
-        asked = before["attacks"]["asked"]["probability"]
+        probability = before["attacks"]["asked"]["probability"]
         left_out = {"attack": "assistant left out", "measured": "probability"}
-        attacks.append(left_out | {"before": asked, "after": asked})
+        attacks.append(left_out | {"before": probability, "after": probability})
     samples = [
         {"question": text_cell(row.question), "before": text_cell(old), "after": text_cell(new)}
         for part in ("forget", "test")

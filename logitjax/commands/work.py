@@ -18,13 +18,13 @@ from logitjax.commands import _flags
 
 # Few layers compile within seconds.
 _TIMED_LAYERS = 2
-# Measured on a CPU: libraries with compiled programs, and how a step's peak exceeds the arrays.
+# Measured on a CPU: libraries with compiled programs, and a step's peak over its arrays.
 _HOST_BYTES, _PEAK = 9e8, 1.4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Tokens that go through a decoder, `batch` rows and tokens at once."""
+    """Tokens that pass through a decoder, `batch` rows at once."""
 
     model: str
     shape: models.DecoderConfig
@@ -46,7 +46,7 @@ class Pass:
     @property
     def memory(self) -> float:
         """Bytes of weights, gradients, AdamW's two moments, and activations."""
-        # Activations that a layer keeps for its gradient; without one they are reused.
+        # Activations that a layer keeps for its gradient; without a gradient they are reused.
         kept = 12 * self.shape.hidden_size + 4 * self.shape.intermediate_size
         layers = self.shape.num_layers if self.trained else 1
         activations = 4.0 * self.batch[0] * self.batch[1] * kept * layers
@@ -90,7 +90,7 @@ class Work:
     steps: int = 0
 
     def lines(self, program: str, out: epath.Path) -> Iterator[str]:
-        """Lines of `--dry_run`; the time comes last, because it has to be measured."""
+        """Lines of `--dry_run`; the time comes last because it must be measured."""
         yield f"dry run of {program}: nothing is written"
         for name in dict.fromkeys(self.reads):
             yield f"reads   {name}, {_bytes(size)}" if (size := _size(name)) else f"reads   {name}"
@@ -123,7 +123,7 @@ def estimate(config: _flags.Dataclass) -> Work:
     teachers = _specs(v, ("teacher",)) or (decoders[:1] if prunes else [])
     sources = _specs(v, ("data", "text", "choices", "forget", "retain", "holdout", "features"))
     if v.get("data") and v["data"].startswith(("text:", "jsonl:", "parquet:", "mix:")):
-        # Says what is wrong with it.
+        # Refuses invalid settings.
         data.load_examples(v["data"])
     batch = (
         v.get("batch_size") or v.get("batch_rows") or 1,
@@ -139,18 +139,18 @@ def estimate(config: _flags.Dataclass) -> Work:
         tokens = steps * batch[0] * batch[1]
         student = Pass(model="the student", shape=shape, tokens=tokens, batch=batch, trained=True)
         rows = steps * batch[0] + 2 * (v.get("eval_rows") or 0)
-        # Test rows before and after, and validation rows at every evaluation and the last step.
+        # Test rows before and after; validation rows at every evaluation and at the last step.
         looks = 2 + -(-steps // v["eval_every"]) if v.get("eval_every") else 2
         scored = looks * (v.get("eval_rows") or 0) * batch[1]
         passes = [student, dataclasses.replace(student, trained=False, tokens=scored)]
         # The whole model is scored, too, and reads text to choose what to prune.
         more = {spec: (v.get("eval_rows") or 0) + v.get("calibration_rows", 0)} if prunes else {}
-        # Weights and two moments of each of the last two checkpoints.
+        # Weights and two moments in each of the last two checkpoints.
         stored = min(2, -(-steps // (v.get("checkpoint_every") or steps)))
         writes = {"model": 4.0 * student.weights, "checkpoints": 12.0 * stored * student.weights}
         decoders = []
     else:
-        # Some four bytes of text are a token.
+        # A token is about four bytes of text.
         size = sum(map(_size, sources)) / 4 or 1e5
         rows = min(size, v.get("max_tokens") or size) / batch[1]
     read = [spec for spec in [*decoders, *teachers] if not spec.startswith(("cache:", "api:"))]
@@ -158,15 +158,15 @@ def estimate(config: _flags.Dataclass) -> Work:
     passes += [Pass.reading(spec, count, batch) for spec, count in more.items()]
     passes = [one for one in passes if one.tokens]
     if v.get("cache_top_k") and v.get("teacher_reads") != "live":
-        # A number and an id of each token that is kept, and two moments.
+        # A number and an id for each cached token, and two moments.
         kept = rows * batch[1] * (4 * v["cache_top_k"] + 8)
         writes |= {f"teacher {spec}": kept for spec in teachers if spec in read}
     return Work(reads=[*_specs(v, names), *sources], writes=writes, passes=passes, steps=steps)
 
 
 def _specs(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    given = [values[name] for name in names if values.get(name)]
-    return [spec for one in given for spec in ([one] if isinstance(one, str) else one)]
+    entries = [values[name] for name in names if values.get(name)]
+    return [spec for one in entries for spec in ([one] if isinstance(one, str) else one)]
 
 
 def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:
@@ -177,7 +177,7 @@ def shortened(shape: models.DecoderConfig, layers: int) -> models.DecoderConfig:
 
 
 def _size(name: str) -> float:
-    """Bytes of the file or folder that a source names, 0 where it names none."""
+    """Size in bytes of the file or folder that a source names, 0 if it names none."""
     kind, _, path = name.partition(":")
     file = pathlib.Path(path if kind in ("text", "jsonl", "parquet", "cache", "folder") else name)
     files = file.rglob("*") if file.is_dir() else [file]
@@ -198,6 +198,6 @@ def _free_disk(out: epath.Path) -> str:
 def _memory() -> str:
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    # Devices that are CPUs have the memory of the machine.
+    # CPU devices share the memory of the machine.
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"{_bytes(limit)} ({device.device_kind})"

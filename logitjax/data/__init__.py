@@ -1,4 +1,4 @@
-"""Sources, packing, and batches that are a pure function of the seed and the step."""
+"""Data: sources, packing, and batches that are a pure function of seed and step."""
 
 from logitjax.data._examples import Examples as Examples
 from logitjax.data._forms import own_form as own_form

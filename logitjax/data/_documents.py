@@ -1,4 +1,4 @@
-"""From an example to pieces of text that every tokenizer can fit into a row."""
+"""Cut an example into pieces of text that fit into a row for every tokenizer."""
 
 import dataclasses
 import itertools
@@ -14,21 +14,21 @@ from logitjax.data._tokenizer import TokenizerLike
 # Consecutive stretches of text, each with whether the model learns to predict it.
 Segments = Sequence[tuple[str, bool]]
 
-# More characters a token than any tokenizer reaches on prose; longer texts are first cut to this.
+# More characters per token than any tokenizer reaches on prose; longer texts are first cut to this.
 _CHARACTERS_PER_TOKEN = 8
-# Tokens a character vary little, so interpolation finds a good end in a few probes, and a row that
-# is nearly full is good enough.
+# Tokens per character vary little, so interpolation finds a good end in a few probes; a nearly full
+# row is good enough.
 _MAX_PROBES = 12
 _GOOD_FILL = 0.98
 
 
 class DocumentTooLong(ValueError):
-    """A document that may not be split does not fit into a row."""
+    """A document that must not be split does not fit into a row."""
 
 
 def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """Text as it is; prompt and response joined as they are; messages in ChatML."""
-    # Only responses and what the assistant says (with the end mark) are learned.
+    """Render text unchanged, prompt and response joined, and messages in ChatML."""
+    # Only responses and the assistant's messages (with the end mark) are learned.
     if "text" in example:
         return [(example["text"], True)]
     if "messages" not in example:
@@ -46,7 +46,7 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _said(message: Mapping[str, Any]) -> str:
-    """The assistant's text, with its tool calls as Hermes and Qwen write them."""
+    """Return the assistant's text, with tool calls in the format of Hermes and Qwen."""
     calls = (json.dumps(call["function"]) for call in message.get("tool_calls", ()))
     parts = (message["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls))
     return "\n".join(filter(None, parts))
@@ -54,7 +54,7 @@ def _said(message: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with the marks that packing puts around documents."""
+    """A tokenizer with the special tokens that packing puts around documents."""
 
     tokenizer: TokenizerLike
 
@@ -63,7 +63,7 @@ class Encoder:
         return bool(getattr(self.tokenizer, "add_bos", False))
 
     def __call__(self, segments: Segments, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and their loss mask; the first token of a piece has nothing to predict it."""
+        """Return token ids and loss mask; nothing predicts the first token of a piece."""
         ids: list[int] = []
         learnt: list[bool] = []
         if self.add_bos and self.tokenizer.bos_id is not None:
@@ -88,8 +88,8 @@ Piece = dict[str, tuple[np.ndarray, np.ndarray]]
 def split_document(
     segments: Segments, encoders: Mapping[str, Encoder], seq_len: int, *, may_split: bool = True
 ) -> Iterator[Piece]:
-    """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each."""
-    # A document is cut only when it does not fit, before white space where there is some.
+    """Yield pieces with the same text for every tokenizer, of at most `seq_len` tokens in each."""
+    # A document is cut only if it does not fit, before white space if there is any.
     text = "".join(t for t, _ in segments)
     limit = seq_len * _CHARACTERS_PER_TOKEN
     if len(text) <= limit or not may_split:
@@ -115,11 +115,11 @@ def _longest_prefix(
     encoders: Mapping[str, Encoder],
     seq_len: int,
 ) -> tuple[int, Piece]:
-    """About the longest stretch from `begin` that fits; by secant, for encoding is the cost."""
+    """Find nearly the longest stretch from `begin` that fits, by secants, as encoding is slow."""
     total = int(bounds[-1])
     stop = min(total, begin + seq_len * _CHARACTERS_PER_TOKEN)
     candidates = bounds[slice(*np.searchsorted(bounds, [begin, stop], side="right"))]
-    # Before white space; a run without any is cut between characters.
+    # Cut before white space; a run without any is cut between characters.
     for ends in (candidates, np.arange(begin + 1, min(total, begin + seq_len) + 1)):
         best: tuple[int, Piece] | None = None
         low, high = -1, len(ends)
@@ -137,7 +137,7 @@ def _longest_prefix(
                     break
             else:
                 high = guess
-            # Where the row would be full, were all of it as dense as this stretch.
+            # Where the row would be full if all of it were as dense as this stretch.
             expected = begin + (end - begin) * seq_len / longest
             guess = int(np.searchsorted(ends, expected, side="right")) - 1
             if probe >= _MAX_PROBES or not low < guess < high:

@@ -1,4 +1,4 @@
-"""Examples: what every source yields, whatever it was read from."""
+"""Examples, the common form of all sources."""
 
 import hashlib
 import itertools
@@ -13,12 +13,12 @@ Example = Mapping[str, Any]
 _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
-# Characters of rows that stay in memory; a larger source is read again each time, in its order.
+# Characters of rows to hold in memory; a larger source is read again each time, in order.
 _HELD_CHARACTERS = 1 << 25
 
 
 class Stream(Sequence):
-    """Rows that are read when they are asked for; in order they take no memory."""
+    """Rows that are read on access; read in order they take no memory."""
 
     def __init__(self, read: Callable[[], Iterator[Any]], start: int, stop: int):
         self._read, self._start, self._stop = read, start, max(start, stop)
@@ -48,7 +48,7 @@ class Stream(Sequence):
 def collected(
     read: Callable[[], Iterator[Any]], again: Callable[[], Iterator[Any]], source: str
 ) -> "Examples":
-    """The rows of `read`, in memory if they fit; else `again` reads them each time."""
+    """Hold the rows of `read` in memory if they fit; otherwise `again` reads them each time."""
     rows: list[Any] | None = []
     state, count, size = hashlib.sha256(), 0, 0
     for row in read():
@@ -63,17 +63,17 @@ def collected(
 
 
 class Examples(Sequence):
-    """A sequence of examples that knows where it came from.
+    """A sequence of examples that records its source.
 
-    Each example is a mapping with an ``id``, perhaps the ``teacher`` that it is for, and one of
+    Each example is a mapping with an ``id``, optionally the ``teacher`` that it is for, and one of
     ``text``, ``prompt`` + ``response``, or ``messages`` (a list of ``role``/``content`` mappings,
-    perhaps with the ``tools`` that they call).
+    optionally with the ``tools`` that they call).
 
     Args:
         rows: the examples; anything with a length and random access.
-        fingerprint: a hash that changes with the content; computed from the rows when not given.
-        errors: how many malformed rows the source skipped; a slice has those of the whole.
-        source: the specification they were read from, for messages.
+        fingerprint: a hash that changes with the content; computed from the rows by default.
+        errors: number of malformed rows that the source skipped; slices have the same number.
+        source: the specification that they were read from, for messages.
 
     >>> examples = Examples([{"id": "a", "text": "one"}, {"id": "b", "text": "two"}])
     >>> len(examples), examples[1]["text"], examples.errors
@@ -116,7 +116,7 @@ class Examples(Sequence):
             picked = [self._rows[i] for i in range(start, stop, step)]
         fingerprint = digest(self.fingerprint, start, stop, step)
         source = f"{self.source}[{start}:{stop}:{step}]"
-        # Where the malformed rows were is not known: each part says how many its source had.
+        # The location of malformed rows is unknown, so each part has the number of the source.
         return Examples(picked, fingerprint=fingerprint, errors=self.errors, source=source)
 
     def __iter__(self) -> Iterator[Example]:
@@ -127,7 +127,7 @@ class Examples(Sequence):
 
 
 def parse_split(split: str) -> tuple[str, str | None, str | None]:
-    """``'train[10%:20%]'`` to ``('train', '10%', '20%')``."""
+    """Parse ``'train[10%:20%]'`` into ``('train', '10%', '20%')``."""
     match = _SPLIT.fullmatch(split.replace(" ", ""))
     if match is None:
         raise ValueError(
@@ -137,7 +137,7 @@ def parse_split(split: str) -> tuple[str, str | None, str | None]:
 
 
 def slice_of(start: str | None, stop: str | None, length: int) -> slice:
-    """The rows that a parsed split names; percentages round to the nearest row."""
+    """Convert a parsed split to rows; percentages are rounded to the nearest row."""
 
     def position(text: str | None, default: int) -> int:
         if text is None:

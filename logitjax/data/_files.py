@@ -1,4 +1,4 @@
-"""Text, JSON lines and Parquet, also compressed, as rows that can be read again and again."""
+"""Text, JSON lines and Parquet, also compressed, as rows that can be read repeatedly."""
 
 import contextlib
 import gzip
@@ -17,20 +17,20 @@ from logitjax.data._forms import normalise
 from logitjax.data._places import files_below
 from logitjax.storage import guard, require
 
-# A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
+# A paragraph is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
-# a file of another form would flood the log.
+# A file in another format would flood the log.
 _MAX_WARNINGS = 10
 _HELD_OUT = ("validation", "test")
 _BOM = b"\xef\xbb\xbf"  # of UTF-8
 _PACKED = ("", ".gz", ".zst")
-# By kind the endings of the files that a folder is searched for; a file may have any name.
+# File suffixes of each kind to search for in folders; a single file may have any name.
 SUFFIXES = {
     "text": tuple(".txt" + packed for packed in _PACKED),
     "jsonl": tuple(".jsonl" + packed for packed in _PACKED),
     "parquet": (".parquet",),
 }
-# As the hub names the files of a split.
+# Names of a split's files on the hub.
 _NUMBERED = r"-\d+-of-\d+\..*"
 
 Report = Callable[[str, object], None]
@@ -38,7 +38,7 @@ Rows = Iterator[dict[str, Any]]
 
 
 class Errors:
-    """Counts malformed rows; raises on the first one unless they are to be skipped."""
+    """Count malformed rows, or raise on the first one."""
 
     def __init__(self, on_error: str):
         self._raise = on_error == "raise"
@@ -55,7 +55,7 @@ class Errors:
 
 
 def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[epath.Path]:
-    """The files of one split: PATH itself, PATH/<split>/, PATH/<split>.<suffix>, or all below."""
+    """Files of a split: PATH itself, PATH/<split>/, PATH/<split>.<suffix>, or all files below."""
     root = epath.Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"{spec}: no such file or directory: {root}")
@@ -80,26 +80,26 @@ def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[e
 
 
 def _named(root: epath.Path, name: str, suffixes: tuple[str, ...]) -> list[epath.Path]:
-    """The files that a folder has of a split: `test.jsonl`, `test-00000-of-00002.parquet`."""
+    """Files of a split in a folder: `test.jsonl`, `test-00000-of-00002.parquet`."""
     pattern = f"{name}({_NUMBERED}|{'|'.join(map(re.escape, suffixes))})"
     files = [file for file in root.iterdir() if re.fullmatch(pattern, file.name)]
     return sorted(file for file in files if file.name.endswith(suffixes))
 
 
 def _held_out(file: epath.Path, root: epath.Path) -> bool:
-    """Whether a file below `root` is another split's, and so none of the training data."""
+    """Whether a file below `root` belongs to a held-out split and not to the training data."""
     first = file.relative_to(root).parts[0]
     return re.sub(_NUMBERED, "", first).partition(".")[0] in _HELD_OUT
 
 
 def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
-    """Which held-out splits a folder has as files or folders of their own."""
+    """Held-out splits that a folder has as separate files or folders."""
     root = epath.Path(path).expanduser()
     if not path or not root.is_dir():
         return set()
     splits = set()
     for name in _HELD_OUT:
-        # A folder `test` of something else is no split.
+        # A folder `test` with other files is not a split.
         inside = files_below(root / name) if (root / name).is_dir() else iter(())
         if _named(root, name, suffixes) or any(f.name.endswith(suffixes) for f in inside):
             splits.add(name)
@@ -114,7 +114,7 @@ def no_split(spec: str, name: str) -> str:
 
 
 def paragraphs_to_documents(lines: Iterable[str], minimum: int = _MIN_DOCUMENT) -> Iterator[str]:
-    """Join blank-line separated blocks, in order, into documents of at least `minimum` characters.
+    """Join blocks between blank lines, in order, into documents of at least `minimum` characters.
 
     >>> list(paragraphs_to_documents("a b\\n\\nc\\n\\n\\nd e f".split("\\n"), minimum=4))
     ['a b\\n\\nc', 'd e f']
@@ -148,7 +148,7 @@ def _opened(file: epath.Path) -> Iterator[Any]:
 
 
 def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with their end; one longer than any row is reported."""
+    """Yield numbered lines with line ends; a line longer than any row is reported."""
     longest = guard.LIMITS.json_bytes
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_opened(file))
@@ -156,10 +156,10 @@ def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
             try:
                 line = opened.readline(longest)
                 if long := len(line) == longest and not line.endswith(b"\n"):
-                    # No line is held whole that no row can be.
+                    # Do not hold a line in memory that is too long for a row.
                     while (rest := opened.readline(longest)) and not rest.endswith(b"\n"):
                         pass
-            # Errors of zstandard, which is optional, have no class to name here.
+            # zstandard is optional, so its errors cannot be named here.
             except Exception as error:
                 return report(str(file), f"damaged after line {number - 1} ({error})")
             if long:
@@ -167,11 +167,11 @@ def _lines(file: epath.Path, report: Report) -> Iterator[tuple[int, bytes]]:
             elif not line:
                 return None
             else:
-                # A mark that some editors write, and no part of the first row.
+                # A byte order mark, which some editors write, is not part of the first row.
                 yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
-def _text_rows(file: epath.Path, report: Report, whole: bool) -> Rows:
+def _text_rows(file: epath.Path, report: Report, per_file: bool) -> Rows:
     size, broken = 0, None
 
     def lines() -> Iterator[str]:
@@ -184,7 +184,7 @@ def _text_rows(file: epath.Path, report: Report, whole: bool) -> Rows:
                 return
             size += len(line)
 
-    if whole:
+    if per_file:
         text = "".join(lines())
         documents: Iterable[str] = [] if broken else [text]
     else:
@@ -197,7 +197,7 @@ def _text_rows(file: epath.Path, report: Report, whole: bool) -> Rows:
 
 
 def _jsonl_rows(file: epath.Path, report: Report) -> Iterator[tuple[int, Any]]:
-    """Objects of lines, or of one list, as Alpaca and ShareGPT are handed round."""
+    """Yield objects of lines, or of a single list, as Alpaca and ShareGPT are distributed."""
     lines = _lines(file, report)
     for number, line in lines:
         if not line.strip():
@@ -232,7 +232,7 @@ def normalised(
     report: Report,
     columns: Mapping[str, str] | None,
 ) -> Rows:
-    """Rows in the library's forms, with an id."""
+    """Yield rows in the library's forms, with an id."""
     for number, raw in rows:
         try:
             row = normalise(raw, columns)
@@ -252,12 +252,12 @@ def load_files(
     columns: Mapping[str, str] | None = None,
 ) -> Examples:
     files = _files(path, SUFFIXES[kind], parse_split(split)[0], spec)
-    whole = epath.Path(path).expanduser().is_dir()
+    per_file = epath.Path(path).expanduser().is_dir()
 
     def read(report: Report) -> Rows:
         for file in files:
             if kind == "text":
-                yield from _text_rows(file, report, whole)
+                yield from _text_rows(file, report, per_file)
             else:
                 rows = (_jsonl_rows if kind == "jsonl" else _parquet_rows)(file, report)
                 yield from normalised(rows, str(file), file.name, report, columns)
@@ -266,7 +266,7 @@ def load_files(
 
 
 def part_of(read: Callable[[Report], Rows], *, split: str, on_error: str, spec: str) -> Examples:
-    """The rows of a split that `read` gives; what is malformed is said in the first reading."""
+    """Rows of a split that `read` gives; malformed rows are reported in the first reading."""
     errors = Errors(on_error)
     examples = collected(
         lambda: read(errors.report), lambda: read(lambda where, reason: None), spec
@@ -275,5 +275,5 @@ def part_of(read: Callable[[Report], Rows], *, split: str, on_error: str, spec: 
     if errors.count:
         logging.warning("%s: %d malformed rows skipped, %d kept", spec, errors.count, len(examples))
     _, start, stop = parse_split(split)
-    whole = start is None and stop is None
-    return examples if whole else examples[slice_of(start, stop, len(examples))]
+    complete = start is None and stop is None
+    return examples if complete else examples[slice_of(start, stop, len(examples))]

@@ -1,23 +1,23 @@
-"""The forms that rows of data sets have, and the three that the library reads."""
+"""Conversion of rows of public data sets to the three forms that the library reads."""
 
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-# Who speaks, by the names of ShareGPT and what came after it.
+# Roles by the names of ShareGPT and later formats.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
 _CALL = "function_call"
-# What chat templates read of a message beside its role and content.
+# Fields of a message that chat templates read besides role and content.
 _EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a public data set as `text`, `prompt` and `response`, or `messages`.
+    """Convert a row of a public data set to `text`, `prompt` and `response`, or `messages`.
 
-    Instructions (Alpaca) and questions are a user's turn. Of a preference it is what was chosen;
-    where no prompt is named, that is what the chosen and the rejected text begin with. Turns of
-    ShareGPT become messages, and so do lists of prompt and completion (TRL). Others stay.
+    Instructions (Alpaca) and questions become a user's turn. Of a preference the chosen text is
+    used; without a prompt, the common beginning of chosen and rejected text is the prompt. Turns of
+    ShareGPT and lists of prompt and completion (TRL) become messages. Other rows are unchanged.
 
     >>> own_form({"instruction": "Add.", "input": "1, 2", "output": "3"})["messages"][0]["content"]
     'Add.\\n1, 2'
@@ -25,7 +25,7 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
     {'prompt': 'Q: 1+1? A: ', 'response': '2'}
     """
     try:
-        # Columns of Parquet give every row every key.
+        # In Parquet every row has every key.
         return _form({key: value for key, value in row.items() if value is not None})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"expected texts, or lists of turns, of {sorted(row)} ({error})") from None
@@ -33,7 +33,7 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _form(row: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in row:
-        # Alpaca's rows hold the same under a template too.
+        # Alpaca's rows repeat their content in a template.
         row.pop("text", None)
         more = row.pop("input", None)
         row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
@@ -47,12 +47,12 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
         # Some data sets hold the chosen turns twice.
         row.pop("messages", None)
         best, worse = row.pop("chosen"), row.pop("rejected", "")
-        # The turns of the prompt are among them.
+        # They include the turns of the prompt.
         if isinstance(best, list) and len(best) > 1:
             row["prompt"] = []
         elif "prompt" not in row:
             begin = len(os.path.commonprefix([best, worse]))  # noqa: RUF071
-            # To the end of a word.
+            # Back to the end of a word.
             begin -= len(str(best[:begin]).split(" ")[-1])
             row["prompt"], best = best[:begin], best[begin:]
         row["completion"] = best
@@ -63,7 +63,7 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
             return row | {"messages": [*prompt, *completion]}
         return row | {"prompt": prompt, "response": completion}
     if "messages" in row and "response" not in row:
-        # The first turn again.
+        # It repeats the first turn.
         row.pop("prompt", None)
     return row
 
@@ -74,17 +74,17 @@ def _turn(**turn: Any) -> dict[str, Any]:
 
 
 def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Reduce a row to one of the three forms; raises ValueError with the reason."""
+    """Reduce a row to one of the three forms; raise a ValueError with the reason otherwise."""
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, got {type(row).__name__}")
-    given = sorted(map(str, row))
+    keys = sorted(map(str, row))
     names: Mapping[Any, Any] = columns or {}
     row = own_form({names.get(key, key): value for key, value in row.items()})
     forms = [f for f in (("text",), ("prompt", "response"), ("messages",)) if f[0] in row]
     if len(forms) != 1:
         raise ValueError(
             "expected exactly one of 'text', 'prompt' + 'response' or 'messages', or rows of "
-            f"Alpaca, ShareGPT, TRL or a preference, got the keys {given!r}"
+            f"Alpaca, ShareGPT, TRL or a preference, got the keys {keys!r}"
         )
     (form,) = forms
     kept: dict[str, Any] = {name: str(row[name]) for name in ("id", "teacher") if name in row}
@@ -106,7 +106,7 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
 
 
 def _check_encodable(key: str, value: str) -> None:
-    # JSON may hold half of a surrogate pair, at which tokenizers fail with a TypeError.
+    # JSON may hold half a surrogate pair, on which tokenizers fail with a TypeError.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -116,7 +116,7 @@ def _check_encodable(key: str, value: str) -> None:
 
 
 def messages_of(messages: Any) -> list[dict[str, Any]]:
-    """Turns under the names of chat templates, at least one of them the assistant's."""
+    """Convert turns to the names of chat templates; at least one must be the assistant's."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages': expected a list that is not empty")
     out = [_message(message) for message in messages]
@@ -143,7 +143,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Calls of tools; templates write arguments as an object, which some data sets hold as text."""
+    """Check tool calls, and parse arguments stored as text, since templates need objects."""
     out = []
     for call in calls if isinstance(calls, list) else [calls]:
         call = dict(call) if isinstance(call, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, through the package `datasets`."""
+"""Data sets of the Hugging Face hub, through the package `datasets`."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from logitjax.storage import guard, require
 
 @contextlib.contextmanager
 def _opened(name: str, spec: str) -> Iterator[tuple[Any, list[str], str]]:
-    """`datasets`, its arguments and the split of `ORG/NAME[/CONFIG][:SPLIT]`."""
+    """Yield `datasets`, its arguments and the split of `ORG/NAME[/CONFIG][:SPLIT]`."""
     path, _, split = name.partition(":")
     parts = path.split("/")
     datasets = require("datasets", extra="datasets")

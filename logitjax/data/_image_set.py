@@ -1,4 +1,4 @@
-"""Labelled pictures of any size, read one at a time: what encoders make features of."""
+"""Labelled pictures of any size, read one at a time, for encoders."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ from logitjax.data._places import fetched, manual_dir
 from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
 from logitjax.storage import digest, read_json
 
-# Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
+# Folders of the Debian package with 14 drawings or more; the last component is the class.
 STAMPS = (
     "animals/birds", "animals/insects", "animals/mammals", "clothes/hats", "food/fruit",
     "food/vegetables", "household/dishes", "household/tools", "plants/flowers", "space",
@@ -34,7 +34,7 @@ _STAMPS_INSTALL = (
     "apt-get install tuxpaint-stamps-default, or in {manual}: "
     "apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb ."
 )
-# Pinned: another version draws other pictures.
+# Pinned, because pictures differ between versions.
 _EMOJI_INSTALL = (
     "in {{manual}}/emoji: npm pack {name}@16.0.0 && mkdir -p {name} && "
     "tar -xzf {name}-16.0.0.tgz -C {name}"
@@ -42,16 +42,16 @@ _EMOJI_INSTALL = (
 
 
 class ImageSet(Sequence):
-    """Pictures, their classes and, where a source has them, captions.
+    """Pictures, their classes and, if the source has them, captions.
 
-    ``image_set[i]`` is a picture, uint8 ``[height, width, 3]``, and its class; it is read then.
+    ``image_set[i]`` reads a picture, uint8 ``[height, width, 3]``, and its class.
 
     Attributes:
         class_names: by class number.
-        captions: a sentence a picture, or None.
-        files: where the pictures lie, or None.
+        captions: a sentence for each picture, or None.
+        files: paths of the pictures, or None.
         fingerprint: changes with the choice of pictures, their names and their classes.
-        source: where they came from.
+        source: the specification that they were read from.
     """
 
     def __init__(
@@ -88,15 +88,16 @@ class ImageSet(Sequence):
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 ``[count]``; of a large tfds dataset these take a while to gather."""
+        """Class numbers, int32 ``[count]``; slow to gather from a large tfds dataset."""
         if self._labels is None:
             self._labels = np.asarray(self._read_labels(), np.int32)
         return self._labels
 
     def choose(self, spec: str, *, seed: int = 0) -> np.ndarray:
-        """Numbers of pictures by a spec, ascending.
+        """Return the numbers of pictures that a spec chooses, ascending.
 
-        The spec is `all`, a number counted from the start, or `per_class:N`, at random by the seed.
+        The spec is `all`, a number of pictures from the start, or `per_class:N`, at random by the
+        seed.
 
         Raises:
             ValueError: The spec is none of these.
@@ -108,18 +109,18 @@ class ImageSet(Sequence):
             raise ValueError(f"rows: expected all, a number or per_class:N, got {spec!r}")
         if not kind:
             return np.arange(min(int(number), len(self)))
-        # One order for every N: more pictures a class contain fewer.
+        # The same order for every N, so that a larger choice contains a smaller one.
         order = np.random.default_rng(seed).permutation(len(self))
         labels = self.labels[order]
         classes = range(len(self.class_names))
         return np.sort(np.concatenate([order[labels == c][: int(number)] for c in classes]))
 
     def select(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> "ImageSet":
-        """Only these pictures, in this order.
+        """Return a set of only these pictures, in this order.
 
         Raises:
             TypeError: rows that are not integers, such as a mask.
-            ValueError: a row is none of the pictures.
+            ValueError: a row is out of range.
         """
         chosen = np.asarray(rows)
         check_numbers(chosen, len(self), "rows")
@@ -132,7 +133,7 @@ class ImageSet(Sequence):
             lambda: self.labels[chosen],
             count=len(chosen),
             class_names=self.class_names,
-            # Which, and in which order.
+            # The selection and its order.
             fingerprint=digest(self.fingerprint, chosen),
             source=self.source,
             captions=captions,
@@ -140,11 +141,11 @@ class ImageSet(Sequence):
         )
 
     def survey(self, rows: Any, seen: dict[str, str]) -> tuple[np.ndarray, dict[str, list[str]]]:
-        """Usable rows of files, and notes on the others by reason.
+        """Find usable rows of files; return them, and notes on the others by reason.
 
-        Left out are files that cannot be read, copies (equal pixels, once upright), all copies of a
-        picture that lie in several classes, and pictures in `seen`: files by digest, to which these
-        are added. Turned and transparent pictures stay. Every file is read once.
+        Files that cannot be read are left out, and so are copies (equal pixels, once upright), all
+        copies of a picture in several classes, and pictures in `seen`: files by digest, to which
+        these are added. Rotated and transparent pictures are kept. Every file is read once.
         """
         files, notes = [os.fspath(path) for path in self.files or ()], {}
         before, copies, good = dict(seen), {}, []
@@ -182,29 +183,29 @@ class ImageSet(Sequence):
 def load_image_set(
     spec: str, *, split: str = "all", data_dir: str | os.PathLike[str] | None = None
 ) -> ImageSet:
-    """Labelled pictures of any size.
+    """Load labelled pictures of any size.
 
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
     * ``pictures:DIR``: all pictures below a folder, as one class, to be classified.
-    * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, lying as CoOp has
-      it in ``DIR`` or among what is fetched by hand, else prepared by tfds; splits ``train``,
-      ``val``, ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or
-      else from the package open_clip_torch, where they are.
+    * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, in the layout of
+      CoOp in ``DIR`` or among manual downloads, or else prepared by tfds; splits ``train``,
+      ``val``, ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or else
+      from the package open_clip_torch, if present.
     * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
       all draw, in 9 categories and one order, from the npm package emoji-datasource-VENDOR.
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
-    Sources without splits have the one split ``all``.
+    Sources without splits have the single split ``all``.
 
     Args:
-        split: a name, perhaps sliced: ``test[:2000]``.
-        data_dir: of tfds; what is fetched by hand is looked for in its ``downloads/manual``.
+        split: a name, optionally with a slice: ``test[:2000]``.
+        data_dir: directory of tfds; manual downloads are searched for in its ``downloads/manual``.
 
     Raises:
-        FileNotFoundError: nothing lies there; says how to get it.
+        FileNotFoundError: the data are missing; says how to get them.
         ValueError: an unknown source or split, or a package that is not installed.
 
     >>> digits = load_image_set("synthetic:10", split="test[:100]")
@@ -248,7 +249,7 @@ def load_image_set(
 
 
 def _splits_in(root: epath.Path) -> list[str]:
-    """Folders with a split's name that hold folders, and no pictures of their own."""
+    """Folders named like splits that contain folders but no pictures."""
     items = []
     for name in ("train", "val", "valid", "validation", "test"):
         inside = list((root / name).iterdir()) if (root / name).is_dir() else []
@@ -263,7 +264,7 @@ def _files(
     classes: Sequence[str],
     captions: Sequence[str] | None = None,
 ) -> ImageSet:
-    # Names and sizes stand for the contents: no picture has to be read.
+    # Names and sizes identify the contents, so that no picture has to be read.
     described = [(path.name, path.stat().length, label) for path, label in files]
 
     def read(index: int) -> tuple[np.ndarray, int]:
@@ -316,7 +317,7 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
         return _three_channels(as_bytes(row[picture])), int(row[label])
 
     def labels() -> np.ndarray:
-        # Labels alone, without pixels.
+        # Only labels, without decoding pixels.
         skipping = {picture: tfds.decode.SkipDecoding()}
         undecoded = builder.as_data_source(split=split, decoders=skipping)
         return np.array([row[label] for row in undecoded], np.int32)
@@ -369,10 +370,9 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     install = _EMOJI_INSTALL.format(name=name)
     root = fetched(places, data_dir=data_dir, what=name, install=install)
     entries = read_json(root / "emoji.json", form=list)
-    # What all of them draw: their sets then have the same entries.
+    # Only emoji that all vendors draw, so that their sets have the same entries.
     entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
-    # Vendors list them in orders of their own.
-    # Swatches of skin and hair.
+    # Drop swatches of skin and hair, and sort, because each vendor has its own order.
     entries = [e for e in entries if e["category"] != "Component"]
     entries.sort(key=lambda entry: (entry["sort_order"], entry["unified"]))
     classes = sorted({entry["category"] for entry in entries})

@@ -1,4 +1,4 @@
-"""A picture of any size to the ones an encoder sees: whole or cut at random."""
+"""Views of pictures for an encoder: whole or cropped at random."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ _ASPECT = (3 / 4, 4 / 3)  # torchvision's
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageViews:
-    """How pictures are scaled, cut and mirrored. A pure function of the picture and its row.
+    """Scaling, cropping and mirroring of pictures, a pure function of a picture and its row.
 
     Attributes:
         size: height and width of a view.
@@ -56,14 +56,14 @@ class ImageViews:
         if self.count < 1 or (self.kind == "plain" and self.count != 1):
             raise ValueError(f"count: expected at least 1, and 1 for plain views, got {self.count}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale: expected two rising shares of the area, got {self.scale}")
+            raise ValueError(f"scale: expected two ascending shares of the area, got {self.scale}")
 
     @classmethod
     def of(cls, encoder: "Encoder", spec: str, *, fit: str = "crop", seed: int = 0) -> "ImageViews":
-        """Views of pictures as an encoder takes them, in its size and by its interpolation.
+        """Build the views that an encoder takes, with its size and interpolation.
 
         Args:
-            spec: `plain`, or `random:COUNT` for so many random crops of each picture.
+            spec: `plain`, or `random:COUNT` for COUNT random crops of each picture.
             fit: `crop` (`squash` for encoders trained on squeezed pictures) or `pad`.
 
         Raises:
@@ -73,20 +73,20 @@ class ImageViews:
         if kind not in ("plain", "random") or (kind == "random") != count.isdigit():
             raise ValueError(f"views: expected plain or random:COUNT, got {spec!r}")
         squash = fit == "crop" and encoder.preprocessing.fit == "squash"
-        made: Any = {"fit": "squash" if squash else fit, "kind": kind}  # checked there
+        options: Any = {"fit": "squash" if squash else fit, "kind": kind}  # checked there
         return cls(
             size=encoder.preprocessing.size,
             resize=encoder.preprocessing.resize,
             interpolation=encoder.preprocessing.interpolation,
             floor=encoder.preprocessing.floor,
             count=int(count or 1),
-            # Plain views have none.
+            # Plain views have no seed.
             seed=seed if kind == "random" else 0,
-            **made,
+            **options,
         )
 
     def __str__(self) -> str:
-        """Return the settings that decide the pixels, for manifests."""
+        """Return the settings that determine the pixels, for manifests."""
         parts = [f"{self.kind} {self.size} px", self.fit, self.interpolation]
         if self.kind == "plain":
             cut = f"of {self.resize}{', floor' if self.floor else ''}"
@@ -97,7 +97,7 @@ class ImageViews:
     def __call__(
         self, image: UInt8[np.ndarray, "height width 3"], *, row: int | np.integer
     ) -> UInt8[np.ndarray, "count size size 3"]:
-        """The views of one picture; random ones depend on its number `row`.
+        """Make the views of a picture; random ones depend on its number `row`.
 
         Raises:
             TypeError: pixels of another type, such as floats of 0..255.
@@ -114,7 +114,7 @@ class ImageViews:
             picture = _on_white_square(picture)
         if self.kind == "plain":
             return self._plain(picture)[None]
-        # A generator of its own for each view, so that it depends on nothing else.
+        # A separate generator for each view, so that views are independent of each other.
         return np.stack(
             [
                 self._random(picture, np.random.default_rng([self.seed, int(row), view]))
@@ -141,7 +141,7 @@ class ImageViews:
         return np.asarray(picture.crop((left, top, left + size, top + size)))
 
     def _random(self, picture: Any, rng: np.random.Generator) -> np.ndarray:
-        # Cut first: what lies outside must not shine in through the filter.
+        # Crop first, so that the filter does not mix in pixels from outside.
         part = picture.crop(_random_box(picture.size, rng, self.scale))
         view = np.asarray(part.resize((self.size, self.size), self._filter))
         return view[:, ::-1] if rng.random() < 0.5 else view
@@ -164,7 +164,7 @@ def _random_box(
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        # By logs: as often wide as tall.
+        # Uniform in logs, so that wide and tall crops are equally likely.
         ratio = math.exp(rng.uniform(*np.log(_ASPECT)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

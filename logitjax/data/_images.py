@@ -1,4 +1,4 @@
-"""Pictures in files: where they lie, and their pixels."""
+"""Picture files: finding them, and reading their pixels."""
 
 import collections
 import os
@@ -13,16 +13,16 @@ from logitjax.data._places import files_below
 from logitjax.storage import guard, require
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-# The longer side in shorter ones.
+# Maximum aspect ratio.
 _LONGEST = 500
-# What lies under these names. Pillow's reader of JPEG reads a camera's MPO too, and has no other.
+# Formats behind these suffixes. Pillow reads a camera's MPO through its JPEG reader.
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 
 
 def open_labelled_images(
     name: str, split: str, data_dir: str | os.PathLike[str] | None
 ) -> tuple[Any, str, str]:
-    """A prepared tfds dataset and which of its features are the image and the label."""
+    """Open a prepared tfds dataset, and find its features for image and label."""
     # tfds is slow to import, and the other sources do not need it.
     import tensorflow_datasets as tfds
 
@@ -32,7 +32,7 @@ def open_labelled_images(
     features: Any = builder.info.features
     pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     classes = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-    # Masks are images too, and a coarser class a second label.
+    # Masks are images too, and a coarser class is a second label.
     picture = "image" if "image" in pictures else (pictures[0] if len(pictures) == 1 else None)
     label = "label" if "label" in classes else (classes[0] if len(classes) == 1 else None)
     if picture is None or label is None:
@@ -41,7 +41,7 @@ def open_labelled_images(
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
-    """Pictures and their classes' numbers; the classes' names, sorted, numbers as such."""
+    """Pictures with class numbers, and class names, sorted (numerically if they are numbers)."""
     if not directory.is_dir():
         raise FileNotFoundError(f"no image folder {directory}")
     classes = sorted(
@@ -60,7 +60,7 @@ def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], 
 
 
 def _report_skipped(directory: epath.Path, classes: Sequence[str]) -> None:
-    """Counts the files of class folders that are not read, such as `.tiff` and `.heic`."""
+    """Log the number of files in class folders that are not read, such as `.tiff` and `.heic`."""
     suffixes = [p.suffix.lower() for name in classes for p in files_below(directory / name)]
     skipped = collections.Counter(suffix for suffix in suffixes if suffix not in _SUFFIXES)
     if skipped:
@@ -81,7 +81,7 @@ def pictures_below(directory: epath.Path) -> list[epath.Path]:
     return sorted(items, key=os.fspath)
 
 
-# Cameras save pixels as the sensor lay, and in EXIF how they are to be turned.
+# Cameras save pixels in the sensor's orientation, and the required rotation in EXIF.
 _ORIENTATION = 0x0112
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
@@ -90,27 +90,27 @@ _TURNS = {
 
 
 def read_picture(path: epath.Path) -> Any:
-    """A PIL image in RGB, upright; what is transparent lies on white."""
+    """Read a PIL image in RGB, upright, with transparent parts on white."""
     return open_picture(path)[0]
 
 
 def open_picture(path: epath.Path) -> tuple[Any, frozenset[str]]:
-    """As `read_picture`, with the changes made: `turned`, `transparent` or both."""
+    """Like `read_picture`, and also return the changes made: `turned`, `transparent` or both."""
     Image = require("PIL.Image", extra="vision")
 
     with guard.naming(path, "an image"), path.open("rb") as file:
         guard.plain_file(path)
-        # Pillow knows this format only once its module is there.
+        # Pillow supports this format only if its module was imported.
         require("PIL.WebPImagePlugin", extra="vision")
-        # Other formats are large surfaces: Pillow runs Ghostscript for PostScript in a .png.
+        # Other formats are attack surface: Pillow runs Ghostscript for PostScript in a .png.
         picture = Image.open(file, formats=_FORMATS)
         turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
         width, height = picture.size
         guard.whole(width * height, "pixels", least=1, most=guard.LIMITS.pixels)
-        # Scaled to 224 pixels, a line of pixels would be 224 times as long.
+        # A line one pixel wide, scaled to 224 pixels, would be 224 times as long.
         guard.whole(max(width, height), "longer side", most=_LONGEST * min(width, height))
         if picture.mode.startswith("I"):
-            # Pillow cuts greys of 16 bits off at 255; those of a file of that kind go to 65,535.
+            # Pillow clips 16-bit greys at 255; in such files they go up to 65,535.
             picture = Image.fromarray(as_bytes(np.asarray(picture).clip(0).astype(np.uint16)))
         done = {"turned"} if turn else set()
         if "A" in picture.getbands() or "transparency" in picture.info:
@@ -126,7 +126,7 @@ def _on_white(picture: Any) -> tuple[Any, bool]:
     Image = require("PIL.Image", extra="vision")
 
     out, clear = Image.new("RGB", picture.size), False
-    # In bands, for whole pictures of four bytes a pixel would be held four times.
+    # In bands, because a whole picture of four bytes per pixel would be held four times.
     for top in range(0, picture.height, 256):
         box = (0, top, picture.width, min(top + 256, picture.height))
         band = picture.crop(box).convert("RGBA")
@@ -138,7 +138,7 @@ def _on_white(picture: Any) -> tuple[Any, bool]:
 
 
 def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:
-    """Refuses what are not integers from 0 to count - 1, without jax, which files need not."""
+    """Raise unless all are integers from 0 to count - 1; does not import jax."""
     if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
         raise TypeError(f"{name}: expected integers, got {numbers.dtype}")
     wrong = np.flatnonzero((numbers < 0) | (numbers >= count))
@@ -151,7 +151,7 @@ def as_bytes(pixels: Any) -> np.ndarray:
     """Pixels of 8 or 16 bits as uint8."""
     pixels = np.asarray(pixels)
     if pixels.dtype == np.uint16:
-        # 65,535 is 255 and half-way is half-way: the nearest of pixels / 257.
+        # pixels / 257 to the nearest: 65,535 is 255.
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise TypeError(f"pixels: expected uint8 or uint16, got {pixels.dtype}")

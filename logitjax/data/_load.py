@@ -1,4 +1,4 @@
-"""One way in for every source: ``load_examples``."""
+"""``load_examples``, the entry point for all sources."""
 
 import os
 from collections.abc import Mapping
@@ -30,22 +30,22 @@ def load_examples(
 
     * ``text:PATH``. A directory's ``*.txt`` files (recursively, sorted) are one document each. A
       single file is cut between paragraphs into documents of at least 2,000 characters.
-    * ``jsonl:PATH``, an object a line, or one list of objects; a file or a directory of
+    * ``jsonl:PATH``, an object per line, or one list of objects; a file or a directory of
       ``*.jsonl``. Files of text and lines may end in ``.gz`` or ``.zst``.
-    * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, as the next does.
-    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, perhaps with ``:SPLIT``: of the hub or its cache.
-    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
-      ``wiki_summaries`` and a builder of yours, ``tfds:PACKAGE.MODULE:NAME``, are prepared on first
-      use; others have to be there already (``logitjax prepare NAME`` writes them).
+    * ``parquet:PATH``, a file or a directory; needs the extra ``datasets``, like the next source.
+    * ``hf:ORG/NAME``, ``hf:ORG/NAME/CONFIG``, optionally with ``:SPLIT``: the hub or its cache.
+    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. The
+      library's ``wiki_summaries`` and custom builders, ``tfds:PACKAGE.MODULE:NAME``, are prepared
+      on first use; others must exist already (``logitjax prepare NAME`` writes them).
     * ``mix:SOURCE@WEIGHT,SOURCE@WEIGHT``: documents of several sources in turn, with these shares
-      of the characters, until one of them ends. It depends on the sources alone.
+      of the characters, until one ends, in an order that depends on the sources alone.
 
     A row is ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"},
-    ...]}``, perhaps with calls of tools and the ``tools``, optionally with an ``id``. Those of
-    Alpaca (``instruction``, ``input``, ``output``), ShareGPT (``conversations``), TRL (``prompt``,
-    ``completion``), questions (``question``, ``answer``) and preferences (``chosen``, of which the
-    ``rejected`` is left) are read as these. A source of more than some 32 million characters is not
-    held in memory: it is read again for each pass, best in its order.
+    ...]}``, optionally with tool calls and ``tools``, and with an ``id``. Rows of Alpaca
+    (``instruction``, ``input``, ``output``), ShareGPT (``conversations``), TRL (``prompt``,
+    ``completion``), questions (``question``, ``answer``) and preferences (``chosen``; ``rejected``
+    is ignored) are converted. A source of more than some 32 million characters is not held in
+    memory: it is read again for each pass, preferably in order.
 
     ``split`` follows tfds: a name, optionally with a slice (``'train[:95%]'``, ``'train[100:]'``).
     Files have the single split ``train``, unless PATH is a directory with ``<split>/`` or
@@ -53,8 +53,9 @@ def load_examples(
 
     Args:
         on_error: ``'raise'`` names a malformed row; ``'skip'`` logs and counts it in ``.errors``.
-        data_dir: where tfds datasets lie; ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
-        columns: names to read under other names, e.g. ``{"question": "prompt"}``.
+        data_dir: folder of tfds datasets; default ``$TFDS_DATA_DIR``, else
+            ``~/tensorflow_datasets``.
+        columns: columns to rename, e.g. ``{"question": "prompt"}``.
 
     Raises:
         FileNotFoundError: a missing path, or a dataset that is not prepared.
@@ -73,13 +74,13 @@ def load_examples(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
     if columns and kind in ("text", "mix"):
-        raise ValueError(f"columns has no meaning for {kind}:")
+        raise ValueError(f"columns: expected none for {kind}: sources")
     options: Any = {"split": split, "columns": columns}
     if kind == "mix":
         same: Any = {"split": split, "on_error": on_error, "data_dir": data_dir}
         examples = mixed(spec, [load_examples(part, **same) for part, _ in parts_of(spec)])
     elif kind == "tfds":
-        # tfds is slow to import, and most runs on files never need it.
+        # tfds is slow to import, and runs on files never need it.
         from logitjax.data._tfds import load_tfds
 
         examples = load_tfds(location, data_dir=data_dir, spec=spec, **options)
@@ -99,18 +100,18 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
 ) -> epath.Path:
-    """Write a tfds dataset as array_record, unless it is there; returns its directory.
+    """Write a tfds dataset as array_record, unless it exists; return its directory.
 
-    Our own datasets need no TensorFlow; those that come with tfds mostly do
-    (``pip install 'logitjax[prepare]'``). Reading never does.
+    The library's datasets do not need TensorFlow; most of those that come with tfds do (``pip
+    install 'logitjax[prepare]'``). Reading never does.
 
     Args:
-        name: ``NAME``, ``NAME:CONFIG`` or, of a builder of yours, ``PACKAGE.MODULE:NAME``.
-        data_dir: where it goes; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
-        manual_dir: where files fetched by hand lie; default ``<data_dir>/downloads/manual``.
+        name: ``NAME``, ``NAME:CONFIG`` or, for a custom builder, ``PACKAGE.MODULE:NAME``.
+        data_dir: folder to write to; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        manual_dir: folder of manual downloads; default ``<data_dir>/downloads/manual``.
 
     Raises:
-        FileNotFoundError: what the dataset is made from is missing; says how to get it.
+        FileNotFoundError: the dataset's sources are missing; says how to get them.
         ValueError: tfds has no such dataset.
         ModuleNotFoundError: TensorFlow is needed and missing.
     """

@@ -7,7 +7,7 @@ from logitjax.data._examples import Example, Examples, collected
 
 
 def parts_of(spec: str) -> list[tuple[str, float]]:
-    """The sources of a mixture and their weights.
+    """Parse the sources of a mixture and their weights.
 
     >>> parts_of("mix:jsonl:a.jsonl@3,text:b@1")
     [('jsonl:a.jsonl', 3.0), ('text:b', 1.0)]
@@ -22,13 +22,13 @@ def parts_of(spec: str) -> list[tuple[str, float]]:
 
 
 def mixed(spec: str, sources: Sequence[Examples]) -> Examples:
-    """Documents by their share of the characters, each at most once: it ends with a source."""
+    """Mix documents by their share of the characters, each at most once, until a source ends."""
     weights = [weight for _, weight in parts_of(spec)]
 
     def read() -> Iterator[Example]:
         readers, sizes = [iter(source) for source in sources], [0.0] * len(sources)
         while True:
-            # The one that is furthest behind its share; no draw, so that nothing has to be kept.
+            # The source furthest behind its share: deterministic, so there is no state to keep.
             i = min(range(len(sources)), key=lambda i: sizes[i] / weights[i])
             if (row := next(readers[i], None)) is None:
                 return

@@ -19,9 +19,9 @@ from logitjax.data._tokenizer import TokenizerLike
 from logitjax.storage import ArrayCodec, Manifest, ShardReader, digest, write_shards
 
 _FORMAT = 1
-# What a killed packing does again at most.
+# Maximum work that an interrupted packing repeats.
 _TOKENS_PER_SHARD = 1 << 24
-# Rows kept open for documents that fill their rest; more fill better and cost time.
+# Rows kept open for documents that fit; more fill rows better and cost time.
 _OPEN_ROWS = 64
 
 
@@ -34,34 +34,34 @@ def pack(
     on_long: Literal["split", "skip", "split_or_skip", "raise"] = "split",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PackedDataset:
-    """Pack examples into rows of `seq_len` tokens, or reuse what an equal call has packed.
+    """Pack examples into rows of `seq_len` tokens, or reuse the rows of an earlier equal call.
 
-    Every row holds the same documents for every tokenizer, each with its own tokens and mask; it
-    is full when it is full for any of them. Documents that fit into a row are never cut (best fit
-    among the open rows); longer ones are cut before white space, at one place for all tokenizers.
-    The rows depend on nothing but the arguments, so hosts without a common disk may each pack.
-    ``messages`` go through the chat template of each tokenizer that has one (a document with all
-    its marks, which cannot be cut) and through ChatML elsewhere; texts stay as they are, and a
-    prompt and its response are joined. A document begins with the beginning-of-sequence token where
-    the tokenizer's own ``add_bos`` says so, and ends with the end-of-sequence token.
-    A piece with nothing to learn, such as the beginning of a prompt longer than a row, is left out
-    and counted in ``.statistics["unlearnt"]``. A packing that was killed goes on behind its last
-    whole shard. On several hosts with a common disk let process 0 pack and the others call it
-    after a barrier.
+    Every row holds the same documents for every tokenizer, each with its own tokens and mask; it is
+    full when it is full for any of them. Documents that fit into a row are never cut (best fit
+    among the open rows); longer ones are cut before white space, at the same place for all
+    tokenizers. The rows depend only on the arguments, so hosts without a shared disk may each pack.
+    ``messages`` are rendered by the chat template of each tokenizer that has one (as a document
+    with all special tokens, which cannot be cut) and as ChatML otherwise; texts are unchanged, and
+    a prompt and its response are joined. A document begins with the beginning-of-sequence token if
+    the tokenizer's ``add_bos`` says so, and ends with the end-of-sequence token. A piece with
+    nothing to learn, such as the beginning of a prompt longer than a row, is left out and counted
+    in ``.statistics["unlearnt"]``. An interrupted packing continues after its last complete shard.
+    On several hosts with a shared disk, let process 0 pack and the others call it after a barrier.
 
     Args:
-        examples: what :func:`logitjax.data.load_examples` returns, or any sequence of such rows.
-        tokenizers: a name of your choice to a tokenizer (one alone is refused with what to write).
-        directory: where the rows go; may be remote (``gs://``).
-        on_long: a document longer than a row is cut, left out (and counted in ``.statistics``), or
-            an error; by ``"split_or_skip"`` a conversation is left out and other text is cut.
-        on_error: what an example does that cannot be read, or that a tokenizer or its chat template
-            refuses: it is an error that names it, or left out and counted as malformed.
+        examples: the result of :func:`logitjax.data.load_examples`, or any sequence of such rows.
+        tokenizers: a mapping from names of your choice to tokenizers.
+        directory: folder for the rows; may be remote (``gs://``).
+        on_long: whether a document longer than a row is cut, left out (and counted in
+            ``.statistics``), or an error; ``"split_or_skip"`` leaves out conversations and cuts
+            other text.
+        on_error: whether an example that cannot be read, or that a tokenizer or its chat template
+            refuses, is an error that names it, or is left out and counted as malformed.
 
     Raises:
         TypeError: `tokenizers` is one tokenizer instead of a mapping.
-        ValueError: nothing to pack, `directory` holds rows packed from something else (says from
-            what), a document is too long and may not be cut, or an example is refused.
+        ValueError: nothing to pack, `directory` holds rows packed from other inputs (names them), a
+            document is too long and must not be cut, or an example is refused.
 
     >>> import tempfile
     >>> class Bytes:
@@ -92,9 +92,9 @@ def pack(
         "tokenizers": {
             name: [e.tokenizer.fingerprint, e.add_bos, True] for name, e in encoders.items()
         },
-        # How documents end and are rendered was once a choice, and stays in the fingerprints.
+        # Rendering was once an option, and is still part of fingerprints.
         "render": dict.fromkeys(tokenizers, "logitjax.data._documents.render_example"),
-        # A template decides the tokens as much as the vocabulary does.
+        # A template determines the tokens as much as the vocabulary.
         "chat_templates": {n: digest(tokenizers[n].chat_template) for n in chats},  # type: ignore
         "on_long": on_long,
     }
@@ -113,10 +113,10 @@ def pack(
         _Progress(begun, made_from | {"on_error": on_error}, row_codec(tokenizers, seq_len)),
         seq_len,
     )
-    # Rows that an earlier version packed with such pieces must not pass for these.
+    # Rows that an earlier version packed with such pieces must not be taken for these.
     unlearnt = contents["statistics"]["unlearnt"]
     fingerprint = digest(made_from | ({"unlearnt": unlearnt} if unlearnt else {}))
-    # The manifest comes last: without it the shards do not count.
+    # The manifest is written last: without it the shards do not count.
     Manifest(root, KIND).write(made_from, {"fingerprint": fingerprint} | contents)
     begun.path.parent.rmtree(missing_ok=True)
     logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
@@ -142,23 +142,23 @@ def _check_arguments(
 
 @dataclasses.dataclass
 class _Progress:
-    """How far a packing has come: with each shard so much is kept that a killed one goes on."""
+    """Progress of a packing, saved with each shard so that an interrupted one can continue."""
 
     begun: Manifest
     made_from: Mapping[str, Any]
     codec: ArrayCodec
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     statistics: dict[str, int] = dataclasses.field(default_factory=dict)
-    # Of each tokenizer.
+    # By tokenizer.
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
-    # Rows for each teacher so far; of the examples of the last one so many are read.
+    # Rows for each teacher so far, and number of examples read of the last one.
     routes: dict[str, int] = dataclasses.field(default_factory=dict)
     read: int = 0
-    # Those that have room for more.
+    # Rows that have room for more.
     rows: list[list[Piece]] = dataclasses.field(default_factory=list)
 
     def resume(self) -> None:
-        """Take up what `keep` left, if that was made from the same."""
+        """Restore the state that `keep` saved, if it was made from the same inputs."""
         if not self.begun.exists():
             return
         entries = self.begun.read()
@@ -172,8 +172,8 @@ class _Progress:
         self.rows = [_taken_apart(columns, row, list(self.tokens)) for row in range(len(reader))]
 
     def keep(self, records: Iterable[bytes]) -> None:
-        """Write it down, with the open rows as records."""
-        # Under a name of its own: the files that the last manifest names stay as they are.
+        """Save the state, with the open rows as records."""
+        # A new name, so that the files of the previous manifest remain unchanged.
         name, folder = f"open-{len(self.shards):05d}", epath.Path(self.begun.directory)
         fields = ("shards", "statistics", "tokens", "routes", "read")
         contents: dict[str, Any] = {field: getattr(self, field) for field in fields}
@@ -182,7 +182,7 @@ class _Progress:
 
 
 def _taken_apart(columns: Mapping[str, np.ndarray], row: int, names: list[str]) -> list[Piece]:
-    """The pieces of a row; one may have no token of some tokenizer."""
+    """Split a row into its pieces; a piece may have no token of some tokenizer."""
     parts = {n: [columns[f"{n}/{kind}"][row] for kind in KINDS] for n in names}
     count = max(segments.max() for _, segments, _ in parts.values())
     return [
@@ -201,7 +201,7 @@ def _write_rows(
     names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
     progress.statistics = dict.fromkeys(names, 0) | {"malformed": examples.errors}
     progress.tokens = dict.fromkeys(tokenizers, 0)
-    # Padding is masked everywhere, so any id does where the tokenizer has none of its own.
+    # Padding is masked everywhere, so any id will do if the tokenizer has no padding id.
     pad_ids = {
         name: next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
         for name, tokenizer in tokenizers.items()
@@ -217,7 +217,7 @@ def _write_rows(
         return progress.codec.encode(columns, 1)[0]
 
     def records() -> Iterator[bytes | None]:
-        """Records of rows, and None where a shard ends: behind a document."""
+        """Yield records of rows, and None at the end of a shard, which is after a document."""
         count = 0
         for teacher, routed in _routed(examples):
             if teacher not in progress.routes:
@@ -256,10 +256,10 @@ def _write_rows(
 
 
 def _routed(examples: Examples) -> Iterator[tuple[str, Examples]]:
-    """The examples of each teacher, whose rows hold no other's; of "" where none is named."""
+    """Yield the examples of each teacher, whose rows are separate; "" if none is named."""
     try:
         named = "teacher" in examples[0]
-    except ValueError:  # It is malformed, and said so where it is read.
+    except ValueError:  # Malformed; reported where it is read.
         named = False
     if not named:
         yield "", examples
@@ -290,7 +290,7 @@ def _documents(
     skip_long: bool,
     skip_errors: bool,
 ) -> Iterator[list[Piece]]:
-    """The pieces of each document, from the first that `progress` has not read."""
+    """Yield the pieces of each document, from the first that `progress` has not read."""
     statistics, first = progress.statistics, progress.read
     for number in tqdm(
         range(first, len(examples)),
@@ -302,7 +302,7 @@ def _documents(
         disable=not sys.stderr.isatty(),
     ):
         try:
-            # A dataset reads when asked for a row.
+            # A dataset reads a row on access.
             example = examples[number]
         except ValueError as error:
             if not skip_errors:
@@ -311,7 +311,7 @@ def _documents(
             continue
         statistics["documents"] += 1
         try:
-            # All of a document or nothing: its last piece may be the one that is refused.
+            # A whole document or nothing: its last piece may be refused.
             pieces = list(cut(example))
         except DocumentTooLong as error:
             if not skip_long:
@@ -319,13 +319,13 @@ def _documents(
             statistics["too_long"] += 1
             continue
         except (ValueError, TypeError) as error:
-            # A chat template that refuses a conversation, a tokenizer that refuses a text.
+            # A chat template refuses a conversation, or a tokenizer a text.
             message = f"example {example.get('id', number)}: {' '.join(str(error).split())}"
             if not skip_errors:
                 raise ValueError(f"{examples.source}, {message}") from error
             _skipped(message, statistics)
             continue
-        # A row of such pieces alone would be a step without a loss.
+        # A row of only such pieces would be a step without a loss.
         learnt = [piece for piece in pieces if any(mask.any() for _, mask in piece.values())]
         statistics["unlearnt"] += len(pieces) - len(learnt)
         statistics["pieces"] += len(learnt)
@@ -376,36 +376,36 @@ def best_fit(
     rows: list[list[Piece]],
     open_rows: int = _OPEN_ROWS,
 ) -> Iterator[list[list[Piece]]]:
-    """Put each piece into the one of `rows` that it fills best; after each document those gone.
+    """Put each piece into the one of `rows` that it fills best; yield finished rows per document.
 
-    A row goes when it is full or must make room for another, and the rest at the end.
+    A row is finished when it is full or must make room for another; the rest at the end.
     """
     used = [[sum(len(p[name][0]) for p in row) for name in row[0]] for row in rows]
     room = seq_len - np.asarray(used, np.int64)
     for document in documents:
-        gone = []
+        finished = []
         for piece in document:
             need = np.asarray([len(ids) for ids, _ in piece.values()], np.int64)
             room = room.reshape(len(rows), len(need))
             fits = np.flatnonzero((room >= need).all(axis=1))
             if len(fits):
-                # By the tokenizer with the least room left: a row is full when it is for any.
+                # By the tokenizer with the least room left: a row is full if it is full for any.
                 location = int(fits[np.argmin((room[fits] - need).min(axis=1))])
                 rows[location].append(piece)
                 room[location] -= need
             else:
                 if len(rows) == open_rows:
-                    # The fullest row has the least to gain from waiting.
+                    # The fullest row gains least from waiting.
                     fullest = int(np.argmin(room.min(axis=1)))
-                    gone.append(rows.pop(fullest))
+                    finished.append(rows.pop(fullest))
                     room = np.delete(room, fullest, axis=0)
                 rows.append([piece])
                 room = np.concatenate([room, seq_len - need[None]])
                 location = len(rows) - 1
             if not room[location].min():
-                gone.append(rows.pop(location))
+                finished.append(rows.pop(location))
                 room = np.delete(room, location, axis=0)
-        yield gone
+        yield finished
     while rows:
         yield [rows.pop(0)]
 

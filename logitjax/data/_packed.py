@@ -14,26 +14,26 @@ from logitjax.data._order import global_indices, process_rows
 from logitjax.storage import ArrayCodec, Manifest, ShardReader
 
 KIND = "packed dataset"
-# Of a tokenizer's columns.
+# Stored columns of a tokenizer.
 KINDS = {"tokens": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
-# Batches in memory beside the one in use.
+# Batches in memory in addition to the one in use.
 _PREFETCH = 2
 
-# One tokenizer's arrays, or under the key "row" the indices of the rows themselves.
+# Arrays by tokenizer, and under the key "row" the indices of the rows.
 Batch = dict[str, Any]
 
 
 def row_codec(names: Iterable[str], seq_len: int) -> ArrayCodec:
-    """Tokens, segment ids and loss mask of each tokenizer, one after the other."""
+    """Codec for tokens, segment ids and loss mask of each tokenizer in turn."""
     return ArrayCodec({f"{n}/{kind}": (t, (seq_len,)) for n in names for kind, t in KINDS.items()})
 
 
 def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarray, "*batch tokens"]:
-    """Positions that start again at every segment, 0 in the padding."""
+    """Compute positions, which restart in every segment and are 0 in padding."""
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
-    # Of its segment.
+    # Start of each token's segment.
     begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
     return np.where(segment_ids > 0, index - begin, 0).astype(np.int32)
 
@@ -41,18 +41,18 @@ def _positions(segment_ids: Int[np.ndarray, "*batch tokens"]) -> Int32[np.ndarra
 class PackedDataset:
     """Rows of packed documents, tokenised by one or several tokenizers.
 
-    :func:`logitjax.data.pack` makes them; ``PackedDataset(directory)`` opens what somebody has
-    packed, without data or tokenizers at hand. A batch is ``{name: {"tokens", "segment_ids",
-    "positions", "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and
-    [batch] (int64), where ``name`` is a tokenizer's name given to ``pack``:
+    :func:`logitjax.data.pack` makes them; ``PackedDataset(directory)`` opens packed rows without
+    data or tokenizers. A batch is ``{name: {"tokens", "segment_ids", "positions", "loss_mask"},
+    "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and [batch] (int64), where
+    ``name`` is a tokenizer's name given to ``pack``:
 
     * ``segment_ids`` counts a row's documents, the same for every tokenizer, from 1; 0 is padding.
     * ``positions`` start at 0 in every segment.
-    * ``teacher``, [batch] beside ``row``, is there where examples name one: its place in `routes`.
-    * ``loss_mask[t]`` says whether ``tokens[t]`` is to be predicted, from ``t - 1``. It is false
-      for the first token of a segment, so no prediction crosses documents.
+    * ``teacher``, [batch] like ``row``, exists if examples name a teacher: its index in `routes`.
+    * ``loss_mask[t]`` says whether to predict ``tokens[t]`` from ``t - 1``. It is false for the
+      first token of a segment, so no prediction crosses documents.
 
-    Batch ``step`` can be had alone, in any order: the state of a data pipeline is the step.
+    Batches can be read in any order: the state of a data pipeline is the step.
 
     >>> import tempfile
     >>> from logitjax import data
@@ -73,7 +73,7 @@ class PackedDataset:
     True
 
     Raises:
-        FileNotFoundError: There is nothing packed, or a shard is missing.
+        FileNotFoundError: There are no packed rows, or a shard is missing.
         ValueError: The manifest or a shard is damaged.
     """
 
@@ -85,7 +85,7 @@ class PackedDataset:
         self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])
         self.pad_ids: dict[str, int] = self.manifest["pad_ids"]
         self.statistics: dict[str, Any] = self.manifest.get("statistics", {})
-        # Rows for one teacher lie one behind the other.
+        # Rows for each teacher are consecutive.
         self.routes: dict[str, int] = self.manifest.get("routes", {})
         self._reader = ShardReader(self.directory, self.manifest["shards"])
         self._codec = row_codec(self.names, self.seq_len)
@@ -94,14 +94,14 @@ class PackedDataset:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Batch:
-        """One row, as loaders of grain and PyTorch ask for it."""
+        """Return one row, as for loaders of grain and PyTorch."""
         index = range(len(self))[index]
         batch = self.rows([index])
         parts = {name: {k: v[0] for k, v in batch[name].items()} for name in self.names}
         return {key: parts[key] if key in parts else value[0] for key, value in batch.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers of a loader open the shards again.
+        # Workers of a loader reopen the shards.
         return PackedDataset, (os.fspath(self.directory),)
 
     def __repr__(self) -> str:
@@ -119,16 +119,16 @@ class PackedDataset:
         process_index: int = 0,
         process_count: int = 1,
     ) -> Int64[np.ndarray, "batch"]:
-        """The rows that batch `step` reads on this process, int64 [batch_size / process_count].
+        """Return this process's rows of batch `step`, int64 [batch_size / process_count].
 
         Each epoch visits every row once, in its own order; a batch may straddle two epochs. The
-        concatenation over processes is the same whatever their number.
+        concatenation over processes does not depend on their number.
         """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
-        mine = process_rows(batch_size, process_index, process_count)
+        local = process_rows(batch_size, process_index, process_count)
         rows = global_indices(step, length=len(self), seed=seed, batch_size=batch_size)
-        return rows[mine]
+        return rows[local]
 
     def batch(
         self,
@@ -139,7 +139,7 @@ class PackedDataset:
         process_index: int = 0,
         process_count: int = 1,
     ) -> Batch:
-        """This process's part of batch `step`; `batch_size` is the global one."""
+        """Read this process's part of batch `step`; `batch_size` is the global one."""
         return self.rows(
             self.indices(
                 step,
@@ -151,14 +151,14 @@ class PackedDataset:
         )
 
     def rows(self, indices: Sequence[int] | Int[np.ndarray, "batch"]) -> Batch:
-        """The given rows as a batch; an index of -1 gives a row of padding."""
+        """Read the given rows as a batch; an index of -1 gives a row of padding."""
         indices = np.asarray(indices, np.int64)
         real = indices >= 0
         stored = self._codec.decode(self._reader.read(indices[real].tolist()))
         batch: Batch = {"row": indices}
         if self.routes:
             ends = np.cumsum(list(self.routes.values()))
-            # Padding, at -1, has the first teacher, and nothing that it could teach.
+            # Padding, at -1, has the first teacher, but nothing to learn.
             batch["teacher"] = np.searchsorted(ends, np.maximum(indices, 0), side="right")
         for name in self.names:
             columns = {}
@@ -179,28 +179,28 @@ class PackedDataset:
         process_count: int = 1,
         max_rows: int | None = None,
     ) -> Iterator[Batch]:
-        """All rows (or the first `max_rows`) in order, for evaluation.
+        """Iterate over all rows (or the first `max_rows`) in order, for evaluation.
 
-        Every process gets the same number of batches of the same shape; what is missing at the end
-        are rows of padding with row index -1 and nothing to predict.
+        Every process gets the same number of batches of the same shape; the last are filled with
+        padding, which has row index -1 and nothing to predict.
         """
-        mine = process_rows(batch_size, process_index, process_count)
+        local = process_rows(batch_size, process_index, process_count)
         count = len(self) if max_rows is None else min(max_rows, len(self))
 
         def produce() -> Iterator[Batch]:
             for begin in range(0, count, batch_size):
                 places = np.arange(begin, begin + batch_size)
-                yield self.rows(np.where(places < count, places, -1)[mine])
+                yield self.rows(np.where(places < count, places, -1)[local])
 
         return read_ahead(produce(), _PREFETCH)
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Draw from `batches` in a thread, at most `depth` in advance; errors come out here."""
+    """Read from `batches` in a thread, at most `depth` in advance; errors are raised here."""
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(1, "logitjax-data") as thread:
         while True:
-            # One thread: batches come in order.
+            # A single thread, so that batches come in order.
             while len(waiting) < depth:
                 waiting.append(thread.submit(next, batches, None))
             batch = waiting.popleft().result()

@@ -1,4 +1,4 @@
-"""Where data lie that were fetched by hand or by tfds."""
+"""Folders of data that were downloaded manually or by tfds."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ def manual_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files in a folder and its folders, in the order of their names."""
+    """Yield all files in a folder and its subfolders, in the order of their names."""
     # epath has no recursive glob.
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -29,10 +29,10 @@ def files_below(folder: epath.Path) -> Iterator[epath.Path]:
 def fetched(
     places: Sequence[str], *, data_dir: str | os.PathLike[str] | None, what: str, install: str
 ) -> epath.Path:
-    """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path."""
+    """Find the first of ``places`` that exists, below ``downloads/manual`` or absolute."""
     manual = manual_dir(data_dir)
     for location in places:
-        # An absolute place stays itself.
+        # An absolute path remains as it is.
         path = manual / location
         if path.exists():
             return path

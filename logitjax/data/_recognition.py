@@ -1,4 +1,4 @@
-"""The data sets that few-shot methods for CLIP are compared on, and their prompts."""
+"""Data sets on which few-shot methods for CLIP are compared, and their prompts."""
 
 import ast
 import dataclasses
@@ -18,7 +18,7 @@ _TRAIN_TEST = {"train": "train", "test": "test"}
 _TRAIN_VALIDATION = {"train": "train", "test": "validation"}
 _ALL_THREE = _TRAIN_TEST | {"val": "validation"}
 _PHOTO = ("a photo of a {}.",)
-# The seven that Tip-Adapter and its successors take of CLIP's eighty.
+# The seven of CLIP's eighty that Tip-Adapter and its successors use.
 _IMAGENET_TEMPLATES = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
     "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
@@ -29,18 +29,18 @@ _IMAGENET_TEMPLATES = (
 class RecognitionSet:
     """A data set of the few-shot literature, in the layout of CoOp, and its name in tfds.
 
-    Published numbers are of CoOp's splits; tfds has others, save for ImageNet and its variants.
+    Published numbers are for CoOp's splits; tfds has others, except for ImageNet and its variants.
     """
 
     num_classes: int
-    # Tip-Adapter's, with {} where a class's name goes.
+    # Tip-Adapter's templates, with {} in place of the class name.
     templates: tuple[str, ...] = _PHOTO
-    # Below that of all data sets.
+    # Below the folder of all data sets.
     folder: str
-    images: str = "images"  # inside of it
-    # JSON; ImageNet and its variants have folders, FGVC-Aircraft lists.
+    images: str = "images"  # inside the folder
+    # A JSON file; ImageNet and its variants have folders, FGVC-Aircraft has lists.
     split_file: str = ""
-    # By split, in `images`.
+    # Folders in `images` by split.
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tfds: str | None = None
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -48,7 +48,7 @@ class RecognitionSet:
     camel_case: bool = False
 
     def readable(self, class_names: Sequence[str]) -> tuple[str, ...]:
-        """Names as they can stand in a sentence.
+        """Convert names to a form for use in sentences.
 
         >>> RECOGNITION_SETS["sun397"].readable(["/a/apse/indoor", "living_room"])
         ('indoor apse', 'living room')
@@ -57,7 +57,7 @@ class RecognitionSet:
         """
         items = []
         for name in class_names:
-            # SUN397: a letter, the place, what kind of it.
+            # SUN397: a letter, the place, its kind.
             if re.match(r"/\w/", name):
                 name = " ".join(reversed(name.split("/")[2:]))
             if self.camel_case:
@@ -66,7 +66,7 @@ class RecognitionSet:
         return tuple(items)
 
     def prompts(self, class_names: Sequence[str]) -> list[list[str]]:
-        """Every template with every class's name: ``[classes][templates]``.
+        """Fill every template with every class's name: ``[classes][templates]``.
 
         >>> RECOGNITION_SETS["dtd"].prompts(["polka-dotted"])
         [['polka-dotted texture.']]
@@ -96,9 +96,9 @@ def _imagenet(folder: str, images: str, tfds: str, **options: Any) -> Recognitio
     )  # fmt: skip
 
 
-# The eleven, splits and folders of CoOp (Zhou et al., arXiv 2109.01134), and two that test shifts.
-# tfds counts caltech101's background and easy faces as classes too, 102 in all, and has ucf101's
-# videos, not their middle frames.
+# Eleven data sets with splits and folders of CoOp (Zhou et al., arXiv 2109.01134), and two that
+# test distribution shifts. tfds counts caltech101's background and easy faces as classes too, 102
+# in total, and has ucf101's videos, not their middle frames.
 RECOGNITION_SETS: dict[str, RecognitionSet] = {
     "imagenet": _imagenet(
         "imagenet", "images", "imagenet2012", folders={"train": "train", "test": "val"},
@@ -162,7 +162,7 @@ def recognition_set(name: str) -> RecognitionSet:
 
 
 def tfds_source(name: str, split: str, manual: epath.Path) -> tuple[str, str]:
-    """The tfds source and split of one of `RECOGNITION_SETS`; it was not found in ``manual``."""
+    """The tfds source and split of one of `RECOGNITION_SETS` that is not in ``manual``."""
     which = recognition_set(name)
     if which.tfds is None:
         raise ValueError(
@@ -180,7 +180,7 @@ def tfds_source(name: str, split: str, manual: epath.Path) -> tuple[str, str]:
 def files_of(
     name: str, root: epath.Path, split: str
 ) -> tuple[list[tuple[epath.Path, int]], list[str]]:
-    """Pictures with their classes' numbers, and the classes' names, in the layout of CoOp."""
+    """Pictures with class numbers, and class names, from files in the layout of CoOp."""
     which = recognition_set(name)
     present = tuple(which.folders) or _SPLITS
     if split not in present:
@@ -219,10 +219,10 @@ def _aircraft(home: epath.Path, split: str) -> tuple[list[tuple[epath.Path, int]
 
 
 def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> tuple[str, ...]:
-    """Names that people use, for prompts."""
+    """Human-readable class names, for prompts."""
     which = recognition_set(name)
-    # ImageNet and its variants number their classes. Names are those of CoOp's `classnames.txt`,
-    # else those of the package open_clip_torch; without either the numbers stay.
+    # Classes of ImageNet and its variants are numbers. Names come from CoOp's `classnames.txt`, or
+    # else from the package open_clip_torch; without either, numbers remain.
     if which.num_classes != 1000:
         return which.readable(classes)
     path = directory / "classnames.txt"
@@ -248,7 +248,7 @@ def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> 
 
 
 def _open_clip_names() -> list[str]:
-    """The thousand that OpenAI wrote, out of a file that is parsed and not run."""
+    """Read OpenAI's thousand names from a file that is parsed, not executed."""
     try:
         path = package_file(
             "open_clip", "zero_shot_metadata.py", what="names", install="open_clip_torch==3.3.0"

@@ -23,17 +23,18 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> dict[str, Examples]:
-    """Training, validation and test examples of a source, by the names in `SPLITS`.
+    """Load training, validation and test examples of a source, by the names in `SPLITS`.
 
-    For each of validation and test that the source lacks, a tenth of the text is held out from the
-    end of the training examples, the test examples last. Data of tfds must have all three.
+    For each of validation and test that is missing in the source, a tenth of the text is held out
+    from the end of the training examples, the test examples last. tfds datasets must have all
+    three.
 
     Args:
         spec: As for `load_examples`, without a split.
         on_error: As for `load_examples`.
 
     Raises:
-        ValueError: There are too few documents to hold some out.
+        ValueError: There are too few documents to hold any out.
     """
     kind, _, location = spec.partition(":")
     if kind == "mix":
@@ -43,14 +44,14 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
     if kind == "hf":
         local = hub_splits(location, spec) & set(SPLITS[1:])
     loaded = {s: load_examples(spec, split=s, on_error=on_error) for s in ("train", *sorted(local))}
-    lacking = [s for s in SPLITS if s not in loaded]
-    if lacking:
-        loaded |= _cut(loaded["train"], ("train", *lacking), spec)
+    missing = [s for s in SPLITS if s not in loaded]
+    if missing:
+        loaded |= _cut(loaded["train"], ("train", *missing), spec)
     return {s: loaded[s] for s in SPLITS}
 
 
 def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Examples]:
-    """All but the last tenths of the text for the first name, a tenth for each of the others."""
+    """Give each name but the first a tenth of the text from the end, and the first the rest."""
     if len(examples) < len(names):
         # A text file is cut into documents between paragraphs, see `load_examples`.
         hint = "; give a longer text" if spec.startswith("text:") else ""
@@ -58,14 +59,13 @@ def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Exa
             f"data: expected at least {len(names)} documents in {spec}, to hold some out, got "
             f"{len(examples)}{hint}"
         )
-    # By text and not by rows: documents differ in length, and one book may be half of it.
-    # In characters: what tokens there are depends on the models.
+    # By characters: rows differ in length, and the number of tokens depends on the models.
     sizes = np.cumsum(np.fromiter(itertools.chain([0], (len(str(r)) for r in examples)), np.int64))
     stops = [len(examples)]
     for location in reversed(range(1, len(names))):
         start = sizes[-1] * (1 - 0.1 * (len(names) - location))
         nearest = int(np.abs(sizes - start).argmin())
-        # Every split keeps a document, wherever the nearest cuts fall.
+        # Every split keeps at least one document.
         stops.insert(0, min(max(nearest, location), stops[0] - 1))
     return {
         name: examples[start:stop]
@@ -75,13 +75,13 @@ def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Exa
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedSplits:
-    """The packed rows of each split.
+    """Packed rows of each split.
 
     Attributes:
-        splits: By the names in `SPLITS`.
-        names: Which columns of a batch each model reads; models of one tokenizer share them.
-        tokenizers: By those columns.
-        chat: Whether there are conversations among the rows, each model's under its own template.
+        splits: Rows by the names in `SPLITS`.
+        names: Columns of a batch that each model reads; models with the same tokenizer share them.
+        tokenizers: Tokenizers by these columns.
+        chat: Whether rows have conversations, rendered by each model's own template.
     """
 
     splits: Mapping[str, PackedDataset]
@@ -90,7 +90,7 @@ class PackedSplits:
     chat: bool
 
     def columns(self, batch: Mapping[str, Any], model: str) -> Mapping[str, Any]:
-        """The part of a batch that a model reads."""
+        """Return the part of a batch that a model reads."""
         return batch[self.names[model]]
 
 
@@ -102,22 +102,22 @@ def pack_splits(
     directory: str | os.PathLike[str],
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PackedSplits:
-    """Packs every split once for all models; models that share a tokenizer share its columns.
+    """Pack every split once for all models; models with the same tokenizer share its columns.
 
-    Conversations are encoded under each tokenizer's own chat template; one that does not fit a row
-    cannot be cut and is left out. With several processes all must call; process 0 packs.
+    Conversations are encoded with each tokenizer's own chat template; those that do not fit into a
+    row cannot be cut and are left out. All processes must call this; process 0 packs.
 
     Args:
         spec: As for `load_examples`, without a split.
-        tokenizers: A model's name to its tokenizer.
-        directory: Where the rows go, a folder a split; may be remote.
+        tokenizers: Tokenizers by model name.
+        directory: Folder for the rows, with a subfolder per split; may be remote.
         on_error: As for `load_examples` and `pack`.
 
     Raises:
-        ValueError: Conversations, and a tokenizer without a chat template; or conversations beside
-            other text, and several tokenizers.
+        ValueError: Conversations with a tokenizer without a chat template; or a mix of
+            conversations and other text with several tokenizers.
     """
-    # Whoever only reads files needs neither jax nor a model.
+    # Imported late, since reading files needs neither jax nor a model.
     from logitjax import processes
 
     by_fingerprint: dict[str, str] = {}
@@ -134,7 +134,7 @@ def pack_splits(
             f"of a prompt and a response need none"
         )
     if chat and plain and len(distinct) > 1:
-        # They are aligned turn by turn, or document by document.
+        # Rows are aligned either by turns or by documents.
         raise ValueError(
             f"data: expected rows of one form for models of several tokenizers, got {chat} with "
             f"'messages' and {plain} without"
@@ -162,7 +162,7 @@ def pack_splits(
 
 
 def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, str | None]:
-    """The first conversation and the first other row of all splits, as errors name them."""
+    """Find the first conversation and the first other row of all splits, for errors."""
     entries: dict[bool, str] = {}
     for split, examples in loaded.items():
         for number in range(len(examples)):
@@ -173,7 +173,7 @@ def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, s
                     continue
                 raise
             entries.setdefault("messages" in row, f"{split} row {row.get('id', number)!r}")
-            # The rows of a dataset have one form, and to read all would take as long as packing.
+            # Rows of a dataset have one form, and reading them all would take as long as packing.
             if examples.source.startswith("tfds:") or len(entries) == 2:
                 break
     return entries.get(True), entries.get(False)

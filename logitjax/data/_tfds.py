@@ -1,4 +1,4 @@
-"""tfds datasets as examples, and their preparation. Importing this module imports tfds."""
+"""tfds datasets as examples, and their preparation; importing this module imports tfds."""
 
 import importlib
 import os
@@ -32,18 +32,18 @@ def prepare(
         return result
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    ours, dataset, config = _parsed(name)
+    factory, dataset, config = _parsed(name)
     config_argument = {"config": config} if config else {}
     manual = os.fspath(manual_dir) if manual_dir else os.fspath(root / "downloads" / "manual")
-    if ours is not None:
-        builder = ours(data_dir=os.fspath(root), file_format=FILE_FORMAT, **config_argument)
+    if factory is not None:
+        builder = factory(data_dir=os.fspath(root), file_format=FILE_FORMAT, **config_argument)
     else:
         try:
             builder = tfds.builder(
                 dataset,
                 data_dir=os.fspath(root),
                 file_format=FILE_FORMAT,
-                # ready-made files there have another format.
+                # Prepared files there have another format.
                 try_gcs=False,
                 **config_argument,
             )
@@ -81,7 +81,7 @@ def load_tfds(
 def open_prepared(
     name: str, *, split: str, data_dir: str | os.PathLike[str] | None, spec: str
 ) -> Any:
-    """The builder of a dataset that is there, or that we can make without asking."""
+    """Return the builder of a dataset that exists, or that can be prepared on first use."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     directory = _find(name, root)
     if directory is None and _parsed(name)[0] is not None:
@@ -105,14 +105,14 @@ def open_prepared(
 
 
 def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
-    """A digest that changes with the contents of a prepared dataset and the selection."""
-    # A dataset may be prepared again under the same version from other files.
+    """Digest that changes with the contents of a prepared dataset and the selection."""
+    # A dataset may be prepared again from other files under the same version.
     items = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
     return digest(builder.info.full_name, split, items, options)
 
 
 def _parsed(name: str) -> tuple[Any, str, str]:
-    """The builder where it is ours or a user's own, the name of the dataset, its configuration."""
+    """Parse a name into builder (None for one of tfds), dataset and configuration."""
     module, _, attribute = name.partition(":")
     if "." in module:
         builder = getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""The methods that packing and scoring need of any tokenizer."""
+"""Methods of a tokenizer that packing and scoring need."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -6,10 +6,10 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class TokenizerLike(Protocol):
-    """Text to token ids and back, as `logitjax.models.Tokenizer` does it.
+    """Text to token ids and back, like `logitjax.models.Tokenizer`.
 
     ``fingerprint`` changes whenever any encoding could. A tokenizer whose model expects a
-    beginning-of-sequence token may carry ``add_bos = True``: :func:`logitjax.data.pack` obeys it.
+    beginning-of-sequence token may have ``add_bos = True``, which :func:`logitjax.data.pack` obeys.
     """
 
     @property

@@ -18,7 +18,7 @@ _TOPICS = (
     "People", "Philosophy and religion", "Physical sciences", "Society and social sciences",
     "Technology", "Uncategorized",
 )  # fmt: skip
-# Articles whose shorter text shares this part of its 5-word runs with the other stay together.
+# Articles stay together if the shorter text shares this part of its 5-word runs with the other.
 _NEAR_DUPLICATE = 0.3
 _WORDS = 5
 # A run found in more articles than this is a stock phrase, not a copied passage.
@@ -65,7 +65,7 @@ class WikiSummaries(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def find_summaries() -> epath.Path:
-    """The JSON file in the installed package, whose code (it wants a voice stack) stays alone."""
+    """Find the installed package's JSON file without importing it (it needs a voice stack)."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = epath.Path(folder) / "data" / "summaries_en-us.json"
@@ -75,7 +75,7 @@ def find_summaries() -> epath.Path:
 
 
 def assign_splits(texts: Mapping[str, str]) -> dict[str, str]:
-    """Title to split: a hash of the first title among its near-duplicates."""
+    """Assign titles to splits by a hash of the first title among near-duplicates."""
     groups = group_near_duplicates(texts)
     return {title: _split_of(groups[title]) for title in texts}
 
@@ -88,7 +88,7 @@ def _split_of(title: str) -> str:
 
 
 def group_near_duplicates(texts: Mapping[str, str]) -> dict[str, str]:
-    """Title to the alphabetically first title of its group of near-duplicates."""
+    """Map titles to the alphabetically first title among their near-duplicates."""
     runs: dict[str, set[tuple[str, ...]]] = {}
     found_in: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
     for title in sorted(texts):

@@ -14,13 +14,13 @@ def token_windows(
     length: int,
     start: Sequence[int] = (),
 ) -> np.ndarray:
-    """The beginnings of documents, then what follows them; no two windows alike.
+    """Cut distinct windows from documents: their beginnings first, then what follows.
 
     Args:
         examples: Documents with a `text`.
-        encode: Text to token ids.
-        count, length: Number of windows, and of tokens in each.
-        start: Token ids that each begins with, `Tokenizer.start` of a model; they count.
+        encode: Function from text to token ids.
+        count, length: Number of windows, and number of tokens in each.
+        start: Token ids at the beginning of each window, such as `Tokenizer.start`; they count.
 
     Returns:
         `[count, length]` int32.
@@ -42,7 +42,7 @@ def token_windows(
             f"length: expected more than the {len(start)} tokens that each window begins with, got "
             f"{length}"
         )
-    # All beginnings first: later windows start in the midst of a sentence.
+    # All beginnings first, because later windows start in the middle of a sentence.
     while begin < longest:
         for i in range(len(examples)):
             if "text" not in examples[i]:
@@ -52,7 +52,7 @@ def token_windows(
             longest = max(longest, len(tokens))
             window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)
             if len(window) == length:
-                # Equal beginnings count once.
+                # Equal windows count once.
                 entries.setdefault(window.tobytes(), window)
             if len(entries) == count:
                 return np.stack(list(entries.values()))

@@ -4,19 +4,19 @@
   gives log-probabilities of given continuations, `nll_from_model` gives them to `evaluation`.
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
   own prompt, and decodes from the fused logits. Functions that take a model take an ensemble.
-  `load_ensemble` makes one by the models' names.
-- `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
+  `load_ensemble` loads one by model names.
+- `Engine` is the basis of `generate`: slots that are filled (`Engine.prefill` with a
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, as
   continuous batching needs. `DecodeOptions` chooses what is reported.
 - `PromptReader` reads prompts in pieces while other slots decode, a common beginning once.
 - `generate(..., drafts=DraftControl("prompt"))` lets the text itself, a small model or a member of
   an ensemble draft, and verifies in one pass: the same distribution and greedy tokens, often
   faster.
-- `ByteEnsemble` decodes models of any tokenizers together, byte by byte.
-- `rollout` writes inside of a program of one's own, for training on samples.
-- `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
-  tokens into text as they come and finds stop strings.
-- A model is a `logitjax.models.Decoder`, or what else `CachedModel.of` takes.
+- `ByteEnsemble` decodes models with any tokenizers together, byte by byte.
+- `rollout` generates inside your own compiled program, for training on samples.
+- `Sampling` determines how a row chooses its tokens. `TextOptions` requests text. `TextStream`
+  turns tokens into text as they arrive and finds stop strings.
+- A model is a `logitjax.models.Decoder`, or anything else that `CachedModel.of` takes.
 """
 
 from logitjax.decoding._bytes import ByteEnsemble as ByteEnsemble

@@ -1,4 +1,4 @@
-"""Text byte by byte from models of tokens, so that models of any tokenizers write one text."""
+"""Text byte by byte from models of tokens, so that models with any tokenizers write one text."""
 
 import bisect
 import dataclasses
@@ -17,19 +17,19 @@ from logitjax.ops import log_softmax
 
 # Symbol 256: the text ends.
 _END = 256
-# Paths that are read at once.
+# Number of paths read at once.
 _ROWS = 4
 
 
 @dataclasses.dataclass
 class _Path:
-    """Tokens that spell the text up to byte `at`, and what the model says after them."""
+    """Tokens that spell the text up to byte `at`, and the model's prediction after them."""
 
     tokens: tuple[int, ...]
     at: int
-    # Of all paths of its reader, up to a common factor.
+    # Logarithm of its share of all paths, up to a common factor.
     weight: float
-    # Of tokens in the order of their bytes.
+    # Cumulative probabilities of tokens in the order of their bytes.
     probs: Any = None
     end: float = 0.0
 
@@ -41,7 +41,7 @@ def _read(apply: Any, params: Any, tokens: Any, positions: Any, cache: Any) -> t
 
 
 class _Reader:
-    """One model's law of the next byte: the sum over all token paths that spell the text."""
+    """One model's distribution of the next byte: the sum over all token paths that spell it."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, most: int, least: float, room: int):
         self.model, self.tokenizer = CachedModel.of(model), tokenizer
@@ -51,7 +51,7 @@ class _Reader:
             sorted(filter(texts.__getitem__, range(len(texts))), key=texts.__getitem__)
         )
         self._texts = [texts[i] for i in self._ids]
-        # Byte n of each text, -1 behind its end.
+        # Byte n of each text, -1 after its end.
         self._bytes = np.full((len(self._ids), 1 + max(map(len, self._texts))), -1, np.int16)
         for row, text in zip(self._bytes, self._texts, strict=True):
             row[: len(text)] = list(text)
@@ -71,18 +71,18 @@ class _Reader:
             out[:256] += path.weight * np.bincount(
                 following[longer], path.probs[low:high][longer], 256
             )
-            # Only where a token ends may the text.
+            # The text may end only where a token ends.
             out[_END] += path.weight * path.end * (depth == 0)
         return out / out.sum()
 
     def feed(self, byte: int) -> None:
-        """Take the byte that was chosen."""
+        """Append the chosen byte."""
         self.text += bytes([byte])
         stay, fresh = [], []
         for path in self._paths:
             low, high, depth = self._beginning_with(self.text[path.at :])
             inside = self._bytes[low:high, depth] >= 0
-            # Tokens that end here come first in their order.
+            # Tokens that end here come first in this order.
             for i in range(low, low + int((~inside).sum())):
                 tokens = (*path.tokens, int(self._ids[i]))
                 fresh.append(_Path(tokens, len(self.text), path.weight * path.probs[i]))
@@ -94,14 +94,14 @@ class _Reader:
         total = sum(mass for mass, _ in masses)
         kept = [pair for pair in masses if pair[0] > self._least * total]
         kept = sorted(kept, key=lambda pair: -pair[0])[: self._most]
-        held = sum(mass for mass, _ in kept)
-        self.lost += 1 - held / total
+        kept_mass = sum(mass for mass, _ in kept)
+        self.lost += 1 - kept_mass / total
         paths = [path for _, path in kept]
         for path in paths:
-            path.weight /= held
+            path.weight /= kept_mass
         self._scored([path for path in paths if path.probs is None])
         self._paths = paths
-        # What all paths begin with need not be read again.
+        # The common beginning of all paths need not be read again.
         shortest = min((path.tokens for path in paths), key=len)
         common = 0
         while common < len(shortest) and len({path.tokens[common] for path in paths}) == 1:
@@ -112,7 +112,7 @@ class _Reader:
 
     def _beginning_with(self, text: bytes) -> tuple[int, int, int]:
         low = bisect.bisect_left(self._texts, text)
-        # The first that does not: the next text of the same length, or all.
+        # The first that does not match: the next text of the same length, or all.
         rest = text.rstrip(b"\xff")
         after = rest[:-1] + bytes([rest[-1] + 1]) if rest else None
         high = len(self._texts) if after is None else bisect.bisect_left(self._texts, after, low)
@@ -129,32 +129,32 @@ class _Reader:
         return paths
 
     def _pass(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Log-probabilities after tokens that follow the trunk, of at most `_ROWS` rows."""
+        """Log-probabilities after tokens that follow the trunk, for at most `_ROWS` rows."""
         time = bucket(max(map(len, rows)), 8)
         tokens = np.zeros((_ROWS, time), np.int32)
         positions = np.full_like(tokens, -1)
         for i, row in enumerate(rows):
             tokens[i, time - len(row) :] = row
             positions[i, time - len(row) :] = self._trunk + np.arange(len(row))
-        given = (self.model.apply, self.model.params, tokens, positions, self._cache)
-        logs, self._cache = _read(*given)
+        arguments = (self.model.apply, self.model.params, tokens, positions, self._cache)
+        logs, self._cache = _read(*arguments)
         return np.asarray(logs)
 
 
 class ByteEnsemble:
-    """Models of any tokenizers that write one text together, byte by byte.
+    """Models with any tokenizers that write one text together, byte by byte.
 
-    The law of a model's next byte is the sum over all token paths that spell the text so far, so it
-    is the model's own. Paths below `least` of the total, and beyond the `most` likeliest, are left
-    out; `lost` says how much that was. A model's end token ends the text.
+    The distribution of a model's next byte is the sum over all token paths that spell the text so
+    far, so it is the model's own. Paths below `least` of the total, and beyond the `most`
+    likeliest, are dropped; `lost` bounds their share. A model's end token ends the text.
 
     Args:
-        large: a model, as `CachedModel.of` takes it, and its tokenizer.
+        large: a model, as for `CachedModel.of`, and its tokenizer.
         experts: further pairs.
-        bases: further pairs, as of `Ensemble`.
-        fuse: any strategy of `logitjax.fusion`, of log-probabilities of bytes; without one, the
-            mean of the probabilities.
-        max_length: largest number of tokens of a text, prompt included.
+        bases: further pairs, as for `Ensemble`.
+        fuse: any strategy of `logitjax.fusion`, for log-probabilities of bytes; by default the mean
+            of the probabilities.
+        max_length: maximum number of tokens of a text, prompt included.
 
     References:
         Sampling bytes from a model of tokens: arXiv 2506.14123, which sums over canonical paths.
@@ -177,14 +177,14 @@ class ByteEnsemble:
 
     @property
     def lost(self) -> float:
-        """An upper bound on the share of probability that paths left out had, over all steps."""
+        """An upper bound on the share of probability of dropped paths, over all steps."""
         return max(reader.lost for reader in self.readers)
 
     def begin(self, prompt: str) -> None:
-        """Start behind a prompt, which each model reads in its own tokens."""
+        """Start after a prompt, which each model reads in its own tokens."""
         for reader in self.readers:
             tokens = reader.tokenizer.encode(prompt, None)
-            # Something has to be read.
+            # At least one token must be read.
             reader.begin(tokens or [reader.tokenizer.bos_id or 0])
 
     def probs(self) -> np.ndarray:
@@ -198,7 +198,7 @@ class ByteEnsemble:
         return np.asarray(jax.nn.softmax(fused), np.float64)
 
     def feed(self, text: bytes) -> float:
-        """Read a text; its log-probability in nats."""
+        """Read a text; returns its log-probability in nats."""
         total = 0.0
         for byte in text:
             with np.errstate(divide="ignore"):
@@ -210,7 +210,7 @@ class ByteEnsemble:
     def generate(
         self, prompt: str, *, max_bytes: int, temperature: float = 0.0, seed: int = 0
     ) -> bytes:
-        """Continue a prompt to the end of the text, or by so many bytes."""
+        """Continue a prompt to the end of the text, or by at most this many bytes."""
         self.begin(prompt)
         rng, out = np.random.default_rng(seed), b""
         while len(out) < max_bytes:

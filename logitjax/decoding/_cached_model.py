@@ -19,8 +19,8 @@ class CachedModel:
     ``apply(params, tokens, positions, cache) -> (logits, cache)`` with int32 ``tokens`` and
     ``positions`` ``[rows, time]`` and float ``logits [rows, time, vocab]``. Its contract:
 
-    - a token of position p >= 0 is stored under p and attends to what is stored of positions up to
-      p, not to later ones; passing p again replaces what was there (drafts can be taken back);
+    - a token of position p >= 0 is stored at p and attends to stored positions up to p, not to
+      later ones; passing p again replaces the stored token (drafts can be taken back);
     - position -1 is padding: neither stored nor attended to, and its logits are ignored;
     - ``rows`` is axis 0 of every leaf of the cache, and rows do not mix.
 
@@ -28,14 +28,14 @@ class CachedModel:
         apply: the function; hashable, equal for models that can be stacked.
         params: a pytree of arrays.
         init_cache: ``(rows, max_length) -> cache``, an empty one. May be a frozen dataclass: drafts
-            raise its field `ring_slack` to their length. Its method ``slot_axes(cache)``, the axis
-            of each leaf where slot p holds position p (-1: none), lets prompts share prefixes.
+            set its field `ring_slack` to their length. Its method ``slot_axes(cache)``, the axis of
+            each leaf where slot p holds position p (-1: none), lets prompts share prefixes.
         vocab_size: last axis of the logits.
-        experts: number of experts whose logits the same pass gives, as for models with the same
-            first layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the
-            large model's logits, then the experts', then the bases'.
+        experts: number of experts whose logits the same pass returns, for models with shared first
+            layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the large
+            model's logits, then the experts', then the bases'.
         takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
-        max_length: largest number of tokens that the model was made to read; None: unknown.
+        max_length: maximum number of tokens that the model was made for; None: unknown.
     """
 
     apply: Callable[..., Any]
@@ -49,15 +49,15 @@ class CachedModel:
 
     @classmethod
     def of(cls, model: Any) -> "CachedModel":
-        """A `CachedModel` from anything that decodes.
+        """Make a `CachedModel` of any decoding model.
 
         Args:
             model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
                 decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
                 contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
-                together; a pair ``(apply_fn, params)`` that keeps nothing, ``apply_fn(params,
-                tokens [rows, time]) -> logits``, where logits depend on no later tokens: every
-                step reads all of the text; or a `CachedModel`, which is returned as it is.
+                together; a pair ``(apply_fn, params)`` without a cache, ``apply_fn(params, tokens
+                [rows, time]) -> logits``, where logits depend on no later tokens: every step reads
+                all of the text; or a `CachedModel`, which is returned as it is.
 
         Raises:
             TypeError: for anything else.
@@ -95,7 +95,7 @@ class _DecoderApply:
 
 @dataclasses.dataclass(frozen=True)
 class _DecoderCache:
-    """Makes empty caches of a decoder; a plan whose drafts may be taken back raises the slack."""
+    """Makes empty caches of a decoder; if drafts may be taken back, a plan raises the slack."""
 
     config: DecoderConfig
     dtype: Any
@@ -114,7 +114,7 @@ class _DecoderCache:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _GivenCache:
-    """The empty cache that came with a triple; jitted programs must not consume the original."""
+    """The empty cache of a triple; jitted programs must not consume the original."""
 
     cache: Any
     rows: int
@@ -122,10 +122,10 @@ class _GivenCache:
     def __call__(self, rows: int, max_length: int) -> Any:
         if rows == self.rows:
             return jax.tree.map(jnp.array, self.cache)
-        # A prompt that is read for one slot of several.
+        # A prompt is read for one slot of several.
         if rows == 1:
             return jax.tree.map(lambda leaf: jnp.array(leaf[:1]), self.cache)
-        raise ValueError(f"model: the given cache has {self.rows} rows, {rows} are needed")
+        raise ValueError(f"model: expected a cache of {rows} rows, got {self.rows}")
 
 
 def _of_decoder(model: Decoder) -> CachedModel:
@@ -143,10 +143,10 @@ def _of_decoder(model: Decoder) -> CachedModel:
 def _of_triple(apply_fn: Callable[..., Any], params: Any, cache: Any) -> CachedModel:
     rows = {leaf.shape[:1] for leaf in jax.tree.leaves(cache)}
     if len(rows) != 1 or rows == {()}:
-        raise ValueError(f"model: axis 0 of every leaf of the cache is its rows, got {rows}")
+        raise ValueError(f"model: expected rows on axis 0 of every leaf of the cache, got {rows}")
     count = next(iter(rows))[0]
     ids = jax.ShapeDtypeStruct((count, 1), jnp.int32)
-    # Nothing is computed: only the vocabulary's size is asked for.
+    # Nothing is computed: this only determines the size of the vocabulary.
     logits, _ = jax.eval_shape(apply_fn, params, ids, ids, cache)
     return CachedModel(
         apply=apply_fn,
@@ -158,13 +158,13 @@ def _of_triple(apply_fn: Callable[..., Any], params: Any, cache: Any) -> CachedM
 
 @dataclasses.dataclass(frozen=True)
 class _WholeTexts:
-    """Keeps the tokens that were read, and reads all of them again."""
+    """Stores the tokens read so far, and reads all of them again."""
 
     apply_fn: Callable[..., Any]
 
     def __call__(self, params: Any, tokens: Any, positions: Any, texts: Any) -> Any:
         rows = jnp.arange(len(tokens))[:, None]
-        # Padding, at -1, would lie at the end.
+        # Padding, at -1, would come last.
         places = jnp.where(positions < 0, texts.shape[1], positions)
         texts = texts.at[rows, places].set(tokens, mode="drop")
         logits = self.apply_fn(params, texts)

@@ -1,4 +1,4 @@
-"""Decoding with a host that looks in between: streams, stop strings, ragged progress."""
+"""Decoding with a host that looks in between: streams, stop strings, uneven progress."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ from logitjax.decoding._text import TextOptions, TextStream, last_whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-    """The result of `generate`, one row a prompt.
+    """The result of `generate`, one row per prompt.
 
     Attributes:
         tokens: int32 ``[rows, new]``; after a row's end the pad token.
-        lengths: int32 ``[rows]``, tokens before that, a stop token included.
+        lengths: int32 ``[rows]``, number of tokens before that, including a stop token.
         stopped: bool ``[rows]``: ended by a stop token or string rather than by the budget.
-        logprobs: float32 ``[rows, new]`` of the tokens, None unless asked for.
+        logprobs: float32 ``[rows, new]`` of the tokens, None unless requested.
         top_ids: int32 ``[rows, new, n]``, the most likely tokens.
-        top_logprobs: float32 ``[rows, new, n]``, theirs.
-        info: what the fusion said, leaves ``[new, ...]``.
-        texts: one string a row where a tokenizer was given, cut before a stop string.
-        drafting: what drafts brought; None without them.
+        top_logprobs: float32 ``[rows, new, n]``, their log-probabilities.
+        info: the fusion's info, leaves ``[new, ...]``.
+        texts: one string per row if a tokenizer was given, cut before a stop string.
+        drafting: counts and speed-up of drafts; None without drafts.
     """
 
     tokens: np.ndarray
@@ -64,9 +64,9 @@ def joined(parts: Sequence[Emitted], concatenate: Callable = jnp.concatenate) ->
 def in_chunks(
     engine: Engine, requests: Sequence[Request], advance: Callable[[], Emitted], text: TextOptions
 ) -> Generated:
-    """Prefill all slots, then ``advance()``, by any number of tokens, until every row has ended."""
+    """Prefill all slots, then ``advance()`` by any number of tokens until every row has ended."""
     rows = [_Row(text, request.prompt) for request in requests]
-    # On the host, as what is emitted would otherwise wait on the device until the end.
+    # On the host, because emitted tokens would otherwise stay on the device until the end.
     parts = [one_step(jax.tree.map(np.asarray, engine.prefill_all(requests)))]
     while True:
         active = engine.active
@@ -74,7 +74,7 @@ def in_chunks(
             new, piece = row.take(parts[-1].tokens[i][parts[-1].valid[i]], last=not active[i])
             if text.stream is not None and (new or piece):
                 text.stream(i, new, piece)
-        # Only the host sees stop strings: it has to end those rows.
+        # Only the host sees stop strings, so it has to end those rows.
         cut = np.array([row.cut for row in rows])
         if not (active & ~cut).any():
             break
@@ -91,7 +91,7 @@ def in_chunks(
 def _without_gaps(
     parts: Sequence[Emitted], lengths: np.ndarray, steps: int, pad_id: int
 ) -> Emitted:
-    """Each row's tokens one behind the other, ``steps`` columns, nothing behind a row's end."""
+    """Each row's tokens without gaps, ``steps`` columns, padded after a row's end."""
     emitted = joined(parts, np.concatenate)
 
     def fit(leaf: np.ndarray, fill: int = 0) -> np.ndarray:
@@ -138,7 +138,7 @@ class _Row:
         if self._stream is not None:
             text = self._stream.push(new)
             text += self._stream.finish() if last else ""
-            # The stream takes none behind the one that completes a stop string.
+            # The stream takes no token after the one that completes a stop string.
             new = new[: len(self._stream.tokens) - self.length]
         self.length += len(new)
         return new, text
@@ -151,7 +151,7 @@ def with_texts(out: Generated, requests: Sequence[Request], text: TextOptions) -
     texts = []
     for row, request in zip(out.rows(), requests, strict=True):
         prompt = np.asarray(request.prompt).tolist() if text.continues else []
-        # Decoded with it and cut again: alone a first word may lose the space before it.
+        # Decoded with it and then cut: alone, a first word may lose the space before it.
         context = last_whole(tokenizer, prompt)
         before = tokenizer.decode(context, skip_special=True)
         texts.append(tokenizer.decode([*context, *row], skip_special=True)[len(before) :])

@@ -1,12 +1,11 @@
-"""How many tokens to draft next, from what drafting has cost and brought so far."""
+"""Choice of the next draft length from the costs and acceptance of drafts so far."""
 
 import collections
 import statistics
 from collections.abc import Hashable
 from typing import Any
 
-# The share of the time that trying drafts may cost, and about how many tested tokens the acceptance
-# is estimated from.
+# The share of time that trying drafts may cost, and about how many tested tokens give acceptance.
 _LOSS, _MEMORY = 0.01, 48.0
 
 
@@ -16,16 +15,16 @@ class DraftControl:
     A round of length d gives ``(1 - a^(d+1)) / (1 - a)`` tokens if drafts are accepted with
     probability a. It pays if that is more than its time divided by a plain step's. If no length
     pays, rows decode step by step, and a draft is tried now and then, as often as that costs less
-    than a hundredth of the time. Costs are medians of the last few calls, without those that
+    than a hundredth of the time. Costs are medians of the last few calls, without calls that
     compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-        draft: who drafts: a model of the same tokenizer, as `CachedModel.of` takes one; a member
-            of the ensemble, ``'expert'`` or ``'base'`` (the first) or a place among large, experts
-            and bases; or ``'prompt'``: what followed the last tokens earlier in the text.
-        lengths: numbers of tokens to draft at once, ascending, beside 0; each compiles a program.
-            By default (4, 9) for ``'prompt'`` and (2, 5) for models. One number is drafted always.
-        token_map: of a drafting model with other token ids, from `fusion.vocabulary_map`.
+        draft: the drafter: a model with the same tokenizer, as for `CachedModel.of`; a member of
+            the ensemble, ``'expert'`` or ``'base'`` (the first) or an index among large, experts
+            and bases; or ``'prompt'``: the earlier continuation of the last tokens.
+        lengths: numbers of tokens to draft at once, ascending, besides 0; each compiles a program.
+            By default (4, 9) for ``'prompt'`` and (2, 5) for models. One number is always used.
+        token_map: for a drafting model with other token ids, from `fusion.vocabulary_map`.
 
     >>> control = DraftControl(lengths=(2, 5))
     >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
@@ -50,7 +49,7 @@ class DraftControl:
         if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
         self.draft, self.lengths, self.token_map = draft, tuple(lengths), token_map
-        # Even odds, worth less than two tokens: a first look decides.
+        # Even odds, worth less than two tokens: the first measurement decides.
         self._accepted, self._tested = 0.75, 1.5
         self._costs: dict[Hashable, collections.deque] = {}
         self._compiled: set[Hashable] = set()
@@ -64,11 +63,11 @@ class DraftControl:
 
     @property
     def speedup(self) -> float | None:
-        """Plain steps' time over the time spent on as many tokens; None before any is known."""
+        """Plain steps' time divided by the time spent on as many tokens; None before both."""
         return self._plain_worth / self._timed if self._timed else None
 
     def cost(self, length: int, kind: Hashable = None) -> float | None:
-        """Seconds of a round (of a step for length 0); None where it has not been timed."""
+        """Seconds of a round (of a step for length 0); None if it has not been timed."""
         times = self._costs.get((kind, length))
         return statistics.median(times) if times else None
 
@@ -80,18 +79,18 @@ class DraftControl:
         return expected_tokens(self.acceptance, length) * plain / cost
 
     def choose(self, kind: Hashable = None) -> int:
-        """The next length; ``kind`` tells apart calls of different cost, such as batch sizes."""
+        """The next length; ``kind`` distinguishes calls of different cost, such as batch sizes."""
         if self._fixed is not None:
             return self._fixed
         plain = self.cost(0, kind)
-        # What nothing is known of is timed first: plain steps, then the cheapest drafts.
+        # Unknown costs are timed first: plain steps, then the cheapest drafts.
         if plain is None:
             return 0
         shortest = self.lengths[0]
         existing = self.cost(shortest, kind)
         if existing is None:
             return shortest
-        # Untimed lengths cost as a straight line says.
+        # Costs of untimed lengths are interpolated linearly.
         slope = (existing - plain) / shortest
         gains = {}
         for length in self.lengths:
@@ -114,28 +113,28 @@ class DraftControl:
         kind: Hashable = None,
         program: Hashable = None,
     ) -> None:
-        """Take note of a call.
+        """Record a call.
 
         Args:
             length: drafted tokens a round; 0: plain steps.
             rounds: rounds (or steps) in the call.
-            tokens: average number that a row got in a round; from the acceptance if omitted.
+            tokens: average number of tokens per row and round; by default from the acceptance.
             tested: drafted tokens that were compared.
-            kind: as of `choose`.
-            program: tells apart calls of one kind and length that are compiled each for itself.
+            kind: as for `choose`.
+            program: distinguishes calls of one kind and length that are compiled separately.
         """
         if tested:
             # An exponential mean: texts change, and with them how well they are guessed.
             keep = max(0.0, 1 - tested / _MEMORY)
             self._accepted = keep * self._accepted + accepted
             self._tested = keep * self._tested + tested
-        # The first call of a program compiles it, which says nothing of the next ones.
+        # The first call of a program compiles it, so its time says nothing about the next ones.
         if (kind, length, program) not in self._compiled:
             self._compiled.add((kind, length, program))
             return
         if rounds == 0:
             return
-        # A median of nine outlives two hiccups of the machine, and forgets after some calls.
+        # A median of nine ignores two hiccups of the machine and adapts after a few calls.
         times = self._costs.setdefault((kind, length), collections.deque(maxlen=9))
         times.append(seconds / rounds)
         self._spent += seconds
@@ -150,7 +149,7 @@ class DraftControl:
         self._timed += seconds
         self._plain_worth += worth if length else seconds
         if length:
-            # What drafts gained pays for later tries, but is no debt of theirs.
+            # Time that drafts saved pays for later tries, but losses are not carried over.
             self._lost = max(0.0, self._lost + seconds - worth)
 
 

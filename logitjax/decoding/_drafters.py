@@ -1,4 +1,4 @@
-"""Who drafts: a member of the ensemble, a model beside it, or the text itself."""
+"""Drafters: a member of the ensemble, a separate model, or the text itself."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from logitjax.decoding._ensemble import Ensemble, Group, Plan
 from logitjax.decoding._sampling import SamplingRows, row_keys, sampling_logits
 from logitjax.decoding._step import DecodeOptions, DecodeState, mark_seen, moved_logits
 
-# Draws of one token: the draft's, whether it is accepted, what comes instead.
+# Random draws of a token: the draft, its acceptance, its replacement.
 DRAFT, ACCEPT, INSTEAD = 1, 2, 3
-# Tokens of a text that a drafting model reads at once, where it has fallen behind.
+# Number of tokens that a drafting model reads at once to catch up.
 _PIECE = 32
 
 
 class Proposal(NamedTuple):
-    """Drafts int32 `[length, rows]`, -1 for none, and what drafting has left behind."""
+    """Drafts int32 `[length, rows]`, -1 for none, and the state after drafting."""
 
     tokens: jax.Array
-    # Logits that they were drawn from, `[length, rows, vocab]`; None for what is certain.
+    # Logits that they were drawn from, `[length, rows, vocab]`; None for certain drafts.
     warm: Any
     cache: tuple
     memory: Any
@@ -30,7 +30,7 @@ class Proposal(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """The drafting member, by its place in the plan; it drafts into the cache it verifies with."""
+    """The drafting member, by its index in the plan; it drafts into the cache it verifies with."""
 
     rests: ClassVar[bool] = False
 
@@ -40,7 +40,7 @@ class Member:
     alone: bool
 
     def own(self, stored: Any) -> Any:
-        # A copy where it lies in a stack.
+        # A copy if it is part of a stack.
         return stored if self.alone else jax.tree.map(lambda leaf: leaf[self.member], stored)
 
     def memory(self, rows: int, room: int) -> Any:
@@ -57,7 +57,7 @@ class Member:
         tokens, warm, drafted = _drawn(
             group, options, params, state, stored, (fed, positions), ids, length
         )
-        # Of a stack the verification continues from the original.
+        # Verification continues from the original of a stack.
         cache = state.cache
         if self.alone:
             cache = (*cache[: self.group], drafted, *cache[self.group + 1 :])
@@ -66,7 +66,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """A model that is no member. It remembers what it has read, and reads what it has missed."""
+    """A model that is not a member. It remembers what it has read, and reads what it has missed."""
 
     rests: ClassVar[bool] = False
 
@@ -74,7 +74,7 @@ class Beside:
     token_map: Any
 
     def memory(self, rows: int, room: int) -> Any:
-        # Without rings: another prompt in the slot may share a beginning that is long past.
+        # Without rings: a new prompt in the slot may share a beginning from long before.
         cache = self.plan.with_ring_slack(room).init_cache(rows, room)
         return cache[0], jnp.full((rows, room), -1, jnp.int32)
 
@@ -86,14 +86,14 @@ class Beside:
         rows, index = jnp.arange(len(at))[:, None], jnp.arange(state.text.shape[1])
         mapping = self.token_map
         if mapping is None:
-            # Rows of padding at the end of a vocabulary, which one has and the other lacks.
+            # Padding rows at the end of a vocabulary, which only one of the two has.
             last = self.plan.vocab_size - 1
             ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
         else:
             ids = _Ids(lambda x: mapping.to_small(x, 0), mapping.to_large)
 
-        def known(read: jax.Array) -> jax.Array:
-            # As far as what was read is the text, whatever became of drafts and slots since.
+        def num_read(read: jax.Array) -> jax.Array:
+            # As far as the text it read still matches, despite later changes of drafts and slots.
             same = (read == state.text) & (index < at[:, None] - 1)
             return jnp.cumprod(same, axis=1, dtype=jnp.int32).sum(axis=1)
 
@@ -102,19 +102,19 @@ class Beside:
             return read.at[rows, places].set(tokens, mode="drop")
 
         def behind(carry: Any) -> jax.Array:
-            return ((known(carry[1]) < at - 1) & state.active).any()
+            return ((num_read(carry[1]) < at - 1) & state.active).any()
 
         def catch_up(carry: Any) -> Any:
             cache, read = carry
-            places = known(read)[:, None] + jnp.arange(_PIECE)
+            places = num_read(read)[:, None] + jnp.arange(_PIECE)
             tokens = jnp.take_along_axis(state.text, jnp.minimum(places, index[-1]), axis=1)
-            there = (places < at[:, None] - 1) & state.active[:, None]
-            places = jnp.where(there, places, -1)
+            unread = (places < at[:, None] - 1) & state.active[:, None]
+            places = jnp.where(unread, places, -1)
             _, cache = group.forward(params, ids.read(tokens)[None], places[None], cache, True)
             return cache, noted(read, places, tokens)
 
         cache, read = lax.while_loop(behind, catch_up, memory)
-        # The token before too: where all drafts were accepted, nobody has read the last of them.
+        # Includes the token before: if all drafts were accepted, the last has not been read.
         places = at[:, None] + jnp.array([-1, 0])
         fed = jnp.take_along_axis(state.text, jnp.maximum(places, 0), axis=1)
         tokens, warm, cache = _drawn(
@@ -127,13 +127,13 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True)
 class LookUp:
-    """What followed the last tokens when they were there before, as certain as can be.
+    """Drafts the continuation of an earlier occurrence of the last tokens, as certain drafts.
 
-    Of several places, that of the longest agreement, and of those the latest. A draft that is a
-    function of the text is accepted with its probability: where a plain draw gives it.
+    Of several occurrences it takes the longest match, and of those the latest. A draft that is a
+    function of the text is accepted with its probability: if a plain draw gives it.
     """
 
-    # Where nobody has a draft, a round is a plain step.
+    # If no row has a draft, a round is a plain step.
     rests: ClassVar[bool] = True
 
     least: int = 2
@@ -155,7 +155,7 @@ class LookUp:
             agree &= (jnp.roll(text, back, axis=1) == last) & (index >= back)
             count += agree
         best = (count * len(index) + index).argmax(axis=1)[:, None]
-        # What follows may end here: it then goes on as it went on there.
+        # The continuation may reach the end of the text; it then repeats from the match.
         places = best + 1 + jnp.arange(length) % jnp.maximum(at - best, 1)
         tokens = jnp.take_along_axis(text, jnp.minimum(places, index[-1]), axis=1)
         enough = (jnp.take_along_axis(count, best, axis=1) >= self.least) & state.active[:, None]
@@ -185,7 +185,7 @@ def _drawn(
     ids: _Ids,
     length: int,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Tokens drawn one after the other, `first` (tokens, positions) fed before; logits, cache."""
+    """Draw tokens one by one after feeding `first` (tokens, positions); also logits and cache."""
 
     def advance(carry: Any, ahead: Any, fed: jax.Array, places: jax.Array) -> tuple[Any, Any]:
         cache, token, seen = carry
@@ -227,7 +227,7 @@ def gumbel(keys: jax.Array, purpose: int, size: int) -> jax.Array:
 def drafter_of(
     draft: Any, token_map: Any, plan: Plan, params: Any
 ) -> tuple[Member | Beside | LookUp, Any]:
-    """The drafter that a `DraftControl` names or brings, and its parameters."""
+    """The drafter that a `DraftControl` names or contains, and its parameters."""
     if isinstance(draft, str) and draft == "prompt":
         return LookUp(), ()
     if not isinstance(draft, str | int):
@@ -236,12 +236,12 @@ def drafter_of(
             raise ValueError("draft: expected one model, got several")
         return Beside(alone.plan, token_map), alone.params[0]
     if plan.outputs != plan.streams:
-        raise ValueError("draft: the members share one pass, none can run ahead of the others")
+        raise ValueError("draft: the members share one pass, so none can run ahead of the others")
     places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}
     stream = places.get(draft) if isinstance(draft, str) else draft
     if stream is None or not 0 < stream < plan.streams:
         raise ValueError(
-            f"draft: expected 'expert', 'base', 'prompt', a model or a place from 1 to "
+            f"draft: expected 'expert', 'base', 'prompt', a model or an index from 1 to "
             f"{plan.streams - 1}, got {draft!r} with {plan.experts} experts and {plan.bases} bases"
         )
     index = next(i for i, group in enumerate(plan.groups) if stream in group.streams)

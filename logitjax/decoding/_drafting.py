@@ -1,4 +1,4 @@
-"""Decoding by rounds of drafted tokens, as many at a time as pay."""
+"""Decoding by rounds of drafted tokens, as many at a time as are worthwhile."""
 
 import collections
 import dataclasses
@@ -22,8 +22,8 @@ class Drafting:
         tested: int64 ``[rows]``, drafted tokens that were compared.
         accepted: int64 ``[rows]``, those that were accepted.
         calls: (draft length, rounds, seconds) of every call in order, 0 for plain steps.
-        speedup: measured, by the control's timing of plain steps; None before it has any.
-        predicted: what acceptance and costs predict for the length that was used most.
+        speedup: measured against the control's timing of plain steps; None until it has one.
+        predicted: speed-up predicted from acceptance and costs for the most used length.
     """
 
     rounds: np.ndarray
@@ -41,18 +41,18 @@ class Drafting:
 
 
 class Rounds:
-    """Calls of an engine whose length a control chooses, timed."""
+    """Timed calls of an engine with the draft length that a control chooses."""
 
     def __init__(self, engine: Any, control: DraftControl, *, rests: bool):
         self._engine, self.control, self._rests = engine, control, rests
         self._kind: Hashable = (engine.slots, engine.max_length)
-        # A server's engine calls without an end.
+        # A server's engine never stops calling.
         self.calls: collections.deque[tuple[int, int, float]] = collections.deque(maxlen=4096)
         self.stats = np.zeros((3, engine.slots), np.int64)
         self._last: Hashable = None
 
     def rounds(self, length: int, steps: int) -> int:
-        """About as many tokens as a chunk of plain steps; a text that drafts may have none."""
+        """About as many tokens as a chunk of plain steps; drafts from the text may be missing."""
         return steps if self._rests else max(1, steps // (length + 1))
 
     def advance(self, steps: int, stretch: int = 1) -> Emitted:
@@ -68,7 +68,7 @@ class Rounds:
             # Rows may end before the chunk does.
             rounds = max(1, int(np.asarray(emitted.valid).sum(axis=1).max()))
         else:
-            # Waited for: what is dispatched only would be timed as free.
+            # Waited for: work that was only dispatched would be timed as free.
             emitted, drafted = jax.block_until_ready(
                 self._engine.speculate(length, self.rounds(length, steps))
             )
@@ -83,7 +83,7 @@ class Rounds:
             }
         seconds = time.perf_counter() - start
         self.calls.append((length, rounds, seconds))
-        # Steps where nobody had a draft cost what plain ones do.
+        # Steps in which no row had a draft cost as much as plain ones.
         seconds = max(0.0, seconds - plain * (control.cost(0, kind) or 0.0))
         control.record(length, seconds=seconds, rounds=rounds, kind=kind, program=steps, **entries)
         return emitted

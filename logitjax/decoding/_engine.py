@@ -1,4 +1,4 @@
-"""Slots that are filled, stepped and emptied independently: what a server is built on."""
+"""Slots that are filled, stepped and emptied independently: the basis of a server."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from logitjax.decoding._requests import Request, fresh_rows, left_padded
 from logitjax.decoding._speculate import Drafted, run_rounds
 from logitjax.decoding._step import DecodeOptions, DecodeState, Emitted, constrain, run_steps, start
 
-# Donated: caches are the bulk of the memory, and are written in place.
+# Donated: caches are the bulk of the memory and are written in place.
 _jit = functools.partial(jax.jit, static_argnames=("plan", "options"), donate_argnames="state")
 
 
@@ -33,7 +33,7 @@ def _prefill_all(plan: Plan, options: DecodeOptions, params, state, tokens, posi
 def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, waits, steps: int):
     moving = dataclasses.replace(state, active=state.active & ~waits)
     after, emitted = run_steps(plan, options, params, moving, steps)
-    # Who waits is where it was; its last token is still to be fed.
+    # Waiting rows stay unchanged; their last token is still to be fed.
     token = jnp.where(waits, state.token, after.token)
     after = dataclasses.replace(after, active=after.active | (state.active & waits), token=token)
     return constrain(plan, options, after), emitted
@@ -73,15 +73,15 @@ class Engine:
 
     Args:
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
-        max_length: largest number of tokens of a slot, prompt included.
-        options: what is reported, and what requests may ask for.
+        max_length: maximum number of tokens of a slot, prompt included.
+        options: what to report, and which settings requests may use.
         extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
-        drafts: who drafts and how many tokens at most, for ``speculate``; caches get room for them.
-        rings: let windowed layers forget what lies before their window; False keeps all positions,
+        drafts: the drafter and the maximum draft length for ``speculate``; caches fit them.
+        rings: let windowed layers drop positions before their window; False keeps all positions,
             which a `PromptReader` that shares prefixes needs.
 
     Raises:
-        ValueError: for a drafting member that the model does not have.
+        ValueError: for a drafting member that is not in the ensemble.
 
     >>> from logitjax.models import load_model
     >>> engine = Engine(load_model("tiny"), slots=2, max_length=32)
@@ -109,8 +109,8 @@ class Engine:
         self._room = max_length
         self.rounds: Rounds | None = None
         if drafts is not None:
-            given = (drafts.draft, drafts.token_map, self.plan, self.params)
-            self._drafter, self._draft_params = drafter_of(*given)
+            arguments = (drafts.draft, drafts.token_map, self.plan, self.params)
+            self._drafter, self._draft_params = drafter_of(*arguments)
             keys = None if options is None else options.draw_keys
             if keys is not None and not self._drafter.rests:
                 raise ValueError("draw_keys: expected None with models' drafts, got a function")
@@ -125,16 +125,16 @@ class Engine:
             self.plan = self.plan.with_ring_slack(self._room)
         self.options = DecodeOptions() if options is None else options
         self._extra = extra
-        # Those who draft without being members read the text.
+        # Drafters that are not members read the text.
         self._given = {"extra": extra, "room": 0 if drafts is None else self._room}
         self._row = self.empty_row()
         self._state: DecodeState | None = None
 
     @property
     def state(self) -> DecodeState:
-        """All slots as arrays. Programs consume it: do not hold on to an old one."""
+        """All slots as arrays. Programs consume it: do not keep an old one."""
         if self._state is None:
-            # Made when it is needed: `prefill_all` brings a state of its own.
+            # Created on demand: `prefill_all` brings a state of its own.
             idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
             cache = self.plan.init_cache(self.slots, self._room)
             state = fresh_rows(self.plan, self.options, idle, cache=cache, **self._given)
@@ -145,30 +145,30 @@ class Engine:
 
     @property
     def active(self) -> np.ndarray:
-        """bool ``[slots]``: which slots go on. Waits for the device."""
+        """bool ``[slots]``: the slots that are still decoding. Waits for the device."""
         return np.asarray(self.state.active)
 
     def prefill(self, slot: int, request: Request) -> Emitted:
-        """Read a prompt into a slot and choose its first token; gives `Emitted` of one row.
+        """Read a prompt into a slot and choose its first token; returns `Emitted` of one row.
 
         Raises:
             ValueError: for a slot that does not exist, or a request longer than ``max_length``.
         """
         streams = self.streams_of(request)
         tokens, positions = left_padded([streams])
-        # What the row held of another prompt is not seen: later positions never are.
-        given = (self.plan, self.options, self.params, (self._row,), tokens, positions, None)
-        logits, (self._row,), _ = read_piece(*given, report=False)
+        # The row's cache of another prompt is never seen: later positions are masked.
+        arguments = (self.plan, self.options, self.params, (self._row,), tokens, positions, None)
+        logits, (self._row,), _ = read_piece(*arguments, report=False)
         return self.place(slot, request, [len(s) for s in streams], self._row, logits[0])
 
     def place(
         self, slot: int, request: Request, lengths: list[int], cache: Any, logits: Any
     ) -> Emitted:
-        """Fill a slot from a cache of one row that read the prompts; gives `Emitted` of one row.
+        """Fill a slot from a one-row cache that has read the prompts; returns `Emitted` of one row.
 
         Args:
-            lengths: tokens of each stream's prompt.
-            cache: as `empty_row`, filled.
+            lengths: number of tokens of each stream's prompt.
+            cache: a filled cache from `empty_row`.
             logits: after the last token, of each model ``[1, vocab]``.
 
         Raises:
@@ -186,11 +186,11 @@ class Engine:
 
     def extra_of(self, request: Request | None) -> Any:
         """A slot's value of ``state.extra`` for a request; for None, that of an idle slot."""
-        given = None if request is None else request.extra
-        return self._extra if given is None else given
+        extra = None if request is None else request.extra
+        return self._extra if extra is None else extra
 
     def prefill_all(self, requests: Sequence[Request]) -> Emitted:
-        """Read as many prompts as there are slots at once.
+        """Read one prompt for each slot at once.
 
         Raises:
             ValueError: for another number of requests, or one longer than ``max_length``.
@@ -206,10 +206,10 @@ class Engine:
         return emitted
 
     def decode_chunk(self, steps: int, waits: np.ndarray | None = None) -> Emitted:
-        """Decode at most ``steps`` tokens in every active slot, but those of ``waits``.
+        """Decode at most ``steps`` tokens in every active slot except those of ``waits``.
 
         Args:
-            waits: bool ``[slots]``: which slots stay as they are; None for none.
+            waits: bool ``[slots]``: slots that stay unchanged; None for none.
 
         Returns:
             `Emitted` of ``[slots, steps]``; ``valid`` tells which tokens are there.
@@ -224,13 +224,13 @@ class Engine:
         """Decode 1 to ``length + 1`` tokens a round in every active slot.
 
         The drafter gives ``length`` tokens, one pass of all members verifies them, and every slot
-        advances as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
+        advances as far as its draft is accepted. Tokens are distributed as in ``decode_chunk``.
 
         Returns:
             `Emitted` of ``[slots, rounds * (length + 1)]``, without gaps, and `Drafted`.
 
         Raises:
-            ValueError: without ``drafts``, or for a length that it has no room for.
+            ValueError: without ``drafts``, or for a length that exceeds its room.
         """
         if not self._longest_draft:
             raise ValueError("drafts: expected an engine with drafts, got one without")
@@ -239,15 +239,15 @@ class Engine:
                 f"length: expected a number between 1 and {self._longest_draft}, got {length}"
             )
         params, size = (self.params, self._draft_params), dict(rounds=rounds, length=length)
-        given = (self.plan, self._drafter, self.options, params, self.state, self._memory)
-        self._state, self._memory, emitted, drafted = _speculate(*given, **size)
+        arguments = (self.plan, self._drafter, self.options, params, self.state, self._memory)
+        self._state, self._memory, emitted, drafted = _speculate(*arguments, **size)
         return emitted, drafted
 
     def advance(self, steps: int, *, stretch: int = 1) -> Emitted:
-        """`decode_chunk`, or `speculate` for about as many tokens where that is faster.
+        """Run `decode_chunk`, or `speculate` for about as many tokens if that is faster.
 
         Args:
-            stretch: chunks at once while drafting does not pay.
+            stretch: number of chunks at once while drafting does not pay.
         """
         if self.rounds is None:
             return self.decode_chunk(steps)
@@ -281,20 +281,20 @@ class Engine:
 
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""
-        # The same program for any number of slots.
+        # One program for any number of slots.
         frozen = np.zeros(self.slots, bool)
         frozen[slot] = True
         self._state = _freeze(self.plan, self.options, self.state, frozen)
 
     def streams_of(self, request: Request) -> list[np.ndarray]:
-        """One prompt a model, none of them too long.
+        """One prompt for each model, none of them too long.
 
         Raises:
             ValueError: for a request longer than ``max_length``, or a wrong one.
         """
         streams = request.streams(self.plan)
         longest = max(map(len, streams))
-        # The last new token is emitted, not fed; without any, the prompt is all that is fed.
+        # The last new token is emitted, not fed; without new tokens, only the prompt is fed.
         if longest + max(request.max_new_tokens, 1) - 1 > self.max_length:
             raise ValueError(
                 f"request: {longest} prompt tokens and {request.max_new_tokens} new ones do "

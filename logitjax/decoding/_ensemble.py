@@ -1,4 +1,4 @@
-"""Several models that step together, and the function that makes one distribution of theirs."""
+"""Several models that step together, and the function that fuses their distributions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from logitjax.ops import Array, Static
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Streams (by index) that one call of ``apply`` steps; vmapped where there are several."""
+    """Streams (by index) stepped by one call of ``apply``, vmapped if there are several."""
 
     apply: Callable[..., Any]
     init_cache: Callable[[int, int], Any]
@@ -25,7 +25,7 @@ class Group:
 
     @property
     def batch_axis(self) -> int:
-        # Behind the axis of streams, where there is one.
+        # After the axis of streams, if there is one.
         return len(self.streams) > 1
 
     def empty(self, rows: int, max_length: int) -> Any:
@@ -51,14 +51,14 @@ class Group:
             return list(logits) if self.outputs > 1 else [logits], cache
         logits, cache = jax.vmap(call)(params, tokens[index], positions[index], cache)
         if self.outputs > 1:
-            # [streams, outputs, ...] to one after the other.
+            # [streams, outputs, ...] to one axis.
             logits = logits.reshape(-1, *logits.shape[2:])
         return list(logits), cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static part of an `Ensemble`: what is called on which stream, and how it is fused."""
+    """The static part of an `Ensemble`: which function is called on which stream, and fusion."""
 
     groups: tuple[Group, ...]
     streams: int
@@ -72,7 +72,7 @@ class Plan:
         return None if self.fuse is None else getattr(self.fuse.value, "token_map", None)
 
     def read(self, tokens: Array) -> list[Array]:
-        """Tokens of the large model as each stream has to be fed them."""
+        """Tokens of the large model as each stream reads them."""
         if self.token_map is None:
             return [tokens] * self.streams
         small = self.token_map.to_small(tokens, 0)
@@ -87,7 +87,7 @@ class Plan:
         return 1 + self.experts + self.bases
 
     def next_logits(self, rows: int) -> list[jax.ShapeDtypeStruct]:
-        """Shapes of what `forward` gives for one position of ``rows`` rows."""
+        """Shapes of the output of `forward` for one position of ``rows`` rows."""
         sizes = [self.vocab_size] * self.outputs
         if self.token_map is not None:
             sizes = list(self.vocab_sizes)
@@ -133,7 +133,7 @@ class Plan:
         return logits if self.token_map is None else self.token_map.to_large(logits)
 
     def with_ring_slack(self, slack: int) -> "Plan":
-        """The same with caches from which so many tokens can be taken back."""
+        """The same plan with caches from which this many tokens can be taken back."""
 
         def widened(init_cache: Any) -> Any:
             if not hasattr(init_cache, "ring_slack"):
@@ -147,11 +147,11 @@ class Plan:
         return dataclasses.replace(self, groups=tuple(groups))
 
     def _fit(self, logits: jax.Array) -> jax.Array:
-        # In bf16 differences of models would vanish.
+        # In bf16, differences of models would vanish.
         logits = logits.astype(jnp.float32)
         if self.token_map is not None:
             return logits
-        # Vocabularies of one tokenizer differ in rows of padding at the end.
+        # Vocabularies of one tokenizer differ in padding rows at the end.
         logits = logits[..., : self.vocab_size]
         missing = self.vocab_size - logits.shape[-1]
         if not missing:
@@ -160,15 +160,15 @@ class Plan:
         return jnp.pad(logits, pad, constant_values=-jnp.inf)
 
     def combine(self, logits: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
-        """The distribution that is decoded from, and what the fusion says about it."""
+        """The distribution to decode from, and the fusion's info."""
         if self.fuse is None:
             return logits[0], {}
         experts, bases = list(logits[1 : 1 + self.experts]), list(logits[1 + self.experts :])
-        # Strategies take arrays, also where there is no expert or no base.
+        # Strategies take arrays, even without experts or bases.
         empty = jnp.zeros((0, *logits[0].shape), logits[0].dtype)
         vocab_where = None
         if min(self.vocab_sizes) < self.vocab_size and self.token_map is None:
-            # Ids that some model lacks are of no use to a fusion.
+            # Ids that some model lacks cannot be fused.
             vocab_where = np.arange(self.vocab_size) < min(self.vocab_sizes)
         return self.fuse.value(
             logits[0],
@@ -179,7 +179,7 @@ class Plan:
 
 
 def _kind(model: CachedModel) -> Any:
-    # Also the types: what is stacked becomes one array.
+    # Also the types: stacked leaves become one array.
     shapes = jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), model.params)
     return model.apply, model.init_cache, jax.tree.structure(model.params), str(shapes)
 
@@ -190,7 +190,7 @@ class Ensemble:
     Each model has its own prompt, positions and cache; the generated tokens are common to all.
 
     Args:
-        large: the model whose distribution is moved: a `Decoder`, a triple or a `CachedModel`.
+        large: the model whose distribution is changed: a `Decoder`, a triple or a `CachedModel`.
         experts: models tuned towards something.
         bases: models that the experts were tuned from: one for all, or one for each expert.
         fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
@@ -228,10 +228,10 @@ class Ensemble:
             raise ValueError(f"bases: expected one or {len(experts)} of them, got {len(bases)}")
         inner = [m for m in members if m.outputs > 1]
         if inner and len(members) > 1:
-            raise ValueError("large: a model with its own experts accepts no others")
+            raise ValueError("large: expected a model without its own experts beside others")
         kinds: dict[Any, list[int]] = {}
         for i, member in enumerate(members):
-            # The large model keeps its own call: stacking would copy the most memory for the least.
+            # The large model keeps its own call: stacking copies the most for the least gain.
             shared = stack and i > 0
             kinds.setdefault(_kind(member) if shared else i, []).append(i)
         groups, params = [], []
@@ -266,7 +266,7 @@ class Ensemble:
         """The only model, with listed layers.
 
         Raises:
-            ValueError: There are several, or one that is no decoder.
+            ValueError: There are several models, or the model is not a decoder.
         """
         apply = self.plan.groups[0].apply
         if self.plan.streams > 1 or not hasattr(apply, "model"):

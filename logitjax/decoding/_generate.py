@@ -1,4 +1,4 @@
-"""Whole batches from prompt to end."""
+"""Generation of whole batches, from prompts to the end."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from logitjax.decoding._sampling import GREEDY, Sampling
 from logitjax.decoding._step import DecodeOptions, Emitted, constrain, run_steps, start
 from logitjax.decoding._text import TextOptions
 
-# Chunks at once while drafting does not pay.
+# Number of chunks at once while drafting does not pay.
 _STRETCH = 4
 
 
@@ -27,14 +27,14 @@ _STRETCH = 4
 def _generate(plan: Plan, options: DecodeOptions, params, state, tokens, positions, steps: int):
     state = constrain(plan, options, state)
     state, first = start(plan, options, params, state, tokens, positions)
-    # `start` chose the first.
+    # `start` chose the first token.
     state, rest = run_steps(plan, options, params, state, steps - 1)
     return state, joined([one_step(first), rest])
 
 
 def as_prompts(prompts: Any) -> list[np.ndarray]:
-    """One array of ids a row, of one prompt or several."""
-    # One prompt, of ids.
+    """One array of ids per row, from one prompt or several."""
+    # One prompt, given as ids.
     if len(prompts) and np.ndim(prompts[0]) == 0:
         return [np.asarray(prompts)]
     return [np.asarray(row) for row in prompts]
@@ -64,14 +64,14 @@ def generate(
         model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A
             stacked decoder is converted on every call: pass a listed one to decode often.
         prompts: token ids, one prompt or several.
-        sampling: for all rows (row i draws with ``seed + i``) or one a row.
-        others: prompts of the experts, then of the bases, each a list, one a row; None: the same.
+        sampling: for all rows (row i draws with ``seed + i``) or one per row.
+        others: prompts of the experts, then of the bases, each with one per row; None: the same.
         stop_ids: rows end after any of these; the token itself is kept.
         logit_bias: added to the logits of these tokens, in every row.
-        text: asks for text, stop strings, and a function that receives tokens as they come.
-        drafts: who drafts, and the lengths. A control's estimates serve later calls of the same
+        text: requests text, stop strings, and a function that receives tokens as they arrive.
+        drafts: the drafter and the lengths. A control's estimates serve later calls of the same
             kind.
-        options: what else to report; room for penalties, biases and stop tokens is made as needed.
+        options: further output; room for penalties, biases and stop tokens is added as needed.
 
     Raises:
         ValueError: for empty prompts, arguments that do not fit together, or no drafting member.
@@ -93,7 +93,7 @@ def generate(
     options = with_room(DecodeOptions() if options is None else options, requests)
     plan = ensemble.plan
     rows = [request.streams(plan) for request in requests]
-    # Of all models: their prompts may differ, the new tokens are common.
+    # Lengths of all models: their prompts may differ, the new tokens are common.
     longest = max(len(p) for row in rows for p in row) + max_new_tokens
     if drafts is not None:
         most = max(drafts.lengths)
@@ -106,19 +106,19 @@ def generate(
             drafts=drafts,
         )
         assert engine.rounds is not None
-        # Each look of the host takes its time.
+        # Each look of the host takes time.
         stretch = 1 if text.watched else _STRETCH
         advance = functools.partial(engine.advance, text.chunk, stretch=stretch)
         out = in_chunks(engine, requests, advance, text)
         return replace(out, drafting=engine.rounds.drafting())
-    # Few lengths, few programs.
+    # Few lengths, so few programs.
     slots = bucket(longest)
     if text.watched:
         engine = Engine(ensemble, slots=len(rows), max_length=slots, options=options)
         # Always the same number of steps, so one program: the budget freezes rows by itself.
         return in_chunks(engine, requests, lambda: engine.decode_chunk(text.chunk), text)
     state = fresh_rows(plan, options, requests, cache=plan.init_cache(len(rows), slots))
-    # Rows end by their budgets, so a larger number of steps costs nothing but columns.
+    # Rows end by their budgets, so a larger number of steps only costs columns.
     state, emitted = _generate(
         plan, options, ensemble.params, state, *left_padded(rows), steps=bucket(max_new_tokens)
     )
@@ -144,7 +144,7 @@ def as_requests(
         raise ValueError("prompts: expected at least one")
     if isinstance(sampling, Sampling):
         sampling = [
-            # Rows of one seed would draw the same noise.
+            # Rows with one seed would draw the same noise.
             replace(sampling, seed=(sampling.seed + i) % 2**32)
             for i in range(len(prompts))
         ]

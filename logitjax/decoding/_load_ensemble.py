@@ -1,4 +1,4 @@
-"""Several models by name as one ensemble."""
+"""Load several models by name as one ensemble."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,22 +18,22 @@ def load_ensemble(
 ) -> tuple[Ensemble, models.Tokenizer, tuple[int, ...]]:
     """Load models by name as one ensemble.
 
-    Small models with another tokenizer than the large one's are fused over their common tokens.
+    Small models with another tokenizer than the large one are fused over their common tokens.
 
     Args:
-        large: The model that is steered, or decodes alone; as for `logitjax.models.load`.
+        large: The model that is steered, or that decodes alone; as for `logitjax.models.load`.
         experts: Tuned small models.
         bases: Models that the experts were tuned from: one for all, or one for each.
         fuse: Strategy of `logitjax.fusion`; None for the large model alone.
         dtype: Type of parameters and computation.
-        quantize: Type of the weights, as of `logitjax.models.quantize`; None for `dtype`.
+        quantize: Type of the weights, as for `logitjax.models.quantize`; None for `dtype`.
 
     Returns:
         The ensemble, the large model's tokenizer, and the tokens that end an answer, ascending.
 
     Raises:
-        ValueError: Small models without a strategy, a strategy without the models that it takes or
-            with others, or small models that number their tokens differently.
+        ValueError: Small models without a strategy, a strategy with the wrong number of models, or
+            small models that number their tokens differently.
     """
     small = (*experts, *bases)
     if (fuse is None) == bool(small):
@@ -48,7 +48,7 @@ def load_ensemble(
     for mapping in maps:
         if not mapping.is_identity:
             fuse = fusion.OverlapFusion(strategy=fuse, token_map=mapping)
-    # Once each: a model may be its own base, with another prompt.
+    # Loaded once each: a model may be its own base, with another prompt.
     distinct = {}
     for name in dict.fromkeys((large, *small)):
         model, _ = models.load(name, dtype=dtype, param_dtype=dtype, layout="listed")
@@ -61,17 +61,17 @@ def load_ensemble(
 
 
 def _check_members(fuse: Any, experts: int, bases: int) -> None:
-    """Refuses numbers of small models that a strategy of `logitjax.fusion` would refuse later."""
+    """Refuse numbers of small models that a strategy of `logitjax.fusion` would refuse later."""
     kind = type(fuse).__name__
     for name, count in (("expert", experts), ("base", bases)):
-        # Any function may fuse; only strategies are known to take both, or say what they take.
+        # Any function may fuse; only strategies declare which models they take.
         both = True if isinstance(fuse, fusion.DynamicFusion) else None
         takes = getattr(fuse, f"takes_{name}s", both)
         if takes is not None and takes != bool(count):
             expected = f"a model, which {kind} needs" if takes else f"none, {kind} takes none"
             raise ValueError(f"{name}: expected {expected}, got {count}")
     if isinstance(fuse, fusion.LogitDifference) and experts > 1:
-        raise ValueError(f"expert: expected one, which {kind} subtracts, got {experts}")
+        raise ValueError(f"expert: expected one, because {kind} subtracts it, got {experts}")
     if bases not in (0, 1, max(1, experts)):
-        expected = f"one or {experts}, as many as experts" if experts > 1 else "one"
+        expected = f"one or {experts}, the number of experts" if experts > 1 else "one"
         raise ValueError(f"base: expected {expected}, got {bases}")

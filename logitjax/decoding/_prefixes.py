@@ -1,4 +1,4 @@
-"""Caches of common beginnings of prompts, kept in blocks so that they are not read again."""
+"""Caches of common prompt beginnings, stored in blocks so that they are not read again."""
 
 import collections
 import hashlib
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class PrefixCache:
-    """At most `limit` bytes of caches of some tokens each, the least used dropped first."""
+    """Caches of some tokens each, `limit` bytes at most; the least recently used go first."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -23,13 +23,13 @@ class PrefixCache:
         return name in self._blocks
 
     def longest(self, names: list[bytes]) -> list[Any]:
-        """The blocks from the first on, as far as they are held."""
+        """The stored blocks from the first on, up to the first that is missing."""
         longest = []
         for name in names:
             if name not in self._blocks:
                 break
             longest.append(self._blocks[name][0])
-        # The first last: a block whose beginning was dropped is of no use to anybody.
+        # The first block last: a block without its beginning is useless.
         for name in reversed(names[: len(longest)]):
             self._blocks.move_to_end(name)
         return longest
@@ -47,7 +47,7 @@ class PrefixCache:
 
 def block_names(tokens: np.ndarray, block: int, salt: str) -> list[bytes]:
     """A digest for every whole block of `tokens`, of all tokens up to its end."""
-    # A hash of all before, not of the block: equal tokens behind others have other keys and values.
+    # A hash of all tokens before: equal tokens after others have other keys and values.
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     names = []
     for start in range(0, len(tokens) - block + 1, block):

@@ -1,4 +1,4 @@
-"""Prompts read in pieces, beside slots that go on decoding."""
+"""Prompts read in pieces while other slots decode."""
 
 import dataclasses
 import functools
@@ -40,9 +40,9 @@ def read_piece(
     *,
     report: bool,
 ) -> tuple[list, list, Any]:
-    """``tokens [streams, rows, time]`` into caches of a row each: last logits, caches, report.
+    """Read ``tokens [streams, rows, time]`` into caches of one row: last logits, caches, report.
 
-    The report is of `following`, the tokens after these `[rows, time]`, -1 for none.
+    The report covers `following`, the tokens after these `[rows, time]`, -1 for none.
     """
     rows = len(caches)
     parts = []
@@ -73,11 +73,11 @@ def _joined(*leaves: jax.Array, axis: int) -> jax.Array:
 def _reported(
     plan: Plan, options: DecodeOptions, logits: list[jax.Array], following: jax.Array, extra: Any
 ) -> tuple[Emitted, Any]:
-    """Log-probabilities of given tokens as those of chosen ones would be reported."""
+    """Log-probabilities of given tokens, as they would be reported for chosen ones."""
 
     def advance(extra: Any, here: Any) -> tuple[Any, Emitted]:
         target, values = here
-        # -1 where no token follows.
+        # -1 if no token follows.
         present = target >= 0
         token = jnp.maximum(target, 0)
         served = plan.combine(values)[0]
@@ -107,13 +107,13 @@ def place_row(
     logits: list[jax.Array],
     slot: jax.Array,
 ) -> tuple[DecodeState, Emitted]:
-    """A row that has read its prompt into a slot, and its first token."""
+    """Move a row that has read its prompt into a slot, and choose its first token."""
     # The first token is chosen from the prompt's own logits, without another pass.
     row, emitted = emit(plan, options, row, logits)
     return constrain(plan, options, put_rows(plan, state, row, slot)), emitted
 
 
-# Nothing is donated: the row goes on with the cache that a block is copied from.
+# Nothing is donated: the row continues with the cache that a block is copied from.
 @functools.partial(jax.jit, static_argnames=("plan", "size"))
 def _taken(plan: Plan, caches: Any, start: jax.Array, size: int) -> list[jax.Array]:
     axes, leaves = plan.slot_axes(caches) or [], jax.tree.leaves(caches)
@@ -147,20 +147,20 @@ def row_of(
 ) -> DecodeState:
     row = fresh_rows(plan, options, [request], cache=cache, extra=extra, room=room)
     if row.seen is not None:
-        # The repetition penalty counts prompts too, the others do not.
+        # The repetition penalty counts prompts too, the other penalties do not.
         row.seen[0, np.asarray(request.prompt)] = True
     return dataclasses.replace(row, lengths=np.array(lengths, np.int32)[:, None])
 
 
 @dataclasses.dataclass
 class _Reading:
-    """A prompt on its way: padded streams, and the next column to be read."""
+    """A prompt being read: padded streams, and the next column to read."""
 
     tokens: np.ndarray  # [streams, columns]
-    # Of each stream.
+    # Lengths of the streams.
     lengths: list[int]
     at: int
-    # Of its whole blocks.
+    # Digests of its whole blocks.
     names: list[bytes]
     report: bool
     extra: Any = None
@@ -180,14 +180,14 @@ class PromptReader:
     all ``rows`` prompts with ``chunk // rows`` or a quarter of that.
 
     Args:
-        engine: its model reads, and its slots are filled.
-        rows: largest number of prompts that are read at once.
-        chunk: largest number of tokens of a piece, over all prompts; ``rows`` divides it.
-        prefix_bytes: memory for what was read, for prompts with a common beginning. Needs a model
-            whose caches say where positions lie, as decoders' do.
+        engine: engine whose model reads and whose slots are filled.
+        rows: maximum number of prompts read at once.
+        chunk: maximum number of tokens in a piece, over all prompts; ``rows`` divides it.
+        prefix_bytes: memory for caches of prompts with a common beginning. Requires a model whose
+            caches declare where positions are stored, as decoders' do.
 
     Attributes:
-        tokens_read, tokens_reused: numbers of tokens that the model read, and had read before.
+        tokens_read, tokens_reused: numbers of tokens that the model read, and that caches replaced.
 
     Raises:
         ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed
@@ -198,7 +198,7 @@ class PromptReader:
         if rows < 1 or chunk < rows or chunk % rows:
             raise ValueError(f"chunk: expected a multiple of rows={rows}, got {chunk}")
         self.engine, self.chunk, self.block = engine, chunk, chunk // rows
-        # What is short, or left of a prompt whose beginning is known, is not read as a whole block.
+        # Short prompts, or the rest after a known beginning, are not read as a whole block.
         self._widths = sorted({max(1, self.block // 4), self.block, chunk})
         self.tokens_read = self.tokens_reused = 0
         self._caches = [engine.empty_row() for _ in range(rows)]
@@ -206,12 +206,12 @@ class PromptReader:
         self._turns: list[int] = []
         shares = prefix_bytes > 0 and engine.plan.slot_axes(self._caches[0]) is not None
         if shares and engine.rings:
-            raise ValueError("prefix_bytes: expected 0 of an engine with rings, got more")
+            raise ValueError("prefix_bytes: expected 0 for an engine with rings, got more")
         self.prefixes = PrefixCache(prefix_bytes if shares else 0)
 
     @property
     def free(self) -> bool:
-        """Whether another prompt can be begun."""
+        """Whether another prompt can be started."""
         return None in self._rows
 
     def waits(self, prompt: Prompt, *, salt: str = "") -> bool:
@@ -225,18 +225,18 @@ class PromptReader:
         )
 
     def begin(self, request: Request, *, salt: str = "", report: bool = False) -> int:
-        """Take a prompt; returns the row that reads it.
+        """Accept a prompt; returns the row that reads it.
 
         Args:
-            salt: only prompts with the same salt share what was read.
-            report: also log-probabilities of the prompt's tokens; it is then read from its
-                beginning. Where options remember tokens, an idle slot's extra is of no token.
+            salt: only prompts with the same salt share caches.
+            report: also log-probabilities of the prompt's tokens; it is then read from the start.
+                If options remember tokens, the extra of an idle slot belongs to no token.
 
         Raises:
-            ValueError: where no row is free, or a prompt is wrong or too long.
+            ValueError: if no row is free, or a prompt is invalid or too long.
         """
         if not self.free:
-            raise ValueError("request: expected a free row, all are reading")
+            raise ValueError("request: expected a free row, but all are reading")
         streams = self.engine.streams_of(request)
         longest = max(map(len, streams))
         tokens = np.zeros((len(streams), longest), np.int32)
@@ -245,14 +245,14 @@ class PromptReader:
             line[longest - len(stream) :] = stream
         row = self._rows.index(None)
         names: list[bytes] = []
-        # Prompts of their own begin elsewhere in every stream.
+        # The prompts of several streams start at different columns.
         if self.prefixes.limit and request.others is None:
             names = self._names(np.asarray(request.prompt), salt)
         reading = _Reading(tokens, [len(s) for s in streams], 0, names, report)
         if report:
             remember = self.engine.options.remember
-            # What a request brings follows its whole prompt; what is told here begins after one
-            # token, and must not depend on those that come later.
+            # A request's own extra describes its whole prompt; a report begins after the first
+            # token and must not depend on later ones.
             extra = self.engine.extra_of(request if remember is None else None)
             reading.extra = jax.tree.map(lambda leaf: np.asarray(leaf)[None], extra)
             if remember is not None:
@@ -270,21 +270,21 @@ class PromptReader:
         if not turns:
             return []
         plain = [row for row in turns if not self._reading(row).report]
-        # With two of four, pieces of their own waste less than half of a common one.
+        # With two of four rows reading, separate pieces waste less than half of a common one.
         if len(self._rows) > 1 and 2 * len(plain) > len(self._rows):
             pieces = [plain]
         else:
-            # Short ones one after the other, or a long one.
+            # Short prompts one after the other, or a long one.
             short = itertools.takewhile(lambda row: self._reading(row).left <= self.block, turns)
             pieces = [[row] for row in short] or [turns[:1]]
         for read in pieces:
             self._read(read)
-            # To the end of the line: a long prompt does not keep the others waiting.
+            # To the end of the queue: a long prompt does not delay the others.
             self._turns = [row for row in self._turns if row not in read] + read
         return [row for read in pieces for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
-        """Put what a row has read into a slot, also into several; gives `Emitted` of one row."""
+        """Move the prompt of a row into a slot, also into several; returns `Emitted` of one row."""
         reading = self._reading(row)
         if reading.left:
             raise ValueError(f"row: expected a finished prompt, {reading.left} tokens are left")
@@ -295,15 +295,15 @@ class PromptReader:
         return self._reading(row).reported
 
     def release(self, row: int) -> None:
-        """Give a row to the next prompt."""
+        """Free a row for the next prompt."""
         self._rows[row] = None
         self._turns.remove(row)
 
     def compile(self, *, report: bool = False) -> None:
-        """Compile every program that reading and placing can need, on rows that nobody reads."""
+        """Compile every program that reading and placing may need, on dummy rows."""
         for width in self._widths:
             self._run([0], {}, width, None)
-            # All rows together read a block at most.
+            # All rows together read at most a block.
             if width < self.chunk:
                 self._run(list(range(len(self._rows))), {}, width, None)
         if report:
@@ -317,7 +317,7 @@ class PromptReader:
     def _reading(self, row: int) -> _Reading:
         reading = self._rows[row]
         if reading is None:
-            raise ValueError(f"row: expected one that has a prompt, got {row}")
+            raise ValueError(f"row: expected a row with a prompt, got {row}")
         return reading
 
     def _names(self, prompt: np.ndarray, salt: str) -> list[bytes]:
@@ -333,10 +333,10 @@ class PromptReader:
         return len(blocks) * self.block
 
     def _read(self, some: list[int]) -> None:
-        """Read the next piece of one prompt, or of several, whose program has all rows."""
+        """Read the next piece of one prompt, or of several with the program for all rows."""
         only = self._reading(some[0]) if len(some) == 1 else None
         rows, most = (some, self.chunk) if only else (list(range(len(self._rows))), self.block)
-        # Reports have no program of the smallest width, all rows together none of the largest.
+        # Reports have no program of the smallest width, and all rows together none of the largest.
         least, following = self.block if only and only.report else 0, None
         left = {row: self._reading(row).left for row in some}
         fitting = [width for width in self._widths if least <= width >= max(left.values())]
@@ -344,20 +344,20 @@ class PromptReader:
         read = {row: min(width, count) for row, count in left.items()}
         if only is not None and only.report:
             next_ones = np.full((1, width), -1, np.int32)
-            taken = read[rows[0]]
-            after = only.tokens[0, only.at + 1 : only.at + taken + 1]
-            # Beside the last column stands the token after it; at the prompt's end there is none.
-            next_ones[0, width - taken : width - taken + len(after)] = after
+            length = read[rows[0]]
+            after = only.tokens[0, only.at + 1 : only.at + length + 1]
+            # The last column predicts the token after it; at the prompt's end there is none.
+            next_ones[0, width - length : width - length + len(after)] = after
             following = next_ones, only.extra
         logits, reported = self._run(rows, read, width, following)
         if only is not None and reported is not None:
             emitted, only.extra = reported
             only.reported.append(emitted)
-        for row, taken in read.items():
+        for row, length in read.items():
             reading = self._reading(row)
-            before, reading.at = reading.at, reading.at + taken
+            before, reading.at = reading.at, reading.at + length
             reading.logits = logits[rows.index(row)]
-            self.tokens_read += taken
+            self.tokens_read += length
             # Blocks that this piece completed.
             for i in range(-(-before // self.block), reading.at // self.block):
                 if i < len(reading.names) and reading.names[i] not in self.prefixes:
@@ -369,18 +369,18 @@ class PromptReader:
         tokens = np.zeros((streams, len(rows), width), np.int32)
         positions = np.full_like(tokens, -1)
         for i, row in enumerate(rows):
-            taken = read.get(row, 0)
-            if not taken:
+            count = read.get(row, 0)
+            if not count:
                 continue
             reading = self._reading(row)
-            columns = np.arange(reading.at, reading.at + taken)
-            tokens[:, i, width - taken :] = reading.tokens[:, columns]
+            columns = np.arange(reading.at, reading.at + count)
+            tokens[:, i, width - count :] = reading.tokens[:, columns]
             for stream, length in enumerate(reading.lengths):
                 at = columns - (reading.tokens.shape[1] - length)
-                positions[stream, i, width - taken :] = np.maximum(at, -1)
+                positions[stream, i, width - count :] = np.maximum(at, -1)
         engine, before = self.engine, tuple(self._caches[row] for row in rows)
-        given = (engine.plan, engine.options, engine.params, before, tokens, positions, following)
-        logits, after, reported = read_piece(*given, report=following is not None)
+        args = (engine.plan, engine.options, engine.params, before, tokens, positions, following)
+        logits, after, reported = read_piece(*args, report=following is not None)
         for row, cache in zip(rows, after, strict=True):
             self._caches[row] = cache
         return logits, reported

@@ -17,17 +17,17 @@ Prompt = Sequence[int] | np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to go on from it.
+    """A prompt and the settings for continuing it.
 
     Attributes:
         prompt: token ids, at least one.
         others: prompts of the experts, then of the bases; None (for one or all): the same.
-        max_new_tokens: the row freezes after so many.
-        min_new_tokens: no stop token is drawn among so many first ones.
+        max_new_tokens: the row freezes after this many tokens.
+        min_new_tokens: no stop token is drawn among this many first tokens.
         stop_ids: the row freezes after any of these, which is still emitted.
-        logit_bias: added to the logits of these tokens.
+        logit_bias: numbers added to the logits of these tokens.
         allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
-        extra: what the engine's processors shall find in ``state.extra`` for this slot.
+        extra: the slot's value of ``state.extra`` for the engine's processors.
     """
 
     prompt: Prompt
@@ -41,11 +41,11 @@ class Request:
     extra: Any = None
 
     def streams(self, plan: Plan) -> list[np.ndarray]:
-        """One prompt a model.
+        """One prompt for each model.
 
         Raises:
-            TypeError: for prompts that are no integers.
-            ValueError: for empty prompts, a wrong number of them, or ids out of the vocabulary.
+            TypeError: for prompts that are not integers.
+            ValueError: for empty prompts, a wrong number of them, or ids outside the vocabulary.
         """
         count = plan.streams - 1
         others = [None] * count if self.others is None else list(self.others)
@@ -55,13 +55,13 @@ class Request:
         # Several models read one stream.
         if len(sizes) != plan.streams:
             sizes = [plan.vocab_size] * plan.streams
-        # With a token map the small models have no ids beyond those that it maps.
+        # With a token map, the small models only have ids that it maps.
         mapped = sizes[0] if plan.token_map is None else plan.token_map.large_size
         same = plan.read(_tokens(self.prompt, min(sizes[0], mapped), "prompt"))
-        given = zip(same, (None, *others), sizes, strict=True)
+        streams = zip(same, (None, *others), sizes, strict=True)
         return [
-            _tokens(mine, size, "prompt") if local is None else _tokens(local, size, "others")
-            for mine, local, size in given
+            _tokens(tokens, size, "prompt") if local is None else _tokens(local, size, "others")
+            for tokens, local, size in streams
         ]
 
 
@@ -81,7 +81,7 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def left_padded(rows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """``rows[row][stream]`` as int32 tokens and positions ``[streams, rows, time]``, -1 before."""
+    """``rows[row][stream]`` as int32 tokens and positions ``[streams, rows, time]``; -1 pads."""
     time = bucket(max(len(prompt) for row in rows for prompt in row))
     tokens = np.zeros((len(rows[0]), len(rows), time), np.int32)
     positions = np.full_like(tokens, -1)
@@ -101,9 +101,9 @@ def fresh_rows(
     extra: Any = None,
     room: int = 0,
 ) -> DecodeState:
-    """The state of rows that have not read their prompts; an empty ``cache`` of as many rows.
+    """The state of rows that have not read their prompts, with an empty ``cache`` of these rows.
 
-    With ``room`` for so many tokens the state keeps the text.
+    With ``room`` for this many tokens the state stores the text.
     """
     count = len(requests)
     for request in requests:
@@ -116,13 +116,13 @@ def fresh_rows(
     stop_ids = _table([list(r.stop_ids) for r in requests], options.max_stop_ids, -1, "stop_ids")
     biases = [dict(r.logit_bias or {}) for r in requests]
     width = options.max_logit_bias
-    # An id outside of the vocabulary is dropped where biases are added.
+    # An id outside the vocabulary would be dropped when biases are added.
     bias_ids = _table([list(b) for b in biases], width, plan.vocab_size, "logit_bias")
     values = _table([list(b.values()) for b in biases], width, 0, "logit_bias", np.float32)
     wrong = [i for b in biases for i in b if not 0 <= i < plan.vocab_size]
     if wrong:
         raise ValueError(f"logit_bias: token {wrong[0]} is not in the vocabulary")
-    given = [extra if r.extra is None else r.extra for r in requests]
+    extras = [extra if r.extra is None else r.extra for r in requests]
     text = np.zeros((count, room), np.int32)
     for row, request in zip(text, requests, strict=True) if room else ():
         row[: len(request.prompt)] = request.prompt
@@ -142,7 +142,7 @@ def fresh_rows(
         seen=np.zeros((count, plan.vocab_size), bool) if options.repetition else None,
         counts=np.zeros((count, plan.vocab_size), np.int32) if options.repetition else None,
         allowed=_allowed(plan, requests) if options.masks else None,
-        extra=jax.tree.map(lambda *leaves: np.stack(leaves), *given),
+        extra=jax.tree.map(lambda *leaves: np.stack(leaves), *extras),
         text=text if room else None,
     )
 
@@ -152,10 +152,10 @@ def _allowed(plan: Plan, requests: Sequence[Request]) -> np.ndarray:
     words = np.full((len(requests), -(-plan.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
     for row, request in zip(words, requests, strict=True):
         if request.allowed is not None:
-            given = np.asarray(request.allowed, np.uint32)
-            if given.shape != row.shape:
-                raise ValueError(f"allowed: expected {row.shape} words, got {given.shape}")
-            row[:] = given
+            mask = np.asarray(request.allowed, np.uint32)
+            if mask.shape != row.shape:
+                raise ValueError(f"allowed: expected {row.shape} words, got {mask.shape}")
+            row[:] = mask
     return words
 
 

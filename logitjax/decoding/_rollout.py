@@ -1,4 +1,4 @@
-"""Samples inside somebody's compiled program: arrays in, arrays out, nothing fetched."""
+"""Samples inside the caller's compiled program: arrays in, arrays out, nothing fetched."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,34 +29,34 @@ def rollout(
 ) -> tuple[Emitted, jax.Array]:
     """Continue left-padded prompts; call it under `jax.jit`.
 
-    Unlike `generate` it takes the parameters of its model as they are, traced ones too, so that a
-    student under training is sampled without a copy. What a row writes depends on its own seed,
-    not on its neighbours or the number of devices.
+    Unlike `generate` it takes the parameters of its model as they are, even traced, so that a
+    student in training is sampled without a copy. The tokens of a row depend on its own seed, not
+    on its neighbours or the number of devices.
 
     Args:
         model: A `CachedModel` or an `Ensemble`, its parameters traced or not.
         tokens: Prompts, the last token of each in the last column.
         positions: Position of each token, -1 before a prompt.
         seeds: uint32 seed of each row.
-        sampling: The law; its own `seed` is not used.
-        stop_ids: A row ends after any of these, which is part of what it wrote.
+        sampling: The distribution to sample; its own `seed` is not used.
+        stop_ids: A row ends after any of these, which is part of its tokens.
         mesh: Devices, as in `DecodeOptions`.
 
     Returns:
-        `Emitted` of `[rows, new_tokens]` with `logprobs` under the law that drew the tokens,
-        temperature and truncation included; and `[rows]`, whether a row ended by a stop token.
+        `Emitted` of `[rows, new_tokens]` with `logprobs` under the distribution that tokens were
+        drawn from, temperature and truncation included; and `[rows]`, if a stop token ended it.
     """
     ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
     plan, (rows, time) = ensemble.plan, tokens.shape
     options = DecodeOptions(
         logprobs=True,
-        # Of the law that draws, for importance ratios.
+        # Those of the sampling distribution, for importance ratios.
         logprobs_of="sampled",
         repetition=sampling.penalizes,
         max_stop_ids=max(1, len(stop_ids)),
         mesh=mesh,
     )
-    # Its prompt only fills the form: those of the rows are traced, and `start` feeds them.
+    # Its prompt is a placeholder: the rows' prompts are traced, and `start` feeds them.
     request = Request(
         prompt=[0], max_new_tokens=new_tokens, sampling=sampling, stop_ids=tuple(stop_ids)
     )

@@ -1,4 +1,4 @@
-"""From logits to a token: penalties, truncation, and noise that each row draws by itself."""
+"""Choice of a token from logits: penalties, truncation, and noise that each row draws itself."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from logitjax.ops import Array, checks
 
-# The most likely token is then drawn as if the temperature were 0.
+# Below this temperature, the most likely token is taken.
 _COLDEST = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
-    The order is that of transformers: penalties, temperature, top-k, top-p of what top-k left,
+    The order is that of transformers: penalties, temperature, top-k, top-p of the remaining tokens,
     min-p. Entries that tie with the last one kept are kept too.
 
     Attributes:
@@ -31,8 +31,8 @@ class Sampling:
         min_p: keep tokens at least this fraction as likely as the most likely one.
         repetition_penalty: logits of tokens seen in the prompt or generated are divided by it where
             positive, multiplied where negative.
-        presence_penalty: subtracted from the logits of tokens that were generated, once each.
-        frequency_penalty: the same, once for every time that they were generated.
+        presence_penalty: subtracted once from the logit of every token that was generated.
+        frequency_penalty: the same, once for every time that the token was generated.
         seed: seed of the row's own noise. What a row draws depends on its seed and on how many
             tokens it has generated, not on its neighbours.
 
@@ -65,7 +65,7 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        """Whether tokens that were there count."""
+        """Whether earlier tokens matter."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
@@ -103,7 +103,7 @@ def penalize_repetition(
 ) -> Float[jax.Array, "rows vocab"]:
     """Logits with seen tokens penalised: CTRL (arXiv 1909.05858), negative as in transformers."""
     logits, factor = checks.as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
-    # Towards less probable on either side of zero.
+    # Less probable on either side of zero.
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
 
@@ -113,8 +113,8 @@ def penalize_counts(
     presence: Float[Array, " rows"],
     frequency: Float[Array, " rows"],
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits less a penalty for every time that their token was generated."""
-    # As the API reference of OpenAI has it: what was generated counts, the prompt does not.
+    """Logits minus a penalty for every time that their token was generated."""
+    # As in OpenAI's API reference, generated tokens count and the prompt does not.
     logits, often = checks.as_float(logits, "logits"), jnp.asarray(counts, jnp.float32)
     presence, frequency = (jnp.asarray(p)[:, None] for p in (presence, frequency))
     return logits - presence * (often > 0) - frequency * often
@@ -131,7 +131,7 @@ def allow_only(
 
 
 def _sortable(values: jax.Array) -> jax.Array:
-    # Floats of one sign are ordered as their bits are; those of negative ones backwards.
+    # Floats of one sign are ordered as their bits are; negative ones in reverse.
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     # Both zeros are one value.
     bits = jnp.where(values == 0, jnp.uint32(0), bits)
@@ -146,7 +146,7 @@ def _largest_threshold(keys: jax.Array, weights: jax.Array, total: jax.Array) ->
         reached = jnp.where(keys >= candidate[:, None], weights, 0).sum(axis=-1)
         return jnp.where(reached >= total, candidate, threshold)
 
-    # A bit at a time from above: 32 sums in place of a sort of the vocabulary.
+    # One bit at a time from the top: 32 sums instead of a sort of the vocabulary.
     return lax.fori_loop(0, 32, bit, jnp.zeros_like(keys, shape=keys.shape[:1]))
 
 
@@ -157,7 +157,7 @@ def truncate(
     top_p: Float[Array, " rows"] | None = None,
     min_p: Float[Array, " rows"] | None = None,
 ) -> Float[jax.Array, "rows vocab"]:
-    """Logits of the tokens that stay, by `Sampling`'s thresholds; `-inf` for the others."""
+    """Logits of the kept tokens, by `Sampling`'s thresholds; `-inf` for the others."""
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
     keep = jnp.isfinite(logits)
@@ -171,18 +171,18 @@ def truncate(
             weights = jnp.where(keep, jnp.exp(logits - peak), 0)
             selected = jnp.asarray(top_p) * weights.sum(axis=-1)
             threshold = _largest_threshold(keys, weights, selected)
-            # Rounding of the sums must not cut anything where nothing is to be cut.
+            # Rounding of the sums must not cut anything when nothing should be cut.
             keep &= (keys >= threshold[:, None]) | (jnp.asarray(top_p) >= 1)[:, None]
     if min_p is not None:
         keep &= logits >= peak + jnp.log(jnp.asarray(min_p))[:, None]
-    # The most likely token always stays, whatever the settings leave.
+    # The most likely token always stays, whatever the settings.
     return jnp.where(keep | (logits == peak), logits, -jnp.inf)
 
 
 def row_keys(
     seeds: Integer[Array, " rows"], counts: Int[Array, " rows"]
 ) -> Shaped[jax.Array, " rows"]:
-    """The PRNG key of each row's next draw: its seed, folded with the tokens it has drawn."""
+    """The PRNG key of each row's next draw: its seed, folded with its number of drawn tokens."""
     return jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(
         jnp.asarray(seeds), jnp.asarray(counts)
     )
@@ -194,7 +194,7 @@ def sampling_logits(
     """Logits whose softmax is the distribution that tokens are drawn from."""
     logits = checks.as_float(logits, "logits")
     cold = rows.temperature == 0
-    # Less the largest, and by no denormal number: whatever the temperature, no infinity less one.
+    # Minus the largest, divided by no denormal number: never infinity minus infinity.
     peak = logits.max(axis=-1, keepdims=True)
     scale = jnp.where(cold, 1, jnp.maximum(rows.temperature, _COLDEST))[:, None]
     level = jnp.minimum(peak, jnp.finfo(logits.dtype).max)
@@ -215,15 +215,14 @@ def sample(
     counts: Int[Array, " rows"],
     keys: Shaped[jax.Array, " rows"] | None = None,
 ) -> Int[jax.Array, " rows"]:
-    """One token a row after `counts` drawn before, the most likely where the temperature is 0."""
+    """One token per row after `counts` earlier draws; the most likely at temperature 0."""
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
         warm = sampling_logits(logits, rows)
         local = row_keys(rows.seed, counts) if keys is None else keys
-        # The largest of logits plus Gumbel noise is a draw from their softmax; a row needs no
-        # other.
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(local)
         drawn = (warm + noise).argmax(axis=-1).astype(jnp.int32)
         return jnp.where(rows.temperature == 0, greedy, drawn)

@@ -1,4 +1,4 @@
-"""How likely given continuations are."""
+"""Log-likelihoods of given continuations."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ def next_token_program(graphdef: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Log-probabilities of given tokens, one row a continuation.
+    """Log-probabilities of given tokens, one row per continuation.
 
     Attributes:
-        logprobs: float32 ``[rows, time]``, 0 behind the end of a continuation.
+        logprobs: float32 ``[rows, time]``, 0 after the end of a continuation.
         greedy: bool ``[rows, time]``: the token is the most likely one.
-        where: bool ``[rows, time]``: the continuation is there.
+        where: bool ``[rows, time]``: the position is part of the continuation.
     """
 
     logprobs: np.ndarray
@@ -75,7 +75,7 @@ def score(
     Args:
         model, others: as for `generate`.
         prompts: token ids, at least one each.
-        continuations: as many.
+        continuations: token ids, one array per prompt.
 
     Raises:
         ValueError: for empty prompts or continuations, or unequal numbers of them.
@@ -102,11 +102,11 @@ def score(
         for i, row in enumerate(rows)
     ]
     longest = max(map(len, ends))
-    # Few shapes, so that calls of about one length share a program.
+    # Few shapes, so that calls of similar length share a program.
     block = min(block, bucket(longest))
     time = -(-longest // block) * block
-    # A continuation's first token is predicted from the prompt's last, which each model reads of
-    # its own prompt; the rest of the prompts goes before.
+    # A continuation's first token is predicted from the prompt's last, which each model reads in
+    # its own prompt; the rest of the prompts comes before.
     before = left_padded([[prompt[:-1] for prompt in row] for row in streams])
     tokens = np.zeros((plan.streams, len(rows), time), np.int32)
     positions = np.full_like(tokens, -1)
@@ -143,8 +143,8 @@ def score(
 def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]:
     """A function for the negative log-likelihood of given tokens under a model or ensemble.
 
-    Tokens before a row's first target are read through the cache, without logits. So many short
-    answers to long questions cost little more than the questions. ::
+    Tokens before a row's first target are read through the cache, without logits. Therefore many
+    short answers to long questions cost little more than the questions. ::
 
         nll[b, t] = -log p(tokens[b, t] | tokens[b, :t])   where targets[b, t], else 0
 
@@ -165,14 +165,14 @@ def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndar
         tokens, targets = np.asarray(tokens, np.int32), np.asarray(targets, bool)
         if tokens.ndim != 2 or tokens.shape != targets.shape or targets[:, :1].any():
             raise ValueError(
-                "tokens and targets: expected [batch, time] both, and no target in front, got "
+                "tokens and targets: expected [batch, time], no target in the first column, got "
                 f"{tokens.shape} and {targets.shape}"
             )
         nll, greedy = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
         spans = []
         for row in targets:
             places = np.flatnonzero(row)
-            # A row without targets goes along as short as a row may be: batches keep their size.
+            # A row without targets is padded to the shortest length: batches keep their size.
             spans.append((places[0], places[-1] + 1) if len(places) else (1, 2))
         scores = score(
             ensemble,

@@ -1,4 +1,4 @@
-"""Speculative steps: all members verify in one pass what somebody has drafted."""
+"""Speculative steps: all members verify drafted tokens in one pass."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from logitjax.ops import Array, checks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafted:
-    """Of drafts, int32 `[slots]`: rounds, and tokens compared (up to a rejected one), accepted.
+    """Counts of drafts, int32 `[slots]`: rounds, tokens compared (to the first rejected), accepted.
 
-    `plain` are steps where no slot had a draft, which are no rounds.
+    `plain` counts steps in which no slot had a draft; these are not rounds.
     """
 
     rounds: Any
@@ -39,7 +39,7 @@ def accept_or_redraw(
     *,
     present: Array | bool = True,
 ) -> Int[jax.Array, " rows"]:
-    """The drafted token, or another one, such that what comes out is drawn from the target.
+    """The drafted token or another one, such that the result is distributed as the target.
 
     `logits` are before temperature and truncation; the draft was drawn from the softmax of
     `draft_logits`. Where nothing is `present`, it is a plain draw. ::
@@ -64,7 +64,7 @@ def accept_or_redraw(
         # Without a division, as q may be nought: u < p / q.
         accepted = u * q_x < p_x
         left = jnp.maximum(p - jnp.where(jnp.reshape(present, (-1, 1)), q, 0), 0)
-        # Nothing is left where p equals q up to rounding.
+        # Nothing is left if p equals q up to rounding.
         left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, p)
         other = (jnp.log(left) + gumbel(keys, INSTEAD, left.shape[-1])).argmax(axis=-1)
         chosen = jnp.where(accepted & present, drafted, other).astype(jnp.int32)
@@ -76,7 +76,7 @@ def accept_or_redraw(
 def _verified(
     plan: Plan, options: DecodeOptions, params: Any, proposal: Proposal, carry: Any
 ) -> Any:
-    """Verify drafts, emit what is accepted and one token more."""
+    """Verify drafts; emit the accepted tokens and one more."""
     state, buffers, written, stats = carry
     drafts, warm = proposal.tokens, proposal.warm
     length, rows = drafts.shape
@@ -86,7 +86,7 @@ def _verified(
     ahead = state.lengths[..., None] + jnp.arange(length + 1)
     positions = jnp.where(state.active[:, None], ahead, -1)
     logits, cache = plan.forward(params, jnp.stack(plan.read(fed)), positions, state.cache)
-    # One column more, so that the last position has a draft to be told from.
+    # One more column, so that the last position has a draft to differ from.
     drafts = jnp.concatenate([drafts, jnp.full_like(drafts[:1], -1)])
     before = state.active
     state = dataclasses.replace(state, cache=cache)
@@ -110,11 +110,11 @@ def _verified(
             )
 
         here = dataclasses.replace(state, active=now, lengths=state.lengths + n + 1)
-        # Of a draft that is certain a plain draw decides, so tokens are those of plain steps.
+        # A certain draft is decided by a plain draw, so tokens are the same as in plain steps.
         after, emitted = emit(
             plan, options, here, [at(x, n, 1) for x in logits], None if warm is None else choose
         )
-        # Rows that rejected a draft before wait for the next round.
+        # Rows that rejected a draft earlier wait for the next round.
         after = dataclasses.replace(
             after,
             lengths=state.lengths,
@@ -130,7 +130,7 @@ def _verified(
     zero = jnp.zeros(rows, jnp.int32)
     start = (jnp.int32(0), state, jnp.ones(rows, bool), buffers, zero + written, zero, zero)
     _, state, _, buffers, after, tested, accepted = lax.while_loop(unfinished, advance, start)
-    # What was verified beyond is forgotten: the next round writes over those positions.
+    # Tokens verified beyond this point are discarded: the next round overwrites them.
     state = dataclasses.replace(state, lengths=state.lengths + (after - written))
     stats = dataclasses.replace(
         stats,
@@ -150,7 +150,7 @@ def _plain(plan: Plan, options: DecodeOptions, params: Any, carry: Any) -> Any:
 
 
 def _where(condition: jax.Array, function: Any, carry: Any) -> Any:
-    """`function(carry)` or the same; a loop of one turn, as a conditional would copy caches."""
+    """`function(carry)` or the carry; a loop of one turn, since a conditional would copy caches."""
     once = lax.while_loop(
         lambda c: c[0], lambda c: (False & c[0], function(c[1])), (condition, carry)
     )
@@ -158,12 +158,12 @@ def _where(condition: jax.Array, function: Any, carry: Any) -> Any:
 
 
 def _by_row(emitted: Emitted, rows: int) -> Emitted:
-    """With rows in front in what the fusion said, too: rows advance by different numbers."""
+    """Move rows to the front in the fusion's info, too, because rows advance differently."""
 
     def front(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 0 or leaf.shape[-1] != rows:
             raise ValueError(
-                f"options: info of speculative decoding has to end in the rows ({rows}), "
+                f"options: info of speculative decoding must end in the rows ({rows}), "
                 f"got shape {leaf.shape}"
             )
         return jnp.moveaxis(leaf, -1, 0)
@@ -173,7 +173,7 @@ def _by_row(emitted: Emitted, rows: int) -> Emitted:
 
 def _write(buffers: Emitted, emitted: Emitted, written: jax.Array, where: jax.Array) -> Emitted:
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
-        # Beyond the buffer, and so dropped, where a row has nothing.
+        # Beyond the buffer, and so dropped, if a row has nothing.
         selected = jnp.where(where, written, len(buffer))
         return buffer.at[selected, jnp.arange(len(selected))].set(values, mode="drop")
 
@@ -193,7 +193,7 @@ def run_rounds(
 ) -> tuple[DecodeState, Any, Emitted, Drafted]:
     """At most `rounds` rounds; `Emitted` of `[slots, rounds * (length + 1)]`, without gaps.
 
-    `params` are of all members, and of the drafter.
+    `params` are those of all members and of the drafter.
     """
     count = len(state.token)
     room = rounds * (length + 1)

@@ -1,4 +1,4 @@
-"""One decoding step of all slots: the only place where tokens are made."""
+"""One decoding step of all slots: the only place where tokens are chosen."""
 
 import dataclasses
 import functools
@@ -26,27 +26,26 @@ from logitjax.ops.sharding import MeshAxes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """Options of a compiled step beside stepping. A field costs only if it is used.
+    """Options of a compiled step. A field costs time only if it is used.
 
     Attributes:
         logprobs: report the log-probability of every chosen token.
-        top_logprobs: report so many of the most likely tokens with theirs.
-        logprobs_of: ``'model'``: of the (fused) logits as they are served; ``'biased'``: after
-            logit bias; ``'adjusted'``: after processors and repetition penalty too; ``'sampled'``:
-            after temperature and truncation, which is the law that tokens are drawn from.
+        top_logprobs: report this many of the most likely tokens with their log-probabilities.
+        logprobs_of: ``'model'``: of the (fused) logits as served; ``'biased'``: after logit bias;
+            ``'adjusted'``: after processors and repetition penalty too; ``'sampled'``: after
+            temperature and truncation, the distribution that tokens are drawn from.
         info: report the fusion's ``info`` of every token.
-        repetition: keep track of seen tokens and of how often they were generated, which penalties
-            need.
-        masks: let requests restrict the next token, see `Engine.allow`, and ask for a least number
-            of tokens.
-        max_logit_bias: largest number of entries of a slot's logit bias.
-        max_stop_ids: largest number of stop tokens of a slot.
-        pad_id: what frozen rows emit.
-        served: a function ``(logits [rows, vocab], extra) -> logits`` of what is served before any
-            request moves it, noise and caps of an API; ``extra`` is what each slot was given.
+        repetition: track seen tokens and how often they were generated, as penalties require.
+        masks: let requests restrict the next token, see `Engine.allow`, and set a minimum number of
+            tokens.
+        max_logit_bias: maximum number of entries of a slot's logit bias.
+        max_stop_ids: maximum number of stop tokens of a slot.
+        pad_id: token that frozen rows emit.
+        served: a function ``(logits [rows, vocab], extra) -> logits`` applied before any request's
+            settings, such as noise and caps of an API; ``extra`` is each slot's value.
         processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
-            before the penalty; ``state.extra`` holds what each slot was given for them.
-        remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
+            before the penalty; ``state.extra`` holds each slot's value for them.
+        remember: ``(extra, tokens [rows], where [rows]) -> extra`` records chosen tokens.
         draw_keys: ``extra -> keys [rows]`` of the next draws; None for each row's seed, folded with
             the number of tokens that it has drawn.
         mesh: devices to work on; rows of the state over the axes of a batch, key heads of the cache
@@ -85,11 +84,11 @@ class DecodeState:
     token: Any
     active: Any
     stopped: Any
-    # Tokens that may still be emitted.
+    # Number of tokens that may still be emitted.
     left: Any
-    # Tokens that were.
+    # Number of tokens emitted so far.
     count: Any
-    # Of so many first tokens none stops.
+    # Number of first tokens among which none stops.
     least: Any
     sampling: SamplingRows
     stop_ids: Any
@@ -99,7 +98,7 @@ class DecodeState:
     counts: Any
     allowed: Any
     extra: Any
-    # The large model's tokens so far `[slots, room]`, the last of them not yet fed; None: not kept.
+    # The large model's tokens so far `[slots, room]`, the last not yet fed; None: not stored.
     text: Any = None
 
 
@@ -109,7 +108,7 @@ class Emitted:
     """Tokens of one step, axis 0 the slot; of several, ``[slots, steps, ...]``."""
 
     tokens: Any
-    # False where a slot was frozen.
+    # False if a slot was frozen.
     valid: Any
     logprobs: Any = None
     top_ids: Any = None
@@ -122,7 +121,7 @@ def step(
 ) -> tuple[DecodeState, Emitted]:
     """Feed every active slot its last token and choose the next."""
     tokens = jnp.stack(plan.read(state.token))[..., None]
-    # Frozen rows go along as padding, so that their caches stay as they are.
+    # Frozen rows are fed padding, so that their caches stay unchanged.
     positions = jnp.where(state.active, state.lengths, -1)[..., None]
     logits, cache = plan.forward(params, tokens, positions, state.cache)
     lengths = state.lengths + state.active
@@ -138,7 +137,7 @@ def start(
     tokens: jax.Array,
     positions: jax.Array,
 ) -> tuple[DecodeState, Emitted]:
-    """Feed left-padded prompts ``[streams, rows, time]`` to fresh rows, choose the first token."""
+    """Feed left-padded prompts ``[streams, rows, time]`` to fresh rows; choose the first token."""
     logits, cache = plan.forward(params, tokens, positions, state.cache, last_only=True)
     seen = state.seen
     if seen is not None:
@@ -158,11 +157,12 @@ def emit(
     logits: list[jax.Array],
     choose: Callable[[jax.Array, DecodeState], jax.Array] | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Fuse next-token logits ``[rows, vocab]``, choose or ``choose(adjusted, state)``, and end."""
+    """Fuse logits ``[rows, vocab]``, choose a token (by ``choose(adjusted, state)`` if given), and
+    end."""
     fused, info = plan.combine(logits)
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
-    # What is nan, or nowhere likely, has no next token: the row ends before it, not stopped.
+    # A row of nan, or without any likely token, has no next token: it ends here, not stopped.
     now = state.active & (adjusted.max(axis=-1) > -jnp.inf)
     state = dataclasses.replace(state, active=now)
     if choose is None:
@@ -171,7 +171,7 @@ def emit(
     else:
         chosen = choose(adjusted, state)
     token = jnp.where(state.active, chosen, options.pad_id)
-    # Filled up with -1.
+    # Padded with -1.
     stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
     left = state.left - state.active
     emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
@@ -221,7 +221,7 @@ def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax
 def moved_logits(
     options: DecodeOptions, state: DecodeState, logits: jax.Array
 ) -> dict[str, jax.Array]:
-    """Fused logits under the names of ``logprobs_of``, each with all that comes before it."""
+    """Fused logits under the names of ``logprobs_of``, each with all earlier adjustments."""
     if options.served is not None:
         logits = options.served(logits, state.extra)
     biased = _biased(state, logits) if options.max_logit_bias else logits
@@ -243,7 +243,7 @@ def moved_logits(
 def _less_frequent(state: DecodeState, logits: jax.Array) -> jax.Array:
     presence, frequency = state.sampling.presence_penalty, state.sampling.frequency_penalty
 
-    # Only where some row asks for it.
+    # Only if some row needs it.
     def penalized() -> jax.Array:
         return penalize_counts(logits, state.counts, presence, frequency)
 
@@ -264,7 +264,7 @@ def _unstopped(state: DecodeState, logits: jax.Array) -> jax.Array:
     early, vocab = state.count < state.least, logits.shape[-1]
 
     def masked() -> jax.Array:
-        # The table is filled up with -1, which would be the last token.
+        # The table is padded with -1, which would index the last token.
         ids = jnp.where(early[:, None] & (state.stop_ids >= 0), state.stop_ids, vocab)
         return logits.at[jnp.arange(len(logits))[:, None], ids].set(-jnp.inf, mode="drop")
 
@@ -275,7 +275,7 @@ def run_steps(
     plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, steps: int
 ) -> tuple[DecodeState, Emitted]:
     """At most ``steps`` steps, fewer once every row is frozen; ``Emitted`` of ``[rows, steps]``."""
-    # Shapes alone: a loop cannot grow what it writes to.
+    # Only shapes: a loop cannot grow its outputs.
     out = jax.eval_shape(
         lambda s, x: emit(plan, options, s, x)[1], state, plan.next_logits(len(state.token))
     )
@@ -284,7 +284,7 @@ def run_steps(
     if steps == 0:
         return state, rows_first(empty)
 
-    # A loop and no scan: it ends as soon as the last row does.
+    # A loop rather than a scan: it ends when the last row does.
     def unfinished(carry: Any) -> jax.Array:
         n, state, _ = carry
         return (n < steps) & state.active.any()
@@ -299,7 +299,7 @@ def run_steps(
 
 
 def rows_first(emitted: Emitted) -> Emitted:
-    """Of steps stacked in front: slots in front. What the fusion said keeps its steps in front."""
+    """Move slots in front of stacked steps. The fusion's info keeps its steps in front."""
     swapped = jax.tree.map(
         lambda leaf: jnp.swapaxes(leaf, 0, 1), dataclasses.replace(emitted, info=None)
     )
@@ -307,7 +307,7 @@ def rows_first(emitted: Emitted) -> Emitted:
 
 
 def put_rows(plan: Plan, state: DecodeState, rows: DecodeState, slot: jax.Array) -> DecodeState:
-    """``state`` with ``rows`` from ``slot`` on."""
+    """``state`` with ``rows`` written from ``slot`` on."""
 
     def put(axis: int) -> Callable[..., jax.Array]:
         return lambda old, new: lax.dynamic_update_slice_in_dim(
@@ -327,7 +327,7 @@ def put_rows(plan: Plan, state: DecodeState, rows: DecodeState, slot: jax.Array)
 
 
 def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeState:
-    """Lay the state out over the mesh, alike before and after every program."""
+    """Lay the state out over the mesh, in the same way before and after every program."""
     mesh = options.mesh
     if mesh is None:
         return state
@@ -347,7 +347,7 @@ def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeS
         return lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
 
     def pin_cache(leaf: jax.Array, axis: int) -> jax.Array:
-        # Of scanned layers, keys and values have the layers in front of the rows.
+        # Scanned layers have keys and values with the layer axis in front of the rows.
         axis += leaf.ndim == axis + 5
         return pin(leaf, axis, axis + 1)
 

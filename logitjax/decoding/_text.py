@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and stop strings, which tokens do not respect."""
+"""Tokens to text as they arrive, and stop strings, which may end within a token."""
 
 import dataclasses
 import re
@@ -6,31 +6,30 @@ from collections.abc import Callable, Sequence
 
 from logitjax.models import Tokenizer
 
-# Tokens of a prompt that its continuation is decoded after.
+# Number of prompt tokens that a continuation is decoded after.
 _CONTEXT = 8
-# Its end and the quotes and brackets behind it; 3.14 and abbreviations inside a word end none.
+# Its end mark and the quotes and brackets after it; 3.14 and inner abbreviations do not match.
 _SENTENCE = r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Asks for generated text, and for a function that receives it as it comes.
+    """Requests generated text, and a function that receives it as it arrives.
 
     With ``stream`` or ``stop_strings`` the steps run in chunks, and the host reads tokens between
     them. The tokens are the same.
 
     Attributes:
-        tokenizer: tokenizer of the model, to make texts.
+        tokenizer: tokenizer of the model, to decode texts.
         stop_strings: rows end with the token that completes one; needs ``tokenizer``.
         stop_pattern: regular expression; rows end with the token that completes its first match,
-            which the text keeps. `"sentence"` is the end of a sentence and what follows it.
+            which the text keeps. `"sentence"` is the end of a sentence with its closing quotes.
         stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
             a tokenizer.
-        chunk: about so many tokens between two looks of the host; more where drafts do not pay and
-            nobody looks.
-        continues: texts go on from their prompts, so that a first word has the space before it that
-            decoders of Llama-2's kind take from the beginning of a text. By default they begin
-            again, as answers do.
+        chunk: approximate number of tokens between two checks by the host; more if drafts do not
+            pay off and there is nothing to check.
+        continues: texts continue their prompts, so that a first word has the space before it that
+            decoders like Llama-2's remove at the beginning of a text. By default they begin anew.
     """
 
     tokenizer: Tokenizer | None = None
@@ -43,7 +42,9 @@ class TextOptions:
     def __post_init__(self) -> None:
         ends = bool(self.stop_strings) or self.stop_pattern is not None
         if ends and self.tokenizer is None:
-            raise ValueError("stop_strings, stop_pattern: a tokenizer is needed to find them")
+            raise ValueError(
+                "stop_strings, stop_pattern: expected a tokenizer to find them, got none"
+            )
         TextStream.pattern(self.stop_pattern)
 
     @property
@@ -53,9 +54,9 @@ class TextOptions:
 
 
 def last_whole(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """A prompt's last tokens, which tell how the next is spelled; none after half a character."""
+    """A prompt's last tokens, which affect the spelling of the next; none after part of one."""
     last = [int(token) for token in prompt[-_CONTEXT:]]
-    # The rest of the character would be lost, as what was there before.
+    # The rest of the character would be lost, together with the text before it.
     cut = tokenizer.decode(last, skip_special=True).endswith("\N{REPLACEMENT CHARACTER}")
     return [] if cut else last
 
@@ -63,14 +64,14 @@ def last_whole(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
 class TextStream:
     """The text of a growing list of tokens, returned once it can no longer change.
 
-    It holds back the bytes of an unfinished character, and an end of the text that may become a
-    stop string. Special tokens leave no text.
+    It holds back the bytes of an unfinished character, and an end of the text that may start a stop
+    string. Special tokens leave no text.
 
     Args:
         stop_strings: the text ends before the first of them.
         context: tokens that the text continues; none for a new text.
-        unstopped: number of first tokens in whose text no stop string counts.
-        stop_pattern: the text ends with its first match, as of `TextOptions`.
+        unstopped: number of first tokens in whose text stop strings are ignored.
+        stop_pattern: the text ends with its first match, as in `TextOptions`.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models
     >>> backend = Backend(models.BPE({"a": 0, "b": 1, "!": 2}, []))
@@ -104,18 +105,18 @@ class TextStream:
 
     @staticmethod
     def pattern(text: str | None) -> re.Pattern[str] | None:
-        """The pattern of `stop_pattern`; what is no regular expression is a ValueError."""
+        """The pattern of `stop_pattern`; ValueError if it is not a regular expression."""
         try:
             return None if text is None else re.compile(_SENTENCE if text == "sentence" else text)
         except re.error as error:
             raise ValueError(f"stop_pattern: expected a regular expression, {error}") from None
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take more tokens, none after a stop string, and return the text that is newly certain."""
+        """Take more tokens, none after a stop string, and return the newly certain text."""
         for token in tokens:
             if self.stopped:
                 break
-            # One by one, or a stop string inside of several would not say which token ends it.
+            # One by one; otherwise a stop string inside several would not show which token ends it.
             self.tokens.append(int(token))
             self._ids.append(int(token))
             self.text += self._new_text()
@@ -123,7 +124,7 @@ class TextStream:
         return self._give(len(self.text) if self.stopped else len(self.text) - self._held())
 
     def finish(self) -> str:
-        """The text that was held back, once no more tokens come."""
+        """The text that was held back, once no more tokens arrive."""
         if not self.stopped:
             self.text += self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
             self._prefix = self._read = len(self._ids)
@@ -138,10 +139,10 @@ class TextStream:
         return self.tokenizer.decode(self._ids[start:stop], skip_special=True)
 
     def _new_text(self) -> str:
-        """Decoded with the tokens before, since a decoder may treat the first one differently."""
+        """Decode after earlier tokens, since a decoder may treat the first one differently."""
         before = self._decode(self._prefix, self._read)
         now = self._decode(self._prefix)
-        # The next token may hold the rest of the character.
+        # The next token may contain the rest of the character.
         if now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         self._prefix, self._read = self._read, len(self._ids)
@@ -158,9 +159,9 @@ class TextStream:
             self.text, self.stopped = self.text[: min(ends)], True
 
     def _held(self) -> int:
-        """The longest end of the text that begins a stop string."""
+        """The longest end of the text that starts a stop string."""
         longest = max(map(len, self.stop_strings), default=0)
-        # From the longest: what is sent cannot be taken back.
+        # From the longest: text that was sent cannot be taken back.
         for size in range(min(longest - 1, len(self.text) - self._from), 0, -1):
             if any(string.startswith(self.text[-size:]) for string in self.stop_strings):
                 return size

@@ -1,14 +1,14 @@
-"""Learning from other models: losses, teachers' caches, pruning, and the training of a student.
+"""Distillation: losses, caches of teachers' outputs, pruning, and training of a student.
 
 - `distill` trains a `Student` (`Student.of`) on a `Corpus` that teachers have read (`Reading.pack`,
   `Course.visited_rows`, `Reading.load`), by the terms of an `Objective`.
-- A `Term` is a loss as a value that declares what it needs; `distillation.terms` has ours. An
-  objective runs in any trainer: `Objective.value` takes hidden states, a head and teachers.
+- A `Term` is a loss as a value that declares what it needs, see `distillation.terms`. An objective
+  runs in any trainer: `Objective.value` takes hidden states, a head and teachers.
 - `prune_layers` and `prune_width` choose what a smaller student keeps.
 - Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` (InfiGFusion),
   `universal_logit_distance`.
 - Across tokenizers: `align_chunks`, `token_projection`, and terms such as `terms.FirstPiece`.
-- `distillation.on_policy`: a student learns on its own samples.
+- `distillation.on_policy`: a student learns from its own samples.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 

@@ -10,7 +10,7 @@ from logitjax.ops import mesh as on_mesh
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    # In bf16 a sum over all parameters stops growing; float64 stays.
+    # A sum over all parameters would stop growing in bf16; float64 is kept.
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -21,7 +21,7 @@ def align_gradients(
     trunk: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Any, dict[str, Float[jax.Array, ""]]]:
-    """Add two gradients, after projecting a conflict out of the second.
+    """Add two gradients after projecting conflicts out of the second.
 
     Where the auxiliary gradient points against the task's (a negative inner product), its component
     along the task's is removed; the task's own gradient is never changed.
@@ -30,22 +30,23 @@ def align_gradients(
 
         g2' = g2 - min(<g1, g2>, 0) / |g1|^2 * g1,      update g1 + g2'
 
-    Over all parameters, as released, the norm counts the task's own head: the head's gradient is
-    then scaled up by the projection, and in the trunk a conflict is left. With `trunk` the inner
-    product, the norm and the projection are over the shared parameters alone, where after it the
-    inner product is exactly not negative.
+    Taken over all parameters, as in the released code, the norm includes the task's own head: the
+    projection then scales up the head's gradient and leaves some conflict in the trunk. With
+    `trunk`, the inner product, the norm and the projection cover the shared parameters alone, and
+    their inner product is never negative afterwards.
 
     Args:
         task_gradients, auxiliary_gradients: pytrees of the same structure.
         trunk: a regular expression on paths (`backbone`): the shared parameters. None projects over
             all parameters, as the released code does.
-        axis_name: the mesh axes of the batch inside `pmap` or `shard_map`, where gradients are each
-            device's own: both are averaged *before* the inner product. Under `jit` gradients of a
-            mean over the global batch need nothing.
+        axis_name: the mesh axes of the batch inside `pmap` or `shard_map`, where each device has
+            its own gradients: both are averaged *before* the inner product. Under `jit`, gradients
+            of a mean over the global batch need no `axis_name`.
 
     Returns:
-        The summed gradients, and scalars: `cosine` between the two before, `norm_ratio` of the
-        auxiliary to the task's, and `coefficient`, which is negative where it projected and else 0.
+        The summed gradients, and scalars: `cosine` between the original two, `norm_ratio` of the
+        auxiliary to the task's, and `coefficient`, which is negative if a conflict was projected
+        out and 0 otherwise.
 
     Raises:
         TypeError: gradients that are not floating point.
@@ -73,7 +74,7 @@ def align_gradients(
         task, auxiliary = jax.lax.pmean((task, auxiliary), axis_name)
     shared = jax.tree.map(lambda _: True, task) if trunk is None else on_mesh.path_mask(task, trunk)
     if not any(jax.tree.leaves(shared)):
-        raise ValueError(f"trunk: expected a pattern of some parameter, got {trunk!r}")
+        raise ValueError(f"trunk: expected a pattern that matches some parameter, got {trunk!r}")
 
     def inner(a: Any, b: Any) -> jax.Array:
         products = jax.tree.map(lambda x, y, use: (_wide(x) * _wide(y)).sum() * use, a, b, shared)
@@ -81,12 +82,12 @@ def align_gradients(
 
     dot, task_square = inner(task, auxiliary), inner(task, task)
     auxiliary_square = inner(auxiliary, auxiliary)
-    # Not `> 0`: gradients with a nan have none of these numbers.
+    # Not `> 0`: with a nan in the gradients all three metrics are nan.
     safe = jnp.where(task_square == 0, 1.0, task_square)
     coefficient = jnp.where((dot >= 0) | (task_square == 0), 0.0, dot / safe)
 
     def combine(g1: jax.Array, g2: jax.Array, use: bool) -> jax.Array:
-        # In the leaf's type: a float32 coefficient would widen gradients of bf16.
+        # In the leaf's type: a float32 coefficient would widen bf16 gradients.
         return g1 + (g2 - coefficient.astype(g1.dtype) * g1 if use else g2)
 
     product = task_square * auxiliary_square
@@ -106,7 +107,7 @@ def aligned_value_and_grad(
     trunk: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[tuple[tuple[Any, Any], Any], Any, dict[str, Any]]]:
-    """Both losses and their aligned gradient, from one forward pass and two pullbacks.
+    """Compute two losses and their aligned gradient, with one forward pass and two pullbacks.
 
     Args:
         loss_fn: `(params, *args) -> ((task, auxiliary), extra)`: two scalars, weights included, and
@@ -114,8 +115,8 @@ def aligned_value_and_grad(
         trunk, axis_name: as for :func:`align_gradients`.
 
     Returns:
-        `(params, *args) -> (((task, auxiliary), extra), gradients, metrics)`. Losses and `extra`
-        are each device's own where there is an `axis_name`.
+        `(params, *args) -> (((task, auxiliary), extra), gradients, metrics)`. With `axis_name`,
+        each device returns its own losses and `extra`.
 
     >>> def loss_fn(params, x):
     ...     return (jnp.sum(params["w"] * x), -jnp.sum(params["w"] ** 2)), None
@@ -127,7 +128,7 @@ def aligned_value_and_grad(
 
     def run(params: Any, *args: Any) -> tuple[tuple[tuple[Any, Any], Any], Any, dict[str, Any]]:
         if axis_name is not None:
-            # Replicated parameters would make shard_map sum the gradients by itself.
+            # With replicated parameters shard_map would already sum the gradients.
             names = (axis_name,) if isinstance(axis_name, str) else axis_name
             params = jax.tree.map(lambda leaf: on_mesh.vary(leaf, names), params)
         losses, pullback, extra = jax.vjp(lambda p: loss_fn(p, *args), params, has_aux=True)

@@ -30,12 +30,12 @@ def _log_cosh_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
 
 
 def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Array:
-    """`KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))` elementwise, finite at any gap."""
+    """Elementwise `KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))`, finite at any gap."""
 
     def answer(student: jax.Array, teacher: jax.Array) -> jax.Array:
         p = jax.nn.sigmoid(teacher)
         gap = jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student)
-        # What the teacher rules out weighs nothing, also where it is infinitely far.
+        # A class of probability zero has no weight, even if the gap is infinite.
         return jnp.where(p == 0, 0.0, p * gap)
 
     return answer(student_logit, teacher_logit) + answer(-student_logit, -teacher_logit)
@@ -48,7 +48,7 @@ def _by_class(
     temperature: Number,
     reduction: str,
 ) -> jax.Array:
-    """`t^2` times the sum or mean of a loss of each class, of logits over the temperature t."""
+    """`t^2` times the sum or mean over classes of a loss of the logits divided by temperature t."""
     vocab_where, axis_name = classes
     student = checks.as_float(logits[0], "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(logits[1], "teacher_logits"))
@@ -62,8 +62,8 @@ def _by_class(
     keep = (student != -jnp.inf) & (teacher != -jnp.inf)
     if vocab_where is not None:
         keep = keep & vocab_where
-    # Zeros in place of -inf, whose difference would be nan and so would its gradient.
-    # An infinite answer of the teacher is an error of its own, not certainty.
+    # Zeros in place of -inf, whose difference would be nan and so would its gradient. A teacher
+    # logit of +inf is an error of the teacher, not certainty.
     teacher = jnp.where(teacher == jnp.inf, jnp.nan, teacher)
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     values = jnp.square(jnp.asarray(temperature)) * loss(
@@ -96,7 +96,7 @@ def binary_kl(
 
     Args:
         student_logits, teacher_logits: `[*batch, classes]`; absolute logits, not log-probabilities.
-        reduction: over classes: `'sum'` as published, growing with their number, or `'mean'`.
+        reduction: over classes: `'sum'` as published, which grows with their number, or `'mean'`.
         vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
         axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
@@ -112,8 +112,8 @@ def binary_kl(
 
     References:
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL. The released
-        code takes logs of clamped float32 probabilities, which are infinite from a logit of about
-        17 on; here they are log-sigmoids.
+        code takes logs of clamped float32 probabilities, which are infinite for logits above about
+        17; this function uses log-sigmoids.
     """
     logits, classes = (student_logits, teacher_logits), (vocab_where, axis_name)
     return _by_class(bernoulli_kl, logits, classes, temperature, reduction)
@@ -128,7 +128,7 @@ def binary_kl_norm(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
-    """The loss of the published second head: a smooth-L1 regression of the teacher's logits.
+    """Regress the teacher's logits with the smooth L1 loss of the published second head.
 
     It was derived as the binary divergence between one half and `sigmoid((z_s - z_t) / t)`,
     which is log cosh of half that gap: `gap^2 / 8` for gaps well below the temperature (and then

@@ -24,7 +24,7 @@ class MLPHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.hidden = torch_linear(in_features, hidden_features, dtype=dtype, rngs=rngs)
-        # torch's defaults: its momentum of 0.1 is 0.9 by flax's count.
+        # torch's defaults; its momentum of 0.1 is flax's 0.9.
         self.norm = nnx.BatchNorm(
             hidden_features, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, rngs=rngs
         )
@@ -50,15 +50,15 @@ class MLPHead(nnx.Module):
 class DualHead(nnx.Module):
     """A head for the labels and a second one for the teacher, which only training uses.
 
-    Called, it is the first head alone: a model that holds it predicts as any other. `both` gives
-    the logits of the two; `without_auxiliary` is what to export.
+    A call evaluates the first head alone, so a model with a dual head predicts like any other.
+    `both` returns the logits of both heads; export `without_auxiliary()`.
 
     Args:
         auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) for a teacher of another structure,
             with `hidden_features` and `dropout`.
         axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
         dtype: type of the computation; logits are float32.
-        rngs: needs `params`.
+        rngs: needs the stream `params`.
 
     Raises:
         ValueError: an unknown kind of auxiliary head.
@@ -113,7 +113,7 @@ class DualHead(nnx.Module):
         train: bool = False,
         key: jax.Array | None = None,
     ) -> Float[jax.Array, "*batch classes"]:
-        """The second head's logits; `key` draws the MLP's dropout, off without one."""
+        """Logits of the second head; `key` seeds the MLP's dropout, which is off without it."""
         if isinstance(self.aux, MLPHead):
             return self.aux(features, train=train, key=key)
         return jnp.asarray(self.aux(jnp.asarray(features)), jnp.float32)
@@ -125,9 +125,9 @@ class DualHead(nnx.Module):
         train: bool = False,
         key: jax.Array | None = None,
     ) -> tuple[Float[jax.Array, "*batch classes"], Float[jax.Array, "*batch classes"]]:
-        """The logits of the first and of the second head."""
+        """Logits of the first and of the second head."""
         return self(features), self.auxiliary(features, train=train, key=key)
 
     def without_auxiliary(self) -> nnx.Linear:
-        """The first head: all that a trained model needs."""
+        """The first head, which is all that a trained model needs."""
         return self.fc

@@ -17,7 +17,7 @@ Value = Literal["closed_form", "sorted_coupling"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphConfig:
-    """The options of `terms.GLD`, which has their documentation."""
+    """Options of `terms.GLD`, which documents them."""
 
     k: int = 10
     node: Node = "rank"
@@ -37,7 +37,7 @@ class GraphConfig:
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {chosen!r}")
         if self.k < 1:
             raise ValueError(f"k: expected at least 1, got {self.k}")
-        # Settings that see nothing would train on zero without a word.
+        # Under these settings the loss would silently be zero.
         if self.feature == "off_diagonal" and self.k == 1 and self.compare == "closed_form":
             raise ValueError(
                 "this graph loss is identically zero: feature='off_diagonal' has nothing off the "
@@ -45,7 +45,7 @@ class GraphConfig:
             )
 
     def check_vocabulary(self, vocab_size: int | None) -> None:
-        """ValueError where keeping the whole vocabulary makes the loss vanish."""
+        """Raise a ValueError if keeping the whole vocabulary makes the loss vanish."""
         if (
             vocab_size is not None
             and self.k >= vocab_size
@@ -72,11 +72,11 @@ def graph_on_logits(
     axis_name: str | None = None,
     sequence_axis_name: str | None = None,
 ) -> tuple[Float[jax.Array, "*batch"], dict[str, jax.Array]]:
-    """Distance of the co-activation graphs of two models' top-k logits, one graph a sample.
+    """Distance between co-activation graphs of two models' top-k logits, one graph per sample.
 
-    Each position contributes the outer product of its k largest logits, so the graph sums over
-    positions: the two models may tokenize differently, and differ in length and vocabulary. The
-    graph is never formed; with T valid positions and features f::
+    Each position contributes the outer product of its k largest logits, and the graph is their sum
+    over positions, so the two models may differ in tokenization, length and vocabulary. The graph
+    is never formed; with T valid positions and features f::
 
         Z[t, :]   transformed top-k logits of position t
         C         Z^T Z / T
@@ -84,11 +84,11 @@ def graph_on_logits(
         loss      mean_r | sort(f_student)_r - sort(f_teacher)_r |       (closed_form)
                   mean_rs ( C_student[rs] - C_teacher[rs] )^2, sorted    (sorted_coupling)
 
-    With token nodes sums run over all nodes and are divided by k (by k^2 for the coupling), so
-    that both kinds of node have one scale.
+    With token nodes, sums run over all nodes and are divided by k (by k^2 for the coupling), so
+    that both kinds of node have the same scale.
 
-    The loss sees neither the order of positions nor which token is which; it shapes logits whose
-    identity another loss must anchor. The teacher is under `stop_gradient`.
+    The loss depends neither on the order of positions nor on the identity of tokens, so it needs
+    another loss that anchors each token. The teacher gets no gradient.
 
     Args:
         student, teacher: logits `[*batch, positions, vocab]`, or their `GraphStatistics`.
@@ -98,14 +98,14 @@ def graph_on_logits(
         sequence_axis_name: mesh axis that shards both models' positions, inside `shard_map`.
 
     Returns:
-        The loss `[*batch]` in float32, zero where a sample has no valid position on either
-        side, and metrics, each `[*batch]` and without gradient. They show degenerate settings:
+        The loss `[*batch]` in float32, zero where either side of a sample has no valid position,
+        and metrics, each `[*batch]` and without gradient, which reveal degenerate settings:
 
         - `closed_form`: the closed form, whatever `config.compare`.
-        - `student_scale`, `teacher_scale`: largest feature; near zero means nothing is seen.
-        - `student_row_sum_min`, `student_row_sum_max`: range of Z 1. If both are one, C 1 is
-          the summed distribution and co-activation has cancelled.
-        - `moved`: share of the student's nodes that sorting moves. Zero for rank nodes whose
+        - `student_scale`, `teacher_scale`: largest feature; near zero, the graph has no content.
+        - `student_row_sum_min`, `student_row_sum_max`: range of Z 1. If both are one, C 1 is the
+          summed distribution and co-activations cancel out.
+        - `moved`: share of the student's nodes that sorting moves. It is zero for rank nodes whose
           row sums are positive: the loss is then a row-sum-weighted, time-averaged sorted L1.
         - `student_rank_one`: share of the energy of C along f (rank nodes); near one means that
           the graph holds a single direction.
@@ -116,7 +116,7 @@ def graph_on_logits(
     Raises:
         ValueError: k exceeds a vocabulary, batches differ, or the setting is identically zero.
 
-    A step with a `pmap` over devices (`jit` with a mesh is the modern form):
+    A step under `pmap` (`jit` with a mesh is the modern form):
 
     >>> import jax, numpy as np
     >>> from logitjax.distillation.terms import GLD
@@ -132,10 +132,10 @@ def graph_on_logits(
     (True, True)
 
     References:
-        InfiGFusion (arXiv 2505.13893), framework figure: plain L1 of the sorted row features of
-        C = Z^T Z. We divide by valid positions and k, standardise over the vocabulary before the
-        top-k (the order "top-k, then standardise" is identically zero), and offer what the paper
-        leaves open as options.
+        InfiGFusion (arXiv 2505.13893), framework figure: plain L1 of the sorted row features of C =
+        Z^T Z. We divide by the numbers of valid positions and of kept logits, standardise over the
+        vocabulary before the top-k (the reverse order makes the loss identically zero), and make
+        what the paper leaves open an option.
     """
     student_where = _positions("student_where", student_where, student)
     student = _statistics("student", gradient_inside(student, student_where), config, axis_name)
@@ -146,7 +146,7 @@ def graph_on_logits(
             f"teacher: expected batch shape {student.values.shape[:-2]} as the student's, "
             f"got {teacher.values.shape[:-2]}"
         )
-    # Token graphs are large: their energy would take a product of all pairs of positions.
+    # Not for token graphs, whose energy would take products of all pairs of positions.
     names = [*_METRICS, *(["student_rank_one"] if config.node == "rank" else [])]
 
     def compare(*arrays):
@@ -178,7 +178,7 @@ _METRICS = (
 def _compare(student, teacher):
     config = student.config
     if config.node == "token":
-        # A node for each token of either: those that one vocabulary has not are empty.
+        # A node for each token of either vocabulary; tokens missing in one are empty nodes.
         student.nodes = teacher.nodes = max(student.nodes, teacher.nodes)
     f, g = (graph.features(config.feature) for graph in (student, teacher))
     closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
@@ -186,7 +186,7 @@ def _compare(student, teacher):
     loss = closed_form
     if config.compare == "sorted_coupling":
         loss = _sorted_coupling_value(student, teacher, f, g)
-    # Beside an empty graph the distance would be the size of the other, which pulls towards zero.
+    # The distance to an empty graph is the size of the other, and would pull it towards zero.
     both = (student.tokens > 0) & (teacher.tokens > 0)
     return jnp.where(both, loss, 0.0), metrics
 
@@ -197,7 +197,7 @@ def _arrays(statistics, where):
 
 
 def gradient_inside(outputs: Any, where: Array) -> Any:
-    """Logits or `GraphStatistics` that get no gradient outside of a mask, whatever they are."""
+    """Return logits or `GraphStatistics` that get no gradient outside a mask."""
     return jax.tree.map(
         lambda x: ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         outputs,
@@ -216,16 +216,16 @@ def _positions(name, where, outputs):
 
 
 class _Graph:
-    """Z of one model: transformed, masked, and divided so that Z^T Z is a mean over positions."""
+    """Matrix Z of a model: transformed, masked, scaled so that Z^T Z is a mean over positions."""
 
     def __init__(self, arrays, vocab_size, config, sequence_axis_name):
         values, indices, log_z, mean, std, self.valid = arrays
         self.config, self.axis = config, sequence_axis_name
         z = _transform(values, log_z, mean, std, config.logits)
         self.tokens = ops.mesh.psum(self.valid.sum(-1, dtype=z.dtype), self.axis)
-        # The root, for the graph is a product of two of these.
+        # The square root, since the graph is a product of two such factors.
         scale = jax.lax.rsqrt(jnp.maximum(self.tokens, 1.0))[..., None, None]
-        # Selected, for padding may hold inf or nan.
+        # `where`, not a product: padding may hold inf or nan.
         self.unscaled = jnp.where(self.valid[..., None], z, 0.0)
         self.z = self.unscaled * scale
         self.ids, self.nodes = None, config.k
@@ -233,7 +233,7 @@ class _Graph:
             self.ids, self.nodes = _token_nodes(indices, vocab_size, self.axis)
 
     def features(self, feature):
-        """Features per k: sums over all nodes are divided by k, not by the count of nodes."""
+        """Graph features; sums over all nodes are divided by k, not by the number of nodes."""
         f = transport.graph_features(
             self.z, self.ids, feature=feature, num_nodes=self.nodes, sequence_axis_name=self.axis
         )
@@ -257,12 +257,12 @@ def _statistics(name, outputs, config, axis_name):
 
 
 def _transform(values, log_z, mean, std, logits):
-    """Z from the kept logits; an entry of -inf (k beyond the real vocabulary) becomes zero."""
+    """Compute Z from the kept logits; -inf (k beyond the real vocabulary) becomes zero."""
     real = values != -jnp.inf
     values = jnp.where(real, values, 0.0)
     if logits == "standardized":
-        # Of large logits the difference may overflow, so may the square of the deviation, which its
-        # derivative would divide by, and one over it is no normal number: eighths of all of them.
+        # With large logits the difference and the squared deviation, by which the derivative
+        # divides, may overflow, and the reciprocal is subnormal: hence an eighth of each.
         unit = jax.lax.stop_gradient(_positive(std))
         z = (0.125 * values - 0.125 * mean[..., None]) / (0.125 * unit)[..., None]
         z = z / (_positive(std) / unit)[..., None]
@@ -274,12 +274,12 @@ def _transform(values, log_z, mean, std, logits):
 
 
 def _positive(x):
-    # Equal logits have no deviation, and z-scores of zero.
+    # The deviation of equal logits is zero, and their z-scores should be too.
     return jnp.where(x > 0, x, 1.0)
 
 
 def _token_nodes(ids, vocab, axis):
-    """Node of each kept token: its id where the vocabulary is small, else its rank among ids."""
+    """Node of each kept token: its id if the vocabulary is small, otherwise its rank among ids."""
     positions, k = ids.shape[-2:]
     if axis is not None:
         positions *= jax.lax.axis_size(axis)
@@ -293,7 +293,7 @@ def _order(f):
 
 
 def _sorted_coupling_value(student, teacher, f, g):
-    """The cost of the matching that sorting finds."""
+    """Cost of the matching that sorting finds."""
 
     def matched(graph, features):
         if graph.ids is None:
@@ -301,12 +301,12 @@ def _sorted_coupling_value(student, teacher, f, g):
         return FactoredGraph(graph.z, _renumber(graph.ids, features), graph.nodes)
 
     distance = matched(student, f).squared_distance(matched(teacher, g), student.axis)
-    # a mean over pairs of nodes.
+    # A mean over pairs of nodes.
     return distance[0] / student.config.k**2
 
 
 def _renumber(ids, f):
-    """Name each node by its place in the sorted order, so that equal names are matched."""
+    """Number nodes by their rank in the sorted order, so that equal numbers are matched."""
     # The inverse of a permutation.
     order = jnp.argsort(_order(f), axis=-1)
     flat = jnp.take_along_axis(order, ids.reshape(*ids.shape[:-2], -1), axis=-1)

@@ -20,7 +20,7 @@ from logitjax.ops import mesh as on_mesh
 def _softened(
     student_logits: Array, teacher_logits: Array, temperature: Number
 ) -> tuple[jax.Array, jax.Array]:
-    """Both logits over the temperature, the teacher's without a gradient."""
+    """Divide both logits by the temperature; the teacher's get no gradient."""
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
     pair = {"student_logits": (student, "any *same"), "teacher_logits": (teacher, "any *same")}
@@ -65,7 +65,7 @@ def knowledge_distillation(
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (arXiv 1503.02531);
         defaults as in mdistiller.
     """
-    # T^2: gradients of softened targets shrink by its inverse.
+    # Gradients of softened targets shrink by 1 / T^2.
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     return jnp.square(jnp.asarray(temperature)) * kl_divergence(
         student, teacher, vocab_where=vocab_where, axis_name=axis_name
@@ -83,9 +83,9 @@ def decoupled_knowledge_distillation(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
-    """DKD: distillation split into "is it the label" and "which of the others", weighted apart.
+    """DKD: weight "is it the label" and "which of the others" separately.
 
-    Plain distillation weighs the second part by the teacher's doubt, so a confident teacher says
+    Plain distillation weights the second part by the teacher's doubt, so a confident teacher says
     little about the other classes; here its weight is free.
 
     ::
@@ -95,17 +95,17 @@ def decoupled_knowledge_distillation(
 
     Args:
         student_logits, teacher_logits: `[*batch, classes]`, as in `knowledge_distillation`.
-        labels: the true classes, numbers of the whole where classes are split.
+        labels: the true classes; global numbers if classes are split over devices.
         target_weight: alpha of the paper.
         other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
 
     Returns:
-        float32 `[*batch]`. Under `jit`, nan where the label is none of the classes.
+        float32 `[*batch]`. Under `jit`, nan for labels out of range.
 
     Raises:
         TypeError: logits are not floating point, or labels not integers.
         ValueError: different shapes, a temperature that is not positive, or (outside of `jit`) a
-            label that is none of the classes.
+            label out of range.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0]])
     >>> loss = jax.jit(decoupled_knowledge_distillation)(z, z, jnp.array([0]))
@@ -114,7 +114,7 @@ def decoupled_knowledge_distillation(
 
     References:
         Zhao et al., Decoupled Knowledge Distillation (CVPR 2022, arXiv 2203.08679), eq. 7. The
-        released code masks the label by subtracting 1000 from its logit; here it is left out.
+        released code masks the label by subtracting 1000 from its logit; here it is excluded.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     classes = student.shape[checks.axis(-1, student.shape, "student_logits")]
@@ -130,7 +130,7 @@ def decoupled_knowledge_distillation(
     others = ~target if vocab_where is None else ~target & vocab_where
 
     def sides(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The label's logit and the evidence for all others; -inf where there is none."""
+        """The label's logit and the log-sum-exp of all others; -inf if there are none."""
         # One shard has the label; the others add zeros.
         selected = on_mesh.psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
         selected = jnp.where(
@@ -146,9 +146,9 @@ def decoupled_knowledge_distillation(
 
     of_teacher = sides(teacher)
     target_part = bernoulli_kl(log_odds(*sides(student)), log_odds(*of_teacher))
-    # A teacher without any class asks for nothing.
-    asked = (of_teacher[0] != -jnp.inf) | (of_teacher[1] != -jnp.inf)
-    target_part = jnp.where(asked, target_part, 0.0)
+    # A teacher without any class has nothing to match.
+    has_class = (of_teacher[0] != -jnp.inf) | (of_teacher[1] != -jnp.inf)
+    target_part = jnp.where(has_class, target_part, 0.0)
     other_part = kl_divergence(student, teacher, vocab_where=others, axis_name=axis_name)
     loss = target_weight * target_part + other_weight * other_part
     existing = (labels >= 0) & (labels < classes * shards)
@@ -162,10 +162,10 @@ def standardize_logits(
     axis_name: AxisName | None = None,
     epsilon: float = 1e-7,
 ) -> Float[jax.Array, "..."]:
-    """Logits with mean 0 and standard deviation 1 in each row, before a distillation loss.
+    """Scale each row of logits to mean 0 and standard deviation 1, before a distillation loss.
 
-    A student then has to match the teacher's shape and not its scale. Apply it to both sides and
-    pass the result to `knowledge_distillation` with the base temperature 2.
+    A student then has to match the shape of the teacher's logits, but not their scale. Apply it to
+    both sides and pass the result to `knowledge_distillation` with the base temperature 2.
 
     ::
 
@@ -173,8 +173,8 @@ def standardize_logits(
 
     Args:
         logits: `[*batch, classes]`.
-        vocab_where: the classes that count. Those at `-inf` never do; both come back as `-inf`.
-            `axis_name` is that of `knowledge_distillation`.
+        vocab_where: the classes that count; those at `-inf` never do. Excluded ones are `-inf` in
+            the result. `axis_name` is that of `knowledge_distillation`.
         epsilon: as in the released code.
 
     Returns:
@@ -199,9 +199,9 @@ def standardize_logits(
 
     count = total(keep)
     deviation = jnp.where(keep, safe - total(safe) / jnp.maximum(count, 1), 0.0)
-    # torch's, unbiased.
+    # Unbiased, as in torch.
     variance = total(jnp.square(deviation)) / jnp.maximum(count - 1, 1)
-    # The square root has no gradient at a row of equal logits; its deviations are 0 anyway.
+    # The square root has no gradient where all logits are equal; deviations are 0 there anyway.
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return jnp.where(keep, deviation / (std + epsilon), -jnp.inf)
 
@@ -230,12 +230,12 @@ def dist(
     temperature: Number = 1.0,
     where: Bool[Array, " batch"] | None = None,
 ) -> Float[jax.Array, " batch"]:
-    """DIST: match correlations of the probabilities, within an example and within a class.
+    """DIST: match the correlations of probabilities, within an example and within a class.
 
     The first term asks for the same ranking of classes in each example, the second for the same
-    ranking of examples in each class. The second one is a property of the whole batch: its mean
-    over classes is added to every example's value, so that the mean over examples is the paper's
-    loss. On a batch split over devices under `jit` it is computed over all of them.
+    ranking of examples in each class. The second is a property of the whole batch: its mean over
+    classes is added to every example's value, so that the mean over examples is the paper's loss.
+    If the batch is split over devices under `jit`, it is computed over all of them.
 
     ::
 
@@ -265,7 +265,7 @@ def dist(
         2205.10536), eqs. 7 to 10 and the released code.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    # Of logits of sequences the second term would correlate positions, not examples.
+    # For sequences the second term would correlate positions, not examples.
     if student.ndim != 2 or not student.size:
         raise ValueError(f"student_logits: expected [batch, classes], got shape {student.shape}")
     present = jnp.ones(student.shape[:1], bool)
@@ -274,7 +274,7 @@ def dist(
         present = jnp.broadcast_to(where, present.shape)
         student = gradient_where(student, present)
     exist = (student != -jnp.inf) | (teacher != -jnp.inf)
-    # Not `jax.nn.softmax`, which makes nan of a row without any class.
+    # Not `jax.nn.softmax`, which returns nan for a row without any class.
     student, teacher = jnp.exp(log_softmax(student)), jnp.exp(log_softmax(teacher))
     # `[batch]`, over classes.
     inter = _pearson_distance(student, teacher, exist, -1)

@@ -17,28 +17,29 @@ from logitjax.distillation._term import Term
 from logitjax.distillation.terms import TERMS
 from logitjax.losses import Head
 
-# A term, lazily, then a number after the last colon: `package:Name` has colons of its own.
+# A term, matched lazily, then a number after the last colon, since `package:Name` has colons too.
 _WEIGHTED = re.compile(r"(.*?)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A weighted sum of terms. A term with several teachers is the mean over them.
+    """A weighted sum of terms. A term with several teachers is averaged over them.
 
     ::
 
         L = sum_t weight_t  sum_i share_i  (sum seen_ti value_ti) / (sum seen_ti)
 
-    Each term is averaged over the labels that it sees: all of them, positions where both models
-    have read the same text, or chunks. Metric `seen/NAME` is the share of labels it learns from.
+    Each term is averaged over the labels that it uses: all of them, positions where both models
+    have read the same text, or chunks. Metric `seen/NAME` is the share of labels that it learns
+    from.
 
     Attributes:
-        terms: Terms and their weights. One of weight 0 is only reported.
+        terms: Terms and their weights. A term of weight 0 is only reported.
         teachers: Weights of the teachers, divided by their sum; equal if empty.
 
     Raises:
-        ValueError: No terms, the same one twice, negative weights or none above 0, or a weight of a
-            term whose gradient is wrong.
+        ValueError: No terms, a repeated term, a negative weight, no weight above 0, or a weight
+            above 0 for a term that cannot be trained on.
 
     >>> from logitjax.distillation.terms import KL, SFT
     >>> objective = Objective(terms=((SFT(), 0.5), (KL(temperature=2.0), 0.5)), teachers=(1.0, 3.0))
@@ -56,7 +57,7 @@ class Objective:
         for term, _ in self.terms:
             if not isinstance(term, Term):
                 raise TypeError(f"loss: expected a Term, got {term!r}")
-            # It is a static argument of the sweep.
+            # Terms are static arguments of the sweep.
             hash(term)
         values = [term for term, _ in self.terms]
         if not values or len(set(values)) < len(values):
@@ -73,16 +74,16 @@ class Objective:
         if not any(weight for _, weight in self.terms):
             raise ValueError("loss: expected a weight above 0, got none")
         if any(weight <= 0 for weight in self.teachers):
-            raise ValueError(f"teacher_weight: expected positive ones, got {self.teachers}")
+            raise ValueError(f"teacher_weight: expected positive numbers, got {self.teachers}")
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The teachers' weights, summing to one."""
+        """The teachers' weights, normalised to sum to one."""
         return tuple(weight / sum(self.teachers) for weight in self.teachers)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """A name for each term in metrics; of several of one name, those with their options."""
+        """Names of the terms in metrics, with their options where two share a name."""
         plain = [term.name or type(term).__name__ for term, _ in self.terms]
         return tuple(
             name if plain.count(name) == 1 else str(term)
@@ -95,7 +96,7 @@ class Objective:
         return next((term for term, _ in self.terms if term.teacher is not None), None)
 
     def init(self, key: jax.Array, head: Head) -> dict[str, Any]:
-        """The arrays of terms that have some of their own, by the terms' names."""
+        """Create the arrays of terms that have their own, by the terms' names."""
         arrays = {
             name: term.init(jax.random.fold_in(key, number), head)
             for number, (name, (term, _)) in enumerate(zip(self.names, self.terms, strict=True))
@@ -105,9 +106,9 @@ class Objective:
     def counts(
         self, batch: Mapping[str, Any], teachers: Sequence[Teacher] = (), *, where: Any
     ) -> dict[str, Any]:
-        """Count the positions that the terms see in a batch, for `value` of its parts.
+        """Count the positions that the terms use in a batch, for `value` on parts of the batch.
 
-        Arguments are those of `value`. Over micro-batches and shards, counts add up to the whole's.
+        Arguments are those of `value`. Counts add up over micro-batches and shards.
         """
         teachers = [_with_statistics(self, teacher, None) for teacher in teachers]
         parts = self._parts(batch, teachers, {}, where)
@@ -130,30 +131,30 @@ class Objective:
         """The loss summed over the labels, their number, and metrics; pure.
 
         `sum / count` is the loss. Over micro-batches or shards, sums and counts add up to those of
-        the whole batch if `counts` are the whole's.
+        the whole batch if `counts` are those of the whole batch.
 
         Args:
-            hidden: `[*batch, hidden]`, the student's, at positions that predict `labels`.
-            head: Its `losses.Head`, or a kernel alone. Entries that do not exist have bias `-inf`.
-            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`. Of labels that
-                have `log_probs`, which the student wrote, terms of the text alone learn nothing.
-            teachers: A `Teacher` each, if a term needs them.
-            params: The arrays of `init`.
-            where: `[*batch]` boolean: positions whose labels count; at others not even a NaN does.
+            hidden: `[*batch, hidden]`, hidden states of the student where it predicts `labels`.
+            head: Its `losses.Head`, or a kernel alone. Padded entries have bias `-inf`.
+            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`. Terms without a
+                teacher learn nothing from labels that have `log_probs`, which the student wrote.
+            teachers: The teachers, if a term needs them.
+            params: The result of `init`.
+            where: `[*batch]` boolean: positions whose labels count; the others may even hold NaN.
             teacher_weights: `[teachers]`, or `[rows, teachers]` to send each row to its teacher;
                 `teachers` of the objective by default.
-            counts: The result of `counts` for the whole batch, where this is a part of it.
+            counts: The result of `counts` for the whole batch, if this is a part of one.
             axis_name: Mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
 
         Returns:
-            The sum, float32; the number of labels; for each term the pair of its sum and that
-            number, and for a term that sees a part of the text `seen/NAME`.
+            The sum, float32; the number of labels; and metrics: for each term the pair of its sum
+            and that number, and `seen/NAME` for a term that uses a part of the text.
 
         Raises:
-            ValueError: A need that cannot be met, or one that was not declared; names the term.
+            ValueError: A term needs what is missing, or reads what it has not declared.
         """
         hidden, where = jnp.asarray(hidden), jnp.asarray(where)
-        # A kernel alone does not say which of its axes is the vocabulary's; the width tells.
+        # The width tells which axis of a bare kernel is the vocabulary.
         head = Head.of(head).resolve(hidden.shape[-1])
         teachers = [_with_statistics(self, teacher, axis_name) for teacher in teachers]
         parts = self._parts(batch, teachers, params or {}, where, teacher_weights)
@@ -167,7 +168,7 @@ class Objective:
             value = value + total
             for part, part_value in zip(members, values, strict=True):
                 sums[part.name] = sums.get(part.name, 0.0) + part_value
-        # Metrics are an auxiliary output, which a loop may differentiate through by mistake.
+        # A loop may by mistake differentiate through metrics.
         metrics = {name: (jax.lax.stop_gradient(sums[name]), count) for name in self.names}
         return value, count, metrics | _shares_seen(parts, where)
 
@@ -179,7 +180,7 @@ class Objective:
         where: Any,
         teacher_weights: Any = None,
     ) -> list[Part]:
-        """Each term with each of its teachers, declared needs checked."""
+        """Pair each term with each of its teachers, and check declared needs."""
         if self.teachers and teachers and len(self.teachers) != len(teachers):
             raise ValueError(f"teachers: expected {len(self.teachers)}, got {len(teachers)}")
         default = self.shares or (1.0 / max(len(teachers), 1),) * len(teachers)
@@ -198,7 +199,7 @@ class Objective:
             of_text = term.teacher is None
             local = None
             if of_text and "log_probs" in batch and "log_probs" not in term.batch:
-                # To maximise the likelihood of one's own text would only sharpen it.
+                # Maximum likelihood on its own text would only sharpen the student.
                 local = jnp.isnan(batch["log_probs"])
             for number, teacher in enumerate([None] if of_text else teachers):
                 parts.append(
@@ -220,7 +221,7 @@ class Objective:
 
 
 def parse_terms(texts: Sequence[str]) -> tuple[tuple[Term, float], ...]:
-    """Terms as flags name them: `NAME`, `NAME(option=value)` or `package:Name`, and a weight.
+    """Parse terms as in flags: `NAME`, `NAME(option=value)` or `package:Name`, and a weight.
 
     The weight follows a colon, and is 1 by default. Unknown terms or options are ValueErrors.
 
@@ -236,7 +237,7 @@ def parse_terms(texts: Sequence[str]) -> tuple[tuple[Term, float], ...]:
 
 
 def _with_statistics(objective: Objective, teacher: Teacher, axis_name: Any) -> Teacher:
-    """A teacher with the statistics that terms declare, read of its hidden states if need be."""
+    """Return a teacher with the declared statistics, read from its hidden states if necessary."""
     # A live teacher shares no parameters with the student, but may share its arrays: a loop that
     # trains both must not move the teacher.
     teacher = jax.lax.stop_gradient(teacher)
@@ -262,14 +263,14 @@ def _shares(default: Sequence[float], weights: Any) -> Sequence[Any]:
             f"{weights.shape}"
         )
     total = weights.sum(-1, keepdims=True)
-    # A row that is sent to no teacher learns from none, and is no division by zero.
+    # A row without a teacher learns from none; avoid a division by zero.
     weights = weights / jnp.where(total > 0, total, 1.0)
     return [weights[..., number] for number in range(len(default))]
 
 
 def _shares_seen(parts: Sequence[Part], where: Any) -> dict[str, tuple[Any, Any]]:
-    """How many of the labels each term that sees a part of the text learns from."""
-    # A loss that sees little of the text may be small for that alone.
+    """Number of labels that each term learns from, for terms that use a part of the text."""
+    # A loss may be small merely because it uses little of the text.
     totals: dict[str, Any] = {}
     for part in parts:
         labels = part.term.labels_seen(*part.views)

@@ -9,7 +9,7 @@ from logitjax.distillation._teacher import Teacher
 from logitjax.distillation._term import Declared, StudentNeeds, Term
 from logitjax.losses import Head
 
-# Of a teacher what belongs to no position.
+# Attributes of a teacher that are not per position.
 _NOT_AT_POSITIONS = ("vocabularies", "hidden", "head")
 
 
@@ -22,8 +22,8 @@ class Part:
         share: The teacher's weight, a number or an array, `[]` or `[rows]`.
         attributes, columns: Declared readings of the teacher and of the batch.
         mean_share: The share as a number, for metrics.
-        label_mask: `[*batch]` mask of the labels that a term of its kind learns from; None for all.
-        scale: Factor of its values; None for one at every label.
+        label_mask: `[*batch]` mask of the labels that this kind of term learns from; None for all.
+        scale: Factor of its values; None for 1 at every label.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Part:
 
     @functools.cached_property
     def views(self) -> tuple[Any, Any]:
-        """The teacher and the batch, as the term may look at them."""
+        """The teacher and the batch, restricted to what the term has declared."""
         return self.view(self.attributes, self.columns)
 
     def view(self, attributes: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -67,7 +67,7 @@ class Part:
         return seen & where if seen.dtype == jnp.bool_ else jnp.where(where, seen, 0.0)
 
     def weigh(self, where: Any, counts: Mapping[str, Any]) -> None:
-        """Sets `scale`: a sum, divided by the number of labels, is then a mean over `seen`."""
+        """Set `scale` such that a sum divided by the number of labels is a mean over `seen`."""
         if self.seen is not None:
             ratio = counts["labels"] / jnp.maximum(counts["seen"][self.key], 1)
             seen = self.seen
@@ -83,7 +83,7 @@ class Part:
 
     @property
     def sweep(self) -> tuple[str, int | None, str]:
-        """Key shared by parts of one sweep: head, teacher whose logits are formed, itself."""
+        """Key shared by parts of one sweep: head, teacher with formed logits, lone part."""
         statistic = self.needs.statistic
         local = self.name if self.head is not None else ""
         if statistic is None:
@@ -94,39 +94,39 @@ class Part:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether its gradient may be formed in the sweep, where only tokens are at hand."""
+        """Whether its gradient may be formed in the sweep, which has only tokens at hand."""
         return self.term.pointwise and (self.params is None or self.head is not None)
 
     def tokens(self) -> dict[str, Any]:
         positions = {n: a for n, a in self.attributes.items() if n not in _NOT_AT_POSITIONS}
         optional = {"ids": self.needs.ids, "beside": self.needs.beside, "scale": self.scale}
-        given = {name: array for name, array in optional.items() if array is not None}
-        return {"teacher": positions, "batch": self.columns, **given}
+        arrays = {name: array for name, array in optional.items() if array is not None}
+        return {"teacher": positions, "batch": self.columns, **arrays}
 
     def values(self, readout: Any, statistic: Any, tokens: Mapping[str, Any]) -> Any:
-        """Its values, scaled, with its teacher's share."""
+        """Return its values, scaled and multiplied by its teacher's share."""
         everywhere = {n: a for n, a in self.attributes.items() if n in _NOT_AT_POSITIONS}
         teacher, batch = self.view(everywhere | tokens["teacher"], tokens["batch"])
         read = {"statistic": statistic, "beside": tokens.get("beside")}
         if readout is not None:
             read |= readout._asdict()
             if self.needs.top_k:
-                # Another term of the sweep may have asked for more.
+                # Another term of the sweep may need more.
                 read["statistics"] = readout.statistics.truncate(self.needs.top_k)
             if "ids" in tokens:
-                # With the student's own normaliser, over its whole vocabulary.
+                # Has the student's normaliser over its whole vocabulary.
                 read["top"] = readout
         read = Declared(self.term, "read", {n: read[n] for n in self.needs.names})
         params = None if self.head is not None else self.params
         value = self.term.value(read, teacher, batch, params)
         if "scale" in tokens:
-            # Not a product alone: what is not seen may be infinite.
+            # Not only a product: unused values may be infinite.
             value = jnp.where(tokens["scale"] != 0, value, 0.0) * tokens["scale"]
         return self.share * value
 
 
 class _Columns(dict):
-    """The columns that a term has declared, and an error for any other."""
+    """Columns that a term has declared; reading any other is an error."""
 
     def __init__(self, name: str, columns: Mapping[str, Any]):
         super().__init__(columns)
@@ -142,7 +142,7 @@ class _Columns(dict):
 def declared_attributes(
     name: str, term: Term, teacher: Teacher | None, where: Any
 ) -> dict[str, Any]:
-    """The attributes that a term has declared of a teacher; a ValueError where one is missing."""
+    """Collect a teacher's attributes that a term declares; ValueError if one is missing."""
     needs = term.teacher
     if needs is None or teacher is None:
         return {}

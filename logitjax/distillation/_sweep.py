@@ -11,13 +11,13 @@ from logitjax.losses import Head, sweep
 
 
 def grouped(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts of each sweep over the vocabulary: as few sweeps as there can be."""
+    """Group parts into as few sweeps over the vocabulary as possible."""
     groups: dict[Any, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.sweep, []).append(part)
     for head, teacher, alone in list(groups):
-        # What looks at no teacher's logits joins a sweep that forms some.
-        # A host reads the same head, has a teacher and may be shared.
+        # A group without a teacher's logits joins a sweep that forms some: a host, which reads the
+        # same head, has a teacher and may be shared.
         hosts = [key for key in groups if key[0] == head and key[1] is not None and not key[2]]
         if teacher is None and not alone and hosts:
             groups[hosts[0]] = groups.pop((head, teacher, alone)) + groups[hosts[0]]
@@ -27,7 +27,7 @@ def grouped(parts: Sequence[Part]) -> list[list[Part]]:
 def swept(
     parts: Sequence[Part], hidden: Any, head: Head, where: Any, axis_name: Any
 ) -> tuple[Any, list[Any]]:
-    """Parts that share a sweep: their weighted sum over positions, and each one's own sum."""
+    """Evaluate parts that share a sweep: their weighted sum over positions, and each part's sum."""
     head = (parts[0].head or head).resolve(hidden.shape[-1])
     reading = _Reading.of(parts, head, axis_name)
     local = [part.tokens() for part in parts]
@@ -39,9 +39,8 @@ def swept(
         axis_name=axis_name,
     )
     if not all(part.is_pointwise for part in parts):
-        # Every logit is formed once more in the backward pass.
-        # A nan where nothing counts, of the student or of a teacher, would have a gradient of nan,
-        # whatever it weighs.
+        # Every logit is formed again in the backward pass. At unused positions a nan of the student
+        # or a teacher would have a nan gradient, even with weight zero.
         hidden = jnp.where(where[..., None], hidden, 0.0)
         results = sweep.run(reading.statistic, hidden, head, tokens=reading.tokens, **options)
         results = jax.tree.map(
@@ -60,7 +59,7 @@ def swept(
         weights = {part.name: part.weight for part in parts}
         return sum(_weighed(weights[name], value) for name, value in by_name.items())
 
-    # A scalar is enough, so the head's gradient is formed in the same sweep.
+    # The result is a scalar, so the same sweep forms the head's gradient.
     total, outputs = sweep.run(
         sweep.LossOf(reading.statistic, mixed),
         hidden,
@@ -75,7 +74,7 @@ def swept(
 
 
 def _weighed(weight: float, value: Any) -> Any:
-    # What is only reported may be infinite.
+    # A term of weight 0 may be infinite.
     return weight * value if weight else jnp.zeros_like(value)
 
 
@@ -85,10 +84,10 @@ def _summed(part: Part, value: Any, where: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reading:
-    """The statistic that serves some parts, and which of its results are whose.
+    """The statistic that serves some parts, and the results that belong to each.
 
-    `slices` says for each part where its ids are among those gathered, and `numbers` which of
-    `Several` statistics is its own; None for none.
+    `slices` locates each part's ids among those gathered, `numbers` its own statistic among
+    `Several`; None for none.
     """
 
     parts: Sequence[Part]
@@ -144,7 +143,7 @@ class _Reading:
 
 
 def _slice(gathered: list[Any], ids: Any) -> slice | None:
-    """Where the ids are among those gathered; added if they are new."""
+    """Locate ids among those gathered; new ones are added."""
     if ids is None:
         return None
     start = 0

@@ -15,9 +15,9 @@ from logitjax.ops import TopK
 # Static under jit, so it is compared by identity: tables of ids have no hash.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Vocabularies:
-    """How a teacher's vocabulary relates to the student's; equal only to itself.
+    """Relation of a teacher's vocabulary to the student's; equal only to itself.
 
-    `projections` go by their rule; `boundary` are the student's tokens that begin a word (`ALM`).
+    `projections` are keyed by rule; `boundary` are the student's tokens that begin a word (`ALM`).
     """
 
     projections: Mapping[str, TokenProjection] = dataclasses.field(default_factory=dict)
@@ -25,31 +25,31 @@ class Vocabularies:
 
     @functools.cached_property
     def matches(self) -> Matches:
-        """The tokens that both have, by the projection `exact`."""
+        """Tokens that both have, by the projection `exact`."""
         return Matches.of(self.projections["exact"])
 
 
-# One object: jit compiles once.
+# A single object, so that jit compiles once.
 SAME_VOCABULARY = Vocabularies()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """One teacher on a batch, at the student's positions, whatever is known of it.
+    """A teacher's known output on a batch, at the student's positions.
 
-    A cache gives `statistics`; a model that runs beside the student gives `hidden` and `head`, from
-    which an objective reads the statistics that its terms declare.
+    A cache gives `statistics`; a live model gives `hidden` and `head`, from which an objective
+    reads the statistics that its terms declare.
 
     Attributes:
         statistics: `losses.GraphStatistics` of the next token, `[*batch]`.
         hidden: `[*batch, width]` hidden states. They get no gradient.
-        head: Their `losses.Head`.
-        where: `[*batch]` positions where both predict what follows the same text; None for all.
-        single: Those of them whose label is one token on both sides; None for the same.
+        head: The `losses.Head` for `hidden`.
+        where: `[*batch]` positions where both models have read the same text; None for all.
+        single: The subset of `where` whose label is one token on both sides; None for all of them.
         chunks: `ChunkScores` of the text.
-        vocabularies: How its vocabulary relates to the student's; static.
-        top_k: Number of top logits that are read of hidden states; static.
+        vocabularies: Relation of its vocabulary to the student's; static.
+        top_k: Number of top logits that are read from hidden states; static.
     """
 
     statistics: GraphStatistics | None = None
@@ -71,6 +71,6 @@ class Teacher:
 
     @property
     def tail(self) -> TailSample | None:
-        """Draws from what its top logits leave out, if its cache has any."""
+        """Samples from outside its top logits, if its cache has any."""
         assert self.statistics is not None
         return self.statistics.tail

@@ -17,13 +17,13 @@ class StudentNeeds:
         label: `read.label_logit` and `read.cross_entropy` of the labels.
         ids: `[*batch, n]` tokens whose logits are `read.gathered`, and with the normaliser
             `read.top`, the `losses.Readout` that sparse divergences take.
-        top_k: Number of the student's own largest logits, `read.statistics`.
-        statistic: A `sweep.Statistic` of the term's own, whose results are `read.statistic`. It may
-            look at the logits of a teacher that gives hidden states and a head.
-        tokens: Arrays `[*batch, ...]` that the statistic reads beside the `labels`.
-        blocks: Sizes of the sweep's blocks, if the statistic has to choose them.
-        beside: Arrays `[*batch, ...]` that the term has worked out of its teacher for this,
-            handed back as `read.beside`.
+        top_k: Number of the student's largest logits, `read.statistics`.
+        statistic: A `sweep.Statistic` of the term, whose results are `read.statistic`. It may use
+            the logits of a teacher that gives hidden states and a head.
+        tokens: Arrays `[*batch, ...]` that the statistic reads in addition to the `labels`.
+        blocks: Sizes of the sweep's blocks, if the statistic requires some.
+        beside: Arrays `[*batch, ...]` that the term has computed from its teacher and gets back as
+            `read.beside`.
     """
 
     label: bool = False
@@ -36,7 +36,7 @@ class StudentNeeds:
 
     @property
     def names(self) -> set[str]:
-        """The attributes of `read` that there will be."""
+        """The attributes that `read` will have."""
         names = {"label_logit", "cross_entropy", "log_z"} if self.label else set()
         names |= {"gathered", "top", "log_z"} if self.ids is not None else set()
         names |= {"statistics", "log_z"} if self.top_k else set()
@@ -49,16 +49,16 @@ class TeacherNeeds:
     """Parts of each teacher that a term reads.
 
     Attributes:
-        top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all there are.
-        moments: Also mean and deviation of all its logits, `teacher.statistics`.
-        rest: Whether it needs the mass of all other tokens. A term that does not need it declares
-            False, and `teacher.top.log_z` is None if unknown.
-        tail: Also samples from the other tokens, `teacher.tail`, which may be None.
-        hidden: Its hidden states and head.
-        same_vocabulary: Whether it must have the student's vocabulary.
+        top_k: Minimum number of its top logits, `teacher.top`; 0 for none. A term gets all of them.
+        moments: Whether it needs mean and deviation of all logits too, `teacher.statistics`.
+        rest: Whether it needs the mass of all other tokens. If False, `teacher.top.log_z` may be
+            None.
+        tail: Whether it uses samples of the other tokens, `teacher.tail`, which may be None.
+        hidden: Whether it needs hidden states and the head.
+        same_vocabulary: Whether the teacher must have the student's vocabulary.
         projection: Rule of the projection between the vocabularies, see `token_projection`.
-        chunks: `teacher.chunks`, its log-probabilities of spans of text, and the student's
-            tokens that begin a word.
+        chunks: Whether it needs `teacher.chunks`, log-probabilities of spans of text, and the
+            student's tokens that begin a word.
     """
 
     top_k: int = 0
@@ -83,16 +83,16 @@ class TeacherNeeds:
 
 
 class Term(abc.ABC):
-    """A loss that a student learns from: declared needs, and a value for one teacher.
+    """A loss that a student learns from: declared needs, and a value per teacher.
 
     A term is a frozen, keyword-only dataclass whose fields are its options. It is hashable and
-    holds no arrays; its repr belongs to the identity of a run. `Objective` gives it the declared
-    readings of student and teachers alone: reading more is an error that names the term.
+    holds no arrays; its repr belongs to the identity of a run. `Objective` passes it the declared
+    readings of student and teachers only; reading anything else is an error that names the term.
 
     Attributes:
         name: Name in flags and metrics.
-        teacher: Needed parts of each teacher; None for a term of the text alone, which is evaluated
-            once.
+        teacher: Needed parts of each teacher; None for a term that needs only the text, which is
+            evaluated once.
         batch: Names of further columns of the batch, `[*batch]` each, such as the sampled
             `log_probs` or `rewards`.
         pointwise: Whether its values are `[*batch]` and each is a function of its own position.
@@ -116,16 +116,16 @@ class Term(abc.ABC):
         return f"{self.name or type(self).__name__}" + (f"({options})" if options else "")
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        """Its own arrays, trained with the student, or None; the head gives the sizes."""
+        """Create arrays of the term, trained with the student, or None; `head` gives the sizes."""
         return None
 
     def own_head(self, params: Any) -> Head | None:
-        """A head of the term's own, through which it reads the student's hidden states."""
+        """Return the term's own head for the student's hidden states, if it has one."""
         return None
 
     @abc.abstractmethod
     def student(self, teacher: Any) -> StudentNeeds:
-        """Return the needed readings of the student, given a `Teacher`'s attributes if any."""
+        """Return the needed readings of the student, given a `Teacher`'s attributes or None."""
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
         """Return the mask or weights that the values are averaged over; None for all labels.
@@ -142,17 +142,17 @@ class Term(abc.ABC):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         """The loss for one teacher, not reduced.
 
-        `read` has the attributes that `student` asked for, `teacher` the declared ones, and `batch`
-        `labels`, `where` they count, and what `Term.batch` names. `params` are the arrays of
-        `init`; None in a sweep, if the term has a head of its own.
+        `read` has the attributes that `student` requested, `teacher` the declared ones, and `batch`
+        `labels`, `where` they count, and the columns of `Term.batch`. `params` are the arrays of
+        `init`, or None in a sweep if the term has its own head.
 
         Returns:
-            `[*batch]`, or, of a term that is not pointwise, whatever shape `seen` has.
+            `[*batch]`, or, for a term that is not pointwise, the shape of `seen`.
         """
 
 
 class Declared:
-    """The attributes that a term has declared, and an error for any other."""
+    """Attributes that a term has declared; reading any other is an error."""
 
     def __init__(self, term: Term, argument: str, values: Mapping[str, Any]):
         self._term, self._argument, self._values = term, argument, values

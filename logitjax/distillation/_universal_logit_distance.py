@@ -1,4 +1,4 @@
-"""Universal logit distance: compares two models whatever their vocabularies.
+"""Universal logit distance: compare two models regardless of their vocabularies.
 
 A data-parallel step under `pmap`, with a teacher of another vocabulary:
 
@@ -40,16 +40,16 @@ def universal_logit_distance(
 ) -> Float[jax.Array, "..."]:
     """L1 distance between the sorted probabilities of student and teacher.
 
-    The two vocabularies may differ: ids are forgotten by the sort, and the smaller one is padded
-    with zeros. It is the Wasserstein distance between the two distributions when any two different
-    tokens are equally far apart and may be matched freely, so it says how mass is spread over
-    ranks, never on which token it lies: it has to be joined with a loss that knows the tokens.
+    The two vocabularies may differ: sorting discards ids, and the smaller one is padded with zeros.
+    It is the Wasserstein distance between the two distributions if any two different tokens are
+    equally far apart and may be matched freely. It compares how mass is spread over ranks, not over
+    tokens, so it has to be combined with a loss that distinguishes tokens.
 
-    With `p` the teacher's and `q` the student's softmax of `logits / T`, both sorted downwards::
+    With `p` the teacher's and `q` the student's softmax of `logits / T`, both in descending order::
 
         sum_{r <= d} |p_(r) - q_(r)|
 
-    The default keeps the `d = top_k` largest. Probabilities stay those of the whole vocabulary.
+    The default keeps the `d = top_k` largest. Probabilities are those over the whole vocabulary.
     The full sort (`top_k=None`) costs about as much as 19 multiplications by the output head.
 
     Args:
@@ -58,10 +58,10 @@ def universal_logit_distance(
             hold at least `top_k` entries. Differentiable as well.
         top_k: how many ranks to compare; None for all of them.
         temperature: `T`, positive; may be traced. Make a `TopK` from `logits / T` yourself.
-        vocab_where: boolean, broadcastable to `student`: True for its entries that exist. Entries
-            at `-inf`, of the teacher too, do not.
-        axis_name: inside `jax.shard_map` with the vocabularies split over this mesh axis: that
-            axis. A `TopK` is whole on every shard.
+        vocab_where: boolean, broadcastable to `student`: True for its valid entries. Entries at
+            `-inf`, of the teacher too, are not valid.
+        axis_name: mesh axis over which the vocabularies are split, inside `jax.shard_map`. Every
+            shard has the whole of a `TopK`.
 
     Returns:
         `[*batch]`, float32, in `[0, 2]`.
@@ -86,7 +86,7 @@ def universal_logit_distance(
         2505.13893). The value of `top_k` is ours.
     """
     checks.positive(temperature, "temperature")
-    # 0 where nobody knows: a `TopK` does not tell the size of its vocabulary.
+    # 0 for unknown: a `TopK` does not store the size of its vocabulary.
     if top_k is not None:
         sizes = [
             0 if isinstance(model, TopK) else _vocabulary_size(model, axis_name, name)
@@ -102,7 +102,7 @@ def universal_logit_distance(
     def probs(model: Array | TopK, mask: Array | None, name: str) -> jax.Array:
         if isinstance(model, TopK):
             if mask is not None:
-                raise ValueError(f"vocab_where: expected None, for {name} is a TopK, got a mask")
+                raise ValueError(f"vocab_where: expected None, as {name} is a TopK, got a mask")
             return _top_probs(model, top_k, name)
         return _sorted_probs(model, top_k, temperature, mask, axis_name, name)
 
@@ -112,7 +112,7 @@ def universal_logit_distance(
             f"teacher: expected the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
             "bring both to the same positions first"
         )
-    # A token that is not there has probability zero.
+    # A missing token has probability zero.
     ranks = max(q.shape[-1], p.shape[-1])
     return jnp.abs(_pad(p, ranks) - _pad(q, ranks)).sum(-1)
 
@@ -130,18 +130,18 @@ def _sorted_probs(
     if axis_name is None:
         checks.vocabulary_unsharded(scaled, name, "top-k")
     vocab = _vocabulary_size(scaled, axis_name, name)
-    # The k largest of all are all of them, sorted.
+    # Without top_k this sorts the whole vocabulary.
     values, _ = exact_top_k(scaled, min(top_k or vocab, vocab), axis_name=axis_name)
-    # Of all, the ranks left out too.
+    # Over the whole vocabulary, not only the kept ranks.
     log_z = logsumexp(scaled, axis_name=axis_name)
-    # An empty row: -inf less -inf is nan.
+    # In an empty row -inf - -inf would be nan.
     return jnp.exp(values - neginf_to_zero(log_z)[..., None])
 
 
 def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
     if top_k is None:
         raise ValueError(
-            f"top_k: expected a number, for {name} is a TopK and holds no other ranks, got None"
+            f"top_k: expected a number, as {name} is a TopK without other ranks, got None"
         )
     stored = top.values.shape[-1]
     if top_k > stored:

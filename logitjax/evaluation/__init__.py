@@ -1,12 +1,12 @@
 """Measures of a model's predictions for given text, for any model.
 
-Everything here takes a function, not a model: one for the negative log-likelihood of given tokens
-(`NllFn`). It may stand for a single model, for two models whose logits are subtracted while
+Everything here takes a function instead of a model: one for the negative log-likelihood of given
+tokens (`NllFn`). It may stand for a single model, for two models whose logits are subtracted in
 decoding, or for an API.
 
 - `score_rows`: nats of given tokens, row by row.
-- `PromptTemplate`: questions and answers as rows, the same for training, scoring and generating.
-- `rouge`: how much of a reference an answer has, and how little else.
+- `PromptTemplate`: questions and answers as rows, the same in training, scoring and generation.
+- `rouge`: how much of a reference an answer contains, and how little else.
 - `fluency`: whether texts repeat themselves.
 """
 

@@ -9,13 +9,13 @@ from logitjax.data import TokenizerLike
 class PromptTemplate:
     """The text around a question.
 
-    The answer follows directly. Use one template for training, scoring and generating: the release
-    of logit-difference unlearning has other spaces in one of them.
+    The answer follows directly. Use one template for training, scoring and generation: the release
+    of logit-difference unlearning has different spaces in one of them.
 
     Attributes:
         before: text before the question.
         after: text after it, up to the answer.
-        add_bos: begin with the tokenizer's beginning mark; None: as its ``add_bos`` says.
+        add_bos: begin with the tokenizer's BOS token; None: as its ``add_bos`` says.
 
     >>> PromptTemplate.llama2().render("Who?")
     '[INST] Who? [/INST]'
@@ -31,17 +31,17 @@ class PromptTemplate:
 
     @staticmethod
     def llama2() -> "PromptTemplate":
-        """TOFU's, for Llama-2-chat."""
+        """The template of TOFU for Llama-2-chat."""
         return PromptTemplate(before="[INST] ", after=" [/INST]", add_bos=True)
 
     @staticmethod
     def phi() -> "PromptTemplate":
-        """TOFU's, for Phi-1.5."""
+        """The template of TOFU for Phi-1.5."""
         return PromptTemplate(before="Question: ", after="\nAnswer: ")
 
     @staticmethod
     def chatml() -> "PromptTemplate":
-        """That of SmolLM2 and Qwen, without a system message."""
+        """The template of SmolLM2 and Qwen, without a system message."""
         return PromptTemplate(
             before="<|im_start|>user\n", after="<|im_end|>\n<|im_start|>assistant\n"
         )
@@ -60,17 +60,17 @@ class PromptTemplate:
         eos_id: int | None = None,
         end: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A question with its answer, and which tokens are the answer's, an end mark included.
+        """Encode a question with its answer, and mark the answer's tokens, end token included.
 
-        The row always begins with what `encode` gives. If the tokens of the whole text begin so
-        (TOFU's code relies on it), it is encoded as one; otherwise prompt and answer are encoded
-        apart.
+        The row always begins with the result of `encode`. If the tokens of the whole text also
+        begin that way (TOFU's code relies on it), it is encoded at once; otherwise prompt and
+        answer are encoded separately.
 
         Args:
-            max_length: largest length of the row; the rest is cut off. TOFU's is 200,
-                OpenUnlearning's 512.
-            eos_id: the end mark, if it is not the tokenizer's.
-            end: False for an answer without an end mark.
+            max_length: maximum length of the row; the rest is cut off. TOFU uses 200,
+                OpenUnlearning 512.
+            eos_id: the end token, if it is not the tokenizer's.
+            end: False for an answer without an end token.
 
         Returns:
             int32 ``[time]`` and bool ``[time]``.
@@ -86,14 +86,14 @@ class PromptTemplate:
         mark = tokenizer.eos_id if eos_id is None else eos_id
         if end and mark is not None:
             ids = np.append(ids, np.int32(mark))
-        # The end mark goes first.
+        # The end token is dropped first.
         ids = ids[:max_length]
         if len(prompt) >= len(ids):
             raise ValueError(
                 f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} "
                 f"of max_length={max_length} tokens"
             )
-        # The end mark is the answer's.
+        # The end token belongs to the answer.
         return ids, np.arange(len(ids)) >= len(prompt)
 
     def _encoded(self, tokenizer: TokenizerLike, text: str) -> np.ndarray:

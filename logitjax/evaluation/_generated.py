@@ -24,8 +24,8 @@ def rouge(references: Sequence[str], predictions: Sequence[str]) -> Rouge:
         ROUGE-1  |words in common| / |reference|,    ROUGE-L  LCS / |reference|
         F1       2 LCS / (|reference| + |text|)
 
-    Words are lower-case runs of letters and digits, stemmed by Porter's rules where longer than
-    three letters. A reference without words scores 0.
+    Words are lower-case runs of letters and digits, stemmed by Porter's rules if longer than three
+    letters. A reference without words scores 0.
 
     Raises:
         ValueError: unequal numbers of references and predictions.
@@ -37,7 +37,7 @@ def rouge(references: Sequence[str], predictions: Sequence[str]) -> Rouge:
     >>> rouge(["Paris, France"], ["It is in France: Paris."])
     Rouge(rouge_1=array([1.]), rouge_l=array([0.5]), f1=array([0.28571429]))
     """
-    # Takes nltk along, which nobody needs who only trains.
+    # It imports nltk, which is not needed for training.
     rouge_scorer = require("rouge_score.rouge_scorer", extra="eval")
     if len(references) != len(predictions):
         raise ValueError(
@@ -55,12 +55,12 @@ def rouge(references: Sequence[str], predictions: Sequence[str]) -> Rouge:
 
 
 def fluency(texts: Sequence[str]) -> float | None:
-    """Mean entropy of texts' pairs and triples of words: low where they repeat themselves.
+    """Mean entropy of texts' pairs and triples of words, low for repetitive texts.
 
     The mean of `(2/3 H_2 + 4/3 H_3) / 2`, in bits.
 
     Args:
-        texts: Generated; those of fewer than three words do not count.
+        texts: Generated texts; those of fewer than three words do not count.
 
     References:
         Zhang et al., 2018, as weighted in ROME (Meng et al., 2022) and RWKU.
@@ -69,7 +69,7 @@ def fluency(texts: Sequence[str]) -> float | None:
     [1.7233, 0.9455, 0.0]
     """
     rows = [words for words in map(str.split, texts) if len(words) >= 3]
-    # ROME's: entropies of pairs and triples weigh 2/3 and 4/3 in their mean.
+    # ROME's weights: entropies of pairs and triples have 2/3 and 4/3 in their mean.
     values = [(2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2 for words in rows]
     return float(np.mean(values)) if values else None
 

@@ -14,7 +14,7 @@ _LENGTHS = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """An array a row over its targets: `nll`, float64; `greedy`, bool, or None where not known."""
+    """An array per row over its targets: `nll`, float64; `greedy`, bool, or None if unknown."""
 
     nll: list[np.ndarray]
     greedy: list[np.ndarray] | None
@@ -39,18 +39,18 @@ def score_rows(
 ) -> RowScores:
     """Negative log-likelihoods of the targets of rows, in batches of few shapes.
 
-    Rows go longest first, ``batch_size`` at a time, each batch padded at the end to a multiple of
-    32; the last one is filled up with empty rows.
+    Rows are sorted by length, longest first, ``batch_size`` at a time, each batch padded at the end
+    to a multiple of 32; the last batch is filled up with empty rows.
 
     Args:
         rows: token ids and which of them are targets, as from `encode_answer`.
-        pad_id: any id the model has.
-        progress: told how many rows were done.
-        describe: a row's name, for errors.
+        pad_id: any id of the model.
+        progress: called with the number of finished rows.
+        describe: returns a row's name, for errors.
 
     Raises:
         ValueError: a row whose first token is a target, answers of a wrong shape, or a loss that is
-            not finite, with the row.
+            not finite; the message names the row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
@@ -73,7 +73,7 @@ def score_rows(
         values, best = message if isinstance(message, tuple) else (message, None)
         if np.shape(values) != shape:
             raise ValueError(f"nll_fn: expected [batch, time] = {shape}, got {np.shape(values)}")
-        # Sums of thousands of nats.
+        # Sums reach thousands of nats.
         values = np.asarray(values, np.float64)
         for b, i in enumerate(picked):
             nll[i] = values[b][targets[b]]

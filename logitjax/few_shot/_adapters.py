@@ -64,7 +64,7 @@ class TipAdapterF(TipAdapter):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRes(Method):
-    """TaskRes: a residual of the class weights, zero at first.
+    """TaskRes: a residual of the class weights, initially zero.
 
     `s_bias = scale f @ R`, exact for `s0 = scale f @ W0`; the released code also scales
     `W0 + beta R` to length one again.
@@ -88,12 +88,12 @@ class TaskRes(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(Method):
-    """A linear classifier of one encoder's features; its bias takes the zero-shot logits back.
+    """A linear classifier of one encoder's features; its bias cancels the zero-shot logits.
 
     `s_bias = scale * f @ W + b - s0`
 
     Attributes:
-        beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
+        beta: 1 is the probe alone, less mixes it with the zero-shot logits.
         source: The encoder, `'features'` or `'auxiliary'`.
     """
 
@@ -124,20 +124,20 @@ class LinearProbe(Method):
 class LPPlusPlus(Method):
     """LP++: prototypes plus class weights with a learned factor for each class.
 
-    Its step sizes follow from the data, so :meth:`init` runs the whole of its training: gradient
-    descent with momentum on all examples, the factors moving every tenth step::
+    Its step sizes follow from the data, so :meth:`init` runs all of its training: gradient descent
+    with momentum on all examples, the factors moving every tenth step::
 
         s = f @ V + b + blend * (f @ W0)
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
-    The released code departs from it (docs/few_shot.md), and keeps the iteration that is best on
-    the images that are to judge it. Source: Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
+    The released code departs from it (docs/few_shot.md), and keeps the best iteration on the images
+    that will evaluate it. Source: Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
-        blend_every: Steps between those of the factors.
-        blend_scale: The factors begin at so many times the mean logit of a class's images.
+        blend_every: Number of steps between updates of the factors.
+        blend_scale: Initial factors in units of the mean logit of a class's images.
     """
 
     iterations: int = 300
@@ -165,7 +165,7 @@ class LPPlusPlus(Method):
         # The squared singular values are the eigenvalues of either Gram matrix.
         wide = features.shape[0] < features.shape[1]
         gram = features @ features.T if wide else features.T @ features
-        # Step sizes of the paper: one over a bound of the gradient's Lipschitz constant by block.
+        # Step sizes of the paper: one over a bound of each block's gradient Lipschitz constant.
         rate = 4.0 * count / jnp.linalg.eigvalsh(gram)[-1]
         text = features @ weights
         blend_rate = count / (4.0 * jnp.square(text).sum(0).max())
@@ -186,7 +186,7 @@ class LPPlusPlus(Method):
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
-            # The tenth, not the first.
+            # The tenth step, not the first.
             due = index % self.blend_every == self.blend_every - 1
             blend = jnp.where(due, blend - blend_rate * (slope * text).sum(0), blend)
             return ((moving, bias), blend, velocity), None
@@ -206,7 +206,7 @@ class LPPlusPlus(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLAP(Method):
-    """CLAP: a linear probe held near the class weights where zero-shot knows the class well.
+    """CLAP: a linear probe kept near the class weights where zero-shot knows the class well.
 
     ::
 
@@ -215,13 +215,13 @@ class CLAP(Method):
         a_k = mean over images of class k of softmax(s0)_k
 
     `penalty=0` is ZS-LP, the probe without the constraint. `a` is fixed, as in the released code
-    under the published command; a class without an image has none. The released class weights
-    `t_k` are means of text features that are not scaled to length one, and the penalty is measured
-    at that length: `FewShotTask.class_weights` may have columns of any length here. Source:
+    under the published command; a class without an image has none. The released class weights `t_k`
+    are means of text features that are not scaled to length one, and the penalty is measured at
+    that length: `FewShotTask.class_weights` may have columns of any length here. Source:
     Silva-Rodriguez et al. (CVPR 2024, arXiv 2312.12730).
 
     Attributes:
-        beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
+        beta: 1 is the probe alone, less mixes it with the zero-shot logits.
         penalty: Factor of the constraint; 1 is published.
     """
 
@@ -252,19 +252,19 @@ class CLAP(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProLIP(Method):
-    """ProLIP: the encoder's last projection is trained, held near what it was.
+    """ProLIP: trains the encoder's last projection, kept near its initial value.
 
     ::
 
         logits = scale unit(h P + b) . w_k,    P = P0 at first
         loss = cross-entropy + penalty |P - P0|_F^2
 
-    h is what the encoder projects last, `Inputs.hidden`; `FewShotTask.projection` has P0. The norm
-    is a sum, as released. Source: Fahes et al. (arXiv 2410.05270).
+    h is the input of the encoder's last projection, `Inputs.hidden`; `FewShotTask.projection` has
+    P0. The norm is a sum, as released. Source: Fahes et al. (arXiv 2410.05270).
 
     Attributes:
-        beta: 1 is the method by itself, less mixes it with the zero-shot logits.
-        penalty: lambda; 10 to .0001 and 0 are searched. None is 1 / shots, which the authors take
+        beta: 1 is the method alone, less mixes it with the zero-shot logits.
+        penalty: lambda; 10 to .0001 and 0 are searched. None is 1 / shots, the authors' choice
             without validation images, with any rate of 1e-5 to 1e-2.
     """
 
@@ -299,11 +299,11 @@ class ProLIP(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProLIPText(ProLIP):
-    """ProLIP on the side of the texts: their last projection is trained.
+    """ProLIP on the text side: trains the texts' last projection.
 
     `logits = scale f . unit(mean_p h_kp P)` with the loss of `ProLIP`; h are the features of class
     k's prompts before `FewShotTask.text_projection`. Prompts are not scaled to length one before
-    their mean, as released, so the start is not quite zero-shot.
+    their mean, as released, so the initial classifier is not quite zero-shot.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("texts", "text_projection")

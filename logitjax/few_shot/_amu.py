@@ -1,4 +1,4 @@
-"""AMU: a linear predictor on another encoder's features, fused by the zero-shot logits' doubt."""
+"""AMU: a linear predictor on another encoder's features, weighted by zero-shot uncertainty."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -22,14 +22,14 @@ from logitjax.ops import Array, Number, checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uncertainty:
-    """The factor of the bias: large where the zero-shot classifier is unsure, by kurtosis.
+    """The factor of the bias: large if the zero-shot classifier is uncertain, by kurtosis.
 
     `(mean(z(x)^4) / normalizer) ^ -rho`, with z as `z_score` and x the probabilities or the logits.
 
-    The kurtosis of probabilities grows with the number of classes K (one-hot: about K), so a fixed
-    normaliser makes beta mean something else on every data set; `'classes'`, K / 4, is 250 at
-    K = 1000 and does not. The kurtosis of logits is 2 to 3 for any K and hardly depends on how sure
-    the classifier is. A class at `-inf` is not there and not counted in K. Source: Tang et al.,
+    The kurtosis of probabilities grows with the number of classes K (one-hot: about K), so with a
+    fixed normaliser beta has another meaning on every data set; `'classes'`, K / 4, is 250 at
+    K = 1000 and avoids this. The kurtosis of logits is 2 to 3 for any K and hardly depends on the
+    classifier's confidence. A class at `-inf` does not count in K. Source: Tang et al.,
     AMU-Tuning (arXiv 2404.08958); constants from `clip/amu.py` of its repository.
 
     Attributes:
@@ -53,12 +53,12 @@ class Uncertainty:
     def weight(self, zero_shot: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 1"]:
         """The factor of the bias, for each image; it has no parameters and can be computed once."""
         logits = checks.as_float(zero_shot, "zero_shot")
-        # a class that a task lacks is at -inf.
+        # A class that a task lacks is at -inf.
         present = logits != -jnp.inf
         count = present.sum(-1, keepdims=True)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
         fourth = z_score(jnp.where(present, x, -jnp.inf)) ** 4
-        # 3 for a normal law.
+        # 3 for a normal distribution.
         level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
         if self.normalizer is not None:
             level = level / (count / 4 if isinstance(self.normalizer, str) else self.normalizer)
@@ -67,7 +67,7 @@ class Uncertainty:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AMU(Method):
-    """AMU-Tuning as in the released code; :meth:`paper` is what the paper's figure has.
+    """AMU-Tuning as in the released code; :meth:`paper` follows the paper's figure.
 
     ============= ============================ ========================================
     \\             paper                        released code
@@ -80,7 +80,7 @@ class AMU(Method):
     ============= ============================ ========================================
 
     Without the z-score the bias keeps the scale of features of length one, and weight decay and
-    learning rate decide how much it says. The released code takes the best epoch on the test set;
+    learning rate determine its influence. The released code takes the best epoch on the test set;
     nothing here does. Source: Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
 
     Attributes:
@@ -103,18 +103,18 @@ class AMU(Method):
 
     @classmethod
     def paper(cls, **options: Any) -> "AMU":
-        """As in the paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
+        """The paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
         return cls(**{"standardize": False, "uncertainty": Uncertainty(of="logits"), **options})
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         features = task.mean_view("auxiliary", self)
-        # [classes, features]: both products of a step are faster so than with the axes swapped.
+        # [classes, features]: both products of a step are faster than with the axes swapped.
         shape = (task.num_classes, features.shape[-1])
         if self.initial == "features":
             kernel = class_means(features, task.labels, shape[0]).T
         else:
             key = jax.random.key(0) if key is None else key
-            # As torch's Linear begins.
+            # Initialised like torch's Linear.
             limit = shape[1] ** -0.5
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
         return State(kernel, None)
@@ -125,7 +125,7 @@ class AMU(Method):
         return dataclasses.replace(inputs, weight=self.uncertainty.weight(inputs.zero_shot))
 
     def auxiliary_logits(self, state: State, inputs: Inputs) -> jax.Array:
-        """The bias alone, before its weights: a classifier that never saw the zero-shot one."""
+        """The bias alone, before its weights: a classifier independent of the zero-shot one."""
         logits = needed(inputs.auxiliary, "auxiliary", self) @ state.trained.T
         return z_score(logits) if self.standardize else logits
 
@@ -135,7 +135,7 @@ class AMU(Method):
         return bias if inputs.weight is None else inputs.weight * bias
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
-        """Of the fused logits, and of the bias alone so that it can stand by itself.
+        """Loss of the fused logits, and of the bias alone so that it is useful by itself.
 
         `(1 - lambda) * CE(bias, y) + lambda * CE(s0 + beta * weight * bias, y)`
         """

@@ -1,4 +1,4 @@
-"""Every method with its recipe and the settings that it tries, as many for each."""
+"""Every method with its recipe and the same number of settings to try."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from logitjax.training import Program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A method, how it is trained, and the settings to choose among.
+    """A method, its training, and the settings to choose from.
 
     Attributes:
-        method: The method at its published setting, which holds where nothing can be chosen.
-        recipe: How it is trained; None for a method without training.
+        method: The method at its published setting, used if nothing can be chosen.
+        recipe: Its training; None for a method without training.
         grid: Columns of equal length, as for `sweep`; None if there is nothing to choose.
         before: Grids to choose from first, one after another; what a later grid has is not kept.
     """
@@ -41,7 +41,7 @@ class Candidate:
         batch_size: int = 8,
         steps: int = 60,
     ) -> dict[str, "Candidate"]:
-        """Every method by name, each with the same number of settings to choose among.
+        """Every method by name, each with the same number of settings to choose from.
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
         are the published ones; methods without one for all features take `steps` of 32 images.
@@ -61,7 +61,7 @@ class Candidate:
         return _biases(few, Recipe(epochs=epochs, batch_size=batch_size)) | _others(few, short)
 
     def at_scale(self, scale: float) -> "Candidate":
-        """The same for zero-shot logits that are cosines of this scale."""
+        """The candidate for zero-shot logits that are cosines of this scale."""
         return dataclasses.replace(self, method=self.method.at_scale(scale))
 
     def at(self, settings: Mapping[str, float]) -> "Candidate":
@@ -94,13 +94,13 @@ class Candidate:
         return scores, best, chosen
 
     def updates(self, images: int) -> int:
-        """Gradient steps on so many labelled images."""
+        """Number of gradient steps on this many labelled images."""
         return self.recipe.total_steps(images) if self.method.trains else 0
 
     def folds(self, labels: Any) -> int:
-        """Parts of labelled images to choose settings on; 0 where a class has a single image.
+        """Number of folds of labelled images to choose on; 0 if a class has a single image.
 
-        One image of each class is left out at a time where nothing is trained, and else a fourth.
+        One image of each class is left out at a time if nothing is trained, otherwise a fourth.
         """
         counts = np.bincount(np.asarray(labels)[np.asarray(labels) >= 0])
         least = int(counts[counts > 0].min())
@@ -122,7 +122,7 @@ class Candidate:
     ) -> Program:
         """The program of its `sweep` with abstract arguments, for a plan.
 
-        Arguments are those of `sweep`, arrays as `jax.ShapeDtypeStruct`; every label is there.
+        Arguments are those of `sweep`, arrays as `jax.ShapeDtypeStruct`; every label is valid.
         """
         array = jax.ShapeDtypeStruct
         (count, shown), recipe = task.labels.shape, self.recipe
@@ -155,7 +155,7 @@ class Candidate:
 
 def _grid(few: bool, **ranges: tuple[float, float]) -> dict[str, list[float]]:
     """Columns of 4 or 12 settings, the product of the fields; `__` in a name stands for a dot."""
-    # Between the ends values are factors apart, but from 0 on they are steps.
+    # Between the ends values are spaced by factors, but from 0 on by steps.
     small, full = {1: ((4,), (12,)), 2: ((2, 2), (4, 3)), 3: ((1, 2, 2), (2, 2, 3))}[len(ranges)]
     counts = small if few else full
     columns = [
@@ -170,7 +170,7 @@ def _biases(few: bool, recipe: Recipe) -> dict[str, Candidate]:
     doubt = methods.Uncertainty(normalizer="classes")
 
     def grid(low: float, high: float) -> dict[str, list[float]]:
-        """The weight of the bias, and with a full grid the rate."""
+        """The weight of the bias and, with a full grid, the rate."""
         betas = np.geomspace(low, high, 4).tolist()
         rates = [1e-3] if few else [3e-4, 1e-3, 3e-3]
         pairs = [(beta, rate) for beta in betas for rate in rates]
@@ -201,7 +201,7 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         "rehark": (methods.ReHARK(), short, dict(penalty=(0.1, 1.0), text=(3.0, 10.0))),
         "timo": (methods.TIMO(), short, dict(text=(1.0, 1e4))),
         "task_res": (methods.TaskRes(), short, dict(training__learning_rate=rate, beta=(0.5, 1.0))),
-        # Its step sizes follow from the data: what is left is the share of the zero-shot logits.
+        # Its step sizes follow from the data: only the share of the zero-shot logits is left.
         "lp_plus_plus": (methods.LPPlusPlus(), short, dict(beta=(0.25, 1.0))),
         "clap": (
             methods.CLAP(),

@@ -36,9 +36,9 @@ def gaussian_classifier(
         mu_k = mean of class k;  C = f - mu_y;  t = |C|^2 / (n - 1)
         P = d (C'C + t I)^-1;    W_k = P mu_k;  b_k = -log K - mu_k' P mu_k / 2
 
-    The condition of `C'C + t I` is at most n, so a Cholesky factor serves where the released code
-    takes a pseudo-inverse. A class without an example has zero weights and the mean bias of the
-    others; where no class has two examples, all are zero.
+    The condition of `C'C + t I` is at most n, so a Cholesky factor suffices where the released code
+    uses a pseudo-inverse. A class without an example has zero weights and the mean bias of the
+    others; if no class has two examples, all are zero.
     """
     checks.shapes(features=(features, "float n features"), labels=(labels, "int n"))
     features, labels = checks.as_float(features, "features"), jnp.asarray(labels)
@@ -51,7 +51,7 @@ def gaussian_classifier(
     trace = jnp.square(small).sum() / jnp.maximum(present.sum() - 1, 1)
     flat = trace == 0
     trace = jnp.where(flat, 1.0, trace)
-    # Fewer images than channels: by Woodbury's identity an n x n system takes the place of d x d.
+    # Fewer images than channels: by Woodbury's identity an n x n system replaces the d x d one.
     if count < width:
         inner = cho_factor(small @ small.T + trace * jnp.eye(count, dtype=features.dtype))
         weights = width / trace * (means - small.T @ cho_solve(inner, small @ means))
@@ -60,7 +60,7 @@ def gaussian_classifier(
         shrunk = gram + trace * jnp.eye(width, dtype=features.dtype)
         factor = cho_factor(shrunk)
         weights = cho_solve(factor, means)
-        # One step of refinement: the condition may be as large as n.
+        # One step of refinement, because the condition may be as large as n.
         rest = means - jnp.matmul(shrunk, weights, precision=_HIGHEST)
         weights = width * (weights + cho_solve(factor, rest))
     existing = one_hot(labels, num_classes).any(0)
@@ -72,11 +72,11 @@ def gaussian_classifier(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GDA(Method):
-    """Gaussian discriminant analysis on the labelled images, every view of them an example.
+    """Gaussian discriminant analysis on the labelled images, with every view as an example.
 
     `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance (Wang et al., ICLR
-    2024, arXiv 2402.04087). The released code chooses beta on all of a data set's validation
-    images, on ImageNet on the test images.
+    2024, arXiv 2402.04087). The released code chooses beta on all validation images of a data set,
+    or on the test images of ImageNet.
 
     Attributes:
         beta: .0001 to 100 in factors of ten are searched.
@@ -85,7 +85,7 @@ class GDA(Method):
     trains: ClassVar[bool] = False
 
     def check(self, task: FewShotTask) -> None:
-        """Refuses images none of which is the second of a class: nothing says how wide one is."""
+        """Refuse images without two of any class, which give no covariance."""
         task.check()
         if isinstance(task.labels, Tracer):
             return
@@ -98,7 +98,7 @@ class GDA(Method):
             )
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        """The state before any gradient step, here the last one; refuses what `check` does."""
+        """The state before any gradient step, here the final one; errors as for `check`."""
         del key
         self.check(task)
         features, labels = task.every_view("features", self)
@@ -112,7 +112,7 @@ class GDA(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProKeR(Method):
-    """ProKeR: kernel regression of what the zero-shot classifier leaves of the labels.
+    """ProKeR: kernel regression of the residuals of the zero-shot classifier on the labels.
 
     ::
 
@@ -122,8 +122,8 @@ class ProKeR(Method):
 
     Cosines of the class weights enter without a scale, so `scale` brings the bias to that of the
     zero-shot logits; the order of the classes is that of the released `f W0 + k alpha`. Every view
-    of an image is an example. A penalty near 0 leaves it at zero-shot, and a large one makes it a
-    cache of residuals. Source: Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
+    of an image is an example. A penalty near 0 leaves the zero-shot classifier, and a large one
+    makes it a cache of residuals. Source: Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
 
     Attributes:
         sharpness: kappa; 1.5 to 10 are searched on ImageNet.
@@ -148,7 +148,7 @@ class ProKeR(Method):
         # Padding sees only the identity.
         kernel = jnp.where(present[:, None] & present, self._kernel(features, features), 0.0)
         eye = jnp.eye(len(features), dtype=features.dtype)
-        # The same system for every penalty, of which 0 is the limit.
+        # The same system for every penalty, including the limit 0.
         safe = jnp.where(jnp.greater(self.penalty, 0), self.penalty, 1.0)
         alpha = safe * cho_solve(cho_factor(kernel + safe * eye), rest)
         alpha = jnp.where(jnp.greater(self.penalty, 0), alpha, 0.0)
@@ -161,7 +161,7 @@ class ProKeR(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReHARK(Method):
-    """ReHARK without statistics of the test pictures, so that each is classified by itself.
+    """ReHARK without statistics of the test pictures, so each is classified independently.
 
     ::
 
@@ -172,11 +172,11 @@ class ReHARK(Method):
     Classes are in the order of ReHARK's code (arXiv 2603.11542) at `soft = var_adj = 0`.
 
     Attributes:
-        wide: beta1, of which .1 to 30 are searched.
+        wide: beta1; .1 to 30 are searched.
         narrow: beta2, .01 to 5.
         mix: Share of the first kernel.
         penalty: lambda, .001 to 5.
-        text: Weight of the text beside the kernel, 1 to 20.
+        text: Weight of the text relative to the kernel, 1 to 20.
         refine: Share of the class means in the class weights.
         bridge: Share of the class weights in the second half of the examples.
         power: Exponent of every channel, .5 to 1.

@@ -28,16 +28,16 @@ _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
-    """Everything that a cache was made from and that a row holds.
+    """Everything that a cache was made from, and the contents of a row.
 
     Attributes:
         encoder_fingerprint: a hash of its weights.
-        preprocessing: how colours become inputs.
-        views: how pictures were scaled and cut (``str`` of `ImageViews`).
+        preprocessing: conversion of colours to inputs.
+        views: scaling and cropping of pictures (``str`` of `ImageViews`).
         data: the pictures' source.
-        num_logits: logits of a view; 0 if the encoder has no class head.
-        compute_dtype: type that the encoder computed in.
-        dtype: 'float32' or 'float16': how both are stored.
+        num_logits: number of logits per view; 0 if the encoder has no class head.
+        compute_dtype: type in which the encoder computed.
+        dtype: 'float32' or 'float16': type of both on disk.
     """
 
     encoder: str
@@ -60,7 +60,7 @@ class FeatureIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """Rows of a cache: numpy arrays when read; when written, arrays that are still being computed.
+    """Rows of a cache: numpy arrays when read; arrays that may still be computing when written.
 
     Attributes:
         features: float32 ``[rows, views, num_features]``.
@@ -74,7 +74,7 @@ class Features:
 
 
 class _Codec:
-    """Features and logits of a view side by side, in a short type; the class beside them."""
+    """Features and logits of a view side by side in a short type, and the class."""
 
     def __init__(self, identity: FeatureIdentity):
         self._identity = identity
@@ -91,7 +91,7 @@ class _Codec:
         for name, size in self._sizes.items():
             value = getattr(computed, name)
             if value is None and not size:
-                # An encoder that has no classifier.
+                # An encoder without a classifier.
                 continue
             shape = () if value is None else np.shape(value)
             if shape[1:] != (self._identity.num_views, size):
@@ -100,7 +100,7 @@ class _Codec:
             parts.append(np.asarray(value, np.float32))
         labels = np.asarray(computed.labels)[:count]
         checks.ids(labels, len(self._identity.class_names), "labels")
-        # a last batch is filled up.
+        # A last batch is padded.
         numbers = np.concatenate(parts, -1)[:count]
         # float16 ends at 65504: checked below.
         with np.errstate(over="ignore"):
@@ -120,9 +120,9 @@ class _Codec:
 
 
 class FeatureCache(RowCache):
-    """Features of pictures by one encoder, found by their number in the image set.
+    """Features of pictures by one encoder, indexed by their number in the image set.
 
-    `fill` encodes missing pictures (`compute` gives `Features`), `read` keeps the order of `rows`.
+    `fill` encodes missing pictures (`compute` returns `Features`), `read` keeps the order.
 
     >>> import tempfile
     >>> identity = FeatureIdentity(
@@ -157,8 +157,8 @@ class FeatureCache(RowCache):
         self.identity = _identity(self.made_from)
 
     def __repr__(self) -> str:
-        made = f"{self.identity.views} views of {self.identity.data} by {self.identity.encoder}"
-        return f"FeatureCache({os.fspath(self.directory)!r}, {len(self)} rows, {made})"
+        contents = f"{self.identity.views} views of {self.identity.data} by {self.identity.encoder}"
+        return f"FeatureCache({os.fspath(self.directory)!r}, {len(self)} rows, {contents})"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -169,12 +169,12 @@ class FeatureCache(RowCache):
         return super().read(rows)
 
     def all(self) -> Features:
-        """Every row there is, in ascending order."""
+        """Every existing row, in ascending order."""
         return self.read(self.row_numbers)
 
 
 def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
-    # a list in JSON.
+    # A list in JSON.
     names = tuple(made_from["class_names"])
     return FeatureIdentity(**{**made_from, "class_names": names})
 

@@ -1,4 +1,4 @@
-"""A trained few-shot head: fitted in one call, asked for classes, written to disk and read."""
+"""A trained few-shot head: fitted in one call, used to predict, written to and read from disk."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from logitjax.few_shot._sweep import fold_logits
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
-# Files of other heads lie under the same names.
+# Files of other heads have the same names.
 _KIND = "few-shot head"
 _WRITTEN = ("scale", "class_names", "encoders", "about", "temperature", "likeness")
 # Arrays that are no part of the state.
@@ -31,20 +31,19 @@ _KEPT = ("calibration", "examples", "example_labels")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FittedHead:
-    """A trained method, with the zero-shot classifier that it is added to.
+    """A trained method with its zero-shot classifier.
 
     Attributes:
         method: The method, at the chosen setting.
         class_weights: `[features, classes]` of the zero-shot classifier.
         scale: Scale of the classifier's cosines.
-        encoders: What the features are of, as of `Pictures.encoders`.
-        about: What else is worth a line in ``head.json``, such as encoders and prompts by name.
-        temperature: Divisor of the logits that makes `predict_proba` as sure as it is right on
-            pictures that the head did not learn from.
-        calibration: Probabilities of the classes of these pictures; None where there were none.
+        encoders: Provenance of the features, as in `Pictures.encoders`.
+        about: Further entries of ``head.json``, such as encoders and prompts by name.
+        temperature: Divisor of the logits, calibrated on pictures that the head did not see.
+        calibration: Probabilities of the classes of these pictures; None if there were none.
         examples: `[n, features]` of the pictures that the head learned from, of length one.
         example_labels: `[n]` their classes.
-        likeness: The least cosine with the nearest example that features of the encoder have.
+        likeness: The lowest cosine with the nearest example that features of the encoder have.
     """
 
     method: Method
@@ -67,7 +66,7 @@ class FittedHead:
         *,
         hidden: Float[Array, "batch hidden"] | None = None,
     ) -> Float[jax.Array, "batch classes"]:
-        """float32 `[batch, classes]`, the fused logits of pictures.
+        """Fused logits of pictures, float32 `[batch, classes]`.
 
         Args:
             features: Features of the encoder that names classes, of any length.
@@ -76,13 +75,13 @@ class FittedHead:
 
         Raises:
             ValueError: Features that the method needs are missing, of another width, not finite, or
-                so far from all that the head learned from that another encoder made them.
+                so far from all training features that another encoder must have made them.
         """
         width = self.class_weights.shape[0]
         if np.ndim(features) != 2 or np.shape(features)[1] != width:
             raise ValueError(f"features: expected [batch, {width}], got {np.shape(features)}")
-        given = {"features": features, "auxiliary": auxiliary, "hidden": hidden}
-        for name, rows in given.items():
+        inputs = {"features": features, "auxiliary": auxiliary, "hidden": hidden}
+        for name, rows in inputs.items():
             if rows is not None and not isinstance(rows, Tracer):
                 unit(finite(rows, name, 2), name)
         if self.likeness > -1 and not isinstance(features, Tracer):
@@ -96,18 +95,18 @@ class FittedHead:
         return _fused(learnt, features, auxiliary, hidden, method=self.method, scale=self.scale)
 
     def predict(self, *features: Any, **named: Any) -> Int[np.ndarray, " batch"]:
-        """`[batch]` numbers of classes; arguments as of `logits`."""
+        """Class numbers `[batch]`; arguments as for `logits`."""
         return np.asarray(self.logits(*features, **named)).argmax(-1)
 
     def predict_proba(self, *features: Any, **named: Any) -> np.ndarray:
-        """`[batch, classes]` probabilities: of logits over `temperature`."""
+        """Probabilities `[batch, classes]`, from logits divided by `temperature`."""
         return np.asarray(jax.nn.softmax(self.logits(*features, **named) / self.temperature))
 
     def predict_sets(self, *features: Any, coverage: float = 0.9, **named: Any) -> np.ndarray:
-        """`[batch, classes]` whether a class is in a picture's set (split conformal prediction).
+        """Whether each class is in a picture's set, `[batch, classes]` (split conformal sets).
 
-        Of new pictures like those that calibrated the head, a share of at least `coverage` have
-        their class in it, over draws of both; few such pictures make large sets, none a ValueError.
+        For new pictures like those that calibrated the head (ValueError without any), the set
+        contains the class with probability `coverage`, over draws of both; few make large sets.
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")
@@ -117,14 +116,14 @@ class FittedHead:
         return self.predict_proba(*features, **named) >= least
 
     def nearest(self, features: Any, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
-        """`[batch, count]` numbers of the `examples` nearest to each picture, and their cosines."""
+        """Indices `[batch, count]` of the `examples` nearest to each picture, and their cosines."""
         cosines = unit(finite(features, "features", 2), "features") @ self.examples.T
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
         return order, np.take_along_axis(cosines, order, 1)
 
     def inputs(self, pictures: Pictures) -> dict[str, Any]:
-        """The features as `logits` takes them; ValueError for another encoder, size or fit."""
-        # a second encoder is of no use to most methods.
+        """Features as for `logits`; ValueError for another encoder, size or fit."""
+        # Most methods ignore a second encoder.
         used = len(self.encoders)
         if pictures.encoders and pictures.encoders[:used] != self.encoders:
             raise ValueError(
@@ -135,12 +134,12 @@ class FittedHead:
         return {name: getattr(pictures, name) for name in names}
 
     def accuracy(self, pictures: Pictures) -> float:
-        """Share of the pictures whose class is predicted; refuses what `inputs` does."""
+        """Share of pictures classified correctly; errors as for `inputs`."""
         return float((self.predict(**self.inputs(pictures)) == pictures.labels).mean())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
-        # The file takes no strides.
+        """Write the head as ``head.safetensors`` and ``head.json``, which names the method."""
+        # The file format has no strides.
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
         state = _form(tuple(self.state), "state", tensors)
         record = {
@@ -159,7 +158,7 @@ class FittedHead:
 def _fused(
     learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
 ) -> jax.Array:
-    # traced: heads of one setting share a program.
+    # Traced, so that heads with one setting share a program.
     state, class_weights = learnt
     inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
     return method.logits(state, method.prepare(inputs))
@@ -175,16 +174,16 @@ def fit(
 ) -> FittedHead:
     """Choose a method's setting, train it with that setting, and calibrate the head.
 
-    Probabilities are calibrated on the validation pictures, else on parts of those to learn from,
-    each predicted by a head that did not see it; of one picture a class there are none.
+    Probabilities are calibrated on the validation pictures, or else on parts of the training
+    pictures, each predicted by a head that did not see it; one picture per class leaves no part.
     ValueError for an unknown method, missing features, or pictures that the method refuses.
 
     Args:
         candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
         pictures: Pictures to learn from.
         validation: Other pictures to choose on, with features of the same encoders. Without them
-            the method keeps its published setting, which is CLAP's protocol, or chooses on folds.
-        folds: Number of parts of the pictures to choose on without others, as of `sweep`.
+            the method keeps its published setting, CLAP's protocol, or chooses on folds.
+        folds: Number of parts of the training pictures for choosing without others, as for `sweep`.
         seed: Seed of the order of pictures, and of a random start.
 
     >>> rng = np.random.default_rng(0)
@@ -206,7 +205,7 @@ def fit(
             raise ValueError(f"{name}: expected features, which the method reads, got none")
     task = pictures.task
     if candidate.grid and (folds or validation is not None):
-        # `sweep` wants an axis of runs, but for what all runs share.
+        # `sweep` needs an axis of runs, except for arrays shared by all runs.
         fixed = dict.fromkeys(CLASSIFIER)
         one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
         shared = {name: getattr(task, name) for name in fixed}
@@ -241,7 +240,7 @@ def fit(
 
 
 def _likeness(features: np.ndarray) -> float:
-    """As far below the least cosine of a picture with its nearest as that is below the median."""
+    """A bound as far below the lowest cosine to a nearest picture as that is below the median."""
     shown = features[:1000]
     cosines = shown @ features.T
     np.fill_diagonal(cosines, -1.0)
@@ -267,7 +266,7 @@ def _calibrated(head: FittedHead, logits: Any, labels: np.ndarray) -> FittedHead
 def _learnt(
     candidate: Candidate, task: FewShotTask, seed: int, *, folds: int = 0, images: Any = None
 ) -> Any:
-    """The state of a `sweep`'s first run with this seed, or with folds logits of the images."""
+    """State of a `sweep`'s first run with this seed, or with folds logits of the images."""
     method, recipe = candidate.method, candidate.recipe
     method.check(task)
     order = None
@@ -279,10 +278,10 @@ def _learnt(
         state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
         if order is None:
             return state
-        # Of what is left out no step may see a row.
+        # No step may see an excluded row.
         if folds:
             order = jnp.where(jnp.asarray(task.labels)[order % len(task.labels)] < 0, -1, order)
-        # Counts the rows of each batch that are there.
+        # Counts the valid rows of each batch.
         steps = len(order) if folds else None
         return recipe.train(method, task, state, order, steps=steps)[0]
 
@@ -296,9 +295,9 @@ def _learnt(
 
 
 def load(directory: str | os.PathLike[str]) -> FittedHead:
-    """Reads what `FittedHead.save` or `logitjax few-shot` wrote.
+    """Read a head that `FittedHead.save` or `logitjax few-shot` wrote.
 
-    FileNotFoundError if no head is in the directory; ValueError names a damaged file.
+    FileNotFoundError if there is no head in the directory; ValueError names a damaged file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a few-shot head"):
@@ -330,7 +329,7 @@ def _form(tree: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return None
     if isinstance(tree, dict):
         return {key: _form(value, f"{name}.{key}", tensors) for key, value in tree.items()}
-    # a list in JSON, which `_filled` turns back.
+    # A list in JSON, which `_filled` turns back.
     if isinstance(tree, tuple):
         return [_form(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
     tensors[name] = np.ascontiguousarray(tree)
@@ -359,7 +358,7 @@ def _method_of(record: Any) -> Any:
     """The inverse of `_described`."""
     if not isinstance(record, dict):
         return record
-    # Nothing but the library's methods: a file must not name any class it likes.
+    # Only the library's methods: a file must not name arbitrary classes.
     kind: Any = getattr(methods, str(record["name"]), None)
     if not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(f"method: expected one that is known, got {guard.short(record['name'])}")

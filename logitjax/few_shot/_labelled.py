@@ -17,7 +17,7 @@ from logitjax.storage import digest, guard
 from logitjax.storage.weights import SafetensorsSource, read_npy, read_npz
 
 Validation = Literal["min4", "shots", "folds", "none"]
-"""How many pictures of a class settings are chosen on: see `Pictures.sample`."""
+"""Number of pictures of a class for choosing settings: see `Pictures.sample`."""
 
 _FEATURES = ("features", "auxiliary", "hidden")
 
@@ -31,9 +31,9 @@ class Pictures:
     Attributes:
         features: `[n, features]` of the encoder that names classes.
         labels: `[n]` classes.
-        class_weights: `[features, classes]` of the zero-shot classifier, such as those of
+        class_weights: `[features, classes]` of the zero-shot classifier, such as from
             `vision.Encoder.zero_shot`.
-        auxiliary: `[n, auxiliary]` of another encoder, for methods that read it.
+        auxiliary: `[n, auxiliary]` of another encoder, for methods that use it.
         hidden: `[n, hidden]` of the first encoder before its last projection, for `methods.ProLIP`,
             which also needs the next two.
         projection: `[hidden, features]`.
@@ -42,15 +42,15 @@ class Pictures:
             `text_projection` `[width, features]`, which `methods.ProLIPText` trains.
         scale: Scale of the zero-shot classifier's cosines; CLIP's by default.
         class_names: Names by class number; the numbers if omitted.
-        encoders: What made the features: digests of the first encoder and of the second, each with
-            its size and fit. A head refuses pictures of others.
-        views: Other views of the same pictures, such as random crops, which methods learn from
+        encoders: Provenance of the features: digests of the first encoder and of the second, each
+            with its size and fit. A head refuses pictures of others.
+        views: Other views of the same pictures, such as random crops, from which methods learn
             instead. Settings are chosen and heads are tested on the pictures themselves.
 
     Raises:
         TypeError: Labels that are not integers.
         ValueError: Arrays of other shapes or lengths, numbers that are not finite, a picture whose
-            features are all 0, one class, a label that is no class, or views with other labels.
+            features are all 0, a single class, a label outside the classes, or views of others.
     """
 
     features: Any
@@ -70,31 +70,31 @@ class Pictures:
     def __post_init__(self) -> None:
         weights = finite(self.class_weights, "class_weights", 2)
         labels = np.asarray(self.labels)
-        made: dict[str, Any] = {"class_weights": unit(weights.T, "class_weights").T}  # by column
+        data: dict[str, Any] = {"class_weights": unit(weights.T, "class_weights").T}  # by column
         for name in _FEATURES:
-            given = getattr(self, name)
-            if given is None:
+            rows = getattr(self, name)
+            if rows is None:
                 continue
-            result = finite(given, name, 2)
+            result = finite(rows, name, 2)
             if labels.shape != result.shape[:1]:
                 raise ValueError(
                     f"labels: expected one for each of {len(result)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
             # Its projection needs the length.
-            made[name] = result if name == "hidden" else unit(result, name)
+            data[name] = result if name == "hidden" else unit(result, name)
         width, classes = weights.shape
-        if made["features"].shape[1] != width:
-            turned = "; transposed, they would fit" if made["features"].shape[1] == classes else ""
+        if data["features"].shape[1] != width:
+            turned = "; transposed, they would fit" if data["features"].shape[1] == classes else ""
             raise ValueError(
-                f"class_weights: expected [{made['features'].shape[1]}, classes] for the features, "
+                f"class_weights: expected [{data['features'].shape[1]}, classes] for the features, "
                 f"got {weights.shape}{turned}"
             )
         for name, rank in zip(CLASSIFIER[1:], (2, 1, 3, 2)):
             if getattr(self, name) is not None:
-                made[name] = finite(getattr(self, name), name, rank)
-        if "texts" in made:
-            shape, last = made["texts"].shape, made.get("text_projection", np.empty((width, width)))
+                data[name] = finite(getattr(self, name), name, rank)
+        if "texts" in data:
+            shape, last = data["texts"].shape, data.get("text_projection", np.empty((width, width)))
             if (shape[0], shape[2], width) != (classes, *last.shape):
                 raise ValueError(
                     f"texts: expected [{classes}, prompts, {len(last)}] and a projection to {width}"
@@ -103,7 +103,7 @@ class Pictures:
         if classes < 2:
             raise ValueError("class_weights: expected at least two classes, got one")
         checks.ids(labels, classes, "labels")
-        made["labels"] = labels.astype(np.int32)
+        data["labels"] = labels.astype(np.int32)
         names = self.class_names or tuple(map(str, range(classes)))
         if len(names) != classes:
             raise ValueError(
@@ -113,7 +113,7 @@ class Pictures:
         for view in self.views:
             if not np.array_equal(view.labels, labels):
                 raise ValueError("views: expected the labels of the pictures, got others")
-        for name, value in (made | {"class_names": tuple(names)}).items():
+        for name, value in (data | {"class_names": tuple(names)}).items():
             # The class is frozen.
             object.__setattr__(self, name, value)
 
@@ -121,7 +121,7 @@ class Pictures:
         return len(self.labels)
 
     def __getitem__(self, rows: Any) -> "Pictures":
-        """Only these pictures: a slice or an array of numbers."""
+        """Select pictures by a slice or an array of numbers."""
         entries = {name: getattr(self, name) for name in _FEATURES}
         chosen = {name: x[rows] for name, x in entries.items() if x is not None}
         views = tuple(view[rows] for view in self.views)
@@ -131,7 +131,7 @@ class Pictures:
     def inputs(self) -> Inputs:
         """The pictures as methods take them, with the zero-shot classifier's logits."""
         entries = {name: getattr(self, name) for name in _FEATURES}
-        # As of `Inputs.of`, whose program would be another one for each number of rows.
+        # Like `Inputs.of`, whose program would be compiled for each number of rows.
         zero_shot = np.float32(self.scale) * (self.features @ self.class_weights)
         return Inputs(zero_shot=zero_shot, **entries)
 
@@ -140,7 +140,7 @@ class Pictures:
         """The task of learning from these pictures, or from their views."""
         fixed = {name: getattr(self, name) for name in ("labels", *CLASSIFIER)}
         seen = [view.inputs for view in self.views or (self,)]
-        # View after view.
+        # One view after another.
         support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
         return FewShotTask(support=support, views=len(seen), **fixed)
 
@@ -155,15 +155,14 @@ class Pictures:
         """Draw pictures to learn from, to choose settings on and to test on.
 
         Samples of one seed are nested: those with more shots contain those with fewer. A class with
-        too few pictures gives what it has, at least one for each part. ValueError for fewer, no
-        shots or another name.
+        too few pictures uses all it has, at least one for each part. Fewer are a ValueError.
 
         Args:
             shots: Pictures of each class to learn from.
             validation: Pictures of each class to choose on: as many as shots (`'shots'`), as many
                 but at most four, as in CoOp (`'min4'`), or none: settings are chosen on folds of
-                what is learned from (`'folds'`), or not at all (`'none'`).
-            rest: Whether a picture of each class has to remain for testing.
+                the training pictures (`'folds'`), or not at all (`'none'`).
+            rest: Whether a picture of each class must remain for testing.
         """
         kinds = get_args(Validation)
         if validation not in kinds:
@@ -174,7 +173,7 @@ class Pictures:
         rng = np.random.default_rng(seed)
         parts: tuple[list, list, list] = ([], [], [])
         for number, name in enumerate(self.class_names):
-            # Shots are the beginning of one order, so that more of them contain fewer.
+            # Shots are the beginning of one order, so that more shots contain fewer.
             rows = rng.permutation(np.flatnonzero(self.labels == number))
             # One for each part.
             least = 1 + (held_out > 0) + rest
@@ -184,8 +183,8 @@ class Pictures:
                     f"{', choose on' if held_out else ''}{' and test on' if rest else ''}, got "
                     f"{len(rows)} of {name!r}"
                 )
-            # Validation pictures come from the end, so that they are none of any shots', and are at
-            # most half of what there is: more shots never learn from fewer.
+            # Validation pictures come from the end, so that they are in no set of shots, and are at
+            # most half of all: more shots never learn from fewer pictures.
             spare = len(rows) - rest
             chosen_on = min(held_out, spare // 2)
             learnt = min(shots, spare - chosen_on)
@@ -203,13 +202,13 @@ class Pictures:
         validation: "Pictures | None" = None,
         test: "Pictures | None" = None,
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
-        """Samples stacked along an axis of runs and padded, for `sweep`.
+        """Stack samples along an axis of runs and pad them, for `sweep`.
 
-        Gives the task to learn from, and by name the pictures of `"validation"`, if any, `"test"`
-        and `"train"`, which are those to learn from.
+        Returns the training task, and by name the pictures of `"validation"`, if any, `"test"` and
+        `"train"`, the training pictures.
 
         Args:
-            samples: One for each run, of these pictures.
+            samples: One sample of these pictures for each run.
             room: A sample that sets the rows of each part, so that calls share one program.
             validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
@@ -222,7 +221,7 @@ class Pictures:
             for run, sample in enumerate(samples):
                 local = getattr(sample, name)
                 rows[run, : len(local)] = local
-            # [runs, views * n, ...]: view after view of a sample.
+            # [runs, views * n, ...]: one view of a sample after another.
             inputs = jax.tree.map(lambda *x: np.concatenate([v[rows] for v in x], 1), *seen)
             return inputs, np.where(rows >= 0, self.labels[rows], -1)
 
@@ -264,17 +263,17 @@ def read_pictures(
 
     A file is a directory that `extract_features` filled with one view of each picture, or an
     ``.npz`` or ``.safetensors`` with the arrays `features` `[n, features]` and `labels` `[n]`, and
-    perhaps `hidden` `[n, hidden]`. From torch::
+    optionally `hidden` `[n, hidden]`. From torch::
 
         numpy.savez("train.npz", features=features.numpy(), labels=labels.numpy())
 
-    It is a ValueError if a file is missing or of another kind, or if `Pictures` refuses it.
+    A missing file, or one of another kind, or one that `Pictures` refuses, is a ValueError.
 
     Args:
         features: File of the encoder that names classes.
         auxiliary: File of another encoder, with the same pictures in the same order.
-        class_weights: `[features, classes]`: an array, or a file of it: ``.npy``, or ``.npz`` or
-            ``.safetensors`` with `class_weights` and perhaps `projection`, `projection_bias`,
+        class_weights: `[features, classes]`: an array, or its file: ``.npy``, or ``.npz`` or
+            ``.safetensors`` with `class_weights` and optionally `projection`, `projection_bias`,
             `texts`, `text_projection` and `scale`.
         class_names: Names by class number; by default those of a cache.
         scale: Scale of the zero-shot classifier's cosines; by default the file's, or CLIP's 100.
@@ -315,7 +314,7 @@ def _read_views(
     if auxiliary is not None:
         second, _, others, encoder = _read_features(epath.Path(auxiliary))
         encoders.append(encoder)
-        # Arrays of other programs have no fingerprint; of them only labels can be compared.
+        # Arrays of other programs have no fingerprint, so only their labels can be compared.
         alike = len(second) == len(first) and (rows == others or "" in (rows, others))
         if not alike or not np.array_equal(second[0]["labels"], first[0]["labels"]):
             raise ValueError(
@@ -330,22 +329,22 @@ def _read_views(
 def _read_features(
     path: epath.Path,
 ) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], str, str]:
-    """Arrays by view, names of classes, and of a cache fingerprints of pictures and encoder."""
+    """Arrays by view, names of classes, and a cache's fingerprints of pictures and encoder."""
     if path.is_dir():
         cache = FeatureCache(path)
         rows = cache.all()
         views = np.moveaxis(rows.features, 1, 0)
         pictures = digest(cache.identity.data_fingerprint, np.asarray(cache.row_numbers))
         items = [{"features": view, "labels": rows.labels} for view in views]
-        made = cache.identity
-        return items, cache.class_names, pictures, f"{made.encoder_fingerprint} {made.views}"
+        info = cache.identity
+        return items, cache.class_names, pictures, f"{info.encoder_fingerprint} {info.views}"
     return [_read_arrays(path, ("features", "labels"), ("hidden",))], (), "", ""
 
 
-def _read_classifier(given: Any) -> dict[str, Any]:
-    if not isinstance(given, str | os.PathLike):
-        return {"class_weights": given}
-    path = epath.Path(given)
+def _read_classifier(source: Any) -> dict[str, Any]:
+    if not isinstance(source, str | os.PathLike):
+        return {"class_weights": source}
+    path = epath.Path(source)
     if path.suffix == ".npy":
         return {"class_weights": read_npy(path)}
     return _read_arrays(path, CLASSIFIER[:1], (*CLASSIFIER[1:], "scale"))
@@ -393,6 +392,6 @@ def unit(values: np.ndarray, name: str) -> np.ndarray:
     if none.size:
         raise ValueError(f"{name}: expected vectors with a direction, got zeros at {none[0]}")
     length = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
-    # Those of length one stay as they are, to the last bit.
+    # Rows of length one stay unchanged, to the last bit.
     length = np.where(np.abs(length - 1) < 1e-6, 1.0, length)
     return (values / length).astype(np.float32)

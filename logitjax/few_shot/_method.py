@@ -1,4 +1,4 @@
-"""The form of few-shot methods: all add to logits, `s = s0 + beta * s_bias`, of frozen encoders."""
+"""The interface of few-shot methods: logits `s = s0 + beta * s_bias` of frozen encoders."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -15,15 +15,14 @@ from logitjax.ops import Array, Number, checks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Cached features of images. The last axis is classes or features; what is absent is None.
+    """Cached features of images. The last axis is classes or features; absent ones are None.
 
     Attributes:
         zero_shot: `[*batch, classes]` logits of the zero-shot classifier.
-        features: `[*batch, features]` of the encoder they come from, rows of length one.
+        features: `[*batch, features]` of the encoder of these logits, rows of length one.
         auxiliary: `[*batch, auxiliary]` of another encoder, rows of length one.
         hidden: `[*batch, hidden]` of the first encoder before its last projection, of any length.
-        weight: `[*batch, 1]`, filled in by :meth:`Method.prepare` where the fusion weight
-            depends on the image alone.
+        weight: `[*batch, 1]`, set by :meth:`Method.prepare` if it depends only on the image.
     """
 
     zero_shot: Any
@@ -49,7 +48,7 @@ class Inputs:
         Args:
             class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a
                 class's text features of length one, scaled to length one again.
-            scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
+            scale: 100, the value at which CLIP's learned scale was clipped, fixed as published.
             features, auxiliary, hidden: As in `Inputs`, of any length.
 
         >>> logits = Inputs.of(jnp.array([[3.0, 4.0]]), jnp.eye(2)).zero_shot
@@ -72,7 +71,7 @@ class Inputs:
         return len(self.zero_shot)
 
     def __getitem__(self, rows: Any) -> "Inputs":
-        # What is absent is no leaf.
+        # Absent arrays are not leaves.
         return jax.tree.map(lambda x: x[rows], self)
 
 
@@ -82,14 +81,14 @@ class FewShotTask:
     """Labelled images to learn from, and the zero-shot classifier's weights.
 
     Attributes:
-        support: `[views * n, ...]` labelled images, view after view of all of them.
+        support: `[views * n, ...]` labelled images, one view of all of them after another.
         labels: `[n]` classes; images with the label -1 are padding.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
             methods that read them. `methods.CLAP` takes columns of any length.
         projection: `[hidden, features]`, the encoder's last one; for methods that train it.
         projection_bias: `[features]`, the projection's bias; None for none.
         texts: `[classes, prompts, width]`, the text features of every prompt of a class, before
-            `text_projection` `[width, features]` where that is given.
+            `text_projection` `[width, features]` if that is given.
         views: Augmented views of every image.
     """
 
@@ -108,15 +107,15 @@ class FewShotTask:
 
     @property
     def shots(self) -> jax.Array:
-        """Labelled images of a class, on average over the classes that have some."""
+        """Labelled images per class, on average over the classes that have some."""
         hit = one_hot(self.labels, self.num_classes).sum(0)
         return hit.sum() / jnp.maximum((hit > 0).sum(), 1)
 
     def check(self) -> None:
-        """Refuses labels that do not fit the images or the classes, and no labels at all.
+        """Refuse labels that do not fit the images or the classes, and no labels at all.
 
-        TypeError for labels that are not integers, else ValueError: not one label for each image, a
-        label that is neither a class nor -1, or no image that is there.
+        TypeError for labels that are not integers, otherwise ValueError: not one label per image, a
+        label that is neither a class nor -1, or no image.
         """
         images, labels = np.shape(self.support.zero_shot)[:-1], np.shape(self.labels)
         count = labels[-1] if labels else 0
@@ -127,13 +126,13 @@ class FewShotTask:
             )
         if not count:
             raise ValueError("labels: expected at least one labelled image, got none")
-        given = self.labels if hasattr(self.labels, "dtype") else np.asarray(self.labels)
-        checks.ids(given, self.num_classes, "labels", least=-1)
+        array = self.labels if hasattr(self.labels, "dtype") else np.asarray(self.labels)
+        checks.ids(array, self.num_classes, "labels", least=-1)
 
     def mean_view(self, name: str, method: Any) -> jax.Array:
-        """`[n, features]` of the encoder `name`: means over views, of length one again.
+        """Features `[n, features]` of the encoder `name`: means over views, of length one again.
 
-        ValueError if the images have no such features (it names who needs them), or as of `check`.
+        ValueError if the images lack such features (it names the method), or as for `check`.
         """
         self.check()
         features = needed(getattr(self.support, name), name, method)
@@ -142,7 +141,7 @@ class FewShotTask:
         return unit_rows(features.reshape(self.views, -1, features.shape[-1]).mean(0))
 
     def every_view(self, name: str, method: Any) -> tuple[jax.Array, Any]:
-        """`[views * n, features]` of the encoder `name`, and labels; errors as of `mean_view`."""
+        """Features `[views * n, features]` of the encoder `name`, and labels, as `mean_view`."""
         self.check()
         labels = self.labels
         if self.views > 1:
@@ -150,7 +149,7 @@ class FewShotTask:
         return needed(getattr(self.support, name), name, method), labels
 
 
-# Fields of a task that say nothing of an image.
+# Fields of a task that do not describe images.
 CLASSIFIER = ("class_weights", "projection", "projection_bias", "texts", "text_projection")
 
 
@@ -171,29 +170,29 @@ class Method:
 
     beta: Number = 1.0
 
-    # Whether gradient steps are to follow `init`.
+    # Whether gradient steps follow `init`.
     trains: ClassVar[bool] = True
-    # What it reads beside the features of the zero-shot encoder, by the names of `Pictures`.
+    # Inputs besides the features of the zero-shot encoder, by the names of `Pictures`.
     needs: ClassVar[tuple[str, ...]] = ()
 
     def at_scale(self, scale: float) -> "Method":
-        """The same for zero-shot logits that are cosines of this scale."""
+        """The method for zero-shot logits that are cosines of this scale."""
         named = {field.name for field in dataclasses.fields(self)}
         return dataclasses.replace(self, scale=scale) if "scale" in named else self
 
     def check(self, task: FewShotTask) -> None:
-        """Refuses, outside of `jit`, images that it cannot learn from; by default as the task does.
+        """Refuse, outside `jit`, images that it cannot learn from; by default as the task does.
 
-        TypeError for labels that are not integers, ValueError for what the method has no use for.
+        TypeError for labels that are not integers, ValueError for unusable images.
         """
         task.check()
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        """The state before any gradient step; `key` is for methods that start at random."""
+        """The state before any gradient step; `key` is for methods with a random initialisation."""
         raise NotImplementedError
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Computes, once, what depends on the images alone."""
+        """Compute, once, what depends only on the images."""
         return inputs
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
@@ -209,15 +208,15 @@ class Method:
         return cross_entropy(self.logits(state, inputs), labels)
 
 
-# One program where it is called on its own: each operation would be one.
+# One program if called separately; otherwise each operation would be one.
 @jax.jit
 def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*batch features"]:
-    """Rows scaled to length one; a row of zeros stays."""
+    """Rows scaled to length one; a row of zeros is unchanged."""
     checks.shapes(values=(values, "float *batch features"))
     values = checks.as_float(values, "values")
     # Squares of 1e-25 vanish in float32, and those of 1e25 overflow.
     size = jax.lax.stop_gradient(jnp.abs(values).max(-1, keepdims=True))
-    # Not `size > 0`: a row with a nan has to stay one.
+    # Not `size > 0`: a row with a nan must stay nan.
     none = size == 0
     values = values / jnp.where(none, 1.0, size)
     square = jnp.square(values).sum(-1, keepdims=True)
@@ -228,8 +227,8 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     """Logits with mean 0 and standard deviation 1 over the classes of each example.
 
     ``(z - mean(z)) / std(z)``, std over the number of classes - 1. A row of equal logits becomes
-    zeros and gets no gradient (the released code divides by 0 there). A class at `-inf` is not
-    there, and becomes 0. (`distillation.standardize_logits` adds to the deviation.)
+    zeros and gets no gradient (the released code divides by 0 there). A class at `-inf` is absent,
+    and becomes 0. (`distillation.standardize_logits` adds to the deviation.)
     """
     logits = checks.as_float(logits, "logits")
     deviation, count = centred(logits, logits != -jnp.inf)
@@ -240,9 +239,9 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 
 
 def centred(values: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Deviations from the mean of the entries that are there, 0 elsewhere; and their number."""
+    """Deviations from the mean of the existing entries, 0 elsewhere; and their number."""
     count = where.sum(-1, keepdims=True)
-    # The first mean is off by rounding.
+    # The first mean has rounding errors.
     for _ in range(2):
         values = jnp.where(where, values, 0.0)
         mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
@@ -262,7 +261,7 @@ def class_means(
     """Mean features of classes, as columns of a linear predictor; zeros without an example."""
     features = checks.as_float(features, "features")
     labels = jnp.asarray(labels)
-    # A product with one-hot labels costs as often as there are classes: 65 GFLOP on ImageNet's.
+    # A product with one-hot labels costs a factor of the number of classes: 65 GFLOP on ImageNet.
     row = jnp.where(labels < 0, num_classes, labels)
     sums, counts = (
         jax.ops.segment_sum(x, row, num_classes) for x in (features, jnp.ones_like(features[:, 0]))
@@ -271,16 +270,16 @@ def class_means(
 
 
 def one_hot(labels: Any, num_classes: int, dtype: Any = jnp.float32) -> jax.Array:
-    """`[n, classes]`; rows of labels outside the classes are zero."""
+    """One-hot labels `[n, classes]`; rows of labels outside the classes are zero."""
     return (jnp.asarray(labels)[:, None] == jnp.arange(num_classes)).astype(dtype)
 
 
 def needed(value: Any, name: str, method: Any) -> jax.Array:
-    """`value`, rows of length one if these are features; an error says which method misses it."""
+    """Return `value`, with rows of length one for features; an error names the method."""
     if value is None:
-        raise ValueError(f"{name}: expected an array, for {type(method).__name__}, got None")
+        raise ValueError(f"{name}: expected an array for {type(method).__name__}, got None")
     result = checks.as_float(value, name)
     if name in ("features", "auxiliary"):
-        # The cosines of Tip-Adapter are exponents: those of longer rows are all nan.
+        # Tip-Adapter's cosines are exponents: for longer rows all would be nan.
         checks.unit_rows(value, name)
     return result

@@ -1,4 +1,4 @@
-"""Which of several methods to use, and how right it will be, from pictures that chose it."""
+"""The recommended one of several methods, with its expected accuracy, from the same pictures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-# Random halves of the pictures; each is chosen on once and once judged on.
+# Number of random halves of the pictures; each half chooses once and evaluates once.
 _HALVES = 50
 
 
@@ -15,11 +15,11 @@ def recommend(
 ) -> tuple[str, float, float, float]:
     """The method with the most credit at its best setting, with an estimate without bias.
 
-    A method is judged by the one setting that is best over all samples: with few pictures, the best
-    of each sample flatters methods whose settings differ most. The best of many still looks better
-    than it is on the pictures that chose it. So method and setting are chosen again on halves of
-    the pictures, and estimated on the other halves.
-    Gives the method, the estimate of its accuracy, and the ends of its 95 % interval.
+    A method is judged by the single setting that is best over all samples: with few pictures, the
+    best of each sample favours methods whose settings differ most. The best of many still looks
+    better than it is on the pictures that chose it. So method and setting are chosen again on
+    halves of the pictures, and estimated on the other halves. Returns the method, the estimate of
+    its accuracy, and the ends of its 95 % interval.
 
     Args:
         credit: By method, of each sample `[settings, n]`, as of `sweep`: at least 1 where a setting
@@ -36,16 +36,16 @@ def recommend(
     rng = np.random.default_rng(seed)
 
     def choose(masks: Sequence[np.ndarray]) -> tuple[str, int]:
-        """The method and its setting, by the pictures of the masks."""
+        """The best method and setting on the masked pictures."""
         means = {
             name: np.mean([_mean(one[:, mask]) for one, mask in zip(samples, masks)], 0)
             for name, samples in credit.items()
         }
-        # Ties go to what stands first.
+        # Ties go to the first.
         name = max(means, key=lambda name: means[name].max())
         return name, int(means[name].argmax())
 
-    # No picture both chooses and judges.
+    # No picture both chooses and evaluates.
     estimates = []
     for _ in range(_HALVES):
         halves = [rng.permutation(n) < n / 2 for n in counts]
@@ -54,7 +54,7 @@ def recommend(
             others = zip(credit[name], masks)
             estimates += [_mean(one[setting, ~mask], right=True) for one, mask in others]
     accuracy = float(np.mean(estimates))
-    # All pictures choose what is said.
+    # All pictures choose the reported method.
     name, _ = choose([np.ones(n, bool) for n in counts])
     # Halves overlap: each picture counts once in the interval.
     successes = round(accuracy * sum(counts))

@@ -22,7 +22,7 @@ _SCORED, _AT_ONCE = 1024, 12
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Samples of images that a sweep trains on, an axis of runs in front.
+    """Samples of images that a sweep trains on, with a leading axis of runs.
 
     A run's random start follows from its number; of each step `orders` has the rows. `held_out`
     has, by name, images and labels to score on, `settings` `[runs, settings]` values by field.
@@ -35,16 +35,16 @@ class Runs:
     held_out: Mapping[str, tuple[Inputs, Any]]
 
     def shardings(self, mesh: Mesh) -> "Runs":
-        """Where every array goes: runs are split over the mesh's first axis."""
+        """Sharding of all arrays: runs are split over the mesh's first axis."""
         split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-        whole = NamedSharding(mesh, PartitionSpec())
+        full = NamedSharding(mesh, PartitionSpec())
         bare, shared = _apart(self)
-        return _with(jax.tree.map(lambda _: split, bare), jax.tree.map(lambda _: whole, shared))
+        return _with(jax.tree.map(lambda _: split, bare), jax.tree.map(lambda _: full, shared))
 
 
 def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
     """Split a pytree into leaves with an axis of runs, and leaves without."""
-    # One for all runs.
+    # The same for all runs.
     shared = {name: getattr(runs.task, name) for name in CLASSIFIER}
     bare = dataclasses.replace(runs.task, **dict.fromkeys(CLASSIFIER))
     return dataclasses.replace(runs, task=bare), shared
@@ -58,7 +58,7 @@ def _with(runs: Runs, shared: Mapping[str, Any]) -> Runs:
 def with_settings(
     config: Method, training: Recipe, settings: Mapping[str, Any]
 ) -> tuple[Method, Recipe]:
-    """Replaces fields: `beta`, `uncertainty.exponent`, `training.learning_rate`."""
+    """Replace fields: `beta`, `uncertainty.exponent`, `training.learning_rate`."""
 
     def put(target: Any, path: Sequence[str], value: Any) -> Any:
         name, *rest = path
@@ -89,28 +89,28 @@ def sweep(
     folds: int = 0,
     mesh: Mesh | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Trains and scores a method on several samples of images, with every setting of a grid.
+    """Train and score a method on several samples of images, with every setting of a grid.
 
-    Initialisation, training and scoring are one compiled program, mapped over the runs and over
-    the grid. A run's order of images depends on the seed and its number alone.
+    Initialisation, training and scoring are one compiled program, mapped over the runs and over the
+    grid. A run's order of images depends only on the seed and its number.
 
     Args:
         task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights and a projection
-            without an axis of runs. Rows at the end may have the label -1, as many in each run:
-            they are not there, and calls with fewer of them share one program.
+            without an axis of runs. Rows at the end may have the label -1, equally many in each
+            run: they are padding, so that calls with fewer images share one program.
         held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on; images with
-            negative labels do not count.
+            negative labels are ignored.
         training: The optimizer's settings, for methods that train.
         grid: Columns of equal length, named by field: `beta`, `uncertainty.exponent`,
             `training.learning_rate`; `[settings]`, or `[runs, settings]` where runs differ.
         seed: Seed of the orders and of random starts.
-        first: Number of the first run, so that several calls are as one.
+        first: Number of the first run, so that a sweep can be split into several calls.
         sequential: One run after another, and in training one setting after another: for heads too
             large to train at once, and no slower on a CPU.
-        folds: Number of parts of the images to learn from, each with a share of every class. As
-            many heads learn from all but one part and are scored on it, on the images
-            `held_out["train"]`; as many parts as images of a class leave one of each out.
-        mesh: Mesh whose first axis splits the runs; everything on one device if None.
+        folds: Number of parts of the images to learn from, each with a share of every class. For
+            each part a head learns from the others and is scored on it, on the images
+            `held_out["train"]`; as many parts as images per class leave one of each out.
+        mesh: Mesh whose first axis splits the runs; one device if None.
 
     Returns:
         For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
@@ -143,7 +143,7 @@ def sweep(
         existing, shape = np.asarray(existing), np.shape(images.zero_shot)[:-1]
         if existing.shape != shape:
             raise ValueError(f"held_out: expected {shape} labels of {name!r}, got {existing.shape}")
-        # What is negative does not count.
+        # Negative labels are ignored.
         checks.ids(np.maximum(existing, -1), task.num_classes, f"held_out[{name!r}]", least=-1)
     counts = set((labels >= 0).sum(1).tolist())
     if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
@@ -182,7 +182,7 @@ def sweep(
 def _orders(
     numbers: np.ndarray, labels: np.ndarray, count: int, training: Recipe, *, views: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """`[runs, steps, batch]` rows, padded to what all of the rows would need; and the steps."""
+    """Rows `[runs, steps, batch]`, padded to what all of the rows would need; and the steps."""
     runs, room = labels.shape
     steps = training.total_steps(count)
     width = min(training.batch_size, room)
@@ -194,7 +194,7 @@ def _orders(
 
 
 def _padded(runs: Runs, multiple: int) -> Runs:
-    """The runs, the last one repeated until their number is a multiple."""
+    """The runs, padded by the last one to a multiple."""
     count = len(runs.numbers)
     if count % multiple == 0:
         return runs
@@ -221,12 +221,12 @@ def compiled_sweep(
     run = functools.partial(_sweep, method, training, sequential, folds)
     if mesh is None or mesh.size == 1:
         return run(*arguments)
-    split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
-    # Runs need nothing of each other: each device trains its own.
+    split, full = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+    # Runs are independent: each device trains its own.
     each = jax.shard_map(
         run, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split, check_vma=False
     )
-    return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, whole))
+    return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, full))
 
 
 def _sweep(
@@ -240,8 +240,8 @@ def _sweep(
     key: jax.Array,
 ) -> Any:
     def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
-        given = {name: value for name, value in setting.items() if name}
-        config, recipe = with_settings(method, training, given)
+        options = {name: value for name, value in setting.items() if name}
+        config, recipe = with_settings(method, training, options)
         # Shared arrays are not copied for each run.
         task = _with(run, shared).task
 
@@ -249,7 +249,7 @@ def _sweep(
             state = config.init(task, key=jax.random.fold_in(key, run.numbers))
             if not config.trains:
                 return state
-            # Of what is left out no step may see a row.
+            # No step may see an excluded row.
             present = jnp.asarray(task.labels)[run.orders % len(task.labels)] >= 0
             orders = jnp.where(present, run.orders, -1) if folds else run.orders
             return recipe.train(config, task, state, orders, steps=steps)[0]
@@ -288,10 +288,10 @@ def fold_logits(
     images: Any,
     folds: int,
 ) -> jax.Array:
-    """`[n, classes]` logits of the images to learn from, each by a head that did not see it."""
+    """Logits `[n, classes]` of the images to learn from, each by a head that did not see it."""
     labels = jnp.asarray(task.labels)
     hit = one_hot(labels, task.num_classes, jnp.int32)
-    # An image's place among those of its class: every part has a share of each class.
+    # An image's index among those of its class: every part has a share of each class.
     part = ((jnp.cumsum(hit, 0) - 1) * hit).sum(-1) % folds
 
     def one(number: jax.Array) -> jax.Array:
@@ -317,7 +317,7 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
     def losses(temperature: Any) -> jax.Array:
         return cross_entropy(logits / temperature, jnp.where(present, labels, 0))
 
-    # The largest of logits with a nan is the first nan, and may be the label by chance.
+    # The argmax of logits with a nan is the first nan, and may be the label by chance.
     right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
     scores = {"accuracy": share(right), "cross_entropy": share(losses(1.0))}
     if each:
@@ -332,10 +332,10 @@ def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """The setting of each run with the best accuracy; among equals, with the lower cross-entropy.
 
-    A nan score, of logits that were not numbers, is never chosen; ValueError if a run has no other.
+    A nan score, of invalid logits, is never chosen; ValueError if a run has no other.
 
     Args:
-        scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
+        scores: Scores of validation images from :func:`sweep`; never of test images.
 
     >>> scores = {"accuracy": np.array([[0.5, 0.8, 0.8]]), "cross_entropy": np.array([[1, 3, 2]])}
     >>> best_setting(scores)

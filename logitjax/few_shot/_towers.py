@@ -17,7 +17,7 @@ from logitjax.ops import Array
 
 
 class _Adapter(nnx.Param):
-    """Weights that CLIP-LoRA learns."""
+    """Weights that CLIP-LoRA trains."""
 
 
 class _LowRank(nnx.Module):
@@ -25,12 +25,12 @@ class _LowRank(nnx.Module):
 
     def __init__(self, linear: nnx.Linear, rank: int, drop: float, rng: np.random.Generator):
         width = linear.in_features
-        # As torch's Linear begins; B at 0 leaves the tower as it was.
+        # Initialised like torch's Linear; B at 0 leaves the tower unchanged.
         down = rng.uniform(-1, 1, (3, width, rank)) / np.sqrt(width)
         self.linear, self.drop = linear, drop
         self.down = _Adapter(jnp.asarray(down, jnp.float32))
         self.up = _Adapter(jnp.zeros((3, rank, width), jnp.float32))
-        # The key of the step, which the loop sets; None where nothing is dropped.
+        # The key of the step, set by the loop; None if nothing is dropped.
         self.key: Any = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def tune_towers(
     dropout: float = 0.25,
     seed: int = 0,
 ) -> vision.Encoder:
-    """Train both towers on labelled pictures, and give the encoder that they become.
+    """Train both towers on labelled pictures, and return the resulting encoder.
 
     `lora` is CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541): adapters on queries, keys and
     values of every block of both towers, with dropout of their input. `norms` is the first stage of
@@ -77,7 +77,7 @@ def tune_towers(
         tokens: A prompt for each class, of `vision.Encoder.tokenize`.
         learn: Which weights.
         recipe: `Recipe.published("clip_lora", shots=...)` or `"two_stage_norms"`.
-        rank, dropout: Of the adapters.
+        rank, dropout: Rank and dropout of the adapters.
         seed: Seed of the order, the adapters and the dropout.
 
     Raises:
@@ -89,7 +89,7 @@ def tune_towers(
         raise ValueError(f"encoder: expected a CLIP of two transformers, got {encoder.name!r}")
     if learn not in ("lora", "norms"):
         raise ValueError(f"learn: expected lora or norms, got {learn!r}")
-    # The encoder that is given stays as it is.
+    # The given encoder is not changed.
     model = nnx.clone(model)
     blocks = [*model.vision.blocks, *model.text.blocks]
     if learn == "lora":
@@ -108,12 +108,12 @@ def tune_towers(
     normalize = encoder.preprocessing.normalize
 
     def loss(trained: Any, rest: Any, images: Any, labels: Any, key: Any) -> jax.Array:
-        whole = nnx.merge(graph, trained, rest)
+        model = nnx.merge(graph, trained, rest)
         if learn == "lora" and dropout:
-            for number, block in enumerate((*whole.vision.blocks, *whole.text.blocks)):
+            for number, block in enumerate((*model.vision.blocks, *model.text.blocks)):
                 block.qkv.key = jax.random.fold_in(key, number)
-        texts = unit_rows(whole.text_features(tokens))
-        cosines = unit_rows(whole(normalize(images))) @ texts.T
+        texts = unit_rows(model.text_features(tokens))
+        cosines = unit_rows(model(normalize(images))) @ texts.T
         labelled = labels >= 0
         values = cross_entropy(scale * cosines, jnp.maximum(labels, 0))
         return jnp.where(labelled, values, 0.0).sum() / labelled.sum()

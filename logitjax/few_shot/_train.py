@@ -20,17 +20,17 @@ from logitjax.ops import Array, checks
 class Recipe:
     """AdamW or SGD on mini-batches; the defaults are those of AMU's released code.
 
-    Numbers other than the counts may be traced, and so be part of a grid.
+    Numbers except counts may be traced, and so be part of a grid.
 
     Attributes:
-        epochs: Passes over the labelled images.
-        steps: Steps of the whole run, instead of `epochs`.
-        batch_size: Images of a step; the last batch of an epoch is short where they do not divide.
-        learning_rate: Learning rate of the first step, which a cosine lowers to 0 step by step.
-        floor: Rate that the cosine ends at.
-        warmup: Steps from 0 to `learning_rate`, before the cosine.
-        first_epoch_rate: Rate of the whole first epoch, after which the cosine falls from epoch to
-            epoch and not step by step; None for neither. CLAP's code does so.
+        epochs: Number of passes over the labelled images.
+        steps: Number of steps of the whole run, instead of `epochs`.
+        batch_size: Images per step; the last batch of an epoch is short if they do not divide.
+        learning_rate: Learning rate of the first step; a cosine lowers it to 0 step by step.
+        floor: Final rate of the cosine.
+        warmup: Number of steps from 0 to `learning_rate`, before the cosine.
+        first_epoch_rate: Rate of the whole first epoch, after which the cosine falls per epoch
+            instead of per step; None for neither. As in CLAP's code.
         weight_decay: Weight decay, decoupled in AdamW.
         algorithm: `'adamw'`, or `'sgd'` with momentum b1, which ignores `eps` and b2.
         eps: Term that AdamW adds to the root of the second moment.
@@ -56,11 +56,11 @@ class Recipe:
 
     @classmethod
     def published(cls, method: str, *, shots: int = 1) -> "Recipe":
-        """The settings of a method's released code.
+        """Return the settings of a method's released code.
 
-        They are `tip_adapter_f`, `clap` (also ZS-LP's), `pro_lip`, and of `tune_towers` and what
-        follows `clip_lora`, `two_stage_norms` and `two_stage` (on :class:`methods.CLAP` without a
-        penalty), whose steps grow with the `shots`. Others are a ValueError.
+        They are `tip_adapter_f`, `clap` (also for ZS-LP), `pro_lip`, and, for `tune_towers` and its
+        second stage, `clip_lora`, `two_stage_norms` and `two_stage` (for :class:`methods.CLAP`
+        without a penalty), whose steps grow with the `shots`. Others are a ValueError.
         """
         tower = dict(batch_size=32, learning_rate=2e-4, floor=1e-6, eps=1e-8)
         entries: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ class Recipe:
                 first_epoch_rate=1e-5,
             ),
             "clip_lora": dict(steps=500 * shots, **tower),
-            # .6 and .4 of 300 steps a shot.
+            # .6 and .4 of 300 steps per shot.
             "two_stage_norms": dict(steps=180 * shots, **tower),
             "two_stage": dict(steps=120 * shots, **tower),
             # All images in every step, one view after another; any rate of 1e-5 to 1e-2.
@@ -85,17 +85,17 @@ class Recipe:
         return cls(**entries[method])
 
     def batches(self, num_examples: int) -> int:
-        """Batches of an epoch; ValueError if there is no image."""
+        """Batches per epoch; ValueError if there is no image."""
         if num_examples < 1:
             raise ValueError(f"num_examples: expected at least one image, got {num_examples}")
         return -(-num_examples // min(self.batch_size, num_examples))
 
     def total_steps(self, num_examples: int) -> int:
-        """Steps of a run."""
+        """Number of steps of a run."""
         return self.steps or self.epochs * self.batches(num_examples)
 
     def optimizer(self, total_steps: Any) -> optax.GradientTransformation:
-        """The algorithm with its course, a formula as `total_steps` may be traced."""
+        """The algorithm with its schedule, a formula because `total_steps` may be traced."""
         # `training.Schedule` takes an `int`; this way one program serves every number of images.
 
         def rate(step: Any) -> Any:
@@ -123,7 +123,7 @@ class Recipe:
         def update(gradient: Any, state: Any, trained: Any = None) -> tuple[Any, Any]:
             step, first, second = state
             now, count = rate(step), step + 1
-            # optax divides both moments by their corrections: three divisions a weight for one.
+            # optax divides both moments by their corrections: three divisions per weight, not one.
             size = now / (1 - self.b1**count)
             root = jax.lax.rsqrt(1 - jnp.asarray(self.b2, jnp.result_type(float)) ** count)
             first = jax.tree.map(lambda m, g: self.b1 * m + (1 - self.b1) * g, first, gradient)
@@ -151,11 +151,11 @@ class Recipe:
     ) -> np.ndarray:
         """Rows of every batch: a new permutation and the next view in each epoch.
 
-        It is int32 `[steps, batch]`; -1 fills up short batches. ValueError if there is no image.
+        The result is int32 `[steps, batch]`; -1 pads short batches. Without images, ValueError.
 
         Args:
             views: Augmented views; the rows of view `v` start at `v * stride`.
-            stride: `num_examples` when omitted.
+            stride: By default `num_examples`.
 
         >>> order = Recipe(epochs=1, batch_size=2).order(0, 5)
         >>> order.shape, sorted(order.ravel().tolist())
@@ -168,7 +168,7 @@ class Recipe:
         order = np.full((epochs, batches * batch), -1, np.int32)
         for epoch in range(epochs):
             rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
-            # Each epoch the next view.
+            # The next view in each epoch.
             order[epoch, :num_examples] = rows + (epoch % views) * (stride or num_examples)
         return order.reshape(epochs * batches, batch)[:steps]
 
@@ -181,23 +181,23 @@ class Recipe:
         *,
         steps: Any = None,
     ) -> tuple[State, jax.Array]:
-        """Trains a few-shot head: a pure function to `jit` and `vmap`.
+        """Train a few-shot head: a pure function to `jit` and `vmap`.
 
-        Everything but the trained arrays is constant, so a step only gathers cached rows. The steps
-        are one scan, which is mapped over samples and settings. (`training.TrainStep` cannot do
-        this: the host calls its update once for each batch.) Gives the trained state and the loss
-        of every step, `[steps]` (0 for those not taken).
+        Everything except the trained arrays is constant, so a step only gathers cached rows. The
+        steps are one scan, which is mapped over samples and settings. (`training.TrainStep` cannot
+        do this: the host calls its update once for each batch.) Returns the trained state and the
+        loss of every step, `[steps]` (0 for skipped ones).
 
         Args:
-            state: Where training starts, see `Method.init`.
+            state: The initial state, see `Method.init`.
             order: `[steps, batch]` rows of `task.support`, see `order`; -1 is none.
-            steps: Number of steps of the order to take; all when omitted. It may be traced, so that
+            steps: Number of steps of the order to take; by default all. It may be traced, so that
                 one program serves any number of images. The rest of the order is ignored.
 
         Raises:
             TypeError: Labels or an order that are not integers.
             ValueError: Labels that do not fit the images or the classes, no labelled image, or
-                (outside of `jit`) rows of the order that are no labelled images.
+                (outside `jit`) rows of the order that are not labelled images.
 
         >>> from logitjax import few_shot
         >>> images = few_shot.Inputs(zero_shot=np.zeros((4, 3)), features=np.eye(4))
@@ -212,7 +212,7 @@ class Recipe:
         prepared = method.prepare(task.support)
         support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
         count = len(labels)
-        # Nothing is missing from a whole number of batches; elsewhere rows may be.
+        # Nothing is missing from a whole number of batches; otherwise rows may be.
         full = steps is None and count % rows_of_step.shape[1] == 0
         total = len(rows_of_step) if steps is None else steps
         tx = self.optimizer(total)
@@ -251,7 +251,7 @@ class Recipe:
 
 
 def _check_order(order: Any, task: FewShotTask) -> None:
-    """Refuses rows that are not there, where both can be looked at."""
+    """Refuse rows that do not exist, if both can be read."""
     order = order if hasattr(order, "dtype") else np.asarray(order)
     if order.ndim != 2 or not order.size:
         raise ValueError(f"order: expected [steps, batch], got shape {order.shape}")

@@ -12,7 +12,7 @@ from logitjax.few_shot._method import unit_rows
 from logitjax.ops import Array, Number, checks
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Pictures whose neighbours are looked for at a time.
+# Number of pictures whose neighbours are searched at a time.
 _BLOCK = 1024
 
 
@@ -24,23 +24,23 @@ def transduce(
     rounds: int = 10,
     neighbours: int = 3,
 ) -> Float[jax.Array, "n classes"]:
-    """Log-probabilities of pictures that are seen together, from those of a head.
+    """Log-probabilities of pictures that are classified together, from those of a head.
 
-    Classes are Gaussians of one diagonal covariance, fitted to all, and near pictures agree::
+    Classes are Gaussians with one diagonal covariance, fitted to all, and near pictures agree::
 
         z = softmax(log y + (ll + 50 / (2 neighbours) (W'z + W z)) / 50)     five times a round
         ll_ik = -|(f_i - mu_k) / sigma|^2 / 2;    mu_k of length one, sigma of all pictures
 
-    y are the head's probabilities and W the cosines with each picture's nearest. A class begins at
-    the mean of its 8 surest pictures. The result depends on the whole batch: name its size.
-    Source: Zanella et al., Boosting Vision-Language Models with Transduction (NeurIPS 2024, arXiv
-    2406.01837), without its labelled pictures: the head has learned from them.
+    y are the head's probabilities and W the cosines with each picture's nearest. A class starts at
+    the mean of its 8 most confident pictures. The result depends on the whole batch, so report its
+    size. Source: Zanella et al., Boosting Vision-Language Models with Transduction (NeurIPS 2024,
+    arXiv 2406.01837), without its labelled pictures: the head has learned from them.
 
     Args:
         logits: `[n, classes]` of the head.
         features: `[n, features]` of the pictures.
-        rounds: Updates of the Gaussians.
-        neighbours: Nearest pictures of each that agree with it.
+        rounds: Number of updates of the Gaussians.
+        neighbours: Number of nearest pictures that should agree with each.
 
     >>> import numpy as np
     >>> features = np.repeat(np.eye(2), 4, 0) + np.arange(8)[:, None] / 100
@@ -65,12 +65,12 @@ def transduce(
     def agreement(z: jax.Array) -> jax.Array:
         # W z, [n, classes].
         total = (cosines[..., None] * z[places]).sum(1)
-        # W' z: being near is not mutual.
+        # W' z: nearness is not mutual.
         return total.at[places].add(cosines[..., None] * z[:, None])
 
     surest, rows = jax.lax.top_k(z.T, min(8, count))  # [classes, 8]
     mu = unit_rows((surest[..., None] * features[rows]).mean(1))
-    # Of unit rows that lie evenly.
+    # For evenly distributed unit rows.
     variance = jnp.full((width,), 1 / width, features.dtype)
 
     def assign(z: jax.Array, mu: jax.Array, variance: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ def transduce(
         sums, counts = jnp.matmul(z.T, features, precision=_HIGHEST), z.sum(0)[:, None]
         mu = unit_rows(sums / jnp.maximum(counts, jnp.finfo(z.dtype).tiny))
         spread = jnp.square(features).sum(0) - 2 * (mu * sums).sum(0) + (counts * mu * mu).sum(0)
-        # A column that never varies would divide by zero.
+        # A constant column would divide by zero.
         return z, mu, jnp.maximum(spread / count, jnp.finfo(z.dtype).tiny)
 
     z = assign(*jax.lax.fori_loop(0, rounds, one, (z, mu, variance)))

@@ -1,9 +1,9 @@
-"""Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
+"""Few-shot methods with their settings as fields, for training and for `sweep`.
 
 `AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter` and `TipAdapterF`;
-what solves a linear system: `GDA`, `ProKeR`, `ReHARK` and `TIMO`; and what learns weights:
-`TaskRes`, `LinearProbe`, `LPPlusPlus`, and near their start `CLAP`, `ProLIP` and `ProLIPText`. All
-are `logitjax.few_shot.Method`.
+solutions of linear systems: `GDA`, `ProKeR`, `ReHARK` and `TIMO`; and learned weights: `TaskRes`,
+`LinearProbe`, `LPPlusPlus`, and, kept near their initial value, `CLAP`, `ProLIP` and `ProLIPText`.
+All are `logitjax.few_shot.Method`.
 """
 
 from logitjax.few_shot._adapters import CLAP as CLAP

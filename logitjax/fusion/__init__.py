@@ -1,7 +1,7 @@
-"""Arithmetic on the next-token logits of several models: strategies that an ensemble decodes with.
+"""Arithmetic on next-token logits of several models: strategies that an ensemble decodes with.
 
-A strategy is a frozen dataclass, hashable and without state, that is called as
-`fused, info = strategy(large, experts, bases, vocab_where=..., axis_name=...)` on the logits.
+A strategy is a frozen dataclass, hashable and without state, that is called as `fused, info =
+strategy(large, experts, bases, vocab_where=..., axis_name=...)` on the logits.
 """
 
 from logitjax.fusion._dynamic import DynamicFusion as DynamicFusion

@@ -34,10 +34,10 @@ class DynamicFusion:
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
 
     The first is the paper's, whose objective may have several minima; `lower` and `upper` hold the
-    least of all. The others are each the root of one growing function. All give alpha = 1 where P
-    equals Q.
+    lowest. Each of the others is the root of one growing function. All give alpha = 1 if P equals
+    Q.
 
-    With several experts `multi` says how alphas are chosen::
+    With several experts `multi` determines how alphas are chosen::
 
         single      one expert a token, the one that comes nearest to the mean of the
                     divergences (the paper's rule; an expert that changed nothing halves that mean)
@@ -47,11 +47,11 @@ class DynamicFusion:
     Attributes:
         method: see above. Grid is the paper's; the default closed most of the gap between a large
             model and its tuned self in the experiment of docs/dynamic_fusion.md.
-        multi: see above; without effect for one expert. The default did best with experts of two
-            domains, where the sum of all shifts is too much.
+        multi: see above; without effect for one expert. The default did best with experts in two
+            domains, where the sum of all shifts is too large.
         alpha_range: least and largest alpha.
         num: points of the grid, the ends included.
-        max_sweeps: largest number of evaluations of a search.
+        max_sweeps: maximum number of evaluations of a search.
         sharded_sweeps: exact number of evaluations of a search with `axis_name`, each of which is
             an all-reduce.
         tolerance: relative tolerance of the root searches on the divergence.
@@ -97,9 +97,10 @@ class DynamicFusion:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, jax.Array]]:
-        """Fused logits, and the decisions made.
+        """Fuse logits, and report the decisions.
 
-        Arguments are those of the other strategies, as `ProxyTuning`: logits `[*batch, vocab]`,
+        Arguments are those of the other strategies, such as `ProxyTuning`: logits `[*batch,
+            vocab]`,
         untempered, of experts and bases `[T, *batch, vocab]`. Entries at `-inf` in any of the
         models do not exist.
 
@@ -117,12 +118,12 @@ class DynamicFusion:
             ValueError: shapes do not fit.
         """
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
-        given = [logits_large, logits_experts, logits_bases, vocab_where]
+        arrays = [logits_large, logits_experts, logits_bases, vocab_where]
         if vocab_where is not None:
-            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)  # cut by rows
-        frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), given)
+            arrays[3] = jnp.broadcast_to(vocab_where, logits_large.shape)  # cut by rows
+        frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), arrays)
         decide = functools.partial(self._decide, axis_name=axis_name)
-        # All-reduces are counted by the token, not by the row.
+        # All-reduces are counted per token, not per row.
         if axis_name is None:
             info = by_rows(decide, inputs.large.shape[:-1], *frozen)
         else:
@@ -141,7 +142,7 @@ class DynamicFusion:
         *,
         axis_name: AxisName | None,
     ) -> dict[str, jax.Array]:
-        """Alphas, and all that is reported beside them."""
+        """Alphas, and all other reported values."""
         inputs = read_inputs(large, experts, bases, vocab_where)
         path = make_path(inputs, axis_name)
         several = len(path) > 1
@@ -166,7 +167,7 @@ class DynamicFusion:
         }
 
     def _alone(self, path: Path, axis_name: AxisName | None, *, mean_targets: bool) -> Solution:
-        """Each expert's alpha with the others left out."""
+        """Each expert's alpha without the others."""
         targets = path.target_forward, path.target_reverse
         errors = path.target_errors
         if mean_targets:
@@ -180,7 +181,7 @@ class DynamicFusion:
         doubt: Any = jnp.inf
         if self.method == "jeffreys":
             scale = targets[0] + targets[1]
-            # Where the large model is all but certain, divergences of 1e-17 are rounding.
+            # If the large model is almost certain, divergences of 1e-17 are rounding.
             doubt = 0.01 * scale
             visit = functools.partial(_visit_sum, target=(scale, errors[0] + errors[1]))
             start = jnp.sqrt(scale / path.variance)
@@ -204,7 +205,7 @@ class DynamicFusion:
             path.target_forward.mean(0) + path.target_reverse.mean(0),
             one._alone(path, axis_name, mean_targets=False).alpha / len(path),
             self.alpha_range,
-            # Steps of several alphas are not bracketed, and take longer.
+            # Steps of several alphas are not bracketed and take longer.
             max_sweeps=self._sweeps(axis_name) * (1 if axis_name is None else 2),
             tolerance=self.tolerance,
             axis_name=axis_name,
@@ -229,10 +230,9 @@ class DynamicFusion:
 
 
 def _visit_mean(path: Path, alpha: jax.Array, *, axis_name: AxisName | None) -> Visit:
-    """`project`: the mean of h is that of the expert."""
-    # Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap is
-    # closed within what its integral says.
-    # Near the root the centre is the mean.
+    """`project`: the mean of h equals that of the expert."""
+    # Its slope is the variance v, and from mu on -(mu - least) <= v'/v <= most - mu: the gap closes
+    # within the integral of this bound. Near the root the centre is the mean.
     at = path.moments(alpha, axis_name=axis_name, centre=path.target_mean)
     gap, error = at.mean - path.target_mean, at.errors[2] + path.target_errors[2]
     variance = jnp.maximum(at.variance - at.errors[3], 0.0)
@@ -254,27 +254,27 @@ def _visit_sum(
     path: Path, alpha: jax.Array, *, target: tuple[jax.Array, jax.Array], axis_name: AxisName | None
 ) -> Visit:
     """`jeffreys`: the sum of both divergences, alpha mu, is the target `(sum, its error)`."""
-    # mu grows, so that the sum grows at least as fast as alpha.
+    # mu grows, so the sum grows at least as fast as alpha.
     at = path.moments(alpha, axis_name=axis_name)
     (expected, doubt), error = target, alpha * at.errors[2] + 1e-6 * alpha * at.mean
     value, tiny = alpha * at.mean, jnp.finfo(alpha.dtype).tiny
     most = jnp.where(value > error, (expected + doubt) / (value - error), jnp.inf)
     below = alpha * jnp.minimum(1.0, (expected - doubt) / (value + error + tiny)) * (1 - 1e-6)
     above = jnp.where(alpha > 0, alpha * jnp.maximum(1.0, most) * (1 + 1e-6), jnp.inf)
-    # Near 0 the sum is about c alpha^2: its root is nearly straight.
+    # Near 0 the sum is about c alpha^2, so its square root is nearly linear.
     root = jnp.sqrt(value)
     step = (jnp.sqrt(expected) - root) * 2 * root / (at.mean + alpha * at.variance)
     return Visit(value - expected, error + doubt, step, below, above, (at.forward, at.reverse))
 
 
 def _least_gap(forward: jax.Array, reverse: jax.Array) -> jax.Array:
-    """Which point of the leading axis comes nearest to both divergences."""
-    # The first of equal ones, as the paper's strict comparison keeps it.
+    """Index on the leading axis of the point nearest to both divergences."""
+    # The first of equal ones, as with the paper's strict comparison.
     return (forward**2 + reverse**2).argmin(0).astype(jnp.int32)
 
 
 def _choose(path: Path, solution: Solution) -> tuple[Solution, jax.Array]:
-    """The paper's rule: of one alpha an expert, the one with the least summed objective."""
+    """The paper's rule: of one alpha per expert, the one with the least summed objective."""
     moved, back = solution.at
     expert = _least_gap(moved - path.target_forward.mean(0), back - path.target_reverse.mean(0))
     chosen = jnp.arange(len(path)).reshape(-1, *[1] * expert.ndim) == expert

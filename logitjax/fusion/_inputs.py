@@ -11,11 +11,11 @@ from logitjax.ops import Array, AxisName, checks
 
 
 class Inputs(NamedTuple):
-    """Logits of all models where they exist."""
+    """Logits of all models, where they exist."""
 
     large: jax.Array
     experts: Any  # [T, *batch, vocab], or None
-    # The same, with a leading axis of T or 1.
+    # The same, with a leading axis of length T or 1.
     bases: Any
     # Broadcasts to `large`.
     exists: jax.Array
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
         return jnp.where(self.exists, self.experts - self.bases, 0.0)
 
     def below(self, levels: tuple[jax.Array, jax.Array, jax.Array]) -> "Inputs":
-        """The same distributions: logits less a constant a row, `[models, *batch]`, of each."""
+        """The same distributions: logits minus a constant for each row, `[models, *batch]`."""
         top, expert, base = levels
 
         def less(logits: jax.Array, level: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     def differences_below(
         self, levels: tuple[jax.Array, jax.Array, jax.Array], *, less: jax.Array | None = None
     ) -> jax.Array:
-        """`differences` of `below(levels)`, `less` a number a row, to float32 whatever both are."""
+        """`differences` of `below(levels)` minus `less`, one number for each row, in float32."""
         _, expert, base = levels
         difference, rest = _exact_difference(self.experts, self.bases)
         shift, shift_rest = _exact_difference(expert, base)
@@ -57,9 +57,9 @@ class Inputs(NamedTuple):
 
 
 def _exact_difference(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x - y as float32 has it, and what rounding took from it (Knuth's two-sum)."""
+    """x - y in float32, and its rounding error (Knuth's two-sum)."""
     difference = x - y
-    # -y, but for rounding.
+    # -y, up to rounding.
     back = difference - x
     return difference, (x - (difference - back)) - (y + back)
 
@@ -82,18 +82,17 @@ class Strategy:
         """Fused float32 logits `[*batch, vocab]`, and the decisions by name.
 
         Args:
-            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one; None where
-                the strategy takes none.
-            logits_bases: as many, or one for all; None where the strategy takes none.
+            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one; None if the
+                strategy takes none.
+            logits_bases: as many, or one for all; None if the strategy takes none.
             vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-                axis.
+            axis_name: inside `jax.shard_map`, the mesh axis over which the vocabulary is split.
         """
-        for name, logits, taken in (
+        for name, logits, accepted in (
             ("logits_experts", logits_experts, self.takes_experts),
             ("logits_bases", logits_bases, self.takes_bases),
         ):
-            if not taken and logits is not None and jnp.size(logits):
+            if not accepted and logits is not None and jnp.size(logits):
                 shape = jnp.shape(logits)
                 raise ValueError(f"{name}: expected None, got {shape}, of {type(self).__name__}")
         inputs = read_inputs(
@@ -120,7 +119,7 @@ def read_inputs(
     needs_experts: bool = True,
     needs_bases: bool = True,
 ) -> Inputs:
-    """Checks shapes and marks the entries that exist in every model that is given."""
+    """Check shapes and mark the entries that exist in every given model."""
     large = checks.as_float(logits_large, "logits_large")
     checks.axis(-1, large.shape, "logits_large")
     checks.where(vocab_where, large.shape, "vocab_where")
@@ -131,7 +130,7 @@ def read_inputs(
             f"logits_bases: expected one base or one for each of {experts.shape[0]} experts, got "
             f"{bases.shape[0]}"
         )
-    # Not `isfinite`: a nan has to come out again rather than to pass for padding.
+    # Not `isfinite`: a nan must stay a nan instead of counting as padding.
     exists = large != -jnp.inf
     for logits in (experts, bases):
         if logits is not None:
@@ -140,7 +139,7 @@ def read_inputs(
         exists &= jnp.asarray(vocab_where)
 
     def as_inputs(logits: Any) -> Any:
-        # Zeros in place of -inf, whose differences would be nan.
+        # Zeros instead of -inf, whose differences would be nan.
         return None if logits is None else jnp.where(exists, logits, 0.0)
 
     return Inputs(jnp.where(exists, large, 0.0), as_inputs(experts), as_inputs(bases), exists)
@@ -150,7 +149,7 @@ def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool)
     # An ensemble without experts passes a stack of none.
     if logits is None or (jnp.ndim(logits) == large.ndim + 1 and not len(logits)):
         if needed:
-            raise ValueError(f"{name}: expected logits, which this strategy needs, got none")
+            raise ValueError(f"{name}: expected the logits that this strategy needs, got none")
         return None
     values = checks.as_float(logits, name)
     if values.ndim == large.ndim:
@@ -164,7 +163,7 @@ def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool)
             f"{name}: expected {large.shape} or a leading axis of models before it, got "
             f"{logits.shape}{hint}"
         )
-    # float64 where that is on.
+    # float64 if it is enabled.
     return values.astype(large.dtype)
 
 

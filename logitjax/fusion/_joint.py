@@ -15,7 +15,7 @@ _DAMPING, _LEAST_DAMPING, _LARGEST_DAMPING = 1e-3, 1e-6, 1e6
 
 
 class _Visit(NamedTuple):
-    """One sweep's view of a point: value less target, its slopes, whether to stay."""
+    """A point in one sweep: value minus target, its slopes, and whether to stay."""
 
     gap: jax.Array
     slopes: jax.Array
@@ -41,12 +41,12 @@ def least_step(
         log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name, centre=centre)
         moved = (alphas * means).sum(0) - log_z
         gap, slopes = moved + log_z - target, means + (covariance * alphas[None]).sum(1)
-        # A step has only the alphas that it does not push out of the box.
+        # A step excludes the alphas that it would push out of the box.
         downhill = -slopes * gap
         stuck = ((alphas <= bounds[0]) & (downhill <= 0)) | ((alphas >= bounds[1]) & (downhill > 0))
         slopes = jnp.where(stuck, 0.0, slopes)
         square = (slopes**2).sum(0)
-        # The second is less than what the linear model promises.
+        # The second is the decrease that the linear model promises, reduced.
         done = (jnp.abs(gap) <= allowed) | (square * gap**2 <= 1e-9 * square)
         return _Visit(gap, slopes, done, means, (moved, log_z))
 
@@ -74,14 +74,14 @@ def _damped(
         trial = jnp.clip(alphas + step(seen, damping), *bounds)
         trial = jnp.where(jnp.isfinite(trial), trial, alphas)
         new = visit(trial, seen.means)
-        # Near the end what merits differ by is rounding.
+        # Near the end, differences of merits are rounding.
         better = new.gap**2 <= seen.gap**2 * (1 + 1e-6) + 1e-6
-        taken = (better | new.done) & ~seen.done
+        accepted = (better | new.done) & ~seen.done
 
         def choose(old: jax.Array, changed: jax.Array) -> jax.Array:
-            return jnp.where(taken, changed, old)
+            return jnp.where(accepted, changed, old)
 
-        factor = jnp.where(taken, 0.2, 10.0)
+        factor = jnp.where(accepted, 0.2, 10.0)
         damping = jnp.clip(damping * factor, _LEAST_DAMPING, _LARGEST_DAMPING)
         return choose(alphas, trial), jax.tree.map(choose, seen, new), damping
 
@@ -99,6 +99,6 @@ def _damped(
         )
     alphas, seen, _ = carry
     converged = jnp.broadcast_to(seen.done, alphas.shape)
-    # One equation says nothing of a single one of several alphas.
+    # One equation does not determine any single one of several alphas.
     lower, upper = (jnp.full_like(alphas, bound) for bound in bounds)
     return Solution(alphas, seen.at, lower, upper, converged, sweeps)

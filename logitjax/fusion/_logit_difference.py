@@ -15,7 +15,7 @@ _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitDifference(Strategy):
-    """Subtracts an assistant's logits; the assistant knows the data to forget and nothing else.
+    """Subtracts the logits of an assistant that only knows the data to forget.
 
     ::
 
@@ -28,11 +28,11 @@ class LogitDifference(Strategy):
     different alphas.
 
     Of two assistants the second, which never saw the data to forget, is subtracted from the first,
-    which saw all: divergence decoding, `large + alpha (second - first)`.
+    which saw all data: divergence decoding, `large + alpha (second - first)`.
 
     Filters: `'clean'` changes tokens with `p_large >= rate * max p_large`. `'official'` is the
-    released filter, which also changes the `int(rate * V)` most likely tokens, so in effect those.
-    `'none'` changes all tokens.
+    released filter, which also changes the `int(rate * V)` most likely tokens, so effectively
+    those. `'none'` changes all tokens.
 
     Attributes:
         alpha: the assistant's weight.
@@ -40,8 +40,8 @@ class LogitDifference(Strategy):
         filter: see above. `'none'` by default: a filter leaves a confident target one token to
             change, so an answer that it is sure of stays likely whatever alpha is.
         rate: rate of the filter.
-        outside: the tokens that the filter leaves out: `'keep'` their logits of the large model,
-            as in scoring a text, or `'exclude'` them, as the release does while it generates.
+        outside: the tokens that the filter excludes: `'keep'` the large model's logits for them, as
+            in scoring a text, or `'exclude'` them, as the release does in generation.
 
     >>> large, assistant = jnp.array([3.0, 2.0, -5.0]), jnp.array([4.0, 0.0, 0.0])
     >>> fused, _ = jax.jit(LogitDifference(alpha=0.5, form="raw"))(large, assistant)
@@ -76,7 +76,7 @@ class LogitDifference(Strategy):
             raise ValueError(f"rate: expected to be in (0, 1], got {self.rate}")
 
     def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
-        """As `Strategy.__call__`; says `{"changed": how many entries}`."""
+        """See `Strategy.__call__`; info is `{"changed": number of entries}`."""
         if len(inputs.experts) > 2:
             raise ValueError(
                 f"logits_experts: expected one assistant or two, got {len(inputs.experts)}"
@@ -98,7 +98,7 @@ class LogitDifference(Strategy):
         return inputs.fused(fused), {"changed": on_mesh.psum(changed.sum(-1), axis_name)}
 
     def _threshold(self, inputs: Inputs, axis_name: AxisName | None) -> jax.Array:
-        """The least large logit that is changed, `[*batch, 1]`."""
+        """The smallest large logit that is changed, `[*batch, 1]`."""
         large = inputs.fused(inputs.large)
         peak = pmax(large.max(-1, keepdims=True), axis_name)
         # p >= rate * max p.
@@ -108,6 +108,6 @@ class LogitDifference(Strategy):
             if count == 0:
                 return jnp.full_like(threshold, -jnp.inf)
             largest, _ = top_k(jax.lax.stop_gradient(large), count, axis_name=axis_name)
-            # At least so many.
+            # At least this many.
             threshold = jnp.minimum(threshold, largest[..., -1:])
         return threshold

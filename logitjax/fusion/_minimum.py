@@ -1,15 +1,15 @@
-"""The best point of a grid by the paper's objective, and what proves to hold the exact minimum.
+"""The best grid point for the paper's objective, and an interval proven to hold the minimum.
 
 With F(a) = KL(P_a || P), R(a) = KL(P || P_a), and mean mu and variance v of h under P_a, everything
-between two evaluated points is bounded by what is known at their ends::
+between two evaluated points is bounded by the values at these points::
 
     F' = a v,  R' = mu,  F and R and mu grow,   L = (F - f)^2 + (R - r)^2
     L'/2 = (F - f) a v + (R - r) mu
     L''/2 = (a v)^2 + mu^2 + (F - f) (v + a v') + (R - r) v
     -(mu - min h) <= v'/v <= max h - mu      for v' is the third central moment
 
-All of it less what rounding may have added. The minimum may be where L may lie below the best
-point; where L'' is positive, only where L' may vanish.
+All bounds are widened by possible rounding errors. The minimum may be where L may lie below the
+best point; where L'' is positive, only where L' may vanish.
 """
 
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ from logitjax.fusion._solve import Solution
 from logitjax.ops import AxisName
 
 _TINY = 1e-30
-# Squares of what is smaller vanish.
+# Squares of smaller numbers vanish.
 _ROOT = 1e-18
 
 
 class Point(NamedTuple):
-    """An evaluated alpha: F - f, R - r and mu, how far they may be off; v at least and at most."""
+    """An evaluated alpha: F - f, R - r and mu with their error bounds; v at least and at most."""
 
     alpha: jax.Array
     forward: jax.Array
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
     @classmethod
     def of(cls, at: Moments, targets: Any, errors: Any) -> "Point":
-        """With targets f and r, and their error bounds, `[T, *batch]`."""
+        """Subtract targets f and r, given their error bounds, `[T, *batch]`."""
         forward, reverse, mean, variance = at.errors
         return cls(
             at.alpha,
@@ -62,7 +62,7 @@ class Point(NamedTuple):
         return value * (1 + sign * 1e-6)
 
     def less(self, sign: int) -> "Point":
-        """With gaps times `sign` and a mean as rounding may have made them too large."""
+        """Multiply gaps by `sign`, and add rounding errors to the gaps and the mean."""
         forward, reverse, mean = self.errors
         return self._replace(
             forward=sign * self.forward - forward,
@@ -78,9 +78,9 @@ class Point(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """No alpha between two points has an objective below `bound`.
+    """True if no alpha between two points has an objective below `bound`.
 
-    Nor below the lines that start from the least of the ends with a slope of at least `starts` and
+    The same holds for the lines that start from the lower end with a slope of at least `starts` and
     at most `ends`; the slope grows at a rate of at least `convex`.
     """
 
@@ -93,13 +93,13 @@ class Interval(NamedTuple):
     noise: jax.Array
 
     def reach(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The alphas of a minimum that may be below `value`; from inf to -inf where none may."""
+        """The alphas of a minimum that may be below `value`; from inf to -inf if none may."""
         above = [jnp.maximum(point.extreme(-1) - value, 0.0) for point in (self.left, self.right)]
         slopes = jnp.maximum(-self.starts, _TINY), jnp.maximum(self.ends, _TINY)
-        # Less than what the quotient may be off by.
+        # Minus the error bound of the quotient.
         low, high = (0.999 * x / slope for x, slope in zip(above, slopes, strict=True))
         low, high = self.left.alpha + low, self.right.alpha - high
-        # A slope that grows is zero no further from an end than it is from zero there.
+        # A growing slope vanishes no further from an end than this.
         low = jnp.maximum(low, self.right.alpha - self._zero(self.right.slope(-1)))
         high = jnp.minimum(high, self.left.alpha + self._zero(self.left.slope(1)))
         margin = 1e-6 * self.right.alpha
@@ -144,7 +144,7 @@ def between(path: Path, left: Point, right: Point) -> Interval:
     growth = jnp.maximum(path.most - left.less(1).mean, 0.0)
     decay = jnp.maximum(right.mean + right.errors[2] - path.least, 0.0)
     least, most = _variances(left, right, growth, decay)
-    # What F - f, R - r and mu are at least at the left end, and at most at the right.
+    # Lower bounds of F - f, R - r and mu at the left end, and upper bounds at the right.
     low, high = left.less(1), right.less(-1)
     mean = right.mean + right.errors[2]
     # 1. F and R stay between their values at the ends.
@@ -167,7 +167,7 @@ def between(path: Path, left: Point, right: Point) -> Interval:
     starts = jnp.maximum(2 * rise, left.slope(1) - bend)
     ends = jnp.minimum(-2 * fall, bend - right.slope(-1))
     one, other = left.extreme(-1), right.extreme(-1)
-    # Slopes are sums of terms of both signs, with the rounding of the larger.
+    # Slopes are sums of terms of both signs, with the rounding of the larger term.
     noise = 1e-6 * (jnp.abs(bend) + 4 * right.alpha * most * _gaps(left, right, 0))
     noise += 4e-6 * mean * _gaps(left, right, 1) + _ROOT**2
     starts, ends = starts - noise, ends + noise
@@ -175,7 +175,7 @@ def between(path: Path, left: Point, right: Point) -> Interval:
     lines = one + starts * jnp.clip(meet, 0.0, width)
     lines -= 1e-6 * (one + other + jnp.abs(starts) * width)
     lines = jnp.where(starts >= 0, one, jnp.where(ends <= 0, other, lines))
-    # Where an error is infinite nothing is known.
+    # Infinite errors exclude nothing.
     bound = jnp.maximum(corner, jnp.where(jnp.isnan(lines), 0.0, lines))
     starts, ends = jnp.nan_to_num(starts, nan=-jnp.inf), jnp.nan_to_num(ends, nan=jnp.inf)
     convex = 2 * curvature - 1e-5 * (square + jnp.abs(others))
@@ -200,7 +200,7 @@ def _variances(left: Point, right: Point, growth: jax.Array, decay: jax.Array) -
     """Bound v between two points from below and above."""
     # log v neither grows faster than `growth` nor falls faster than `decay`, from either end.
     beyond = growth * decay / jnp.maximum(growth + decay, _TINY) * (right.alpha - left.alpha)
-    # Less what the exponential may be off by.
+    # Minus the error bound of the exponential.
     share = 0.999 * jnp.exp(-beyond)
     most = jnp.where(beyond < 60, jnp.maximum(left.most, right.most) / share, jnp.inf)
     # Numbers from -x to y with mean 0 have no larger variance than x y (Bhatia and Davis).

@@ -32,10 +32,10 @@ class _Mixture(Strategy):
 class TeacherMixture(_Mixture):
     """Samples from a mixture of the student, which is the large model, and its teacher, the expert.
 
-    The law is ``share p + (1 - share) q``.
+    The distribution is ``share p + (1 - share) q``.
 
     Attributes:
-        share: the teacher's.
+        share: the teacher's share.
 
     >>> fused, _ = jax.jit(TeacherMixture())(jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, -99.]))
     >>> print(jnp.exp(fused).round(3))
@@ -57,14 +57,14 @@ class TeacherMixture(_Mixture):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherRedraw(_Mixture):
-    """Samples as the student, and redraws from the teacher tokens outside its top k.
+    """Samples from the student, and redraws tokens outside the teacher's top k from the teacher.
 
     The student is the large model, the teacher the expert. ::
 
         q [v in top_k(p)] + (1 - sum_{top_k(p)} q) p
 
     Attributes:
-        top_k: how many of the teacher's most likely tokens are accepted; equal logits all count.
+        top_k: number of the teacher's most likely tokens that are accepted; ties all count.
 
     >>> student, teacher = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]))
     >>> fused, _ = jax.jit(TeacherRedraw(top_k=2))(student, teacher)
@@ -84,7 +84,7 @@ class TeacherRedraw(_Mixture):
     def shares(self, log_q: Any, log_p: Any, axis_name: AxisName | None) -> tuple[Any, Any]:
         k = min(self.top_k, vocabulary_size(log_p, axis_name))
         accepted = log_p >= top_k(log_p, k, axis_name=axis_name)[0][..., -1:]
-        # Summed over what is refused: less the accepted from 1 would leave rounding.
+        # Summed over the refused tokens: 1 minus the accepted share would leave rounding.
         refused = on_mesh.psum(
             jnp.where(accepted, 0.0, jnp.exp(log_q)).sum(-1, keepdims=True), axis_name
         )

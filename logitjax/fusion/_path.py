@@ -1,8 +1,8 @@
-"""The path from one distribution along a direction, its divergences, and what rounding did to them.
+"""The path from one distribution along a direction, its divergences, and rounding bounds.
 
 With P the large model's distribution, d the difference of an expert's and a base's logits and
-h = d - E_P[d], the fused distributions P_a ~ P exp(a h) are an exponential family. All that fusion
-asks of them are cumulants: one sweep over the vocabulary, no softmax, no logarithm per entry. With
+h = d - E_P[d], the fused distributions P_a ~ P exp(a h) are an exponential family. Fusion only
+needs their cumulants: one sweep over the vocabulary, no softmax, no logarithm per entry. With
 psi(x) = e^x - 1 - x, and because E_P[h] = 0::
 
     KL(P || P_a) = log(1 + E_P[psi(a h)]),    E_{P_a}[h] = E_P[h (e^{a h} - 1)] / E_P[e^{a h}]
@@ -24,11 +24,11 @@ from logitjax.fusion._inputs import Inputs, pmax
 from logitjax.ops import AxisName, neginf_to_zero
 from logitjax.ops import mesh as on_mesh
 
-# Sums over parts run on several cores of a CPU, and round by their length and number alone.
+# Sums over parts run on several CPU cores, and round by their length and number alone.
 _PARTS = 256
 # Relative to exponents of one, in units of rounding: exponential, products and powers.
 _STEPS = 16
-# What is smaller may be rounded to zero.
+# Smaller numbers may be rounded to zero.
 _VANISHED = 1e-37
 # psi(x) / x^2 for |x| < 1, to a unit of rounding in float32 (Taylor).
 _PSI = [1 / math.factorial(k) for k in range(12, 1, -1)]
@@ -37,7 +37,7 @@ _PSI = [1 / math.factorial(k) for k in range(12, 1, -1)]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """At `alpha`: KL(P_a || P), KL(P || P_a), mean, variance of h, and what each may be off by."""
+    """At `alpha`: KL(P_a || P), KL(P || P_a), mean and variance of h, and their error bounds."""
 
     alpha: Any
     forward: Any
@@ -50,17 +50,17 @@ class Moments:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """P and the directions, one for each expert; `[T, *batch]` but for the first two.
+    """P and the directions, one for each expert; `[T, *batch]` except for the first two.
 
     Attributes:
-        log_p: `[*batch, vocab]`, -inf where the vocabulary does not exist; padded to whole parts.
+        log_p: `[*batch, vocab]`, -inf for entries that do not exist; padded to whole parts.
         directions: `[T, *batch, vocab]`, h, centred under P; likewise.
-        variance: Of h under P.
-        shift: What rounding left of E_P[h], and how far that may be off.
+        variance: Variance of h under P.
+        shift: E_P[h] as left by rounding, and its error bound.
         target_forward: KL(expert || base); `target_reverse` is KL(base || expert).
-        target_mean: Of h under the expert.
-        target_errors: How far the three targets may be off.
-        least: No h lies below, nor above `most`.
+        target_mean: Mean of h under the expert.
+        target_errors: Error bounds of the three targets.
+        least: Lower bound of h; `most` is the upper bound.
         levels: largest logits of the large model `[1, *batch]`, of experts and of bases.
     """
 
@@ -88,8 +88,8 @@ class Path:
         return _moments(sums, alpha, centre, self.shift, self.log_p.shape[-1], axis_name)
 
     def scan(self, values: jax.Array, *, axis_name: AxisName | None) -> Moments:
-        """Moments at each of the `values`, `[num, T, *batch]`; one all-reduce for them all."""
-        # Sharded as the batch is.
+        """Moments at each of the `values`, `[num, T, *batch]`; one all-reduce for all."""
+        # Sharded like the batch.
         alpha = values.reshape(-1, *[1] * self.variance.ndim) + jnp.zeros_like(self.variance)
         sums = lax.map(lambda one: _sums(self.log_p, self.directions, one, 0.0), alpha)
         sums = _gathered(jnp.moveaxis(sums, 1, 0), axis_name)
@@ -121,9 +121,9 @@ class Path:
 
 
 def _sums(log_p: jax.Array, h: jax.Array, alpha: jax.Array, centre: jax.Array | float) -> jax.Array:
-    """The shard's peak, and less that sums of psi, h (e^x - 1), (h - centre)^2, h - centre.
+    """The shard's peak and, relative to it, sums of psi, h (e^x - 1), (h - centre)^2, h - centre.
 
-    And of roundings, in units: of the first two the one, of the third the other.
+    Also their rounding errors in units: one for the first two sums, one for the third.
     """
     x = alpha[..., None] * h
     exponent = log_p + x
@@ -149,9 +149,9 @@ def _gathered(sums: jax.Array, axis_name: AxisName | None, plain: int = 0) -> ja
     """Peak and sums of all shards by one all-reduce; the last `plain` are sums without a peak."""
     if axis_name is None:
         return sums
-    mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
-    mine = mine.reshape(-1, *[1] * sums.ndim)
-    peaks, sums = jnp.split(on_mesh.psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
+    is_local = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+    is_local = is_local.reshape(-1, *[1] * sums.ndim)
+    peaks, sums = jnp.split(on_mesh.psum(jnp.where(is_local, sums, 0.0), axis_name), [1], axis=1)
     peak, count = peaks.max(0), sums.shape[1] - plain
     scaled = sums[:, :count] * jnp.exp(peaks - peak)
     return jnp.concatenate([peak, scaled.sum(0), sums[:, count:].sum(0)])
@@ -169,7 +169,7 @@ def _moments(
     peak, psi, moved, square, apart, noise, noise_square = sums
     unit, depth, share = _rounding(vocab, axis_name, sums.dtype)
     local = jnp.exp(-peak)
-    # Less what is due to h + c in place of h: of divergences of 1e-12 that may be the larger part.
+    # Without the part due to h + c in place of h, which may dominate divergences of 1e-12.
     (c, doubt), turn = shift, alpha * shift[0]
     moved = moved - c * (psi + local * turn)
     psi = jnp.maximum((psi - local * (turn**2 / 2) * (1 + turn / 3)) * (1 - turn), 0.0)
@@ -177,7 +177,7 @@ def _moments(
     near = jnp.log1p(psi * jnp.exp(jnp.minimum(peak, 80.0)))
     reverse = jnp.where(psi < local, near, jnp.log(local + psi) + peak)
     mean, square, noise_square = moved / total, square / total, unit * noise_square / total
-    # psi(x) <= x (e^x - 1): what the mean may be off by, times alpha, is that of the normaliser.
+    # psi(x) <= x (e^x - 1): the error of the mean, times alpha, is that of the normaliser.
     numerator = unit * (noise / total + depth * mean)
     # Or, far from P, the mean rounding of an exponent, by the entropy, which is log vocab at most.
     steps = 8 * _STEPS + 20 * math.log(vocab) + peak + 20 * alpha * mean
@@ -185,7 +185,7 @@ def _moments(
     rest = doubt * jnp.minimum(reverse, 1.0)
     rest += alpha * (doubt * (2 * jnp.abs(c) + doubt) + _STEPS * unit * c**2)
     mean_error = numerator + mean * relative + rest
-    # There P_a lies near the centre, and roundings of weights move what is apart from it.
+    # There P_a is close to the centre, and roundings of weights move the rest.
     other = centre - c + apart / total
     other_error = jnp.sqrt(unit * steps * noise_square) + (relative + depth * unit) * jnp.sqrt(
         square
@@ -231,12 +231,12 @@ def _total(values: jax.Array) -> jax.Array:
     if vocab < 4 * _PARTS:
         return values.sum(-1)
     sums = values.reshape(*values.shape[:-1], _PARTS, vocab // _PARTS).sum(-1)
-    # Else the compiler makes one sum of the two, and loses two digits over a vocabulary of 50,000.
+    # Otherwise the compiler merges the two sums, which loses two digits at a vocabulary of 50,000.
     return lax.optimization_barrier(sums).sum(-1)
 
 
 def _padded(inputs: Inputs) -> Inputs:
-    """With entries that do not exist, up to whole parts of the vocabulary."""
+    """Padded with absent entries to whole parts of the vocabulary."""
     vocab = inputs.large.shape[-1]
     extra = -vocab % _PARTS if vocab >= 4 * _PARTS else 0
     if not extra:
@@ -245,7 +245,7 @@ def _padded(inputs: Inputs) -> Inputs:
 
 
 def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
-    """Normalises, centres, and finds what experts differ from bases by; three all-reduces."""
+    """Normalise, centre, and compute how experts differ from bases; three all-reduces."""
     inputs = _padded(inputs)
     raw, count, vocab = inputs.differences, len(inputs.experts), inputs.large.shape[-1]
 
@@ -258,8 +258,8 @@ def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     maxima = neginf_to_zero(pmax(jnp.concatenate(maxima), axis_name))
     top, top_expert, top_base, top_raw = jnp.split(maxima, cuts)
     top_raw, top_minus = top_raw[:count], top_raw[count:]
-    # Raw logits may carry any constant, which would cost digits of everything below. The extent
-    # keeps it until it is known: it is a bound, and needs no digits.
+    # Raw logits may contain any constant, which would cost digits in everything below. The extent
+    # keeps it until it is known: it is a bound and needs no digits.
     levels = top, top_expert, top_base
     exists, d = inputs.exists, inputs.differences_below(levels)
     below = inputs.below(levels)
@@ -274,7 +274,7 @@ def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     means = d_p / z_p, d_b / z_b
     log_p, log_b = (x - jnp.log(z)[..., None] for x, z in zip(logs, (z_p, z_b), strict=True))
     h, h_base = (inputs.differences_below(levels, less=mean) for mean in means)
-    # The expert is its base moved by 1: one family, and sums that keep small divergences.
+    # The expert is its base moved by 1: the same family, and sums that keep small divergences.
     moved = _sums(log_b, h_base, jnp.ones_like(d_p), 0.0)
     moments = [_total(jnp.exp(x) * y**k) for x, y in ((log_p, h), (log_b, h_base)) for k in (1, 2)]
     sums = _gathered(jnp.stack([*moved, *moments]), axis_name, plain=len(moments))

@@ -1,4 +1,4 @@
-"""A few rows at a time where that is faster: on a CPU, whose caches hold a few rows' logits."""
+"""Process a few rows at a time on CPUs, whose caches hold a few rows' logits."""
 
 import functools
 import math
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 _Info = dict[str, jax.Array]
-# Logits of one model at a time: 1 MiB.
+# Size of one model's logits at a time: 1 MiB.
 MOST_ENTRIES = 1 << 18
 
 
 def by_rows(decide: Callable[..., _Info], batch: Sequence[int], *logits: Any) -> _Info:
-    """`decide(*logits)`, on CPU in turns of as many rows as the caches like."""
-    # What is decided has the batch's axes last, or is a scalar: then the largest is returned.
+    """Compute `decide(*logits)`, on CPUs in groups of as many rows as fit the caches."""
+    # Decisions have the batch axes last, or are scalars: then the largest is returned.
     count = math.prod(batch)
     most = max(MOST_ENTRIES // max(logits[0].shape[-1], 1), 1)
     rows = max((n for n in range(1, min(count, most) + 1) if count % n == 0), default=0)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# From then on every second step takes the middle: Newton's may creep along one end of the bracket.
+# From then on every second step bisects, because Newton's may creep along one end.
 _TRUSTED_STEPS = 8
 
 
 class Solution(NamedTuple):
-    """Where a search ended: `alpha`, its divergences, and what proves to hold the exact answer."""
+    """The end of a search: `alpha`, its divergences, and bounds proven to hold the exact answer."""
 
     alpha: jax.Array
     at: Any
@@ -23,7 +23,7 @@ class Solution(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """Of an alpha: value less target and how far it may be off, a step, and what holds the root."""
+    """At an alpha: value minus target, its error bound, a step, and bounds of the root."""
 
     gap: jax.Array
     error: jax.Array
@@ -56,7 +56,7 @@ def find_root(
     unrolled: bool,
     doubt: Any = jnp.inf,
 ) -> Solution:
-    """Where the gap, which grows, is 0 but for `allowed`; the bound if that lies beyond it.
+    """The zero of the growing gap, up to `allowed`; the bound if the zero lies beyond it.
 
     An end whose error exceeds `doubt` is not called converged.
     """
@@ -66,13 +66,13 @@ def find_root(
         seen = visit(alpha)
         below = seen.gap < 0
         at_bound = (below & (alpha >= high)) | (~below & (alpha <= low))
-        # Errors are bounds: what is computed is mostly a hundred times as good.
+        # Errors are bounds: computed values are mostly a hundred times as good.
         done = (jnp.abs(seen.gap) <= allowed + 0.01 * seen.error) | at_bound
         least = jnp.where(below, jnp.maximum(alpha, state.below), state.below)
         most = jnp.where(below, state.above, jnp.minimum(alpha, state.above))
         new = jnp.clip(alpha + seen.step, low, high)
         middle = 0.5 * (jnp.maximum(least, low) + jnp.minimum(most, high))
-        # An end that was evaluated is no answer; one that was not may be.
+        # An evaluated end is not an answer; an end that was not evaluated may be.
         inside = (new > least) & (new < most)
         cautious = (sweep >= _TRUSTED_STEPS) & (sweep % 2 == 0)
         new = jnp.where(inside & ~cautious, new, middle)
@@ -96,11 +96,11 @@ def find_root(
 
     start = jnp.where(jnp.isfinite(start), start, 0.5 * (low + high))
     start = jnp.clip(start, low, high)
-    # Ends are infinite until the search has been beyond the wanted point.
+    # Ends are infinite until the search has passed the target.
     unknown = jnp.full_like(start, jnp.inf)
     ends = jnp.full_like(start, low), jnp.full_like(start, high)
     state = _State(start, None, start, -unknown, unknown, *ends, *[jnp.zeros_like(start, bool)] * 2)
-    # The first one fills in what evaluations keep.
+    # The first evaluation fills in the values to keep.
     state, sweeps = advance(state, 0), jnp.ones((), jnp.int32)
     if unrolled:
         for sweep in range(1, max_sweeps):
@@ -112,6 +112,6 @@ def find_root(
             lambda carry: (advance(*carry), carry[1] + 1),
             (state, sweeps),
         )
-    # Of a root beyond the range the nearer end is the answer.
+    # For a root beyond the range, the nearer end is the answer.
     lower, upper = jnp.minimum(state.lower, high), jnp.maximum(state.upper, low)
     return Solution(state.alpha, state.at, lower, upper, state.done & state.sure, sweeps)

@@ -32,7 +32,7 @@ class ProxyTuning(Strategy):
     alpha: float = 1.0
 
     def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
-        # Entries are fused each by itself.
+        # Entries are fused independently.
         del axis_name
         return inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0)), {}
 
@@ -42,8 +42,8 @@ class ProxyTuning(Strategy):
 class DExperts(Strategy):
     """Moves towards an expert and away from an anti-expert, within the large model's top-p set.
 
-    The anti-expert takes the place of the base. Where the vocabulary is split over devices, `top_p`
-    must be 1: it would have to be sorted. ::
+    The anti-expert takes the place of the base. If the vocabulary is split over devices, `top_p`
+    must be 1, because it would require sorting. ::
 
         large + alpha * (expert - antiexpert)   where p_large is in its top-p set, -inf elsewhere
 
@@ -79,7 +79,7 @@ class DExperts(Strategy):
             descending = -jnp.sort(-probs, axis=-1)
             before = jnp.cumsum(descending, axis=-1) - descending
             least = jnp.where(before < self.top_p, descending, jnp.inf).min(-1, keepdims=True)
-            # Not `probs >= least`: what is nan would be excluded, and the row an argmax of nothing.
+            # Not `probs >= least`: nan would be excluded, and the argmax of the row meaningless.
             fused = jnp.where(probs < least, -jnp.inf, fused)
         return fused, {}
 
@@ -89,7 +89,7 @@ class DExperts(Strategy):
 class ContrastiveDecoding(Strategy):
     """Prefers tokens that the large model finds more likely than an amateur, among plausible ones.
 
-    The amateur is passed as the base, and there are no experts. ::
+    The amateur is passed as the base; there are no experts. ::
 
         weight * large - amateur_weight * amateur   where p_large >= plausibility * max p_large
 
@@ -132,17 +132,17 @@ class ContrastiveDecoding(Strategy):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guidance(Strategy):
-    """Strengthens what a prompt, or a context in it, changes; the base reads the text without it.
+    """Amplifies the effect of a prompt, or of a context in it; the base reads the text without it.
 
     Usually the base is the same model with another prompt. In log-probabilities::
 
         base + weight * (large - base)
 
     Attributes:
-        weight: 1 is the large model alone; context-aware decoding calls it 1 + alpha.
+        weight: 1 is the large model alone; called 1 + alpha in context-aware decoding.
 
     Raises:
-        ValueError: when called, for another number of bases than one.
+        ValueError: when called with any number of bases except one.
 
     >>> fused, _ = jax.jit(Guidance(weight=2.0))(jnp.zeros(2), None, jnp.log(jnp.array([0.8, 0.2])))
     >>> [f"{p:.2f}" for p in jax.nn.softmax(fused)]
@@ -159,7 +159,7 @@ class Guidance(Strategy):
     weight: float = 1.5
 
     def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
-        # A constant of either model's logits changes no probability: they need no normalising.
+        # A constant added to either model's logits changes no probability, so none are normalised.
         del axis_name
         if len(inputs.bases) != 1:
             raise ValueError(f"logits_bases: expected one, got {len(inputs.bases)}")

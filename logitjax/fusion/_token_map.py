@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.ops import Array, AxisName, checks, log_softmax
 
-# Text that tokenizers are known to cut differently: spaces, digits, case, accents, code, emoji.
+# Text that tokenizers often split differently: spaces, digits, case, accents, code, emoji.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  Two spaces, a\ttab\nand a line; 3.14159 and 2,024 are numbers, and so is 1000000.",
@@ -20,13 +20,13 @@ PROBES = (
 )
 _LEAST_OVERLAP = 0.9
 _LEAST_ORDER = 0.99
-# A logit whose exponential is 0 beside any other, and finite, so that it cancels.
+# A logit whose exponential is 0 next to any other, but finite, so that it cancels.
 _NOWHERE = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """The token of a small vocabulary for each of a large one, -1 where it has none; hashable."""
+    """The small vocabulary's token for each of a large one, -1 for none; hashable."""
 
     small_ids: np.ndarray
     small_size: int
@@ -38,7 +38,7 @@ class TokenMap:
                 f"small_ids: expected one id below {self.small_size} (or -1) a token, got shape "
                 f"{ids.shape} with values up to {ids.max(initial=-1)}"
             )
-        # Its hash is of its numbers, which must not change then.
+        # Its hash depends on its numbers, which must then not change.
         ids.setflags(write=False)
         object.__setattr__(self, "small_ids", ids)
 
@@ -62,13 +62,13 @@ class TokenMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether ids agree and neither has what the other lacks."""
+        """Whether the ids are equal and both vocabularies have the same tokens."""
         same = np.array_equal(self.small_ids, np.arange(self.large_size))
         return same and self.large_size == self.small_size
 
     def to_small(self, tokens: Int[Array, "*batch"], unknown: int) -> Int[Array, "*batch"]:
-        """The small model's ids of the large model's tokens, `unknown` where it has none."""
-        # Prompts are mapped on the host: each length would be several programs.
+        """The small model's ids of the large model's tokens, `unknown` for missing ones."""
+        # Prompts are mapped on the host: on the device, each length would need its own programs.
         xp = np if isinstance(tokens, np.ndarray) else jnp
         ids = xp.asarray(self.small_ids)[tokens]
         return xp.where(ids < 0, unknown, ids)
@@ -83,8 +83,8 @@ class TokenMap:
         """Log-probabilities of the small model at the large model's ids.
 
         Logits of different vocabularies differ by an unknown constant; log-probabilities do not.
-        Off the overlap all models get the same vanishing value: there the difference of two of them
-        is 0, and divergences are those on the overlap. Entries beyond the vocabulary are padding.
+        Off the overlap all models get the same vanishing value, so the difference of two of them is
+        0 there and divergences are those on the overlap. Entries beyond the vocabulary are padding.
         """
         logits = checks.as_float(logits_small, name)
         if logits.shape[-1] < self.small_size:
@@ -93,7 +93,7 @@ class TokenMap:
             )
         log_p = log_softmax(logits, vocab_where=vocab_where)
         result = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
-        # Not `> -inf`: a nan has to come out again rather than to pass for padding.
+        # Not `> -inf`: a nan must stay a nan instead of counting as padding.
         return jnp.where(self.overlap & (result != -jnp.inf), result, _NOWHERE)
 
 
@@ -128,7 +128,7 @@ class OverlapFusion:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], Any]:
-        """As the strategy, with `[..., small]` logits of experts and bases.
+        """Apply the strategy, with `[..., small]` logits of experts and bases.
 
         Raises:
             ValueError: the vocabulary is sharded, or sizes do not fit the map.
@@ -150,14 +150,14 @@ class OverlapFusion:
             vocab_where = jnp.broadcast_to(vocab_where, logits_large.shape)[
                 ..., : self.token_map.large_size
             ]
-        # No models along the leading axis are none; no rows are rows.
+        # A leading axis of length 0 means no models, not no rows.
         experts, bases = (
             None
             if x is None or (jnp.ndim(x) > large.ndim and not len(x))
             else self.token_map.to_large(x, name=name)
             for x, name in ((logits_experts, "logits_experts"), (logits_bases, "logits_bases"))
         )
-        # Where a base alone has no such token, taking it off would add without bound.
+        # If only a base has no such token, subtracting it would add without bound.
         items = [
             x[None] if x.ndim == large.ndim else x
             for x in (experts, bases)
@@ -177,15 +177,15 @@ def vocabulary_map(
 ) -> TokenMap:
     """The token map of two vocabularies of one tokenizer; different tokenizers are refused.
 
-    Fusing next-token distributions makes sense only if both models cut text alike. With tokenizers,
-    `probes` test this. Plain vocabularies can be judged only by their spelling and numbering:
-    tokenizers that were derived from one another keep the order of ids.
+    Fusing next-token distributions makes sense only if both models split text into the same tokens.
+    With tokenizers, `probes` test this. Plain vocabularies can be judged only by their spelling and
+    numbering: tokenizers that were derived from one another keep the order of ids.
 
     Args:
         large, small: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
             mapping from token to id, or the tokens in the order of their ids.
-        probes: texts that both have to cut alike.
-        least_overlap: share of the small vocabulary that has to be in the large one.
+        probes: texts that both tokenizers must split alike.
+        least_overlap: share of the small vocabulary that must be in the large one.
 
     Raises:
         ValueError: the two are different tokenizers; the message gives the evidence.
@@ -212,7 +212,7 @@ def vocabulary_map(
     if all(encoders):
         _check_probes(encoders, ids, small, probes)
     else:
-        # Plain vocabularies cut no text: their numbering is all the evidence there is.
+        # Plain vocabularies cannot split text: their numbering is the only evidence.
         stored = ids[ids >= 0]
         ordered = float((np.diff(stored) > 0).mean()) if len(stored) > 1 else 1.0
         if ordered < _LEAST_ORDER:
@@ -267,14 +267,14 @@ def _encoder(source: Any) -> Callable[[str], list[int]] | None:
 def _check_probes(encoders: Any, ids: np.ndarray, small: Any, probes: Iterable[str]) -> None:
     encode_large, encode_small = encoders
     for text in probes:
-        ours, other = encode_large(text), encode_small(text)
-        mapped = [int(ids[token]) for token in ours]
-        if mapped != other:
+        large_ids, small_ids = encode_large(text), encode_small(text)
+        mapped = [int(ids[token]) for token in large_ids]
+        if mapped != small_ids:
             location = next(
-                (i for i, (a, b) in enumerate(zip(mapped, other)) if a != b),
-                min(len(mapped), len(other)),
+                (i for i, (a, b) in enumerate(zip(mapped, small_ids)) if a != b),
+                min(len(mapped), len(small_ids)),
             )
             raise ValueError(
-                f"these are different tokenizers: they cut {text!r} into {len(ours)} and "
-                f"{len(other)} tokens, alike only up to token {location}. {_ADVICE}"
+                f"these are different tokenizers: they cut {text!r} into {len(large_ids)} and "
+                f"{len(small_ids)} tokens, alike only up to token {location}. {_ADVICE}"
             )

@@ -6,9 +6,9 @@ class HeadCost:
     """The cost of a head.
 
     Attributes:
-        parameters: trained numbers of its own; a tied embedding is not counted.
-        stored_bytes: parameters and look-up tables, assignments included. Tables of decoding (a
-            sorted copy of tokens and biases) count too.
+        parameters: number of its own trained parameters; a tied embedding is not counted.
+        stored_bytes: parameters and look-up tables, including assignments and tables for decoding
+            (a sorted copy of tokens and biases).
         read_bytes: bytes that greedy decoding reads for one token of one sequence.
         decode_flops: multiplications and additions to decode one token.
         train_flops: the same for loss and gradient of one token.
@@ -23,18 +23,18 @@ class HeadCost:
     exact: bool = False
 
     def with_rows(self, rows: int, hidden: int, *, kept: int = 0, itemsize: int = 4) -> "HeadCost":
-        """The cost of this head and of exact rows that re-score some of its tokens.
+        """The cost of this head together with exact rows that re-score some of its tokens.
 
         Args:
-            rows, hidden, itemsize: rows read a token, numbers a row, bytes a number.
-            kept: rows that are stored for this; 0 where they are a tied embedding's.
+            rows, hidden, itemsize: rows read per token, numbers per row, bytes per number.
+            kept: rows that are stored for this; 0 if they are a tied embedding's.
 
         >>> cheap = HeadCost(parameters=8, stored_bytes=32, read_bytes=32, decode_flops=16,
         ...                  train_flops=48)
         >>> cheap.with_rows(10, 4).read_bytes
         192
         """
-        # a product and a sum each.
+        # A product and a sum each.
         flops = 2 * rows * hidden
         return HeadCost(
             parameters=self.parameters + kept * hidden,

@@ -27,7 +27,7 @@ class FullHead(VocabularyHead):
         head = dataclasses.replace(head, kernel=jnp.asarray(head.kernel, self.dtype))
         if hidden.dtype != jnp.bfloat16 or hidden.size != hidden.shape[-1]:
             return head.logits(hidden)
-        # On a CPU a product of one row in bfloat16 takes ten times that of two.
+        # On a CPU, a bfloat16 product of one row takes ten times as long as one of two rows.
         row = hidden.reshape(1, -1)
         logits = head.logits(jnp.concatenate([row, row]))[0]
         return logits.reshape(*hidden.shape[:-1], -1)
@@ -38,16 +38,16 @@ def _dense(kernel: Any) -> Any:
 
 
 def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
-    """Tied, it stores no kernel of its own but reads one all the same."""
+    """A tied head stores no kernel of its own but reads one all the same."""
     itemsize = kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
-    # The embedding counts elsewhere.
+    # The embedding is counted elsewhere.
     local = (0 if tied else kernel.size) + extra
     return HeadCost(
         parameters=local,
         stored_bytes=local * itemsize,
         read_bytes=(kernel.size + extra) * itemsize,
-        # a product and a sum a number.
+        # A product and a sum per number.
         decode_flops=2 * kernel.size,
         # Forward, and both gradients.
         train_flops=6 * kernel.size,
@@ -95,7 +95,7 @@ class TiedHead(FullHead):
     """A head whose kernel is the token embedding ``[vocab, hidden]``.
 
     Args:
-        bias: ``[vocab]``, where its biases begin: its only parameters. None for none.
+        bias: ``[vocab]``, its initial biases, which are its only parameters. None for none.
 
     >>> TiedHead(bias=jnp.zeros(5))(jnp.ones((1, 2)), jnp.ones((5, 2))).shape
     (1, 5)
@@ -119,7 +119,7 @@ class TiedHead(FullHead):
 def torch_linear(
     in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A linear layer that starts as torch's do: uniform up to ``1 / sqrt(in_features)``.
+    """A linear layer initialised like torch's: uniform up to ``1 / sqrt(in_features)``.
 
     >>> import numpy as np
     >>> layer = nnx.jit(lambda: torch_linear(4, 2, rngs=nnx.Rngs(0)))()

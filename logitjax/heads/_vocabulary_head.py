@@ -13,21 +13,21 @@ from logitjax.ops import Array, TopK, checks
 from logitjax.storage import write_head
 
 
-# No `nnx.Param`, so filters of optimizers and of gradients pass it over.
+# Not an `nnx.Param`, so filters of optimizers and of gradients skip it.
 class Assignment(nnx.Variable):
     """Integer tables of a head: saved with it, never trained."""
 
 
 class VocabularyHead(nnx.Module):
-    """Losses through `as_linear`, top-k and samples through the logits of the whole vocabulary.
+    """Losses through `as_linear`; top-k and samples through the logits of the whole vocabulary.
 
     A subclass has ``__call__(hidden, embedding=None)``. All heads share the signatures of `nll`,
-    `top_k` and `sample`, so that code which decodes or trains need not know which head it has;
-    those with a quicker way override them. A tied head takes its rows from ``embedding``.
+    `top_k` and `sample`, so that decoding and training code works with any head; heads with a
+    faster way override them. A tied head takes its rows from ``embedding``.
 
-    Constructors take ``hidden_size`` d and ``vocab_size`` V, ``unigram`` ``[vocab]``, counts or
-    probabilities whose logarithms are the first biases, ``dtype`` of the computation,
-    ``param_dtype`` of the parameters, and ``rngs``, the source of initial ones.
+    Constructors take ``hidden_size`` d and ``vocab_size`` V, ``unigram`` ``[vocab]`` (counts or
+    probabilities whose logarithms are the initial biases), ``dtype`` of the computation,
+    ``param_dtype`` of the parameters, and ``rngs`` for their initial values.
     """
 
     dtype: Any
@@ -38,7 +38,7 @@ class VocabularyHead(nnx.Module):
         raise NotImplementedError
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``head.safetensors`` and ``head.json``, which `logitjax.vq.load_head` reads."""
+        """Write ``head.safetensors`` and ``head.json``, which `logitjax.vq.load_head` reads."""
         tensors, options = self._record()
         write_head(directory, {"kind": type(self).__name__, "options": options}, tensors)
 
@@ -47,9 +47,9 @@ class VocabularyHead(nnx.Module):
         raise ValueError(f"head: expected one that can be saved, got a {type(self).__name__}")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """Return its `HeadCost`. Heads whose rows are the embedding's need its shape.
+        """Return its `HeadCost`. Heads that use the embedding's rows need its shape.
 
-        Only shapes are read: a head made under `nnx.eval_shape` has the same cost.
+        Only shapes are read: a head created under `nnx.eval_shape` has the same cost.
         """
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class VocabularyHead(nnx.Module):
 
     @staticmethod
     def initial_bias(unigram: Any, vocab_size: int) -> jax.Array:
-        """Log-frequencies, tokens never seen as a tenth of one; zeros where `unigram` is None."""
+        """Log-frequencies, with unseen tokens as a tenth of one; zeros if `unigram` is None."""
         if unigram is None:
             return jnp.zeros(vocab_size)
         # Counts may be integers.
@@ -103,5 +103,5 @@ class VocabularyHead(nnx.Module):
 
 @jax.jit
 def _log_frequencies(counts: jax.Array) -> jax.Array:
-    # From -inf a bias would never come back.
+    # A bias of -inf would never recover.
     return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))

@@ -1,7 +1,7 @@
-"""Our models and losses inside other programs, one module a program.
+"""Our models and losses inside other programs, one module per program.
 
 - `logitjax.integrations.lm_eval`: a model of lm-evaluation-harness, in process.
 - `logitjax.integrations.tunix`: objectives and log-probabilities in the trainers of tunix.
 
-Each needs its program, and so is imported by its own name.
+Each needs its program, so it is imported by its own name.
 """

@@ -3,7 +3,7 @@
     import logitjax.integrations.lm_eval  # makes the name "logitjax" known
     lm_eval.simple_evaluate(model="logitjax", model_args={"pretrained": "smollm2"}, tasks=[...])
 
-It needs `pip install 'logitjax[lm_eval]'`, and neither torch nor transformers. Against a server the
+It needs `pip install 'logitjax[lm_eval]'`, and neither torch nor transformers. For a server the
 harness has `local-completions`, see docs/serving.md.
 """
 
@@ -28,29 +28,29 @@ from lm_eval.models.utils import (  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-# Settings of a task that change which tokens are drawn, by their names in transformers.
+# Settings of a task that change the drawn tokens, by their names in transformers.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @register_model("logitjax")
 class LogitjaxLM(TemplateLM):
-    """A model, or several fused ones, as the harness asks them.
+    """A model, or several fused ones, as the harness queries them.
 
-    Truncation, windows of long texts and what precedes a text without context are those of the
-    harness's own `hf` model: the beginning mark where the tokenizer has one, else the end mark.
+    Truncation, windows of long texts and the token before a text without context are those of the
+    harness's own `hf` model: the BOS token if the tokenizer has one, else the EOS token.
 
     Args:
-        pretrained: A model's name, as for `logitjax.models.load`; what
-            `logitjax.decoding.load_ensemble` returns; or the same with something else that decodes
-            in the place of the ensemble. Of a model inside a trainer that is `(apply, params)`:
-            `apply(params, tokens)` gives logits, `[rows, time, vocab]`, and keeps nothing.
-        dtype: Compute type of a model that is loaded by name.
-        max_length: Most tokens read at once; by default what the model reads, or 2,048.
-        max_gen_toks: Maximum number of tokens in an answer where a task does not say.
+        pretrained: A model's name, as for `logitjax.models.load`; the result of
+            `logitjax.decoding.load_ensemble`; or the same with another decoding model in place of
+            the ensemble. For a model inside a trainer that is `(apply, params)`: `apply(params,
+            tokens)` returns logits, `[rows, time, vocab]`, and has no cache.
+        dtype: Compute type of a model loaded by name.
+        max_length: Maximum number of tokens read at once; by default the model's, or 2,048.
+        max_gen_toks: Maximum number of tokens in an answer if a task does not say.
         batch_size: Number of rows read or continued together.
-        add_bos: Begin every text with the beginning mark; None for what the tokenizer says. The
-            harness's `hf` model adds it only for Gemma, or with its `add_bos_token=True`.
-        device, max_batch_size: Ignored; the harness hands them to every model.
+        add_bos: Begin every text with the BOS token; None to follow the tokenizer. The harness's
+            `hf` model adds it only for Gemma, or with its `add_bos_token=True`.
+        device, max_batch_size: Ignored; the harness passes them to every model.
     """
 
     def __init__(
@@ -167,19 +167,19 @@ class LogitjaxLM(TemplateLM):
         return answers
 
     def _continue(self, contexts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        until = handle_stop_sequences(asked.pop("until", None), eos=None)
-        count = asked.pop("max_gen_toks")
+        options: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = handle_stop_sequences(options.pop("until", None), eos=None)
+        count = options.pop("max_gen_toks")
         room = self.max_length - count
         if room < 1:
             raise ValueError(
                 f"max_gen_toks: expected less than the {self.max_length} tokens that the model "
                 f"reads, got {count}"
             )
-        drawn = {name: asked[name] for name in _SAMPLING if asked.get(name) is not None}
-        if not asked.pop("do_sample", False):
+        drawn = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
+        if not options.pop("do_sample", False):
             drawn["temperature"] = 0.0
-        # Always as many rows, for one program.
+        # Always the same number of rows, for one program.
         prompts = [context[-room:] or [self.prefix_token_id] for context in contexts]
         prompts += prompts[-1:] * (self.batch_size - len(prompts))
         out = decoding.generate(

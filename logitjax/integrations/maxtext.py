@@ -1,13 +1,13 @@
-"""Our losses inside MaxText: its distillation trainer, and its pre-training step.
+"""Our losses inside MaxText: its distillation trainer and its pre-training step.
 
-With `num_vocab_tiling` of 2 or more MaxText's decoder forms no logits and shows its last hidden
-states, from which our losses are formed. See docs/maxtext.md. It needs
-`pip install 'logitjax[maxtext]'` and Python 3.12, and was run with maxtext 0.2.5 and tunix 0.1.7.
+With `num_vocab_tiling` of 2 or more, MaxText's decoder forms no logits and returns its last hidden
+states, from which our losses are computed. See docs/maxtext.md. It needs `pip install
+'logitjax[maxtext]'` and Python 3.12, and was run with maxtext 0.2.5 and tunix 0.1.7.
 
-That pair does not run as it is: `MaxTextCheckpointManager` reads `_checkpointer`, which tunix has
-on its main branch and in no release up to 0.1.7, and a training ends with an AttributeError.
+That pair does not run unmodified: `MaxTextCheckpointManager` reads `_checkpointer`, which tunix has
+on its main branch and in no release up to 0.1.7, and training ends with an AttributeError.
 `distillation_trainer` gives its trainer tunix's own manager instead: student and optimizer are
-saved and restored, and batches that were seen are skipped, where MaxText restores its iterator.
+saved and restored, and batches already seen are skipped, where MaxText restores its iterator.
 """
 
 import math
@@ -32,11 +32,11 @@ Output = distillation_utils.DistillationForwardOutput
 
 
 def _states_and_head(model: Any, hidden: Any, *, dropout: bool = False) -> tuple[Any, losses.Head]:
-    """`hidden`, from before a MaxText model's final norm, after it; and the model's head."""
+    """Apply a MaxText model's final norm to `hidden`; also return the model's head."""
     config, decoder = model.config, model.decoder
     hidden = decoder.dropout(decoder.decoder_norm(hidden), deterministic=not dropout)
     # Cast here, not block by block (`Head.compute_dtype`): over a mesh that splits the model the
-    # head is gathered as it comes, so half of its bytes are.
+    # head is gathered in its stored type, so this halves the bytes.
     if not config.logits_via_embedding:
         dtype = jnp.float32 if config.logits_dot_in_fp32 else config.dtype
         kernel = decoder.logits_dense.kernel[...].astype(dtype)
@@ -62,7 +62,7 @@ def _forward(
         tiles = model.config.num_vocab_tiling
         raise ValueError(f"num_vocab_tiling: expected at least 2, for hidden states, got {tiles}")
     sown = nnx.pop(model, nnx.Intermediate).to_pure_dict()
-    # A teacher's head too: all this is inside the jitted step, where to return it copies nothing.
+    # A teacher's head too: inside the jitted step, returning it copies nothing.
     pair = _states_and_head(model, sown["decoder"]["hidden_states"][0], dropout=dropout)
     balance = maxtext_utils.collect_intermediates_by_suffix(sown, "moe_lb_loss")
     return Output(pair, moe_lb_loss=jnp.mean(jnp.concatenate(balance)) if balance else None)
@@ -77,8 +77,8 @@ class ObjectiveStrategy(distillation_utils.DistillationStrategy):
 
     Args:
         objective: Loss to minimise.
-        pad_id: A target that does not count, as in MaxText's own strategy, beside those whose
-            segment is 0; None for the segments alone.
+        pad_id: Targets to ignore, as in MaxText's own strategy, in addition to those whose segment
+            is 0; None for the segments alone.
 
     Raises:
         ValueError: A term with arrays of its own, which this trainer does not train.
@@ -144,12 +144,12 @@ def distillation_trainer(
     """MaxText's distillation trainer, ready for `train(MaxTextToTunixIterator(batches))`.
 
     Args:
-        teacher: A MaxText model of the same vocabulary; None where batches bring the teacher.
+        teacher: A MaxText model of the same vocabulary; None if batches contain its output.
         strategy: An `ObjectiveStrategy`, or one of MaxText's.
-        optimizer: From `optax.inject_hyperparams`, as MaxText asks.
+        optimizer: From `optax.inject_hyperparams`, as MaxText requires.
         training_config: tunix's `TrainingConfig`.
         student_config, teacher_config: MaxText's; the latter is None without a teacher.
-        checkpoint_directory: Where student and optimizer are saved, and taken up again; give the
+        checkpoint_directory: Folder where student and optimizer are saved and restored; pass the
             batches from the first one. None saves nothing.
     """
     bundle = train_distill.ModelBundle(teacher, student)
@@ -168,7 +168,7 @@ def distillation_trainer(
 
 
 class _StudentCheckpoints(checkpoint_manager.CheckpointManager):
-    """tunix's manager for a bundle of teacher and student, of which the student is kept."""
+    """tunix's manager for a bundle of teacher and student, of which only the student is saved."""
 
     def save(self, step: int, model: Any, *args: Any, **options: Any) -> bool:
         return super().save(step, getattr(model, "student_model", model), *args, **options)
@@ -193,12 +193,12 @@ def tiling_loss(
     """Cross-entropy of pre-training, in place of `vocab_tiling_nnx_loss`.
 
     MaxText tiles tokens, with whole rows of logits and one-hot targets; this visits the vocabulary
-    in blocks. Set `maxtext.trainers.pre_train.train.vocab_tiling_nnx_loss` to it. It takes and
-    returns the same: sums, where the segment is not 0, of cross-entropy with z-loss, and of z-loss.
+    in blocks. Set `maxtext.trainers.pre_train.train.vocab_tiling_nnx_loss` to it. Arguments
+    and results are the same: sums where the segment is not 0, of the loss and of its z-loss part.
     """
     pair = _states_and_head(model, hidden_states, dropout=is_train and config.enable_dropout)
     labels, where = data["targets"], data["targets_segmentation"] != 0
-    # No normaliser is asked for.
+    # The normaliser is not requested.
     if not config.z_loss_multiplier:
         total = losses.linear_cross_entropy(*pair, labels, weights=where.astype(jnp.float32))
         return total, jnp.zeros_like(total)

@@ -1,8 +1,8 @@
-"""The top logits of a teacher as MaxText 0.2.5 stores them, into a `TeacherCache` and back.
+"""A teacher's top logits as MaxText 0.2.5 stores them, into a `TeacherCache` and back.
 
-`save_top_k_teacher_logits.py` writes array_record files with a `tf.train.Example` a row: raw logits
-and no normaliser, so what all other tokens weigh is not known. The cache has no `rest`, and losses
-that need it refuse such a teacher. Neither MaxText nor TensorFlow is imported.
+`save_top_k_teacher_logits.py` writes array_record files with a `tf.train.Example` per row: raw
+logits without a normaliser, so the mass of all other tokens is unknown. The cache has no `rest`,
+and losses that need it refuse such a teacher. Neither MaxText nor TensorFlow is imported.
 """
 
 import functools
@@ -22,11 +22,11 @@ from logitjax.distillation import TeacherCache, TeacherIdentity
 from logitjax.storage import digest, write_shards
 
 _LOGITS, _IDS = "top_k_logits", "top_k_indices"
-# Rows of a part of a cache, and of a file.
+# Rows per part of a cache, and per file.
 _PART = 256
 
-# Of `tf.train.Example` what these files use. On the wire a map is a list of its entries, and one of
-# several fields is a field like any other.
+# The part of `tf.train.Example` that these files use. In the wire format a map is a list of its
+# entries, and a oneof field is a field like any other.
 _MESSAGES = {
     "Floats": (("value", 1, "REPEATED", "FLOAT"),),
     "Ints": (("value", 1, "REPEATED", "INT64"),),
@@ -60,11 +60,11 @@ def stored_rows(files: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, n
         files: Paths on this machine, such as `sorted(folder.glob("teacher_top_k_*.array_record"))`.
 
     Yields:
-        `inputs` and what stands beside them, `targets` or segments, int32 `[positions]`;
-        `top_k_logits`, float32, and `top_k_indices`, int32, `[positions, k]`.
+        `inputs` with `targets` or segments, int32 `[positions]`; `top_k_logits`, float32, and
+        `top_k_indices`, int32, `[positions, k]`.
 
     Raises:
-        ValueError: A file that is cut off, damaged or of another kind; names it.
+        ValueError: A truncated or damaged file, or one of another kind; names it.
     """
     for file in files:
         reader = ArrayRecordReader(os.fspath(file), "readahead_buffer_size:0,max_parallelism:0")
@@ -105,17 +105,17 @@ def cache_stored_top_k(
     vocab_size: int,
     data: str = "",
 ) -> TeacherCache:
-    """A cache of MaxText's rows, by their numbers, without the `rest`.
+    """A cache of MaxText's rows, by number, without the `rest`.
 
     Args:
         files: As in `stored_rows`.
-        directory: Where the cache goes; parts that are there already are not written again.
-        model: The teacher, as its user names it.
+        directory: Folder of the cache; existing parts are not written again.
+        model: The user's name for the teacher.
         tokenizer: Fingerprint of its tokenizer.
-        data: Fingerprint of the packed rows, if these are some; else a digest of the files.
+        data: Fingerprint of the packed rows, if any; otherwise a digest of the files.
 
     Raises:
-        ValueError: No rows, an id outside of the vocabulary, or a cache of something else.
+        ValueError: No rows, an id outside the vocabulary, or another cache in the folder.
     """
     rows = stored_rows(files)
     part = list(itertools.islice(rows, _PART))
@@ -139,7 +139,7 @@ def cache_stored_top_k(
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"{_IDS}: expected ids in 0..{vocab_size - 1}, got {ids.max()}")
         numbers = np.arange(start, start + len(part))
-        # Not again what a killed run wrote.
+        # Skips what a killed run already wrote.
         if not np.isin(numbers, written).all():
             cache.add(numbers, {"values": values, "indices": ids})
         start += len(part)
@@ -153,11 +153,11 @@ def store_top_k(
     columns: Mapping[str, Any],
     directory: str | os.PathLike[str],
 ) -> list[epath.Path]:
-    """Writes files of rows of a cache as MaxText reads them (`offline_data_dir`), without the rest.
+    """Write rows of a cache as MaxText reads them (`offline_data_dir`), without the rest.
 
     Args:
-        rows: `[rows]` which of its rows, in this order.
-        columns: `inputs`, `[rows, positions]`, and what else MaxText keeps: `inputs_position`,
+        rows: `[rows]` numbers of its rows, in this order.
+        columns: `inputs`, `[rows, positions]`, and MaxText's other columns: `inputs_position`,
             `inputs_segmentation`, `targets`, `targets_segmentation`.
 
     Raises:
@@ -172,7 +172,7 @@ def store_top_k(
     def records() -> Iterator[bytes]:
         for location, row in enumerate(rows):
             features = {name: array[location] for name, array in arrays.items()}
-            # MaxText's own is Python's hash, which differs from process to process.
+            # MaxText's own is Python's hash, which differs between processes.
             hashed = hashlib.blake2b(features["inputs"].tobytes(), digest_size=8).digest()
             features["sequence_hash"] = np.frombuffer(hashed, np.int64)
             message = cache.read([row])

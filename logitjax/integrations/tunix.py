@@ -1,4 +1,4 @@
-"""Our objectives and log-probabilities inside tunix: its trainers run, and no logits are held.
+"""Our objectives and log-probabilities inside tunix's trainers, which then hold no logits.
 
     strategy = tunix.ObjectiveStrategy(Objective(terms=((FullKL(), 0.5), (SFT(), 0.5))))
     DistillationTrainer(student, teacher, strategy, optimizer, config).train(batches)
@@ -6,7 +6,7 @@
     with tunix.blocked_log_probs():  # GRPO, DAPO, GSPO and PPO of tunix
         learner.train(batches)
 
-It needs `pip install 'logitjax[tunix]'`; tried with google-tunix 0.1.7, whose models give their
+It needs `pip install 'logitjax[tunix]'`; tested with google-tunix 0.1.7, whose models return their
 hidden states beside unused logits, which the compiler removes.
 """
 
@@ -42,7 +42,7 @@ def hidden_states(
     The arguments are those of the model's call, without a cache.
 
     Raises:
-        ValueError: This version of the model gives nothing but logits.
+        ValueError: This version of the model returns only logits.
     """
     options = inspect.signature(type(model).__call__).parameters
     call = functools.partial(model, tokens, positions, None, attention_mask, **more)
@@ -50,7 +50,7 @@ def hidden_states(
         return call(skip_lm_head=True)[0]
     if "output_hidden_states" in options:
         call(output_hidden_states=True)
-        # Or the model keeps it.
+        # Or the model stores it.
         sown: Any = nnx.pop(model, nnx.Intermediate)
         return sown["all_hidden_states"].get_value()[0]
     if isinstance(model, llama3.Llama3):
@@ -65,7 +65,7 @@ def hidden_states(
 
 
 def head_of(model: Any) -> Head:
-    """A tunix model's head, tied or not, with its soft cap; a ValueError if it has adapters."""
+    """A tunix model's head, tied or not, with its soft cap; ValueError if it has adapters."""
     config = getattr(model, "config", None)
     cap = getattr(config, "final_logit_softcap", None)
     options = {
@@ -80,25 +80,25 @@ def head_of(model: Any) -> Head:
 
 
 class TeacherHead(nnx.Variable):
-    """The kernel of a teacher's head, beside the student's parameters and not trained."""
+    """The kernel of a teacher's head, stored with the student's parameters but not trained."""
 
 
 class ObjectiveStrategy(base_strategy.BaseStrategy):
     """A strategy for tunix's `DistillationTrainer` that minimises an objective.
 
     The teacher is the trainer's, and reads the same tokens. Its hidden states travel with the
-    batch. Its head is an attribute of the student until the trainer is closed: with the batch it
-    would be copied every step, and closed over it would be a constant of the program's text.
+    batch. Its head is an attribute of the student until the trainer is closed: in the batch it
+    would be copied every step, and closed over it would be a constant in the program's text.
 
-    Or the batch brings what a cache keeps: then the trainer's teacher is None,
+    Alternatively the batch contains a cache's output: then the trainer's teacher is None,
     `trainer.with_gen_model_input_fn(strategy.inputs)` is called, and `teacher_output` of a batch is
     a `Teacher`, or several, with arrays `[B, T - 1, ...]` at the positions that predict a token.
     Evaluation is the cross-entropy of the text.
 
     Args:
         objective: Loss to minimise. Its terms have no arrays of their own to train.
-        pad_id: Id of padding. Then `input_mask` says which tokens are learned, and positions and
-            attention follow from the ids. If None, it says which tokens there are; all are learned.
+        pad_id: Id of padding. Then `input_mask` marks the tokens to learn, and positions and
+            attention follow from the ids. If None, it marks the existing tokens; all are learned.
     """
 
     def __init__(self, objective: Objective, *, pad_id: int | None = None):
@@ -107,7 +107,7 @@ class ObjectiveStrategy(base_strategy.BaseStrategy):
         self._teacher_head: Head | None = None
 
     def inputs(self, batch: Any) -> dict[str, Any]:
-        """The model's inputs of a batch, where it brings what a cache keeps."""
+        """The model's inputs from a batch that contains a cache's output."""
         inputs = {"input_tokens": batch.input_tokens, "input_mask": batch.input_mask}
         return inputs | {"cached": batch.teacher_output}
 
@@ -210,11 +210,11 @@ def _compute_per_token_logps(
 
 @contextlib.contextmanager
 def blocked_log_probs() -> Iterator[None]:
-    """Let tunix's losses, references and roll-outs take log-probabilities without logits.
+    """Let tunix's losses, references and roll-outs use log-probabilities without logits.
 
-    tunix 0.1.7 has no option for it: while the context lasts, `compute_per_token_logps` of
+    tunix 0.1.7 has no option for it: within the context, `compute_per_token_logps` of
     `tunix.rl.common` is ours, and the entropy of "logits" is what ours returns in their place.
-    Programs that were traced before keep what they have.
+    Programs traced earlier keep the original.
     """
     before = common.compute_per_token_logps, algo_core.compute_entropy_from_logits
     common.compute_per_token_logps = _compute_per_token_logps

@@ -12,10 +12,10 @@ cache. With ``LOGITJAX_NATIVE=0`` they are not used, e.g. for ``jax.export``. Wi
 ``LOGITJAX_NATIVE=1`` they are used with several devices too; each device then gets all rows of
 their arguments.
 
-A checksum lies beside the library. A file that was cut short is never loaded, and the command
-builds it again. ``CXXFLAGS`` adds flags for the compiler, e.g. of a sanitizer; each set of flags
-has a library of its own.
+A checksum is stored with the library. A truncated file is never loaded, and the command builds it
+again. ``CXXFLAGS`` adds flags for the compiler, e.g. of a sanitizer; each set of flags has its own
+library.
 """
 
-# For `ops` and `vq`, which call the kernels for what they compute.
+# For `ops` and `vq`, which call the kernels.
 from logitjax.kernels import _native as native  # noqa: F401

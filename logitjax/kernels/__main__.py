@@ -1,4 +1,4 @@
-"""``python -m logitjax.kernels``: builds the kernels for this machine's CPU."""
+"""``python -m logitjax.kernels``: build the kernels for this machine's CPU."""
 
 import sys
 
@@ -8,4 +8,4 @@ if __name__ == "__main__":
     try:
         print(f"kernels for CPUs: {native.build()}")
     except RuntimeError as error:
-        sys.exit(f"kernels for CPUs are not built, XLA does their work: {error}")
+        sys.exit(f"kernels for CPUs are not built, so XLA does their work: {error}")

@@ -18,13 +18,13 @@ from jax import lax
 from logitjax.storage import digest, write_atomic
 
 _SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
-# For the machine that builds: the library is never copied to another, see `_library`.
+# For the building machine: the library is never copied to another, see `_library`.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
 _TARGETS = ("lookup_sums", "row_products", "code_products", "largest_ids")
 
 
 def build() -> pathlib.Path:
-    """Compiles the kernels for this machine unless that is done, and returns the library's path."""
+    """Compile the kernels for this machine if necessary; return the library's path."""
     library = _library()
     if _whole(library):
         return library
@@ -35,22 +35,22 @@ def build() -> pathlib.Path:
         raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        # Another process may be building too: the library appears whole or not at all.
-        made = pathlib.Path(directory) / library.name
+        # Another process may be building too: the library appears atomically.
+        output = pathlib.Path(directory) / library.name
         flags = [*_FLAGS, *_extra_flags(), f"-I{jax.ffi.include_dir()}"]
-        command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
+        command = [*compiler, *flags, str(_SOURCE), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not made.exists():
+        if done.returncode or not output.exists():
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
-        checksum = digest(made)
-        made.replace(library)
+        checksum = digest(output)
+        output.replace(library)
         # Last, because a library without its checksum is built again.
         write_atomic(_checksum_of(library), checksum)
     return library
 
 
 def in_use() -> bool:
-    """Whether programs that are traced now use the kernels when they run on a CPU."""
+    """Whether programs traced now use the kernels when they run on a CPU."""
     wish = os.environ.get("LOGITJAX_NATIVE", "")
     if wish == "0" or (not wish and jax.device_count() != 1):
         return False
@@ -60,7 +60,7 @@ def in_use() -> bool:
 
 
 def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax.Array) -> Any:
-    """``native(*args)`` on a CPU if the kernels are `in_use`, else ``otherwise(*args)``."""
+    """Call ``native(*args)`` on a CPU if the kernels are `in_use`, else ``otherwise(*args)``."""
     if not in_use():
         return otherwise(*args)
     # Chosen at lowering.
@@ -80,8 +80,8 @@ def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
 def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
     """Products ``[n, m]`` of vectors ``[n, d]`` with rows chosen for each, which are not copied.
 
-    Of ``rows`` ``[v, d]``, float32 or bfloat16, by ``ids`` ``[n, m]``, int32; one outside of them
-    stands for the nearest. ValueError where there are no rows.
+    The rows are those of ``rows`` ``[v, d]``, float32 or bfloat16, at ``ids`` ``[n, m]``, int32; an
+    id outside them is clipped. ValueError if there are no rows.
     """
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
@@ -115,19 +115,19 @@ def _call(name: str, result: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _loaded() -> bool:
-    """Loads the library that `build` made, once a process."""
+    """Load the library that `build` made, once per process."""
     try:
         library = _library()
         if not library.exists():
             return False
-        # The loader would map a file that was cut short, and crash at what is missing.
+        # The loader would map a truncated file and crash at the missing parts.
         if not _whole(library):
             raise OSError(f"{library} differs from its checksum: python -m logitjax.kernels")
         symbols = ctypes.CDLL(str(library))
         targets = [getattr(symbols, f"logitjax_{name}") for name in _TARGETS]
     # No home directory, another C library, another library.
     except (OSError, RuntimeError, AttributeError) as error:
-        logging.warning("kernels for CPUs cannot be loaded, XLA does their work: %s", error)
+        logging.warning("kernels for CPUs cannot be loaded, so XLA does their work: %s", error)
         return False
     for name, target in zip(_TARGETS, targets, strict=True):
         capsule = jax.ffi.pycapsule(target)
@@ -136,7 +136,7 @@ def _loaded() -> bool:
 
 
 def _whole(library: pathlib.Path) -> bool:
-    """Whether a library is there and is what its checksum says."""
+    """Whether a library exists and matches its checksum."""
     try:
         return digest(library) == _checksum_of(library).read_text()
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Measure how much of a model a logit API gives away, and what defences cost.
+"""Measure how much of a model a logit API reveals, and the cost of defences.
 
-It is for those who run a model and choose what its API reports. `LogitOracle` puts a `LogitPolicy`
-in front of a model in the same process and counts queries. `audit` runs all attacks and sums them
-up. The attacks are `recover_log_probs` and `estimate_output_subspace`; `align_head` measures how
-much of the head has leaked. `Choice` and `Ledger` bound what chosen tokens tell.
+For operators who choose what their API reports. `LogitOracle` puts a `LogitPolicy` in front of a
+model in the same process and counts queries. `audit` runs all attacks and summarises them. The
+attacks are `recover_log_probs` and `estimate_output_subspace`; `align_head` measures how much of
+the head has leaked. `Choice` and `Ledger` bound what chosen tokens reveal.
 """
 
 from logitjax.leakage._alignment import align_head as align_head

@@ -1,4 +1,4 @@
-"""How much of a known head a recovered subspace holds: the auditor's metrics."""
+"""Share of a known head that a recovered subspace contains: the auditor's metrics."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from logitjax.ops import Array, checks, top_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadAlignment:
-    """A recovered subspace beside the head that made it."""
+    """A recovered subspace compared with the true head."""
 
     # |W - basis G| / |W|, with the best G.
     relative_rms: float
@@ -27,15 +27,15 @@ def align_head(
 ) -> HeadAlignment:
     """Align a recovered subspace to the true head, up to GL(h); an audit knows both.
 
-    As Carlini et al., 2024, appendix B: error after least squares. Chance correction ours. ::
+    As in Carlini et al., 2024, appendix B: error after least squares. Chance correction ours. ::
 
         G = argmin |W - basis G|_F,     leak = (mean cos^2 - d / V) / (1 - d / V)
 
     Args:
-        basis: ``[vocab, dimension]``, a span of the subspace; ValueError for other vocabularies.
+        basis: ``[vocab, dimension]``, spanning the subspace; ValueError for other vocabularies.
         head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows
             over the vocabulary does not depend on it.
-        centre: compare with ``W`` less its vocabulary mean, all that log-probabilities hold.
+        centre: compare with ``W`` minus its vocabulary mean, all that log-probabilities contain.
 
     >>> head = np.random.default_rng(0).standard_normal((30, 2))
     >>> found = align_head(head @ np.array([[2.0, 1.0], [0.0, 1.0]]), head, centre=False)
@@ -49,7 +49,7 @@ def align_head(
     head = head - head.mean(axis=0) if centre else head
     vocab, dimension = basis.shape
     q = np.linalg.qr(basis)[0]
-    # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
+    # |W|^2 - |Q^T W|^2 would lose the digits that matter if the fit is good.
     error = np.linalg.norm(head - q @ (q.T @ head))
     # Singular values of the product of two orthonormal bases: cosines of the principal angles.
     cosines = np.linalg.svd(q.T @ np.linalg.qr(head)[0], compute_uv=False).clip(0.0, 1.0)
@@ -68,9 +68,9 @@ def utility_loss(
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
     width = min(5, truth.shape[-1])
     rows = (truth, served.astype(np.float32))
-    mine, other = (np.asarray(top_k(some, width)[1]) for some in rows)
+    first, second = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
         "kl": float((np.exp(truth) * (truth - served)).sum(axis=-1).mean()),
-        "top1": float((mine[:, 0] == other[:, 0]).mean()),
-        "top5": float((mine[:, :, None] == other[:, None, :]).any(-1).mean()),
+        "top1": float((first[:, 0] == second[:, 0]).mean()),
+        "top5": float((first[:, :, None] == second[:, None, :]).any(-1).mean()),
     }

@@ -1,4 +1,4 @@
-"""One call that attacks an API with some prompts and reports its leaks."""
+"""Attack an API with some prompts and report its leaks, in one call."""
 
 import dataclasses
 import functools
@@ -19,32 +19,32 @@ from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
 from logitjax.leakage._width import OutputWidth
 from logitjax.ops import Array
 
-#: Nats below the most likely token within which a row has to come back exactly.
+#: Nats below the most likely token within which a row must be recovered exactly.
 SPAN = 25.0
-#: Shares of the head beyond chance up to which little is out, and from which a policy is open.
+#: Shares of the head beyond chance: up to the first, little leaks; from the second, all is open.
 LITTLE, OPEN = 0.1, 0.9
-#: Tokens of a row that are searched for by comparisons, which cost several queries each.
+#: Number of a row's tokens to search by comparisons, which cost several queries each.
 SEARCHED = 256
-#: Prompts by which honest users' loss is measured.
+#: Number of prompts for measuring the loss of honest users.
 _HONEST = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The result of an audit: what an API gave away, and what its policy costs honest users.
+    """The result of an audit: what an API revealed, and what its policy costs honest users.
 
     Attributes:
-        prompts: Number of prompts whose values the subspace comes from, or of rows.
-        values: Number of values that were reported.
+        prompts: Number of prompts whose values determine the subspace, or of rows.
+        values: Number of reported values.
         subspace: The recovered subspace, with the hidden dimension as `width`; None without one.
-        tokens: Tokens that the rows of its basis stand for; None for all.
-        alignment: The subspace aligned to the true head at those tokens, if that is known.
+        tokens: Tokens of the rows of its basis; None for all.
+        alignment: The subspace aligned to the true head at those tokens, if the head is known.
         utility: What honest users lose, if the truth is known; see `utility_loss`. For an API
             that reports tokens only, `top1`.
         row: A row of log-probabilities, as far as it was recovered token by token.
         row_error: Its largest error in nats over the most likely tokens, if the truth is known.
-        protocol: What tests say of the server; None of an API in this process.
-        hidden: The true hidden dimension, if it is known.
+        protocol: Results of the tests of a server; None for an API in this process.
+        hidden: The true hidden dimension, if known.
     """
 
     prompts: int
@@ -61,7 +61,7 @@ class Audit:
 
     @property
     def unlike(self) -> list[str]:
-        """List where the server departs from its policy; nothing is certified then."""
+        """List the deviations of the server from its policy; they prevent any certification."""
         tests = [] if self.protocol is None else self.protocol.unlike
         return [f"{one.test}: {one.seen} ({one.effect:.2g})" for one in tests]
 
@@ -81,9 +81,9 @@ class Audit:
         if self.unlike:
             return "not as declared, so nothing is certified: " + "; ".join(self.unlike)
         if self.row is not None:
-            # The true error where the model is here, else what can be proved.
+            # The true error if the model is known, otherwise the proven bound.
             error = self.row.error_bound if self.row_error is None else self.row_error
-            # Up to one digit: a bound that is rounded down is none.
+            # To one digit, rounded up: a bound that is rounded down is no bound.
             digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
             notes = f"{math.ceil(error / digit * (1 - 1e-9)) * digit:.1g} nats"
             queries, share = self.row.queries, self.row.coverage
@@ -91,14 +91,14 @@ class Audit:
                 return f"part of a row leaks: {share:.2%} of it to {notes}, {queries} queries"
             return f"open: every row comes back to {notes}, {queries} queries each"
         if self.leak is None:
-            return "not known: how much leaked can be said beside the true head only"
+            return "not known: the leaked share can be measured only with the true head"
         paid = (self.utility or {}).get("kl", 0.0) > 0.1
         cost = ", and honest users pay for it" if paid else ""
         if self.leak >= OPEN:
             seen = self.width is not None and self.width.estimate == self.hidden
             hidden = "" if seen else "; only the width is hidden"
             return f"open: the head's subspace is out{hidden}{cost}"
-        # Nothing is proved of attacks that were not tried, so no policy is called closed.
+        # Attacks that were not tried prove nothing, so no policy is called closed.
         little = "these attacks recover little of the head"
         kind = little if self.leak <= LITTLE else "part of the head leaks"
         return kind + cost
@@ -113,26 +113,26 @@ def audit(
     logits: Float[Array, "n vocab"] | None = None,
     corner: int = 0,
 ) -> Audit:
-    """Attack an API by the queries that anybody may ask, and measure how much of the head leaks.
+    """Attack an API by queries that anybody may send, and measure how much of the head leaks.
 
-    - If whole rows or a top-k are reported, the subspace comes from one answer a prompt. The k-th
-      value is filled in for what a top-k leaves out.
-    - If a bias moves what is reported, or what is drawn and then reported, the first prompt's row
-      is recovered token by token, and the subspace from a corner of the matrix of
+    - If whole rows or a top-k are reported, the subspace comes from one answer per prompt. The k-th
+      value is filled in for the values outside a top-k.
+    - If a bias changes the reported values, or the drawn token with its reported value, the first
+      prompt's row is recovered token by token, and the subspace from a corner of the matrix of
       log-probabilities. Without a bias a row is harvested by draws (`recover_log_probs`).
-    - If one value or nothing but the token is reported, part of a row is searched for.
+    - If only one value or only the token is reported, part of a row is searched for.
 
-    An API in this process does what its policy says. Any other is tested first. A recovered row is
-    then told again by other queries, at the same cost, and its error widened by all that was seen.
-    Attacks are those of Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
+    An API in this process behaves as its policy says. Any other is tested first. A recovered row is
+    then measured again by other queries, at the same cost, and its error widened by the
+    differences. Attacks are those of Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
 
     Args:
-        oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server;
+        oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of your own server;
             BudgetExhaustedError if its budget does not suffice.
         prompts: Token ids, more prompts than the hidden dimension.
         head: `[vocab, hidden]`, the true head, for the share that leaked.
-        logits: `[n, vocab]`, the true logits of the prompts, for errors and for what users lose.
-        corner: Number of prompts and tokens in the corner asked for through a bias; 0 for none.
+        logits: `[n, vocab]`, the true logits of the prompts, for errors and for users' losses.
+        corner: Number of prompts and tokens of the corner recovered through a bias; 0 for none.
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> rng = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def audit(
     before = oracle.queries, oracle.values
     attack = functools.partial(_attacked, oracle, prompts, vocab_size, head, logits, corner)
     result = attack() if isinstance(oracle, LogitOracle) else _tested(oracle, prompts, attack)
-    # What honest users ask below is no part of the price.
+    # The queries of honest users below are not part of the cost.
     price = {"queries": oracle.queries - before[0], "values": oracle.values - before[1]}
     hidden = None if head is None else head.shape[1]
     result = dataclasses.replace(result, **price, hidden=hidden)
@@ -192,7 +192,7 @@ def _tested(oracle: Any, prompts: Any, attack: Callable[[], Audit]) -> Audit:
     except BudgetExhaustedError:
         raise
     except ValueError as error:
-        # An answer of another shape, or a refusal; else no row can be told from such answers.
+        # Unexpected shapes or refusals; otherwise no row can be recovered from such answers.
         declared_so = not str(error).startswith("url")
         protocol.add("answers", str(error)[:200], 0.0, 0.0, declared=declared_so)
     finally:
@@ -212,8 +212,8 @@ def _by_rows(oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any)
 
 
 def _of_rows(rows: np.ndarray, head: Any, noise: Mapping[str, Any]) -> Audit:
-    """The subspace of rows, with as many directions as the head has, beside it."""
-    # Whatever the estimate says: one Gram matrix does for both.
+    """The subspace of rows with the head's number of directions, and the head itself."""
+    # For any estimate: one Gram matrix serves both.
     existing = None if head is None else min(head.shape[1], len(rows) - 1, rows.shape[1] - 1)
     subspace = estimate_output_subspace(rows, dimension=existing, **noise)
     where, alignment = subspace.vocab_where, None
@@ -233,7 +233,7 @@ def _by_bias(oracle: Any, prompts: Any, vocab_size: int, head: Any, corner: int)
 
 
 def _row_error(row: RecoveredRow, logits: np.ndarray) -> float:
-    """Over the tokens that are likely enough; of differences, where the row is not normalised."""
+    """Over tokens that are likely enough; of differences if the row is not normalised."""
     truth = _log_softmax(logits)
     near = row.known & (truth.max() - truth <= SPAN)
     if row.method == "searched" and not row.known.all():
@@ -242,10 +242,10 @@ def _row_error(row: RecoveredRow, logits: np.ndarray) -> float:
 
 
 def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
-    """Rows as a reader has them: of a top-k the rest is the k-th value, of one value it is even."""
+    """Rows as a reader sees them: beyond a top-k the k-th value, beyond one value an even rest."""
     answer = oracle.ask(prompts)
     values, tokens = np.asarray(answer.values), np.asarray(answer.tokens)
-    # A server's top-k comes largest first, if it is of the whole vocabulary too.
+    # A server's top-k is sorted even if it covers the whole vocabulary.
     if values.shape[1] == vocab_size and (tokens == np.arange(vocab_size)).all():
         return values
     rest = values.min(axis=1, keepdims=True)
@@ -258,7 +258,7 @@ def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
 
 
 def _honest(oracle: Any, prompts: Any, vocab_size: int, logits: Any) -> Mapping[str, float]:
-    """Value one answer without a bias to a user who wants the distribution."""
+    """Value of one answer without a bias to a user who wants the distribution."""
     if oracle.policy.returns == "token":
         drawn = np.asarray(oracle.ask(prompts).tokens)[:, 0]
         return {"top1": float((drawn == np.argmax(logits, axis=-1)).mean())}

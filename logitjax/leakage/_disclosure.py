@@ -1,4 +1,4 @@
-"""Disclosure by an API's answers about a row of logits: rows still possible, bounds, a ledger."""
+"""Disclosure by an API's answers about a row of logits: possible rows, bounds, a ledger."""
 
 import collections
 import dataclasses
@@ -10,36 +10,36 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.ops import Array
 
-# Steps of temperatures, and of a threshold `T log(min_p)` in nats. Both alone are no grid: 20
-# temperatures and 7 values of min_p make 130 thresholds, a median of .03 nats apart.
+# Steps of temperatures, and of a threshold `T log(min_p)` in nats. Separate grids are not coarse:
+# 20 temperatures and 7 values of min_p make 130 thresholds, a median of .03 nats apart.
 _TEMPERATURE, _THRESHOLD = 0.1, 0.5
 # `top_p` is a mass at a temperature, `top_k` a rank: few of either, and masses at one temperature.
-# Of two tokens, twenty temperatures and four masses would be thresholds some .1 nats apart.
+# For two tokens, twenty temperatures and four masses would make thresholds .1 nats apart.
 _MASSES, _RANKS = (0.5, 0.8, 0.9, 0.95, 1.0), (0, 1, 5, 10, 20, 50, 100)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a token is chosen from a row of logits, as far as requests say it, and what that tells.
+    """The choice of a token from a row of logits by a request's fields, and what it reveals.
 
     ::
 
         u = z + bias, penalised, masked              -inf where a schema allows no token
         t ~ q = softmax(keep(u / T))                 T = 0: argmax u
-        t = argmax keep(u / T) + noise               where the noise is known, or shared by requests
+        t = argmax keep(u / T) + noise               if the noise is known, or shared by requests
 
-    An answer is a function of the row and the request, so it tells a set: the rows that may give
-    it. `likelihood` says how likely each row makes a token; a row of `-inf` is ruled out. Texts,
-    stops, finish reasons and counts are functions of the tokens and tell no more.
+    An answer is a function of the row and the request, so it reveals a set: the rows that could
+    give it. `likelihood` is the log-probability of a token for each row; `-inf` rules a row out.
+    Texts, stops, finish reasons and counts are functions of the tokens and reveal no more.
 
     Attributes:
         temperature: 0 takes the largest.
-        top_k: Number of tokens that are kept; 0 keeps all.
-        top_p: Mass to keep of the tokens that `top_k` left.
-        min_p: Least probability that is kept, relative to the largest.
-        repetition_penalty: Divides positive logits of tokens that were seen, multiplies others.
-        presence_penalty: Subtracted from tokens that were written.
-        frequency_penalty: The same, once for each time.
+        top_k: Number of tokens to keep; 0 keeps all.
+        top_p: Mass to keep of the tokens left by `top_k`.
+        min_p: Minimum probability to keep, relative to the largest.
+        repetition_penalty: Divides positive logits of seen tokens, multiplies negative ones.
+        presence_penalty: Subtracted from the logits of generated tokens.
+        frequency_penalty: The same, once for each occurrence.
 
     >>> rows = np.log([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.9, 0.05, 0.05]])
     >>> print(Choice(min_p=0.25).likelihood(rows, 1).round(2))  # a third row would not give token 1
@@ -63,11 +63,11 @@ class Choice:
         counts: Int[Array, "*#batch vocab"] | None = None,
         vocab_where: Bool[Array, "*#batch vocab"] | None = None,
     ) -> np.ndarray:
-        """Log-probabilities that tokens are drawn with, float64.
+        """Log-probabilities of drawing the tokens, float64.
 
         Args:
-            seen: Tokens that the repetition penalty moves.
-            counts: How often the answer has written each token.
+            seen: Tokens that the repetition penalty changes.
+            counts: Number of times that the answer contains each token.
             vocab_where: Tokens that a schema allows.
         """
         u = np.asarray(rows, np.float64)
@@ -104,11 +104,11 @@ class Choice:
         noise: Float[Array, " vocab"] | None = None,
         **moved: Array | None,
     ) -> np.ndarray:
-        """Log-probability of an answer for each row that might be behind it, `[rows]`.
+        """Log-probability of an answer for each row that could have produced it, `[rows]`.
 
         Args:
-            noise: Gumbel noise of the draw where it is known: all is then 0 or `-inf`.
-            moved: What else moves the law.
+            noise: Gumbel noise of the draw, if known: every result is then 0 or `-inf`.
+            moved: Other changes to the distribution.
         """
         law = self.law(rows, **moved)
         if noise is None:
@@ -116,10 +116,10 @@ class Choice:
         return np.where((law + np.asarray(noise)).argmax(-1) == token, 0.0, -np.inf)
 
     def rounded(self) -> "Choice":
-        """The nearest choice on grids that stay coarse together, without penalties.
+        """The nearest choice on grids that are coarse even together, without penalties.
 
-        Temperatures go in steps of 0.1, thresholds `T log(min_p)` in steps of half a nat; a `top_p`
-        goes with temperature 1. What temperature 0 ignores is neutral.
+        Temperatures are multiples of 0.1, thresholds `T log(min_p)` multiples of half a nat; a
+        `top_p` requires temperature 1. Fields that temperature 0 ignores are neutral.
         """
         if not self.temperature:
             return Choice(temperature=0.0)
@@ -138,7 +138,7 @@ class Choice:
     def certificate(self) -> tuple[float, float, int] | None:
         """Bounds that a drawn token has passed: threshold in nats, mass, rank; None if none is cut.
 
-        What passes has no finite divergence from what does not: no sum of `soft` covers it.
+        Kept tokens have no finite divergence from cut ones: no sum of `soft` covers this.
         """
         if not self.temperature or (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
             return None
@@ -147,7 +147,7 @@ class Choice:
 
     @property
     def soft(self) -> float:
-        """Most nats, per square nat, that a draw with fresh noise tells two rows apart by.
+        """Maximum nats, per square nat, by which a draw with fresh noise distinguishes two rows.
 
         For rows whose difference D has half range d = (max D - min D) / 2, whatever is masked::
 
@@ -176,29 +176,29 @@ class Choice:
 class Told:
     """The disclosure about one context, in three columns."""
 
-    # Nats, the logarithm of the number of answers that were possible: never too few.
+    # Nats, the logarithm of the number of possible answers; never an underestimate.
     hard: float = 0.0
-    # `Choice.soft` of the draws that nothing was cut off of.
+    # `Choice.soft` of the draws without any cut.
     soft: float = 0.0
     # Number of draws under each `Choice.certificate`.
     certificates: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def least_errors(self, half_range: float) -> float:
-        """Least sum of a test's errors between two rows, by `soft` (Bretagnolle and Huber)."""
+        """Minimum sum of a test's errors between two rows, by `soft` (Bretagnolle and Huber)."""
         return 0.5 * math.exp(-self.soft * half_range**2)
 
 
 class Ledger:
     """Adds up the information in answers about each context, over all clients.
 
-    Every charge is known before the answer, and depends on no logit: a price that did would be an
-    answer itself. Of adaptive answers out of A_1, ..., A_n possible ones none tells more than its
-    logarithm::
+    Every charge is known before the answer and depends on no logit: a price that did would itself
+    be an answer. Adaptive answers out of A_1, ..., A_n possible ones reveal at most the
+    logarithms::
 
         I(row; answers) <= log A_1 + ... + log A_n
 
-    It bounds rows. Of h + 1 contexts the head comes out, however little is told of each.
-    `limit` is the most nats of a context.
+    It bounds rows. From h + 1 contexts the head follows, however little each reveals. `limit` is
+    the maximum number of nats for a context.
 
     >>> ledger = Ledger(limit=25.0)
     >>> [ledger.charge("a context", request, 10.8) for request in (1, 1, 2, 3)]
@@ -222,12 +222,12 @@ class Ledger:
     def charge(
         self, context: Hashable, answer: Hashable, nats: float, choice: Choice | None = None
     ) -> bool:
-        """Charges an answer once; False, and no charge, where it goes beyond the limit.
+        """Charge an answer once; False, and no charge, if it would exceed the limit.
 
         Args:
-            answer: The request as far as it decides the answer.
+            answer: The parts of the request that determine the answer.
             nats: Logarithm of the number of possible answers.
-            choice: How it was chosen, for the other columns.
+            choice: The way it was chosen, for the other columns.
         """
         notes = self._contexts[context]
         if not nats or (context, answer) in self._answered:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-# Tokens at a time.
+# Number of tokens at a time.
 BLOCK = 8192
 _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows less their means, visited by blocks of tokens."""
+    """Rows minus their means, visited by blocks of tokens."""
 
     rows: np.ndarray  # [n, vocab]
     means: np.ndarray  # [n], zero unless rows are centred
@@ -26,13 +26,13 @@ class Table:
         return cls(rows=rows, means=np.zeros(len(rows)), centre=centre).scaled(None)
 
     def scaled(self, scales: tuple[np.ndarray, np.ndarray] | None) -> "Table":
-        """With other scales, and means that noise of quiet tokens is not drowned by."""
+        """Return rows with other scales, and means that loud tokens do not dominate."""
         vocab = self.rows.shape[1]
         weights = np.ones(vocab) if scales is None else scales[1] ** 2
         plain = dataclasses.replace(self, means=np.zeros(len(self.rows)), scales=None)
         means = np.zeros(len(self.rows))
         for where, block in plain.blocks() if self.centre else ():
-            # Any weights take the normaliser out. Those of the scales leave white noise white.
+            # Any weights remove the normaliser. Those of the scales leave white noise white.
             means += block @ weights[where] / weights.sum()
         return dataclasses.replace(self, means=means, scales=scales)
 
@@ -40,7 +40,7 @@ class Table:
         """Float64 blocks of columns, without the directions `left`."""
         for start in range(0, self.rows.shape[1], BLOCK):
             where = slice(start, start + BLOCK)
-            # The caller looks for infinities.
+            # The caller checks for infinities.
             with np.errstate(invalid="ignore"):
                 block = self.rows[:, where].astype(np.float64) - self.means[:, None]
             if self.scales is not None:
@@ -52,7 +52,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """Singular values, falling, what the method leaves of a zero, and left vectors."""
+    """Decreasing singular values, the method's value for a zero, and left vectors."""
 
     values: np.ndarray
     floor: float
@@ -61,9 +61,9 @@ class Spectrum:
 
 
 def spectrum(table: Table, gram: np.ndarray | None = None, *, fine: bool = False) -> Spectrum:
-    """The spectrum of a table by its Gram matrix, from `gram` if that is at hand.
+    """The spectrum of a table by its Gram matrix, from `gram` if given.
 
-    Float64 loses what lies below 1e-8 of the first value; `fine` visits the table again for it.
+    Float64 loses values below 1e-8 of the first; `fine` visits the table again for them.
     """
     gram = gram_matrix(table) if gram is None else gram
     if not np.isfinite(gram).all():
@@ -74,12 +74,12 @@ def spectrum(table: Table, gram: np.ndarray | None = None, *, fine: bool = False
     floor = squares[0]
     if fine and 0 < top < len(gram):
         rest, turned = np.linalg.eigh(gram_matrix(table, left[:, :top]))
-        # What was taken out comes back as zeros.
+        # Directions that were removed come back as zeros.
         kept = slice(None, top - 1, -1)
         squares = np.concatenate([squares[:top], rest[kept]])
         left = np.concatenate([left[:, :top], turned[:, kept]], axis=1)
         floor = max(squares[top], 1e-24 * squares[0])
-    # The root of float64's precision, as values were squared.
+    # The square root of float64's precision, because values were squared.
     floor = 8 * (np.finfo(np.float64).eps * max(floor, 0.0)) ** 0.5
     return Spectrum(values=np.sqrt(np.maximum(squares, 0.0)), floor=floor, left=left, gram=gram)
 
@@ -91,13 +91,13 @@ def gram_matrix(table: Table, left: np.ndarray | None = None) -> np.ndarray:
     count = len(table.rows)
     total = np.zeros((count, count), order="F")
     for _, block in table.blocks(left):
-        # A transposed view is what Fortran reads without a copy.
+        # Fortran reads a transposed view without a copy.
         total = _dsyrk(1.0, block.T, beta=1.0, c=total, trans=True, lower=True, overwrite_c=True)
     return total + np.tril(total, -1).T
 
 
 def project(rows: np.ndarray, left: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
-    """``(rows - mean)^T left`` in float32, ``[vocab, k]``; columns that BLAS copies are few."""
+    """``(rows - mean)^T left`` in float32, ``[vocab, k]``; BLAS copies only a few columns."""
     left = np.ascontiguousarray(left, np.float32)
     shift = 0.0 if mean is None else mean.astype(np.float32) @ left
     product = np.empty((rows.shape[1], left.shape[1]), np.float32)

@@ -1,4 +1,4 @@
-"""An oracle over HTTP: the same audit against your own server on the loopback interface."""
+"""An oracle over HTTP: the same audit of your own server on the loopback interface."""
 
 import collections
 import concurrent.futures
@@ -21,11 +21,11 @@ _AT_ONCE = 16  # requests
 
 
 class HttpOracle(Meter):
-    """Asks a completion server, one token at a time, and counts.
+    """Queries a completion server, one token at a time, and counts the queries.
 
     Args:
         address: `http://127.0.0.1:PORT`. Only loopback, else ValueError: you audit your own server.
-        policy: What the server is known to do; `top_k` values are asked for.
+        policy: The server's declared policy; `top_k` values are requested.
         budget: Maximum number of queries; None for no limit.
     """
 
@@ -49,13 +49,13 @@ class HttpOracle(Meter):
         self._local = threading.local()
 
     def ask(self, prompts: Sequence[Any] | np.ndarray, *, temperature: float = 0.0) -> Answer:
-        """One query a prompt, without a bias."""
+        """Send one query per prompt, without a bias."""
         return self._all([(prompt, None) for prompt in prompts], temperature)
 
     def ask_biased(
         self, prompt: Any, bias_tokens: Any, bias_values: Any, *, temperature: float = 0.0
     ) -> Answer:
-        """Many queries about one prompt, each with its own logit bias."""
+        """Send many queries about one prompt, each with its own logit bias."""
         tokens = np.asarray(bias_tokens)
         amounts = np.broadcast_to(np.asarray(bias_values, float), tokens.shape)
         biases: list[Any] = [collections.defaultdict(float) for _ in tokens]
@@ -73,8 +73,8 @@ class HttpOracle(Meter):
     def read(self, prompts: Sequence[Any]) -> list[Answer]:
         """The `top_k` values at every position of prompts after the first, by one query each.
 
-        Each answer is `[n - 1, top_k]`, best first. The server has to support `echo`, as vLLM does;
-        one that refuses, or reports something else, is a ValueError.
+        Each answer is `[n - 1, top_k]`, best first. The server must support `echo`, as vLLM does; a
+        server that refuses, or reports something else, raises ValueError.
         """
         self.charge(len(prompts))
         return [self.counted([one]) for one in self._pool.map(self._echoed, prompts)]
@@ -88,7 +88,7 @@ class HttpOracle(Meter):
         self.charge(len(queries))
         ask = functools.partial(self._one, temperature=temperature)
         result = list(self._pool.map(ask, *zip(*queries, strict=True)))
-        # A value that the server keeps to itself is None there, and nan here.
+        # A value that the server withholds is None there and nan here.
         if len({len(row) for row in result}) > 1:
             raise ValueError(f"url: expected {self.policy.top_k} values in each answer, got fewer")
         values = np.array([[value for _, value in row] for row in result], np.float32)
@@ -101,7 +101,7 @@ class HttpOracle(Meter):
         tokens, k = np.asarray(prompt).tolist(), self.policy.top_k
         fields = {"max_tokens": 0, "echo": True, "temperature": 0, "logprobs": k}
         message = self._post(tokens, fields)["choices"][0]["logprobs"]["top_logprobs"][1:]
-        # A token of the prompt is listed beside the top ones where it is none of them.
+        # A prompt token that is not among the top ones is listed in addition.
         rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in message]
         if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
             raise ValueError(f"url: expected {k} values at each of {len(tokens) - 1} positions")
@@ -112,7 +112,7 @@ class HttpOracle(Meter):
         self, prompt: Any, bias: Mapping[str, float] | None, temperature: float
     ) -> list[tuple[int, float | None]]:
         only_token = self.policy.returns == "token"
-        # Ids of tokens are reported among the log-probabilities, if only with none of the top.
+        # Token ids are reported with the log-probabilities, even without any top ones.
         fields = {"temperature": temperature, "logprobs": 0 if only_token else self.policy.top_k}
         message = self._asked(prompt, fields | ({"logit_bias": bias} if bias else {}))
         drawn = _token_id(message["tokens"][0])
@@ -121,16 +121,16 @@ class HttpOracle(Meter):
         local = [(drawn, message["token_logprobs"][0])] if self.policy.sampled else []
         tops = message["top_logprobs"][0] if self.policy.top_k else {}
         items = [(_token_id(name), value) for name, value in tops.items()]
-        # Other servers list the drawn token too where it is none of the top ones.
+        # Other servers also list the drawn token if it is not among the top ones.
         return local + sorted(items, key=lambda pair: -pair[1])[: self.policy.top_k]
 
     def _asked(self, prompt: Any, fields: Mapping[str, Any]) -> Any:
         """Read the log-probabilities from an answer of one token."""
         answer = self._post(np.asarray(prompt).tolist(), {"max_tokens": 1, **fields})
         try:
-            asked = answer["choices"][0]["logprobs"]
-            _token_id(asked["tokens"][0])
-            return asked
+            logprobs = answer["choices"][0]["logprobs"]
+            _token_id(logprobs["tokens"][0])
+            return logprobs
         except (LookupError, TypeError, AttributeError, ValueError):
             wrong = f"url: expected log-probabilities by token ids, got {str(answer)[:200]}"
             raise ValueError(wrong) from None
@@ -141,7 +141,7 @@ class HttpOracle(Meter):
             status, headers, text = self._send(json.dumps(body))
             if status == 200:
                 return json.loads(text)
-            # It does not come back: waiting would be for ever.
+            # The budget is not renewed: waiting would take forever.
             if b"insufficient_quota" in text:
                 raise BudgetExhaustedError(f"url: {text[:200]!r}")
             if status != 429:
@@ -160,7 +160,7 @@ class HttpOracle(Meter):
                 answer = connection.getresponse()
                 return answer.status, answer.headers, answer.read()
             except (http.client.HTTPException, ConnectionError):
-                # An idle connection that the server closed is reopened, once.
+                # An idle connection that the server closed is reopened once.
                 if fresh:
                     raise
         raise AssertionError("not reached")

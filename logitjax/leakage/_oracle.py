@@ -30,7 +30,7 @@ class BudgetExhaustedError(ValueError):
 
 
 class Meter:
-    """Counts queries and values, and refuses what exceeds a budget."""
+    """Counts queries and values, and refuses those that exceed a budget."""
 
     def __init__(self, budget: int | None):
         self.budget, self.queries, self.values = budget, 0, 0
@@ -38,12 +38,12 @@ class Meter:
     def charge(self, count: int) -> None:
         if self.budget is not None and self.queries + count > self.budget:
             raise BudgetExhaustedError(
-                f"{count} queries would pass the budget: {self.queries} of {self.budget} are used"
+                f"{count} queries would exceed the budget: {self.queries} of {self.budget} are used"
             )
         self.queries += count
 
     def counted(self, parts: Sequence[Sequence[Any]]) -> Answer:
-        """One answer of several, each with its values and tokens."""
+        """One of several answers, each with its values and tokens."""
         values, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         self.values += values.size
         return Answer(values=values, tokens=tokens)
@@ -52,14 +52,14 @@ class Meter:
 class LogitOracle(Meter):
     """Answers queries about a model as an API with a given policy would, and counts them.
 
-    An operator learns from it what a planned API would give away. The model runs in this process;
-    nothing else is ever asked. Last-position logits are kept for each prompt, so many queries about
-    one prompt, which differ in their bias, cost one forward pass.
+    It shows an operator what a planned API would reveal. The model runs in this process; nothing
+    else is queried. Last-position logits are kept for each prompt, so many queries about one
+    prompt, with different biases, cost one forward pass.
 
     Args:
         apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
-        policy: what the API does.
-        budget: largest number of queries, then BudgetExhaustedError; None for any.
+        policy: the API's policy.
+        budget: maximum number of queries, then BudgetExhaustedError; None for no limit.
         seed: seed of the API's noise and draws.
         batch_size: number of prompts in a forward pass.
         cache_size: number of prompts whose logits are kept.
@@ -67,7 +67,7 @@ class LogitOracle(Meter):
     Attributes:
         queries: number of queries answered so far.
         values: number of values reported so far.
-        prompts: number of prompts that went through the model so far, the operator's cost.
+        prompts: number of prompts run through the model so far, the operator's cost.
 
     >>> table = np.arange(12.0).reshape(3, 4)
     >>> oracle = LogitOracle(lambda tokens: table[np.asarray(tokens)[:, -1]],
@@ -102,7 +102,7 @@ class LogitOracle(Meter):
     def ask(
         self, prompts: Sequence[Sequence[int] | Array] | Array, *, temperature: float = 0.0
     ) -> Answer:
-        """One query a prompt, without a bias: an `Answer` ``[n, k]`` on the host.
+        """Answer one query per prompt, without a bias: an `Answer` ``[n, k]`` on the host.
 
         Args:
             prompts: ``n`` sequences of token ids, of any lengths.
@@ -121,9 +121,9 @@ class LogitOracle(Meter):
         *,
         temperature: float = 0.0,
     ) -> Answer:
-        """Many queries about one prompt, each with its own logit bias.
+        """Answer many queries about one prompt, each with its own logit bias.
 
-        As `ask`, with ``[n, biased]`` tokens and nats; ValueError for what the policy refuses.
+        As `ask`, with ``[n, biased]`` tokens and nats; ValueError if the policy refuses them.
         """
         tokens = np.asarray(bias_tokens, np.int32)
         bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)
@@ -133,13 +133,13 @@ class LogitOracle(Meter):
             raise ValueError("bias_tokens: expected none, got some: this API takes no logit bias")
         self.charge(len(tokens))
         row = self._logits([prompt])
-        # So many at a time that [queries, vocab] stays small.
+        # In batches, so that [queries, vocab] stays small.
         size = max(1, min(len(tokens), 2**23 // row.shape[-1]))
         answers = []
         for start in range(0, len(tokens), size):
             part, values = tokens[start : start + size], bias[start : start + size]
             short = size - len(part)
-            # One compiled shape: the last is filled up and cut again.
+            # One compiled shape: the last batch is padded and cut again.
             if short:
                 part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
@@ -149,7 +149,7 @@ class LogitOracle(Meter):
         return self.counted(answers)
 
     def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
-        """Rows of the cache; missing ones are computed, prompts of one length together."""
+        """Rows from the cache; missing ones are computed, prompts of one length together."""
         names = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
         missing: dict[int, dict[bytes, Any]] = {}
         for name, prompt in zip(names, prompts, strict=True):

@@ -19,7 +19,7 @@ _CHOICES = {
     "bias": ("none", "sampling", "reported"),
     "noise_per": ("prompt", "query"),
 }
-# Fields by the first part of a name, from its other parts.
+# Fields by the first part of a name, as functions of its other parts.
 _NAMED: dict[str, Callable[..., dict[str, Any]]] = {
     "full": lambda: {},
     "round": lambda decimals: {"decimals": int(decimals)},
@@ -35,10 +35,10 @@ _BIASED = {"": {}, "bias": {"bias": "reported", "decimals": 7}, "sampling": {"bi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An API's answer: values ``[*batch, k]`` and the tokens they are of.
+    """An API's answer: values ``[*batch, k]`` and their tokens.
 
-    The drawn token comes first, where the policy reports its value, then the largest. Where it
-    reports tokens only there is no value, and one token.
+    The drawn token comes first if the policy reports its value, then the largest values. If it
+    reports only tokens, there is no value and one token.
     """
 
     values: Array
@@ -98,14 +98,14 @@ class LogitPolicy:
 
     @classmethod
     def parse(cls, name: str) -> "LogitPolicy":
-        """The policy that a short name stands for.
+        """The policy for a short name.
 
         Args:
             name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values
-                and no bias), `top_K_bias` (with a bias that moves what is reported),
+                and no bias), `top_K_bias` (with a bias that changes reported values),
                 `top_K_sampling` (with one that does not), `draws` (the drawn token's own value, no
-                bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
-                alone, and a bias moves it). Others, and impossible numbers, are a ValueError.
+                bias), `sampling` (the same, and a bias changes the drawn token) or `argmax` (the
+                token alone, and a bias changes it). Anything else raises ValueError.
 
         >>> LogitPolicy.parse("top_5").top_k
         5
@@ -123,12 +123,12 @@ class LogitPolicy:
 
     @property
     def step(self) -> float:
-        """Half the distance of neighbouring values that an answer can hold."""
+        """Half the distance between neighbouring values of an answer."""
         return 0.0 if self.decimals is None else 0.5 * 10.0**-self.decimals
 
     @property
     def harvests(self) -> bool:
-        """Whether draws alone tell values: the drawn token's own, and no bias is taken."""
+        """Whether values come only from draws: the drawn token's own, without a bias."""
         notes = self.sampled and self.returns == "logprobs"
         return notes and self.top_k == 0 and self.bias == "none"
 
@@ -143,9 +143,9 @@ class LogitPolicy:
         return vocab if self.top_k < 2 else 1 + math.ceil((vocab - 1) / (self.top_k - 1))
 
     def value_nats(self, vocab: int) -> float:
-        """Most nats that the values of one answer tell: which tokens they are of, and their cells.
+        """Maximum nats that one answer's values reveal: their tokens, and their rounding cells.
 
-        A value without decimals, or without a floor that bounds their number, is one of 2^32.
+        A value without decimals, or without a floor to bound their number, is one of 2^32.
 
         >>> round(LogitPolicy(top_k=5, decimals=2, floor=-10.0).value_nats(1000), 1)
         69.1
@@ -159,16 +159,16 @@ class LogitPolicy:
         return count * (math.log(vocab) + cell) + self.sampled * cell
 
     def noise_nats(self, deviation: float) -> float:
-        """Most nats a token that any number of answers tells of a row under this noise.
+        """Maximum nats per token that any number of answers reveals about a row under this noise.
 
-        For normal logits of standard deviation s, the argument, and noise that a context always
-        gets again: `log(1 + s^2 / noise^2) / 2`.
+        For normal logits of standard deviation s, the argument, and noise that is the same each
+        time for a context: `log(1 + s^2 / noise^2) / 2`.
         """
         return 0.5 * math.log1p((deviation / self.noise) ** 2) if self.noise else math.inf
 
     @staticmethod
     def prompt_number(prompt: Sequence[int] | Array) -> int:
-        """32 bits that identify a prompt in every process, as the key of its noise.
+        """32 bits that identify a prompt in every process, used as the key of its noise.
 
         >>> LogitPolicy.prompt_number([1, 2]) == LogitPolicy.prompt_number(np.array([1, 2]))
         True
@@ -179,7 +179,7 @@ class LogitPolicy:
     def disturb(
         self, logits: Float[Array, "*batch vocab"], keys: Key[jax.Array, "*batch"]
     ) -> Float[jax.Array, "*batch vocab"]:
-        """Logits with noise, before any request changes them, float32; equal keys, equal noise."""
+        """Logits with noise, before requests change them, float32; equal keys give equal noise."""
         logits = checks.as_float(logits, "logits")
         if not self.noise:
             return logits
@@ -195,14 +195,14 @@ class LogitPolicy:
         temperature: Number = 1.0,
         key: Key[jax.Array, ""] | None = None,
     ) -> Answer:
-        """The answer about logits from `disturb`: `top_k` values or all, one more with `sampled`.
+        """The answer for logits from `disturb`: `top_k` values or all, one more with `sampled`.
 
         Args:
             served: ``[*batch, vocab]``.
             bias_tokens: ``[*batch, biased]``; ValueError for a larger bias than allowed.
             bias_values: ``[*batch, biased]`` in nats.
             temperature: temperature of the drawn token; values are reported at 1.
-            key: key of the draw; without one the most likely token is taken, as at temperature 0.
+            key: key of the draw; without a key the most likely token is taken, as at temperature 0.
 
         >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
         >>> @jax.jit
@@ -228,7 +228,7 @@ class LogitPolicy:
         if self.floor is not None:
             values = jnp.maximum(values, self.floor)
         if self.decimals is not None:
-            # By an integer and back: what a JSON answer with so many digits would hold.
+            # By an integer and back, as in a JSON answer with this many digits.
             values = jnp.round(values * 10.0**self.decimals) / 10.0**self.decimals
         if self.top_k is None or self.top_k >= values.shape[-1]:
             tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)

@@ -1,4 +1,4 @@
-"""Tests of a server's behaviour, made before anything that it answers is certified."""
+"""Tests of a server's behaviour, run before any of its answers are certified."""
 
 import dataclasses
 import math
@@ -14,19 +14,19 @@ from logitjax.leakage._recover_row import RecoveredRow
 
 #: Familywise level of the tests, by Holm's rule.
 LEVEL = 0.01
-# Equal queries, prompts whose values are looked at for a lattice, draws that are held against them.
+# Equal queries, prompts whose values are searched for a lattice, draws to compare with them.
 _REPEATS, _PROMPTS, _DRAWN, _SEEDS = 12, 16, 64, 40
-# What float32 arithmetic leaves of a value, and what its JSON text and ours do.
+# Error of a value in float32 arithmetic, and in its JSON text and ours.
 _EPS = 16 * float(np.finfo(np.float32).eps)
 _FORMATS = (("float8", 20, 3), ("bfloat16", 16, 7), ("float16", 13, 10))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One test: what the server does, the probability of such answers if it did not, the size.
+    """One test: the behaviour, the probability of such answers without it, the effect's size.
 
-    The `effect` is in nats if `seen` does not say of what, 1e9 where a number is missing.
-    `declared` is whether the policy says the same.
+    The `effect` is in nats unless `seen` names a unit, and 1e9 if a number is missing. `declared`
+    is whether the policy says the same.
     """
 
     test: str
@@ -40,8 +40,8 @@ class Finding:
 class Protocol:
     """Results of the tests of a server.
 
-    `policy` has the decimals that were seen, `first` the values after the first prompt. `sigma` is
-    an upper bound of a value's deviation between equal queries, `step` half a lattice's.
+    `policy` has the observed decimals, `first` the values after the first prompt. `sigma` is an
+    upper bound of a value's deviation between equal queries, `step` half a lattice's.
     """
 
     policy: LogitPolicy
@@ -62,16 +62,16 @@ class Protocol:
         self.findings.append(one)
 
     def compare(self, test: str, seen: str, errors: Any, size: float = 10.0) -> None:
-        """Numbers that would be zero but for noise, and for rounding of values of some size."""
+        """Numbers that would be zero without noise and without rounding of values of some size."""
         errors = np.abs(np.asarray(errors, np.float64)).ravel()
         scale = math.hypot(max(_EPS * max(1.0, size), 2 * self.step), 2 * self.sigma)
-        # No number where there should be one is as wrong as can be.
+        # A missing number counts as the largest possible error.
         worst = float(np.nan_to_num(errors, nan=1e9, posinf=1e9).max(initial=0.0))
         p = min(1.0, max(1, len(errors)) * math.erfc(worst / scale / math.sqrt(2)))
         self.add(test, seen, p, worst, p > LEVEL)
 
     def repeated(self, test: str, answer: Answer) -> None:
-        """Equal queries: whatever differs is noise; its size by chi^2, its absence by a rate."""
+        """Equal queries: any difference is noise; its size by chi^2, its absence by a rate."""
         tokens, pairs, mean = np.asarray(answer.tokens), _pairs(answer), _means(answer)
         flips = int((tokens != tokens[:1]).any(axis=1).sum())
         off = np.array([value - mean[token] for token, value in pairs])
@@ -106,7 +106,7 @@ def infer_protocol(protocol: Protocol, oracle: Any, prompts: Any) -> None:
 
 
 def _values(protocol: Protocol, oracle: Any, prompts: Any, equal: Answer) -> None:
-    """Lattice, mass and temperature of reported values, and what a bias and an echo do."""
+    """Lattice, mass and temperature of reported values, and the effects of a bias and an echo."""
     policy, prompt = oracle.policy, prompts[0]
     protocol.first = first = _means(equal)
     values = np.asarray(oracle.ask(prompts[:_PROMPTS]).values, np.float64)
@@ -125,7 +125,7 @@ def _values(protocol: Protocol, oracle: Any, prompts: Any, equal: Answer) -> Non
 
 
 def ask_at_end(protocol: Protocol, oracle: Any, prompt: Any) -> None:
-    """The first query once more, after all others: weights that were changed."""
+    """The first query again, after all others, to detect changed weights."""
     if protocol.first:
         last = _means(oracle.ask([prompt]))
         moved = [last.get(token, math.nan) - value for token, value in protocol.first.items()]
@@ -146,7 +146,7 @@ def _means(answer: Answer) -> dict[int, float]:
 
 
 def _rates(protocol: Protocol, oracle: Any, prompt: Any) -> None:
-    """Draws at temperature 1: whether values are their rates."""
+    """Draws at temperature 1: whether their rates match the values."""
     answer = oracle.ask([prompt] * _DRAWN, temperature=1.0)
     token, value = max(_pairs(answer), key=lambda pair: pair[1])
     rate = float(np.exp(min(0.0, value)))
@@ -157,19 +157,19 @@ def _rates(protocol: Protocol, oracle: Any, prompt: Any) -> None:
 
 
 def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
-    """Whether draws depend on seeds, and by which law. No policy declares any of it."""
+    """Whether draws depend on seeds, and by which rule. No policy declares this."""
     seeds = [{"temperature": 1.0, "seed": seed} for seed in range(_SEEDS)]
     prompt, rng = prompts[0], np.random.default_rng(0)
 
-    def told(test: str, what: str, **more: Any) -> np.ndarray | None:
-        """Draws of the same seeds once more, and how many stay, beside what chance keeps."""
-        asked = more.pop("prompt", prompt)
-        again = _drawn(oracle, asked, [fields | more for fields in seeds])
+    def repeated(test: str, what: str, **more: Any) -> np.ndarray | None:
+        """Draws with the same seeds again, and how many agree, compared with chance."""
+        query = more.pop("prompt", prompt)
+        again = _drawn(oracle, query, [fields | more for fields in seeds])
         if again is None:
             protocol.add(test, f"{what}: refused", 1.0, 0.0, True)
             return None
         same = int((again == drawn).sum())
-        # Pairs of unequal seeds say how often draws agree by chance.
+        # Pairs of unequal seeds show how often draws agree by chance.
         by_chance = [int((rng.permutation(again) == drawn).sum()) for _ in range(500)]
         p = (1 + sum(count >= same for count in by_chance)) / 501
         seen = f"{what}: {same} of {_SEEDS} draws stay, by chance {np.mean(by_chance):.1f}"
@@ -180,14 +180,14 @@ def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
     if drawn is None:
         protocol.add("seed", "seeds are refused", 1.0, 0.0, True)
         return
-    told("seed", "equal seeds")
-    # Noise that requests share makes each field a comparison (`Choice`).
-    told("key", "min_p of 1e-7 beside none", min_p=1e-7)
-    told("prompts", "another prompt", prompt=prompts[1])
+    repeated("seed", "equal seeds")
+    # Noise shared by requests makes each field a comparison (`Choice`).
+    repeated("key", "min_p of 1e-7 beside none", min_p=1e-7)
+    repeated("prompts", "another prompt", prompt=prompts[1])
     alone = np.array([oracle.draws(prompt, [fields])[0] for fields in seeds[:_REPEATS]])
     flips = int((alone != drawn[:_REPEATS]).sum())
     protocol.add("company", f"{flips} of {_REPEATS} draws differ alone", 1.0, flips, True)
-    warmer = told("law", "temperature 1.2 beside 1", temperature=1.2)
+    warmer = repeated("law", "temperature 1.2 beside 1", temperature=1.2)
     if warmer is not None and (moved := warmer != drawn).any():
         # Inverse distribution functions move a draw to a neighbour; Gumbel noise to any token.
         order = np.unique([*drawn, *warmer])
@@ -200,7 +200,7 @@ def _choices(protocol: Protocol, oracle: Any, prompts: Any) -> None:
 
 
 def _rules(protocol: Protocol, oracle: Any, prompt: Any) -> None:
-    """Whether `min_p` comes after the temperature, and whether penalties see the prompt."""
+    """Whether `min_p` comes after the temperature, and whether penalties count the prompt."""
     hot = [{"temperature": 2.0, "min_p": math.exp(-1.5), "seed": seed} for seed in range(_DRAWN)]
     best = max(protocol.first.values(), default=0.0)
     cut = _drawn(oracle, prompt, hot)
@@ -209,7 +209,7 @@ def _rules(protocol: Protocol, oracle: Any, prompt: Any) -> None:
         between = int(sum(-2.9 < gap < -1.6 for gap in gaps))
         seen = f"{between} draws lie between the cuts before and after the temperature"
         protocol.add("min_p", seen, 0.0 if between else 1.0, between, True)
-    # The likeliest token once more behind itself: who counts the prompt takes another.
+    # The most likely token repeated after the prompt: a server that counts it picks another.
     first = oracle.draws(prompt, [{"temperature": 0.0}])
     longer = [int(first[0]), *np.asarray(prompt).tolist()]
     plain = oracle.draws(longer, [{"temperature": 0.0}])
@@ -223,7 +223,7 @@ def _rules(protocol: Protocol, oracle: Any, prompt: Any) -> None:
 
 
 def _drawn(oracle: Any, prompt: Any, fields: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """Draws for each of some fields; None where the server refuses them."""
+    """Draws for each of some fields; None if the server refuses them."""
     try:
         return oracle.draws(prompt, fields)
     except BudgetExhaustedError:
@@ -249,10 +249,10 @@ def _lattice(protocol: Protocol, values: np.ndarray) -> None:
     """Decimals of values, bits of values, and binary places of logits, by their differences."""
     policy, some = protocol.policy, np.unique(values[np.isfinite(values) & (values != 0)])
     near = _EPS / 4 * np.abs(some).max(initial=1.0)
-    # More decimals than float32 tells are none.
+    # More decimals than float32 has count as none.
     declared = policy.decimals if policy.decimals is not None and policy.decimals < 6 else None
     bits = np.float32(some).view(np.uint32)
-    # Rounded logits: the normaliser moves their lattice, and leaves their differences.
+    # Rounded logits: the normaliser shifts their lattice but keeps their differences.
     apart = np.unique(np.diff(values, axis=1))
     for decimals in range(6):
         on, p = _lies_on(some, 10.0**-decimals, near)
@@ -273,7 +273,7 @@ def _lattice(protocol: Protocol, values: np.ndarray) -> None:
     for places in range(9):
         on, p = _lies_on(apart[apart != 0], 2.0**-places, 2 * near)
         if on:
-            # The finest place of all: larger logits are rounded to eight times as much, or less.
+            # The finest place of all: larger logits are rounded to at most eight times as much.
             protocol.step = 4 * 2.0**-places
             protocol.add("lattice", f"logits to 2^-{places}", p, protocol.step, True)
             return
@@ -311,16 +311,16 @@ def _bias(protocol: Protocol, oracle: Any, prompt: Any) -> None:
     moved = "sampling" if policy.sampled and tokens[-1, 0] == token != ranked[0] else "none"
     kind, errors = min((("reported", reported), (moved, still)), key=lambda pair: pair[1].max())
     protocol.compare("bias", f"as if {kind}; values of {sizes} are off by", errors, 80.0)
-    # What is drawn is not seen of every server, so a bias of draws may look like none.
+    # Not every server reports the drawn token, so a bias of draws may look like none.
     alike = kind == policy.bias or (kind == "none" and policy.bias == "sampling")
     protocol.add("bias moves", kind, 0.0, float(still.max()), alike)
 
 
 def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) -> RecoveredRow:
-    """Asks for each token of a row once more, by other queries, and widens its error."""
+    """Query each token of a row again in another way, and widen its error."""
     rng, limit = np.random.default_rng(1), oracle.policy.bias_limit
     log_probs, existing = row.log_probs.astype(np.float64), row.known.copy()
-    # A search that is not of all tokens finds differences to the first, which may be none of them.
+    # A search of some tokens gives differences to its first, which may not be among them.
     first = 0.0 if row.method == "searched" and not existing.all() else np.nanmax(log_probs)
     lack, order = first - log_probs, rng.permutation(np.flatnonzero(existing))
     if row.method == "harvested":
@@ -339,13 +339,13 @@ def tell_again(protocol: Protocol, oracle: Any, prompt: Any, row: RecoveredRow) 
         forced = row.method == "forced"
         lifts = lack + rng.uniform(0.5, 2.5, lack.shape)
         sizes = np.full(lack.shape, 0.7 * limit) if forced else lifts
-        # What no bias lifts again is not known.
+        # A token that no bias lifts again is not known.
         existing &= lifts <= (sizes if forced else limit)
         order = order[existing[order]]
         errors = (_forced if forced else _lifted)(oracle, prompt, log_probs, order, sizes)
     protocol.compare("told again", f"{np.size(errors)} values by other queries", errors, 30.0)
     off = np.abs(np.asarray(errors, np.float64))
-    # The largest of as many normal errors, of a difference of three values.
+    # The largest of this many normal errors, of a difference of three values.
     noise = protocol.sigma * math.sqrt(6 * math.log(100 * existing.size))
     bound = row.error_bound + 2 * off[np.isfinite(off)].max(initial=0.0) + 2 * protocol.step + noise
     if existing.all() and row.method != "searched":
@@ -362,8 +362,8 @@ def _forced(
     oracle: Any, prompt: Any, log_probs: np.ndarray, order: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
     answer = oracle.ask_biased(prompt, order[:, None], sizes[order, None])
-    came = np.asarray(answer.tokens)[:, 0] == order
-    return np.where(came, np.asarray(answer.values)[:, 0] - log_probs[order], np.nan)
+    forced = np.asarray(answer.tokens)[:, 0] == order
+    return np.where(forced, np.asarray(answer.values)[:, 0] - log_probs[order], np.nan)
 
 
 def _lifted(
@@ -379,6 +379,6 @@ def _lifted(
     values = np.where(same, np.asarray(answer.values, np.float64)[:, None, :], -np.inf).max(-1)
     at = log_probs[tokens]
     foretold = at + lifts - np.log1p((np.expm1(lifts) * np.exp(at)).sum(axis=1, keepdims=True))
-    # A token that nearly is the answer tells little of itself: by 1 - P of its error.
+    # A token that dominates the answer reveals little about itself: 1 - P of its error.
     little = np.maximum(-np.expm1(np.minimum(foretold, -1e-6)), 1e-3)
     return np.where(np.isfinite(values), (values - foretold) / little, np.nan)[lifts > 0]

@@ -1,4 +1,4 @@
-"""Parts of rows beyond their first directions, and what those directions hold."""
+"""Parts of rows beyond their first directions, and the content of those directions."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from logitjax.leakage._gram import BLOCK, Spectrum, Table
 from logitjax.ops import Array
 
-# Values of a row whose differences to the nearest row are looked at, and the share of them that is
-# one number where rows were rounded alike.
+# Values of a row whose differences to the nearest row are compared, and the share of them that is
+# one number if the rows were rounded alike.
 _SAMPLE, _ALIKE = 512, 1 / 3
 
 
@@ -19,53 +19,53 @@ class Residual:
 
     by_row: np.ndarray  # [n], variance of each row's noise
     by_token: np.ndarray  # [vocab], likewise
-    # Whether the variance is one in all tokens and in all rows.
+    # Whether the variance is the same in all tokens and in all rows.
     even: bool
     # The largest residual, in standard deviations.
     loudest: float
     # Whether a direction may be one loud row, or one loud value of it.
     lone: bool
-    # a singular value that independent noise of any variances stays below.
+    # Singular value that independent noise of any variances stays below.
     edge: float
 
 
-def residual(table: Table, whole: Spectrum, k: int) -> Residual:
+def residual(table: Table, full: Spectrum, k: int) -> Residual:
     """Subtract a table's first `k` directions, block by block.
 
     `edge` is ``max_i |row_i| + max_v |column_v|`` (Bandeira and van Handel, 2016, theorem 1.1).
     """
     count, vocab = table.rows.shape
-    left = whole.left[:, :k]
+    left = full.left[:, :k]
     free, share = count - k, 1.0 - (left**2).sum(axis=1)
     by_row, loudest = np.zeros(count), np.zeros(count)
-    by_token, taken = np.zeros(vocab), np.zeros(vocab)
+    by_token, fitted = np.zeros(vocab), np.zeros(vocab)
     for where, block in table.blocks():
         inside = left.T @ block
-        taken[where] = ((inside / np.maximum(whole.values[:k, None], 1e-30)) ** 2).sum(axis=0)
+        fitted[where] = ((inside / np.maximum(full.values[:k, None], 1e-30)) ** 2).sum(axis=0)
         block -= left @ inside
         block *= block
         by_row += block.sum(axis=1)
         by_token[where] = block.sum(axis=0)
         loudest = np.maximum(loudest, block.max(axis=1))
-    # Rows of which next to nothing is left have a direction each to themselves, as loud noise has
-    # and hidden states have not.
+    # Rows with almost no remainder have a direction each to themselves, as loud noise has and
+    # hidden states have not.
     local = share <= 0.25 * free / count
-    least = 0.7 if taken.max() > 0.3 else 0.25
+    least = 0.7 if fitted.max() > 0.3 else 0.25
     lone = 3 * k <= count and share.min() < least * free / count
     share = np.maximum(share, 1e-6)
-    # A projection takes from the noise of a row or token twice what it takes from the unit vector.
+    # A projection removes twice as much noise from a row or token as from the unit vector.
     edge = np.sqrt((by_row / share**2).max())
-    edge += np.sqrt((by_token / np.maximum(1.0 - taken, 1e-6) ** 2).max() * count / free)
+    edge += np.sqrt((by_token / np.maximum(1.0 - fitted, 1e-6) ** 2).max() * count / free)
     by_row, by_token = by_row / share / vocab, by_token / free
     if not local.all():
         by_row[local] = np.median(by_row[~local])
-    # Rows or tokens that are exact have no scale of their own.
+    # Exact rows or tokens have no scale of their own.
     mean = max(float(by_token.mean()), 1e-30)
     by_row, by_token = (np.maximum(part, 1e-12 * mean) for part in (by_row, by_token))
     some = by_row[~local]
-    # Loud tokens take directions as loud rows do, and what is left of them is even. A variance from
-    # m normal values varies by sqrt(2 / m) of itself.
-    even = local.mean() <= 0.1 and (taken > 0.5).sum() <= 0.1 * k
+    # Loud tokens take directions as loud rows do, which evens the rest. A variance from m normal
+    # values varies by sqrt(2 / m) of itself.
+    even = local.mean() <= 0.1 and (fitted > 0.5).sum() <= 0.1 * k
     even = even and by_token.std() <= 1.25 * np.sqrt(2 / free) * mean
     even = even and some.std() <= (1.5 * np.sqrt(2 / vocab) + 0.05) * some.mean()
     return Residual(
@@ -79,9 +79,9 @@ def residual(table: Table, whole: Spectrum, k: int) -> Residual:
 
 
 def first_of_alike(rows: np.ndarray, gram: Float[np.ndarray, "n n"], step: float) -> np.ndarray:
-    """Rows that were not rounded as an earlier one was, whose noise is then not independent.
+    """Rows whose rounding is not that of an earlier row, which would make noise dependent.
 
-    Of two such rows many values differ by one number: those that share their cells.
+    Two rows that are rounded alike share cells, so many of their values differ by one number.
     """
     squares = np.diagonal(gram)
     apart = squares[:, None] + squares[None, :] - 2 * gram
@@ -113,17 +113,17 @@ def holds_vector(
     values: Float[np.ndarray, " k"],
     noise: float,
 ) -> bool:
-    """Whether a vector may lie in the span of singular vectors that noise has turned."""
+    """Whether a vector may lie in the span of singular vectors that noise has rotated."""
     outside = squared_norm - float(inside @ inside)
     turned = noise**2 * float(((inside / values) ** 2).sum())
     return outside <= 4 * turned + 1e-12 * squared_norm
 
 
 def rows_apart(gram: Float[np.ndarray, "n n"], noise: Float[np.ndarray, " n"]) -> int:
-    """The number of rows of which no earlier one is as near as noise of these squares brings it."""
+    """The number of rows with no earlier one as near as noise with these squares allows."""
     squares = np.diagonal(gram)
     apart = squares[:, None] + squares[None, :] - 2 * gram
-    # Three times what is expected: a row that counts once too few leaves a width open, no more.
+    # Three times the expectation: one row too few only leaves a width open.
     near = apart <= 3.0 * (noise[:, None] + noise[None, :]) + 1e-13 * squares.max()
     return len(gram) - int(np.tril(near, -1).any(axis=1).sum())
 

@@ -1,4 +1,4 @@
-"""Logits from an API that says nothing but which token is drawn: comparisons under a bias."""
+"""Logits from an API that reports only the drawn token: comparisons under a bias."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from jaxtyping import Int
 from logitjax.leakage._oracle import Asked
 from logitjax.ops import Array
 
-# A batch that its queries do not narrow any more is given up: answers contradict each other.
+# A batch that its queries no longer narrow is given up: its answers are contradictory.
 _STUCK = 20
-# An API adds biases to logits in float32, which rounds sums of up to 128 nats by as much on each
+# An API adds biases to logits in float32, which rounds sums of up to 128 nats by this much on each
 # side of a comparison.
 _ROUNDED = 2.0**-18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchedLogits:
-    """Bounds `[m]` of logits less the largest one, in nats.
+    """Bounds `[m]` of logits minus the largest one, in nats.
 
-    A `lower` of -inf is of a token that stayed below the assumed range. `contradictions` counts
-    answers that no logits agree with, which were left out: the API adds fresh noise, and the bounds
-    hold up to it only. Most answers under noise agree with some logits, so none is no proof.
+    A `lower` of -inf marks a token that stayed below the assumed range. `contradictions` counts
+    answers that fit no logits and were left out: the API adds fresh noise, and the bounds hold only
+    up to it. Most answers under noise fit some logits, so zero is not a proof.
     """
 
     lower: np.ndarray
@@ -33,7 +33,7 @@ class SearchedLogits:
 
     @property
     def middle(self) -> np.ndarray:
-        """`[m]`: the middle of the bounds; NaN where there is no lower one."""
+        """`[m]`: the middle of the bounds; NaN without a lower bound."""
         finite = np.isfinite(self.lower)
         return np.where(finite, (np.where(finite, self.lower, 0.0) + self.upper) / 2, np.nan)
 
@@ -41,9 +41,9 @@ class SearchedLogits:
 class Boxes:
     """Bounds on u, the logits scaled to [0, 1] with the winner at 1.
 
-    `apart[i, j]` is an upper bound of `u_j - u_i`. An answer gives some out of one token, and the
-    matrix is kept closed under the triangle inequality, in O(N^2) an answer. A drawn token may have
-    been below another by `slack` all the same, by rounding.
+    `apart[i, j]` is an upper bound of `u_j - u_i`. An answer gives those of one token, and the
+    matrix is kept closed under the triangle inequality, in O(N^2) per answer. By rounding, a drawn
+    token may have been below another by up to `slack`.
     """
 
     def __init__(self, count: int, winner: int, slack: float = 0.0):
@@ -71,7 +71,7 @@ class Boxes:
 
 
 def _one_of_n(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """All tokens so high that each is drawn with probability 1 / N if they lie evenly in bounds."""
+    """Raise all tokens so that each is drawn with probability 1 / N if uniform in its bounds."""
     count = len(lower)
     return 1.0 - lower - count ** (-1.0 / (count - 1)) * (upper - lower)
 
@@ -84,14 +84,14 @@ def search_logits(
     span: float = 40.0,
     tolerance: float = 0.01,
 ) -> SearchedLogits:
-    """Bounds of logits when an API reports nothing but the token it draws at temperature 0.
+    """Bound logits when an API only reports the token it draws at temperature 0.
 
-    Tokens are asked for in batches with the one drawn without a bias, which no other can beat.
-    Their range is taken to be `span` nats, and bounds end up `tolerance` nats apart, and some 1e-5.
+    Tokens are queried in batches with the token drawn without a bias, which no other can beat.
+    Their range is assumed to be `span` nats, and bounds end up `tolerance` plus some 1e-5 apart.
     """
     policy = oracle.policy
     if policy.bias == "none":
-        raise ValueError("oracle: expected an API that takes a logit bias, got bias='none'")
+        raise ValueError("oracle: expected an API that accepts a logit bias, got bias='none'")
     if not 0 < tolerance < span <= policy.bias_limit:
         want = f"more than tolerance={tolerance} and at most the largest bias, {policy.bias_limit}"
         raise ValueError(f"span: expected {want}, got {span}")
@@ -103,12 +103,12 @@ def search_logits(
     size = max(1, policy.max_biased - 1)
     for start in range(0, len(rest), size):
         batch = np.array([winner, *rest[start : start + size]])
-        boxes, asked, wrong = _narrow(oracle, prompt, batch, span, tolerance)
-        # What was never drawn may lie anywhere below: that its u is not negative was assumed.
+        boxes, count, wrong = _narrow(oracle, prompt, batch, span, tolerance)
+        # A token that was never drawn may lie anywhere below: that its u is at least 0 was assumed.
         low = np.where(boxes.lower > 0, (boxes.lower - 1) * span, -np.inf)
         lower |= dict(zip(batch.tolist(), low.tolist(), strict=True))
         upper |= dict(zip(batch.tolist(), ((boxes.upper - 1) * span).tolist(), strict=True))
-        queries += asked
+        queries += count
         contradictions += wrong
     low, high = (np.array([one[token] for token in array.tolist()]) for one in (lower, upper))
     counts = {"queries": queries, "contradictions": contradictions}
@@ -131,7 +131,7 @@ def _narrow(
         drawn = places.get(int(np.asarray(answer.tokens)[0, 0]))
         queries += 1
         existing = boxes.apart
-        # The bias as it was sent: the rounded one is what was compared.
+        # The bias as it was sent: the rounded one was compared.
         agrees = drawn is not None and boxes.learn(drawn, nats.astype(np.float64) / span)
         narrows = (existing - boxes.apart).max() > boxes.slack
         in_row = 0 if narrows else in_row + 1

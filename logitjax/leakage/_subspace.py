@@ -14,7 +14,7 @@ from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, roundin
 from logitjax.leakage._width import OutputWidth, judge_width
 from logitjax.ops import Array, checks
 
-# Of a basis at some tokens, by which errors of their values grow.
+# Condition of a basis at some tokens, by which errors of their values grow.
 _CONDITION = 1e6
 
 
@@ -24,7 +24,7 @@ class OutputSubspace:
 
     Attributes:
         basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown.
-            Zero for tokens that ``vocab_where`` leaves out.
+            Zero for tokens excluded by ``vocab_where``.
         width: the hidden dimension as an interval with its reason, or a refusal.
         singular_values: singular values of the rows, falling.
         vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
@@ -38,12 +38,12 @@ class OutputSubspace:
 
     @property
     def dimension(self) -> int:
-        """Number of columns of the basis: as requested, else the estimate or lower bound."""
+        """Number of columns of the basis: as requested, otherwise the estimate or lower bound."""
         return self.basis.shape[1]
 
     @property
     def max_gap(self) -> int:
-        """The published estimate of the width, which answers whatever the rows are."""
+        """The published estimate of the width, which returns a number for any rows."""
         return max_gap_dimension(self.singular_values)
 
     def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
@@ -58,16 +58,16 @@ class OutputSubspace:
         return np.concatenate([order[:rank], rest[np.argsort(-size)[: count - rank]]])
 
     def complete(self, tokens: Int[Array, " m"], values: Float[Array, "n m"]) -> np.ndarray:
-        """Whole rows from a few of their values, by least squares in the basis.
+        """Complete rows from a few of their values, by least squares in the basis.
 
-        ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, the shift each row's
-        normaliser: h + 1 values say all V. Errors of the values are multiplied by up to the
-        condition of the basis at the tokens; one above 1e6 is refused. Values ``[n, m]`` at ``[m]``
-        distinct tokens become ``[n, vocab]``, NaN where ``vocab_where`` is False.
+        ``values = basis[tokens] c + shift``, then ``row = basis c + shift``, with each row's
+        normaliser as shift: h + 1 values determine all V. Errors of the values are multiplied by up
+        to the condition of the basis at the tokens; a condition above 1e6 is refused. Values ``[n,
+        m]`` at ``[m]`` distinct tokens become ``[n, vocab]``, NaN where ``vocab_where`` is False.
         """
         tokens, values = np.asarray(tokens), np.asarray(values, np.float64)
         if not self.vocab_where[tokens].all():
-            raise ValueError("tokens: expected some that the basis knows, got one that was masked")
+            raise ValueError("tokens: expected tokens of the basis, got a masked one")
         array = np.concatenate([self.basis, np.ones((len(self.basis), 1))], axis=1)
         unknowns, system = array.shape[1], array[tokens]
         if len(tokens) < unknowns:
@@ -96,17 +96,17 @@ def estimate_output_subspace(
     Centring each row removes the normalisers and leaves the head modulo multiples of the ones
     vector. The float64 n x n Gram matrix shows the whole spectrum, to half of float64's digits.
 
-    The width is tested: everything beyond k directions has to be rounding, or white noise of a
-    fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
-    Carlini et al., 2024, section 4, and Finlayson et al., 2024, section 4, read the width off the
-    largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
+    The width is tested: everything beyond k directions must be rounding, or white noise of a fitted
+    size (`OutputWidth`). A token with a NaN or an infinity in some row is left out. Carlini et al.,
+    2024, section 4, and Finlayson et al., 2024, section 4, read the width off the largest gap,
+    which gives n if n < h, and 1 on a real spectrum under noise.
 
     Args:
         rows: ``[n, vocab]``, n > h; those on the host are copied whole only to leave tokens out.
         dimension: columns of the basis, if the width is known; the width is still tested.
-        noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It
-            is compared with the rows, and sharpens the result of few rows.
-        decimals: number of decimals to which the API rounds, which is more noise.
+        noise: standard deviation of the API's noise on a value, 0 for none, None if unknown. It is
+            tested against the rows, and sharpens the result of few rows.
+        decimals: number of decimals to which the API rounds, a further source of noise.
         centre: see above; False for logits.
 
     Raises:
@@ -131,9 +131,9 @@ def estimate_output_subspace(
         noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     rows = np.asarray(rows)
     table = Table.of(rows, centre=centre)
-    whole = spectrum(table)
+    full = spectrum(table)
     where = np.ones(vocab, bool)
-    if not np.isfinite(whole.values).all():
+    if not np.isfinite(full.values).all():
         # NaN and infinities reach every singular value, so finite rows never pay for the search.
         where = finite_columns(rows)
         if where.sum() < max(2, vocab / 2):
@@ -142,18 +142,18 @@ def estimate_output_subspace(
                 f"{vocab} with a NaN or an infinity"
             )
         table = Table.of(rows[:, where], centre=centre)
-        whole = spectrum(table)
+        full = spectrum(table)
     step, columns = _largest_rounding(table.rows), table.rows.shape[1] - centre
-    width = judge_width(table, whole.gram, step=step, columns=columns, named=noise)
+    width = judge_width(table, full.gram, step=step, columns=columns, named=noise)
     size = dimension or width.estimate or width.lower
-    smallest = np.sqrt(np.finfo(np.float64).eps) * whole.values[0]
-    scaled = whole.left[:, :size] / np.maximum(whole.values[:size], smallest)
+    smallest = np.sqrt(np.finfo(np.float64).eps) * full.values[0]
+    scaled = full.left[:, :size] / np.maximum(full.values[:size], smallest)
     basis = np.zeros((vocab, scaled.shape[1]), np.float32)
     basis[where] = project(table.rows, scaled, table.means if centre else None)
     return OutputSubspace(
         basis=basis,
         width=width,
-        singular_values=clip_spectrum(whole.values),
+        singular_values=clip_spectrum(full.values),
         vocab_where=where,
         count=count,
     )
@@ -163,8 +163,8 @@ def _largest_rounding(rows: np.ndarray) -> float:
     """Bound the rounding of a value's last bits by the number format and the products."""
     dtype = jnp.dtype(rows.dtype)
     half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16
-    # Products of float32 lose some of the last bits; values of 16 bits are rounded once.
+    # Products in float32 lose some of the last bits; 16-bit values are rounded once.
     eps = float(jnp.finfo(dtype).eps) if half else 16 * float(jnp.finfo(jnp.float32).eps)
-    # Rounding is of the values as they came, their means included.
+    # Rounding applies to the values as received, including their means.
     squares = sum(float((row.astype(np.float64) ** 2).sum()) for row in rows)
     return eps * math.sqrt(squares / rows.size)

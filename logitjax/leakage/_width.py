@@ -1,4 +1,4 @@
-"""How wide a model is, from a spectrum: an interval and its reason, or none."""
+"""The width of a model from a spectrum: an interval with its reason, or none."""
 
 import dataclasses
 import math
@@ -16,17 +16,17 @@ from logitjax.leakage._residual import (
 )
 from logitjax.leakage._spectrum import fit_white_noise, spectrum_gaps
 
-# A direction counts from so far above the noise's edge, and closes the interval from there.
+# A direction counts from this factor above the noise's edge, and closes the interval from here.
 _COUNTED, _CLOSED = 1.1, 1.5
-# Rows for each direction from which the fit of the noise is to be believed, as below them a few
-# loud rows make a fit too; the second where it confirms the noise that was named.
+# Rows per direction for a reliable fit of the noise, because with fewer a few loud rows fit too;
+# the second number applies if it confirms the declared noise.
 _ROWS, _ROWS_CONFIRMED = 1.7, 1.1
-# Directions so far above the rounding of the number format are not its neighbours in one band of
-# noise, which may lie on both sides of it.
+# Directions this far above the rounding of the number format are not in one band of noise with it,
+# which may lie on both sides of it.
 _CLEAR = 30.0
 # Scalings of rows and tokens until their noise has one variance.
 _SWEEPS = 4
-# Values so loud, in standard deviations, are directions of their own under heavy tails.
+# Values this loud, in standard deviations, are separate directions under heavy tails.
 _LOUD = 6.0
 
 
@@ -35,12 +35,12 @@ class OutputWidth:
     """The number of directions that rows span beyond their noise.
 
     Attributes:
-        lower: At least so many.
-        estimate: The most likely number; None where none can be established.
-        upper: At most so many directions stronger than `floor`; None where rows leave it open.
-        reason: What that rests on, or why there is no more to say.
-        noise: Fitted standard deviation of a value's noise, 0 for rounding; None where none fits.
-        floor: A direction whose singular value without noise is smaller could have gone unseen.
+        lower: Minimum number.
+        estimate: The most likely number; None if none can be established.
+        upper: Maximum number of directions stronger than `floor`; None if rows leave it open.
+        reason: The evidence for it, or why it is not known.
+        noise: Fitted standard deviation of a value's noise, 0 for rounding; None if none fits.
+        floor: Singular value without noise below which a direction could have gone unseen.
     """
 
     lower: int
@@ -52,7 +52,7 @@ class OutputWidth:
 
     @property
     def certain(self) -> bool:
-        """Whether it is one number; under noise never: weak directions cannot be excluded."""
+        """Whether it is one number; never under noise, which may hide weak directions."""
         return self.lower == self.estimate == self.upper and self.noise == 0.0
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class OutputWidth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _View:
-    """A table, its spectrum, and what its rows were told to be."""
+    """A table, its spectrum, and the declared noise and rounding of its rows."""
 
     table: Table
     spectrum: Spectrum
@@ -93,20 +93,20 @@ def judge_width(
 ) -> OutputWidth:
     """The width that rows establish.
 
-    Rows that were rounded alike count once. Where everything beyond k directions is rounding, that
-    is k. Else rows and tokens are scaled until their noise has one variance, which changes no rank,
-    and the smallest k is taken beyond which both ends of the spectrum are those of white noise.
-    Where nothing fits there is a lower bound only, which asks of the noise to be independent.
+    Rows that were rounded alike count once. If everything beyond k directions is rounding, the
+    width is k. Otherwise rows and tokens are scaled until their noise has one variance, which
+    changes no rank, and the smallest k is taken beyond which both ends of the spectrum are those of
+    white noise. If nothing fits there is only a lower bound, which assumes independent noise.
 
-    `step` is the largest rounding error of a value, `named` the noise to hold against the fit.
-    Scales as of Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix),
-    which whiten noise of other variances as well.
+    `step` is the largest rounding error of a value, `named` the noise to test the fit against.
+    Scales follow Landa, Zhang and Kluger, 2022 (Biwhitening reveals the rank of a count matrix),
+    and also whiten noise of other variances.
     """
     exact = step * (math.sqrt(len(gram)) + math.sqrt(table.rows.shape[1]))
     if not np.trace(gram) > exact**2:
-        return _open("nothing but rounding is seen")
+        return _open("only rounding is seen")
     if are_cut_off(table.rows):
-        # Such rows are no linear images of hidden states: what they span says nothing of those.
+        # Such rows are not linear images of hidden states, so their span says nothing about those.
         return _open("many values of a row are its smallest: they are cut off, or were filled in")
     once = first_of_alike(table.rows, gram, 2 * step)
     if alike := int((~once).sum()):
@@ -136,7 +136,7 @@ def _of_exact_rows(view: _View) -> OutputWidth | None:
     message = "the rest is rounding"
     if view.named:
         message += f", noise of {view.named:.3g} would be seen"
-    # Noise of a few rows gives each a direction to itself, which no other row confirms.
+    # Noise of a few rows gives each its own direction, which no other row confirms.
     share = 1.0 - (view.spectrum.left[:, :k] ** 2).sum(axis=1)
     if local := int((share < 1e-4 * (view.rows - k) / view.rows).sum()):
         message = (
@@ -160,7 +160,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
         k = noise.above if noise else view.rows // 2
         left = residual(view.table, view.spectrum, k)
         if noise and left.even:
-            # Tokens that differ leave a few rows even too, beyond too many directions.
+            # Tokens that differ make a few rows look even too, beyond too many directions.
             clear = 3 * k <= view.rows or view.values[k - 1] > _CLOSED * noise.edge
             fit = (view, noise, left) if fit is None or clear else fit
             if clear:
@@ -176,9 +176,9 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
     view, noise, left = fit
     k = noise.above
     if k == 0:
-        message = f"nothing but white noise of {noise.sigma:.3g} is seen"
+        message = f"only white noise of {noise.sigma:.3g} is seen"
         return _open(message, noise=noise.sigma)
-    # Named by whoever runs the API and seen in the rows: then fewer rows are enough.
+    # Declared by the API's operator and seen in the rows: then fewer rows are enough.
     agrees = view.named is not None and abs(noise.sigma / view.named - 1) <= 0.1
     least = _ROWS_CONFIRMED if agrees else _ROWS
     if min(view.rows, view.columns) < least * k:
@@ -190,7 +190,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
     message = f"white noise of {noise.sigma:.3g} explains the rest"
     if view.named is not None and not agrees:
         message += f", not the {view.named:.3g} that was named"
-    # What was seen of the spectrum says how far below its last direction a further one would be.
+    # The observed spectrum shows how far below its last direction a further one would be.
     closed = k >= 4 and values[k - 1] > max(_CLOSED, _COUNTED * _step(values, k)) * noise.edge
     if not closed:
         message += ", which may hide more directions"
@@ -203,7 +203,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
         closed = False
         message += ", and few rows differ by more than that"
     width = OutputWidth(
-        # Noise that is not white to the last pokes out of its edge, and is no direction.
+        # Noise that is not quite white exceeds its edge without being a direction.
         lower=k if closed else _independent(view, k),
         estimate=k,
         upper=k if closed else None,
@@ -215,7 +215,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
 
 
 def _evened(view: _View, left: Residual) -> _View:
-    """Rows and tokens scaled by their residuals, so that noise has one size on average."""
+    """Scale rows and tokens by their residuals, so that noise has one size on average."""
     by_row = view.scales[0] * np.sqrt(np.median(left.by_row) / left.by_row)
     by_token = view.scales[1] * np.sqrt(np.median(left.by_token) / left.by_token)
     table = view.table.scaled((by_row, by_token))
@@ -235,7 +235,7 @@ def _step(values: np.ndarray, k: int) -> float:
 
 
 def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
-    """Lowers the bound by directions that may not be the model's."""
+    """Lower the bound by directions that may not be the model's."""
     lower, k, message = width.lower, width.estimate or 0, width.reason
     left, values = view.spectrum.left[:, :k], view.values[:k]
     rows, tokens = view.scales
@@ -259,7 +259,7 @@ def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
 
 
 def _independent(view: _View, most: int) -> int:
-    """So many directions, up to `most`, stand above independent noise of any variances."""
+    """This many directions, up to `most`, exceed independent noise of any variances."""
 
     def stands(k: int) -> bool:
         edge = residual(view.table, view.spectrum, k).edge

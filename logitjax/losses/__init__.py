@@ -1,33 +1,33 @@
 """Losses on logits: unreduced float32 values with the vocabulary axis gone.
 
-The meaning of their common arguments:
+Common arguments:
 
-* `logits`, or `student_logits` and `teacher_logits` of one shape: `[*batch, vocab]`, of any
-  floating point type, with the vocabulary last. Both are differentiated: use
-  `jax.lax.stop_gradient` where a teacher shares parameters with the student.
-* `labels`: `[*batch]` integers in `0..vocab - 1`, over the whole vocabulary.
+* `logits`, or `student_logits` and `teacher_logits` of the same shape: `[*batch, vocab]`, of any
+  floating point type. Both are differentiated: use `jax.lax.stop_gradient` if a teacher shares
+  parameters with the student.
+* `labels`: `[*batch]` integers in `0..vocab - 1`, of the whole vocabulary even if it is split.
 * `direction`: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-* `temperature`: `T`, which divides the logits. It is positive and may be traced.
-* `vocab_where`: boolean, broadcastable to the logits: True for the entries that exist, in both of
-  two. Of a head it is `[vocab]`.
-* `axis_name`: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-  Elsewhere `MeshAxes` names the axes of a mesh.
+* `temperature`: `T`, which divides the logits; positive, may be traced.
+* `vocab_where`: boolean, broadcastable to the logits: True for valid entries, of both models if
+  there are two. With a head it is `[vocab]`.
+* `axis_name`: mesh axis over which the vocabulary is split, inside `jax.shard_map`. Elsewhere
+  `MeshAxes` names the axes of a mesh.
 
-The `linear_` functions start at hidden states and never hold the logits. They take instead:
+The `linear_` functions start from hidden states and never hold all logits. They take instead:
 
 * `hidden`: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of hidden states
   and kernel, and accumulate in float32.
-* `head`: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-* `teacher_hidden` and `teacher_head`: the same of the teacher, `[*batch, teacher_hidden]` and a
-  head of the same vocabulary. Neither gets a gradient, nor does the temperature.
-* `weights`: `[*batch]`. Gives the scalar `sum(weights * loss)`, whose gradients are formed in the
-  same sweep as the value where memory allows (see `Blocks`): nothing is computed twice. A position
-  of weight 0 counts for nothing, whatever its label.
-* `blocks`: what may be held at a time; chosen from shapes and device when None.
+* `head`: a `Head`, or just a kernel `[hidden, vocab]` or `[vocab, hidden]`.
+* `teacher_hidden` and `teacher_head`: the same for the teacher, `[*batch, teacher_hidden]` and a
+  head of the same vocabulary. Neither they nor the temperature get gradients.
+* `weights`: `[*batch]`. If given, the result is the scalar `sum(weights * loss)`, whose gradients
+  are formed in the same sweep as the value if memory allows (see `Blocks`): nothing is computed
+  twice. A position of weight 0 has no effect, whatever its label.
+* `blocks`: limits on what is held at a time; chosen from shapes and device if None.
 
-All return `[*batch]` float32, or a scalar with `weights`. They raise a TypeError where an array is
-of another kind, and a ValueError where shapes do not fit, a kernel is square and its `vocab_axis`
-is not given, or an option is unknown or out of range.
+All return `[*batch]` float32, or a scalar with `weights`. They raise a TypeError for arrays of the
+wrong type, and a ValueError if shapes do not fit, a kernel is square and its `vocab_axis` is not
+given, or an option is unknown or out of range.
 """
 
 from logitjax.losses._cross_entropy import cross_entropy as cross_entropy

@@ -16,25 +16,24 @@ def cross_entropy(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
-    """Negative log-probability of the label, position by position.
+    """Negative log-probability of the label at each position.
 
     The label's logit is found by comparing an iota with the label, not by a gather, so batch and
-    vocabulary may lie on any mesh axis, Auto or Explicit. The loss is::
+    vocabulary may be split over any mesh axis, Auto or Explicit. The loss is::
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
-    with `e = label_smoothing`, `c = z_loss`. The mean is over the entries that exist: neither
-    `-inf` nor excluded by `vocab_where`.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    with `e = label_smoothing`, `c = z_loss`. The mean is over valid entries: neither `-inf` nor
+    excluded by `vocab_where`. See `logitjax.losses` for what all losses take, return and raise.
 
     Args:
         label_smoothing: the weight `e` of the uniform distribution, in `[0, 1)`.
         z_loss: the weight `c` of the squared log-normaliser, which keeps logits from drifting.
 
     Returns:
-        `[*batch]`, float32. `inf` where the label's entry does not exist, and nan where the label
-        is outside the vocabulary (such as -100), so that it cannot pass unseen; `masked_mean(loss,
-        labels >= 0)` leaves both the nan and its gradient out.
+        `[*batch]`, float32. `inf` if the label's entry is not valid, and nan if the label is
+        outside the vocabulary (such as -100), so that it cannot go unnoticed; `masked_mean(loss,
+        labels >= 0)` leaves out both the nan and its gradient.
 
     >>> import jax, numpy as np
     >>> logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
@@ -43,7 +42,7 @@ def cross_entropy(
 
     References:
         Szegedy et al., Rethinking the Inception architecture, 2016 (label smoothing; here uniform
-        over the entries that exist). Chowdhery et al., PaLM, 2022, section 5 (z-loss, weight 1e-4).
+        over valid entries). Chowdhery et al., PaLM, 2022, section 5 (z-loss, weight 1e-4).
     """
     logits = checks.as_float(logits, "logits", vocab_where)
     labels = jnp.asarray(labels)
@@ -65,7 +64,7 @@ def cross_entropy(
         size = lax.axis_size(axis_name) * vocab
 
     log_z = neginf_to_zero(logsumexp(logits, axis_name=axis_name))
-    # Not a gather: along a vocabulary that a mesh splits it would move the logits.
+    # Not a gather, which would move logits if a mesh splits the vocabulary.
     is_label = jnp.arange(vocab) + first == labels[..., None]
     label_logit = on_mesh.psum(jnp.where(is_label, logits, 0.0).sum(-1), axis_name)
     loss = log_z - label_logit
@@ -76,6 +75,6 @@ def cross_entropy(
         uniform = log_z - total / jnp.maximum(count, 1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if not isinstance(z_loss, (int, float)) or z_loss != 0:
-        # Not by a zero weight: the square of a large normaliser is infinite.
+        # Not with a zero weight: the square of a large normaliser is infinite.
         loss = loss + z_loss * jnp.square(log_z)
     return jnp.where((labels >= 0) & (labels < size), loss, jnp.nan)

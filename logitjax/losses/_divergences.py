@@ -24,12 +24,12 @@ def kl_divergence(
         forward   T^2 sum_v p_v (log p_v - log q_v)     covers all of the teacher's mass
         reverse   T^2 sum_v q_v (log q_v - log p_v)     seeks one of its modes
 
-    `T^2` keeps the size of the gradient when the temperature changes.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    `T^2` keeps the scale of the gradient when the temperature changes. See `logitjax.losses` for
+    what all losses take, return and raise.
 
     Returns:
         `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
-        in the second; its gradient is then that of the other entries, and finite.
+        in the second; the gradient is then that of the other entries, and finite.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))
@@ -68,15 +68,15 @@ def generalized_jensen_shannon(
         KL(p || q)                                     beta = 0, forward
         KL(q || p)                                     beta = 1, reverse
 
-    The formula itself tends to 0 at both ends, and divided by beta or 1 - beta to those two
-    divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    Towards the ends the formula tends to 0, and divided by beta or 1 - beta to these two
+    divergences. As in TRL, the ends are the divergences themselves, and nothing is multiplied by
+    `T^2`. See `logitjax.losses` for what all losses take, return and raise.
 
     Args:
         beta: the teacher's weight, in `[0, 1]`, a Python number.
 
     Returns:
-        `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
+        `[*batch]`, float32: finite for 0 < beta < 1, like `kl_divergence` at the ends.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.array([0.0, -jnp.inf])
@@ -87,7 +87,7 @@ def generalized_jensen_shannon(
     References:
         Agarwal et al., On-policy distillation of language models, 2024 (arXiv 2306.13649), and
         TRL's `generalized_jsd_loss`, whose convention this is. Some ports swap the two weights and
-        the two ends; they agree at beta = 1/2 only.
+        the two ends; they only agree at beta = 1/2.
     """
     checks.between(beta, 0, 1, "beta")
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab_where, axis_name)
@@ -100,7 +100,7 @@ def generalized_jensen_shannon(
         mixture = beta * p + (1 - beta) * q
         exists = mixture > 0
         log_m = jnp.log(jnp.where(exists, mixture, 1.0))
-        # An entry that one of the two lacks has no logarithm there, and no weight either.
+        # An entry that one of them lacks has no logarithm there, but no weight either.
         safe_p = jnp.where(exists & (log_p != -jnp.inf), log_p, log_m)
         safe_q = jnp.where(exists & (log_q != -jnp.inf), log_q, log_m)
         terms = beta * p * (safe_p - log_m) + (1 - beta) * q * (safe_q - log_m)
@@ -132,9 +132,9 @@ def _log_probs(
 
 
 def kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """`p (log p - log q)` entry by entry."""
+    """Elementwise `p (log p - log q)`."""
     p = jnp.exp(log_p)
-    # Masked before they are subtracted: -inf less -inf is nan, and so is nought times it.
+    # Mask before subtracting: -inf - -inf is nan, and so is zero times it.
     both = (log_p != -jnp.inf) & (log_q != -jnp.inf)
     ratio = jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0)
     return jnp.where(both, p * ratio, jnp.where(p > 0, jnp.inf, 0.0))

@@ -9,29 +9,29 @@ from logitjax import ops
 from logitjax.losses._tail_sample import TailSample
 from logitjax.ops import Array
 
-# The least share of the mean square that the variance may have for float32 sums about zero.
+# Minimum ratio of variance to mean square for which float32 sums about zero are accurate.
 _STEADY = 1e-2
-# The squares of float32's largest number over it are far from either end of float32.
+# Float32's largest number divided by this has a square far from either end of float32.
 _LARGE = 2.0**80
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphStatistics:
-    """Top-k logits of every position with the moments that scale them.
+    """Top-k logits of every position, with log-normaliser and moments of all logits.
 
-    A training run computes these once for each teacher and never keeps its logits; a blocked loss
+    A training run computes these once for each teacher without keeping its logits; a blocked loss
     computes the student's in its sweep over the vocabulary.
 
     Attributes:
         values: the k largest raw logits, descending, `[*batch, positions, k]`.
         indices: their vocabulary ids, int32, `[*batch, positions, k]`.
-        log_z: log-sum-exp of the logits, `[*batch, positions]`; None where nobody kept more than
-            the top logits, and then so are the next two.
+        log_z: log-sum-exp of the logits, `[*batch, positions]`; None if only top logits were kept,
+            and then so are the next two.
         mean: mean of the finite logits, `[*batch, positions]`.
         std: their population standard deviation, `[*batch, positions]`.
-        tail: draws from outside the top k, where a cache keeps some.
-        vocab_size: entries of the vocabulary, static; None if unknown.
+        tail: samples from outside the top k, if a cache keeps some.
+        vocab_size: size of the vocabulary, static; None if unknown.
     """
 
     values: Any
@@ -44,7 +44,7 @@ class GraphStatistics:
 
     @property
     def top_k(self) -> ops.TopK:
-        """The part that other losses take: values, ids and log-sum-exp."""
+        """Values, ids and log-sum-exp, as other losses take them."""
         log_z = None if self.log_z is None else jnp.asarray(self.log_z)
         return ops.TopK(jnp.asarray(self.values), jnp.asarray(self.indices), log_z)
 
@@ -52,7 +52,7 @@ class GraphStatistics:
         """Keep the first k of each position; ValueError if there are fewer."""
         stored = self.values.shape[-1]
         if k > stored:
-            raise ValueError(f"k: the statistics hold the top {stored} logits, {k} are needed")
+            raise ValueError(f"k: expected at most the {stored} stored logits, got {k}")
         return dataclasses.replace(self, values=self.values[..., :k], indices=self.indices[..., :k])
 
 
@@ -65,8 +65,8 @@ def graph_statistics(
 ) -> GraphStatistics:
     """Top-k logits, log-sum-exp, mean and standard deviation of every position.
 
-    Entries of -inf (a padded vocabulary) and those that `vocab_where` leaves out count in none of
-    them. Differentiable in every field. Under `jit`, unused fields cost nothing.
+    Entries of -inf (a padded vocabulary) and those excluded by `vocab_where` do not count. All
+    fields are differentiable. Under `jit`, unused fields cost nothing.
 
     Args:
         logits: `[*batch, positions, vocab]`, any float type.
@@ -109,8 +109,8 @@ def graph_statistics(
 
 
 def _moments(logits, axis_name):
-    """Mean and deviation of the entries that are not -inf, in one pass over the logits."""
-    # The sums are taken about the first entry, which keeps float32 from cancelling.
+    """Mean and deviation of entries other than -inf, in one pass over the logits."""
+    # Sums about the first entry avoid cancellation in float32.
     first = jax.lax.stop_gradient(logits[..., :1])
     first = jnp.where(jnp.isfinite(first), first, 0.0)
     if axis_name is not None:
@@ -125,22 +125,22 @@ def _moments(logits, axis_name):
     count = jnp.maximum(count, 1.0)
     offset = total / count
     variance = squares / count - jnp.square(offset)
-    # Not `variance > 0`: a nan has to stay one.
+    # Not `variance > 0`: nan must remain nan.
     flat = variance <= 0
     std = unit * jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
-    # Halves, because a logit may be twice as far from the first as float32 reaches.
+    # Halves, because the distance to the first logit may be twice float32's largest number.
     return 2.0 * (0.5 * first[..., 0] + offset * (0.5 * unit)), std
 
 
 @jax.custom_jvp
 def _finite_sums(x, origin):
-    """Count, sum and sum of squares of `(x - origin) / unit` over all but -inf; and the unit."""
+    """Count, sum and sum of squares of `(x - origin) / unit` over all but -inf, and the unit."""
     # A mask or an offset inside the reductions makes them several times slower on CPU, so they are
-    # applied only where the plain sums are not finite or would cancel; a unit other than 1 only
-    # where the squares overflow.
+    # applied only if plain sums are not finite or would cancel, and a unit other than 1 only if
+    # squares overflow.
     total, squares = x.sum(-1), jnp.square(x).sum(-1)
     n, at = x.shape[-1], origin[..., 0]
-    # Also false where it is nan.
+    # Also false for nan.
     fine = squares / n - jnp.square(total / n) > _STEADY * (squares / n + jnp.square(at))
 
     def shifted():
@@ -175,7 +175,7 @@ def _finite_sums_jvp(primals, tangents):
     finite = x != -jnp.inf
     count, total, squares, unit = _finite_sums(x, origin)
     dx = dx / unit[..., None]
-    # Masked before the product: an entry of -inf must not meet a tangent of zero.
+    # Mask before the product, which is nan for an entry of -inf and a tangent of zero.
     return (count, total, squares, unit), (
         jnp.zeros_like(count),
         jnp.where(finite, dx, 0.0).sum(-1),

@@ -19,19 +19,19 @@ def linear_cross_entropy(
     z_loss: float | int = 0.0,
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`cross_entropy` of a linear head's logits, which never exist as a whole.
+    """`cross_entropy` of a linear head's logits, which are never held as a whole.
 
     The vocabulary is visited in blocks, once for the value and once more for the gradient, which
-    forms the logits of a block again and writes the head's gradient in place. What is saved between
-    the two is a few numbers a position. With `e = label_smoothing` and `c = z_loss` the loss is::
+    forms the logits of a block again and writes the head's gradient in place. Only a few numbers
+    per position are saved in between. With `e = label_smoothing` and `c = z_loss` the loss is::
 
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
-    What all losses take, return and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for what all losses take, return and raise.
 
     Returns:
-        `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's
-        entry does not exist, nan where the label is outside the vocabulary.
+        `[*batch]` float32, or a scalar with `weights`. As in `cross_entropy`, `inf` if the label's
+        entry is not valid, nan if the label is outside the vocabulary.
 
     >>> import jax, numpy as np
     >>> hidden, head = np.eye(2), np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     head = Head.of(head).resolve(hidden.shape[-1])
     statistic = _CrossEntropy(
         labels=True,
-        # Read only where it is used.
+        # Computed only if used.
         mean=bool(label_smoothing),
         vocab=head.vocab_size(options.get("axis_name")),
         label_smoothing=label_smoothing,
@@ -72,7 +72,7 @@ class _CrossEntropy(ReadoutStatistic):
             uniform = log_z - outputs.mean  # against 1 / V
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
         if self.z_loss:
-            # PaLM's: log Z stays near 0.
+            # As in PaLM: keeps log Z near 0.
             loss = loss + self.z_loss * jnp.square(log_z)
         labels = tokens["labels"]
         return jnp.where((labels >= 0) & (labels < self.vocab), loss, jnp.nan)

@@ -18,13 +18,13 @@ def linear_kl_divergence(
     direction: Literal["forward", "reverse"] = "forward",
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`kl_divergence` of two linear heads' logits, neither of which exist as a whole.
+    """`kl_divergence` of two linear heads' logits, which are never held as a whole.
 
-    Both heads are visited block by block of one shared vocabulary, with the sums of both softmaxes
-    and the expected log-ratio kept online: one sweep for the value, one for the gradient. The
-    teacher gets no gradient, and nothing is kept for it. Forward and reverse cost the same. It
-    is `T^2 KL(teacher || student)`, or `T^2 KL(student || teacher)`, of `logits / T`.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    Blocks of the shared vocabulary are visited in both heads, with online sums for both softmaxes
+    and the expected log-ratio: one sweep for the value, one for the gradient. The teacher gets no
+    gradient, and nothing is kept for it. Both directions cost the same. The value is `T^2
+    KL(teacher || student)`, or `T^2 KL(student || teacher)`, of `logits / T`. See `logitjax.losses`
+    for what all losses take, return and raise.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -50,15 +50,15 @@ def linear_generalized_jensen_shannon(
     beta: float | int = 0.5,
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`generalized_jensen_shannon` of two linear heads, without the logits of either.
+    """`generalized_jensen_shannon` of two linear heads' logits, which are never held as a whole.
 
-    The mixture needs both normalisers before its first term, so the value takes two sweeps over
-    the vocabulary and the gradient a third; with `weights` there is one. For `beta` in `[0, 1]`::
+    The mixture needs both normalisers before its first term, so the value takes two sweeps over the
+    vocabulary and the gradient a third; with `weights` there is one. For `beta` in `[0, 1]`::
 
         m = beta p + (1 - beta) q
         beta KL(p || m) + (1 - beta) KL(q || m),    KL(p || q) at beta = 0, KL(q || p) at beta = 1
 
-    What all losses take, return and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for what all losses take, return and raise.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))

@@ -12,11 +12,11 @@ from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
 
 
 class LogProbs(NamedTuple):
-    """The numbers that `linear_log_probs` returns, both `[*batch]`, float32 and differentiable.
+    """Results of `linear_log_probs`, both `[*batch]`, float32 and differentiable.
 
     Attributes:
         values: Log-probabilities of the tokens, in nats.
-        entropy: Entropies of the distributions that they are drawn from; None if not asked for.
+        entropy: Entropies of the distributions they are drawn from; None if not requested.
     """
 
     values: jax.Array
@@ -35,36 +35,36 @@ def linear_log_probs(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> LogProbs:
-    """Compute the log-probabilities that policy-gradient losses are made of, without the logits.
+    """Compute log-probabilities for policy-gradient losses, without holding the logits.
 
-    One sweep over the vocabulary gives both numbers and one more their gradient. The distribution
-    has to be that of the sampler's number which it is compared with:
+    One sweep over the vocabulary gives both results and another one their gradient. The
+    distribution must match that of the sampler's log-probabilities to compare with:
 
     | vLLM's `logprobs_mode`  | here                                                              |
     |-------------------------|-------------------------------------------------------------------|
     | `raw_logprobs`          | temperature 1 and no support, however the token was drawn         |
-    | `processed_logprobs`    | the temperature, and the ids that top-k, top-p and min-p have left|
+    | `processed_logprobs`    | the temperature, and the ids that top-k, top-p and min-p keep     |
     | `raw_logits`,           | no log-probabilities: `linear_readout` has `label_logit`          |
     | `processed_logits`      |                                                                   |
 
     The sampler of tunix divides by the temperature and normalises over the whole vocabulary, even
-    where it has cut the vocabulary. Penalties and biases that differ from token to token cannot be
-    given here. Values, entropy and gradient are::
+    if it truncates the distribution. Penalties and biases that differ between positions are not
+    supported. Values, entropy and gradient are::
 
         log p_y = z_y - log sum_{v in S} exp z_v,    H = -sum_{v in S} p_v log p_v,
         d z_v   = g (1[v = y] - p_v) - e p_v (log p_v + H)    for cotangents g, e
 
-    What all losses take and raise is written in `logitjax.losses`.
+    See `logitjax.losses` for what all losses take and raise.
 
     Args:
-        tokens: `[*batch]` ids, over the whole vocabulary, which the positions of `hidden` predict.
-        support: The sets `S` as the sampler has recorded them: `[*batch, n]` ids, padded with -1
-            (see `pad_support`). A token that its set lacks is added, an id counts once, and an
-            empty set stands for the whole vocabulary. Sets found again from the trained model's own
-            logits would differ from those by rounding, and later by training.
+        tokens: `[*batch]` ids in the whole vocabulary, which the positions of `hidden` predict.
+        support: The sets `S` that the sampler recorded: `[*batch, n]` ids, padded with -1 (see
+            `pad_support`). A token that is missing in its set is added, a repeated id counts once,
+            and an empty set stands for the whole vocabulary. Sets recomputed from the trained
+            model's logits would differ by rounding, and later by training.
 
     Returns:
-        `LogProbs`; `-inf` where the token's entry does not exist, nan where an id is past the
+        `LogProbs`; `-inf` if the token's entry is not valid, nan if an id is outside the
         vocabulary.
 
     >>> import jax, numpy as np
@@ -81,7 +81,7 @@ def linear_log_probs(
     checks.shapes(hidden=(hidden, "float *batch hidden"), tokens=(tokens, "int *batch"))
     hidden, tokens = jnp.asarray(hidden), jnp.asarray(tokens)
     head = Head.of(head).resolve(hidden.shape[-1])
-    # none: the whole vocabulary.
+    # No ids: the whole vocabulary.
     ids = jnp.zeros((*tokens.shape, 0), jnp.int32)
     if support is not None:
         ids = _with_tokens(support, tokens)
@@ -101,24 +101,24 @@ def linear_log_probs(
 
 
 def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.ndarray:
-    """Lay out sets of ids as `[*batch, n]`, padded with -1, from one list of all of them.
+    """Lay out a flat list of sets of ids as `[*batch, n]`, padded with -1.
 
     Args:
-        ids: `[total]`, the sets one after the other.
-        row_splits: `[positions + 1]`, where each begins, and the end, outside of `jit`: the largest
-            set tells `n`.
+        ids: `[total]`, the concatenated sets.
+        row_splits: `[positions + 1]`, start of each set and the end. It cannot be traced, because
+            the largest set determines `n`.
 
     Raises:
-        ValueError: The splits are none of these positions and ids.
+        ValueError: The splits do not fit the positions and ids.
 
     >>> pad_support(np.array([5, 7, 2]), np.array([0, 2, 2, 3]), (3,)).tolist()
     [[5, 7], [-1, -1], [2, -1]]
     """
     ids, splits = np.asarray(ids), np.asarray(row_splits)
     counts, size = np.diff(splits), int(np.prod(batch)) + 1
-    whole = splits.shape == (size,) and (splits[0], splits[-1]) == (0, ids.size)
-    if not whole or (counts < 0).any():
-        expected = f"{size} rising numbers from 0 to {ids.size}"
+    complete = splits.shape == (size,) and (splits[0], splits[-1]) == (0, ids.size)
+    if not complete or (counts < 0).any():
+        expected = f"{size} ascending numbers from 0 to {ids.size}"
         raise ValueError(f"row_splits: expected {expected}, got {splits}")
     present = np.arange(max(counts.max(initial=0), 1)) < counts[:, None]
     padded = np.full(present.shape, -1, np.int32)
@@ -127,11 +127,11 @@ def pad_support(ids: Array, row_splits: Array, batch: tuple[int, ...]) -> np.nda
 
 
 def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
-    """The sets with their tokens, each id once and the others -1; empty ones stay empty."""
+    """Add tokens to their sets, each id once and the rest -1; empty sets remain empty."""
     checks.shapes(tokens=(tokens, "int *batch"), support=(support, "int *batch n"))
     ids = jnp.asarray(support).astype(jnp.int32)
     tokens = jnp.where((ids >= 0).any(-1), tokens.astype(jnp.int32), -1)
-    # Sorted, a repeated id lies beside itself, and every -1 before all others.
+    # Sorting makes repeated ids adjacent and puts every -1 first.
     ids = jnp.sort(jnp.concatenate([ids, tokens[..., None]], -1), -1)
     repeated = jnp.concatenate([ids[..., :1] < 0, ids[..., 1:] == ids[..., :-1]], -1)
     return jnp.where(repeated, -1, ids)
@@ -139,7 +139,7 @@ def _with_tokens(support: Any, tokens: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _LogProbs(ReadoutStatistic):
-    """Gives a `LogProbs` of what is read at the token and its set, and of a sum of its own."""
+    """Statistic whose losses are `LogProbs`; adds a sum for the entropy."""
 
     vocab: int
     entropy: bool
@@ -151,7 +151,7 @@ class _LogProbs(ReadoutStatistic):
         read, z = super().absorb(state[0], block, passed), block.student
         if not self.entropy:
             return read, state[1]
-        # The sum of exp(z - peak) (z - peak): of logits far from zero nothing cancels.
+        # The sum of exp(z - peak) (z - peak) does not cancel for logits far from zero.
         off = z - read.sums.peak[..., None]
         more = jnp.exp(off) * jnp.where(z != -jnp.inf, off, 0.0)
         return read, _about(read.sums.peak, state) + more.sum(-1)
@@ -162,7 +162,7 @@ class _LogProbs(ReadoutStatistic):
 
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
         outputs, residuals = super().finish(state[0], passed)
-        # a row without tokens.
+        # Rows may have no valid entry.
         total = jnp.maximum(state[0].sums.sums[0], 1e-30)
         entropy = jnp.log(total) - state[1] / total
         return (outputs, entropy), (residuals, entropy)
@@ -182,7 +182,7 @@ class _LogProbs(ReadoutStatistic):
         values = read.label - neginf_to_zero(read.log_z)
         if self.ids:
             ids = tokens["ids"]
-            # Else of the whole vocabulary.
+            # An empty set stands for the whole vocabulary.
             recorded = (ids >= 0).any(-1)
             z = jnp.where(ids < 0, -jnp.inf, jnp.where(ids < self.vocab, read.gathered, jnp.nan))
             z = jnp.where(recorded[..., None], z, 0.0)
@@ -196,7 +196,7 @@ class _LogProbs(ReadoutStatistic):
 
 
 def _about(peak: jax.Array, state: Any) -> jax.Array:
-    """The state's sum for the entropy, about another peak."""
+    """Shift the state's sum for the entropy to another peak."""
     (sums, *_), spread = state
     apart = sums.peak - peak
     return jnp.exp(apart) * (spread + apart * sums.sums[0])

@@ -12,16 +12,16 @@ from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
 
 
 class Readout(NamedTuple):
-    """The numbers that `linear_readout` returns, in float32; None for those not asked for.
+    """Results of `linear_readout`, in float32; None for those not requested.
 
     Attributes:
         log_z: `[*batch]` log-sum-exp of the logits.
         label_logit: `[*batch]` the logit at `labels`.
-        gathered: `[*batch, n]` the logits at `ids`; nan at one outside the vocabulary. With the
-            ids of a teacher's `TopK` a readout is what `sparse_kl_divergence` takes as its student.
-        ids: `[*batch, n]` these ids.
+        gathered: `[*batch, n]` the logits at `ids`; nan for ids outside the vocabulary. Read at the
+            ids of a teacher's `TopK`, it can be the student of `sparse_kl_divergence`.
+        ids: `[*batch, n]` the ids of `gathered`.
         statistics: `GraphStatistics` of the top k.
-        cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
+        cross_entropy: `[*batch]` of the labels; nan for labels outside the vocabulary.
     """
 
     log_z: jax.Array
@@ -44,18 +44,18 @@ def linear_readout(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Readout:
-    """The numbers that losses need of the logits, in one sweep over the vocabulary.
+    """Read from the logits what losses need, in one sweep over the vocabulary.
 
     A loss that is a function of a few numbers per position (the log-normaliser, the logits of the
-    label or of a teacher's top tokens, the own top k with mean and deviation) can be written on top
-    of this as if the logits were there: every float of the result is differentiable, and the
-    backward pass is one more sweep however many of them are used.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    label or of a teacher's top tokens, the top k with mean and deviation) can be computed from the
+    result as if the logits were available: every float of the result is differentiable, and the
+    backward pass is one more sweep however many of them are used. See `logitjax.losses` for what
+    all losses take, return and raise.
 
     Args:
-        labels: `[*batch]`; asks for `label_logit` and `cross_entropy`.
-        ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
-        top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
+        labels: `[*batch]`; requests `label_logit` and `cross_entropy`.
+        ids: `[*batch, n]` vocabulary ids; requests `gathered`.
+        top_k: requests `statistics` with so many entries, exact, ties lowest id first.
 
     Raises:
         ValueError: shapes do not fit, or `top_k` is not within the vocabulary.
@@ -98,18 +98,17 @@ def linear_fused_loss(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], Readout]:
-    """Any loss made of a `Readout`, summed over positions, with gradients formed in one sweep.
+    """Sum any loss of a `Readout` over positions, with gradients formed in the same sweep.
 
-    What `linear_readout` followed by the loss gives, but a quarter cheaper: with the weights of the
-    positions known, no logit is formed twice. The loss must treat positions apart, because it is
-    called on a few of them at a time. Entries that do not exist have a bias of `-inf` here; for a
-    temperature divide hidden states, bias and cap. The value is
-    `sum(weights * loss(readout, tokens))`; `labels`, `ids` and `top_k` are those of
-    `linear_readout`.
+    This equals `linear_readout` followed by the loss, but is a quarter cheaper: because the weights
+    of positions are known, no logit is formed twice. The loss must treat positions separately,
+    because it is called on a few of them at a time. Give invalid entries a bias of `-inf`; for a
+    temperature divide hidden states, bias and cap. The value is `sum(weights * loss(readout,
+    tokens))`; `labels`, `ids` and `top_k` are those of `linear_readout`.
 
     Args:
-        loss: `(readout, tokens) -> [*batch]`. It must not refer to traced arrays of its
-            surroundings: what it needs comes through `tokens`.
+        loss: `(readout, tokens) -> [*batch]`. It must not close over traced arrays: pass them
+            through `tokens`.
         tokens: pytree of `[*batch, ...]` arrays, such as a teacher's `TopK`. Gets no gradient.
 
     Returns:
@@ -143,7 +142,7 @@ def linear_fused_loss(
         blocks=blocks,
         axis_name=axis_name,
     )
-    # What the losses were made of.
+    # The readout that the losses were computed from.
     return value, statistic.losses(outputs, columns)
 
 
@@ -167,7 +166,7 @@ class _Reading(ReadoutStatistic):
             entropy = jnp.where(existing, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)
         gathered, ids = outputs.gathered, tokens.get("ids")
         if gathered is not None:
-            # The sweep never comes to an id that is outside of the vocabulary.
+            # The sweep never visits an id outside the vocabulary.
             existing = (ids >= 0) & (ids < self.vocab)
             gathered = jnp.where(existing, gathered, jnp.nan)
         return Readout(outputs.log_z, outputs.label, gathered, statistics, entropy, ids)
@@ -181,22 +180,22 @@ def readout_statistic(
     top_k: int | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[ReadoutStatistic, dict[str, jax.Array]]:
-    """The statistic whose results are a `Readout`, and the tokens it reads, for `sweep.run`.
+    """Build the statistic that gives a `Readout`, and the tokens it reads, for `sweep.run`.
 
-    It is what `linear_readout` runs, whose arguments it takes; with `sweep.Several` it shares a
-    sweep with others. `head` is a `Head` that knows its vocabulary axis.
+    It takes the arguments of `linear_readout`, which runs it; with `sweep.Several` it shares a
+    sweep with others. `head` is a `Head` with known vocabulary axis.
     """
     vocab = head.vocab_size(axis_name)
     if top_k is not None and not 1 <= top_k <= vocab:
         raise ValueError(f"top_k: expected 1 to the vocabulary size {vocab}, got {top_k}")
-    given = {"labels": labels, "ids": ids}
-    tokens = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+    arrays = {"labels": labels, "ids": ids}
+    tokens = {name: jnp.asarray(value) for name, value in arrays.items() if value is not None}
     for name, value in tokens.items():
         if not jnp.issubdtype(value.dtype, jnp.integer):
             raise TypeError(f"{name}: expected integers, got {value.dtype}")
     statistic = _Reading(
         labels="labels" in tokens,
-        # a statistic has no arrays.
+        # A statistic holds no arrays.
         ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,
         k=top_k or 0,
         moments=bool(top_k),

@@ -28,12 +28,12 @@ def sparse_kl_divergence(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
-    """KL divergence to a teacher known by its top k logits and its log-normaliser.
+    """KL divergence to a teacher of which only top k logits and log-normaliser are known.
 
     The teacher's probabilities of its top k tokens are exact, because the log-normaliser is that of
-    the whole vocabulary. Everything else is one bucket, whose mass is exact as well: this is the
-    KL divergence between the two distributions after merging the tail, hence a lower bound of the
-    full one, and zero only where the student agrees on all k tokens. By `tail`::
+    the whole vocabulary. Everything else is one bucket, whose mass is exact too: this is the KL
+    divergence between the two distributions after merging the tail, hence a lower bound of the full
+    divergence, and zero only if the student agrees on all k tokens. By `tail`::
 
         bucket        sum_{i<=k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),
                       p_rest = 1 - sum_{i<=k} p_i,  q_rest = 1 - sum_{i<=k} q_i
@@ -42,28 +42,28 @@ def sparse_kl_divergence(
                       reverse: sum_{i<=k} q_i log(q_i / p_i) + q_rest
                                + mean_s q_s / d_s (log(q_s / p_s) - 1)
 
-    With `m` tokens drawn from the tail by a law `d` (`TailSample.draw`), of the teacher or of the
-    student, now or some steps ago, the last is an unbiased estimate of the whole divergence, and so
-    is its gradient; a single position's value may be negative. For the reverse let the student
-    draw, at its own top k: of a teacher's draws the weights have no bound.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    With `m` tokens sampled from a distribution `d` of the tail (`TailSample.draw`), of the teacher
+    or the student, now or some steps ago, the last is an unbiased estimate of the full divergence,
+    and so is its gradient; the value at a single position may be negative. For the reverse
+    divergence sample from the student, at its own top k: the weights of the teacher's samples are
+    unbounded. See `logitjax.losses` for what all losses take, return and raise.
 
     Args:
         student: logits `[*batch, vocab]`, or the student's `Readout` at the *teacher's* indices,
-            followed by those of the sample.
+            followed by the indices of the sample.
         teacher: `TopK` with k entries, its largest or any others, such as the student's. Gets no
-            gradient. One without a `log_z` is compared by 'renormalize' alone.
+            gradient. Without `log_z` it can only be compared with 'renormalize'.
         tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
             which gets no gradient.
-        temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
+        temperature: only with 'renormalize': the mass of the tail is known at temperature 1 only.
 
     Returns:
         `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32. nan
-        where a `Readout` was read at other ids, or where, under `jit`, one of the teacher's is
-        outside of the student's vocabulary.
+        if a `Readout` was read at other ids, or if, under `jit`, a teacher's id is outside the
+        student's vocabulary.
 
     Raises:
-        TypeError: the student is a `TopK`, whose tokens are its own and not the teacher's.
+        TypeError: the student is a `TopK`, whose tokens are not those of the teacher.
         ValueError: unknown `direction` or `tail`, shapes that do not fit, or a temperature without
             'renormalize'.
 
@@ -82,7 +82,7 @@ def sparse_kl_divergence(
     _check_teacher(teacher, tail)
     expected = _ids(teacher, tail)
     if isinstance(student, TopK):
-        # By rank a student would be compared with other tokens than its own.
+        # Compared by rank, the tokens of student and teacher would differ.
         raise TypeError("student: expected logits, or a Readout at the teacher's ids, got a TopK")
     if isinstance(student, Readout):
         if student.gathered is None:
@@ -103,7 +103,7 @@ def sparse_kl_divergence(
             f"got {gathered.shape}"
         )
     if isinstance(student, Readout) and student.ids is not None:
-        # By rank as well a readout would be compared with other tokens than its own.
+        # A readout at other ids would be compared with the wrong tokens.
         same = (jnp.asarray(student.ids) == expected).all(-1, keepdims=True)
         gathered = jnp.where(same, gathered, jnp.nan)
     if tail == "renormalize":
@@ -122,16 +122,16 @@ def linear_sparse_kl_divergence(
     tail: Tail = "bucket",
     **options: Unpack[Options],
 ) -> Float[jax.Array, "*losses"]:
-    """`sparse_kl_divergence` of a linear head's logits, which never exist as a whole.
+    """`sparse_kl_divergence` of a linear head's logits, which are never held as a whole.
 
-    Costs what `linear_cross_entropy` costs: the sweep over the vocabulary picks the student's
-    logits at the teacher's ids as it passes them. `linear_fused_loss` adds the labels'
-    cross-entropy in the same sweep.
-    What all losses take, return and raise is written in `logitjax.losses`.
+    It costs as much as `linear_cross_entropy`: the sweep over the vocabulary picks the student's
+    logits at the teacher's ids as it visits them. `linear_fused_loss` adds the labels'
+    cross-entropy in the same sweep. See `logitjax.losses` for what all losses take, return and
+    raise.
 
     Args:
         teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-        temperature: with `tail='renormalize'` only.
+        temperature: only with `tail='renormalize'`.
 
     >>> import jax, numpy as np
     >>> from logitjax.ops import TopK
@@ -183,7 +183,7 @@ class _SparseKL(ReadoutStatistic):
 
 
 def _ids(teacher: TopK, tail: Tail) -> jax.Array:
-    """Where the student's logits are needed: the top k, then what was drawn from the tail."""
+    """Ids at which the student's logits are needed: the top k, then the samples of the tail."""
     ids = jnp.asarray(teacher.indices)
     if isinstance(tail, TailSample):
         return jnp.concatenate([ids, jnp.asarray(tail.indices)], axis=-1)
@@ -226,7 +226,7 @@ def _check(direction: str, tail: Tail, temperature: Number) -> None:
 def _renormalised_kl(
     gathered: jax.Array, values: Array, temperature: Any, direction: str
 ) -> jax.Array:
-    """`gathered`: the student's logits, already over the temperature, at the teacher's ids."""
+    """`gathered`: the student's logits at the teacher's ids, already divided by the temperature."""
     values = jax.lax.stop_gradient(jnp.asarray(values).astype(gathered.dtype))
     scale = jnp.asarray(temperature, gathered.dtype)
     values = values / (scale[..., None] if scale.ndim else scale)
@@ -238,40 +238,40 @@ def _renormalised_kl(
 def _sparse_kl(
     gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: Any, direction: str
 ) -> jax.Array:
-    """`gathered`: the student's logits at the teacher's ids, then at those that were drawn.
+    """`gathered`: the student's logits at the teacher's ids, then at the samples.
 
-    `drawn`: None, or the teacher's logits there, and log-probabilities of the law that drew them.
+    `drawn`: None, or the teacher's logits at the samples and the samples' log-probabilities.
     """
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
     log_p = _of_teacher(values, teacher_log_z)
-    # Of a student's as well: beside an infinite logit all others would have no mass at all.
+    # The same check for the student: beside an infinite logit no other would have any mass.
     log_z = jnp.where(log_z == jnp.inf, jnp.nan, neginf_to_zero(log_z))
     log_q = gathered - log_z[..., None]
     if drawn is not None:
         k, (values, log_law) = log_p.shape[-1], jax.lax.stop_gradient(drawn)
         teachers = log_p, _of_teacher(values, teacher_log_z)
         return _estimate(teachers, (log_q[..., :k], log_q[..., k:]), log_law, direction)
-    # All that is left is one bucket; merging entries can only lower a divergence.
+    # The rest is one bucket; merging entries can only lower a divergence.
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
 
 
 def _of_teacher(values: jax.Array, log_z: jax.Array) -> jax.Array:
-    # An infinite logit, or a normaliser that overflowed, or is of nothing, beside one that exists.
+    # An infinite logit, or an infinite normaliser beside a finite logit.
     wrong = (jnp.isinf(log_z)[..., None] & (values != -jnp.inf)) | (values == jnp.inf)
     return jnp.where(wrong, jnp.nan, values - neginf_to_zero(log_z)[..., None])
 
 
 def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.Array:
-    """The divergence by log-probabilities at the top k and at draws, weighed by importance."""
+    """Estimate the divergence from the top k and from importance-weighted samples."""
     (log_p, drawn_p), (log_q, drawn_q) = teacher, student
-    # The teacher drew.
+    # Sampled from the teacher.
     if log_law is None:
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), 0.0)
         log_law = jnp.where(drawn_p == -jnp.inf, -jnp.inf, drawn_p - jnp.log(rest))
     over, under = (drawn_p, drawn_q) if direction == "forward" else (drawn_q, drawn_p)
-    # Without a draw nothing is left, and an entry that either lacks has no logarithm.
+    # There are no samples if nothing is left; an entry that either lacks has no logarithm.
     present, both = log_law != -jnp.inf, (over != -jnp.inf) & (under != -jnp.inf)
     weight = jnp.exp(jnp.where(present & (over != -jnp.inf), over - log_law, -jnp.inf))
     gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
@@ -280,9 +280,9 @@ def _estimate(teacher: Any, student: Any, log_law: Any, direction: str) -> jax.A
     lost = jnp.where(weight > 0, jnp.inf, 0.0)
     tail = jnp.where(both, weight * gap, lost).mean(-1)
     if direction == "reverse":
-        # Taken off by the draws and added exactly, which leaves less noise.
+        # Subtracted in the samples' term and added exactly, which reduces noise.
         tail = tail + jnp.maximum(1.0 - jnp.exp(log_q).sum(-1), 0.0)
-    # Where nothing was left to draw the other's mass still has a price.
+    # If nothing was left to sample, the other's mass in the tail still has a cost.
     bucket = _kl(_with_tail(log_p)[..., -1:], _with_tail(log_q)[..., -1:], direction)
     return _kl(log_p, log_q, direction) + jnp.where(present.any(-1), tail, bucket)
 

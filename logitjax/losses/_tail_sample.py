@@ -12,13 +12,13 @@ from logitjax.ops import Array, checks, logsumexp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TailSample:
-    """Tokens drawn from a distribution outside of a top k, with replacement.
+    """Tokens sampled with replacement from a distribution outside its top k.
 
     Attributes:
-        values: the teacher's logits of them, on the scale of the top k's, `[*batch, m]`.
+        values: the teacher's logits of them, on the scale of the top k logits, `[*batch, m]`.
         indices: their vocabulary ids, int32, `[*batch, m]`.
-        log_probs: log-probabilities of the law that drew them, outside of the top k, `[*batch, m]`;
-            None for the teacher's. Of a student's draws, replace `values` by the teacher's.
+        log_probs: their log-probabilities in the sampling distribution outside the top k, `[*batch,
+            m]`; None for the teacher's. For a student's samples, replace `values` by the teacher's.
     """
 
     values: Any
@@ -33,23 +33,24 @@ class TailSample:
         top_indices: Int[Array, "*batch k"],
         samples: int,
     ) -> "TailSample":
-        """Draw tokens outside the top k in proportion to their probabilities.
+        """Sample tokens outside the top k in proportion to their probabilities.
 
         `v_s ~ p_v / p_rest` for v outside the top k, `s = 1..m`.
 
         Args:
             key: `jax.random.key`.
-            logits: `[*batch, vocab]`, of the model that draws; `-inf` entries are never drawn.
-            top_indices: `[*batch, k]`, what to leave out.
+            logits: `[*batch, vocab]`, of the model to sample from; `-inf` entries are never
+                sampled.
+            top_indices: `[*batch, k]`, ids to leave out.
             samples: m, at least 1.
 
         Returns:
-            `TailSample`. Where nothing is left outside the top k, any id with a logit of `-inf`.
+            `TailSample`. If nothing is left outside the top k, arbitrary ids with logits of `-inf`.
 
         Raises:
             TypeError: logits that are not floating point, or ids that are not integers.
             ValueError: fewer than one sample, shapes that do not fit, or (outside of `jit`) an id
-                outside of the vocabulary.
+                outside the vocabulary.
 
         >>> import jax, jax.numpy as jnp
         >>> logits = jnp.array([5.0, 1.0, -jnp.inf])
@@ -67,24 +68,24 @@ class TailSample:
         logits = checks.as_float(logits, "logits")
         batch, vocab = logits.shape[:-1], logits.shape[-1]
         rows = logits.reshape(math.prod(batch), vocab)
-        taken = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
-        # Not counted from the end.
-        taken = jnp.where(taken < 0, vocab, taken)
-        # beyond: dropped.
-        rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
+        excluded = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
+        # Negative ids would count from the end.
+        excluded = jnp.where(excluded < 0, vocab, excluded)
+        # Ids beyond the vocabulary are dropped.
+        rest = rows.at[jnp.arange(len(rows))[:, None], excluded].set(-jnp.inf)
         log_rest = logsumexp(rest)
         some = log_rest != -jnp.inf
         shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])
         cumulative = jnp.cumsum(shares, axis=-1)
-        # Drawn within what the sums add up to, in the open interval: no entry of mass zero is hit.
+        # Uniform up to the total, in the open interval, so that no entry of mass zero is hit.
         uniform = jax.random.uniform(
             key, (len(rows), samples), minval=jnp.finfo(jnp.float32).tiny, maxval=1.0
         )
         drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
-        # Rounding may go beyond.
+        # Rounding may exceed the last id.
         ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
-        odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)
+        odd = jnp.isnan(log_rest) | (excluded >= vocab).any(-1)
         values = jnp.where(odd[:, None], jnp.nan, values).reshape(*batch, samples)
         log_rest = jnp.where(some, log_rest, 0.0).reshape(*batch, 1)
         return cls(values=values, indices=ids.reshape(values.shape), log_probs=values - log_rest)

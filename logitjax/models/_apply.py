@@ -9,15 +9,15 @@ from flax import nnx
 def from_nnx(module: Any, *, method: str | None = None) -> tuple[Callable, dict]:
     """Turn an nnx module into `(apply_fn, params)`; `apply_fn(params, *args, **kwargs)` calls it.
 
-    `params` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
-    streams, statistics) stays fixed inside `apply_fn`. To call several methods, write
-    `nnx.merge(apply_fn.graphdef, params, apply_fn.rest)` yourself.
+    `params` is a pure dict of the `nnx.Param` arrays; everything else in the module (PRNG streams,
+    statistics) stays fixed inside `apply_fn`. To call several methods, use
+    `nnx.merge(apply_fn.graphdef, params, apply_fn.rest)`.
 
     Args:
-        method: the method to call; `__call__` when omitted.
+        method: the method to call, by default `__call__`.
 
     Raises:
-        TypeError: for something else, such as a Linen module, whose `apply` is pure already.
+        TypeError: for anything else, such as a Linen module, whose `apply` is already pure.
 
     >>> import numpy as np
     >>> module = nnx.jit(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))()

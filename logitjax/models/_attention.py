@@ -26,7 +26,7 @@ from logitjax.ops import Array, sharding
 from logitjax.ops import mesh as on_mesh
 
 Implementation = Literal["xla", "cudnn", "blocked"] | None
-# Tokens of a row from which scores are formed in blocks: 64 MiB a head otherwise.
+# Tokens in a row from which scores are formed in blocks: 64 MiB per head otherwise.
 LONG = 4096
 
 
@@ -36,7 +36,7 @@ class AttentionContext:
 
     window: Window
     tables: Any
-    # Where a cache keeps keys unrotated, whose rotation changes with the length.
+    # For caches that store keys unrotated because their rotation changes with the length.
     key_tables: Any
     mask: Any
     slots: Any
@@ -69,18 +69,18 @@ def make_context(
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
         slots = write_slots(positions, size, window)
         stored = write_positions(before, positions, slots)
-        # Elsewhere what is new overwrites nothing that the first of the new tokens still sees.
+        # Elsewhere new tokens overwrite nothing that the first of them still sees.
         concatenate = window is not None and time > 1 and size < window + time - 1
         seen = stored
         if concatenate:
             # The ring as it was, then the new tokens: [batch, slots + time].
             new = jnp.asarray(positions)
             first = jnp.where(new < 0, jnp.iinfo(new.dtype).max, new).min(axis=1, keepdims=True)
-            # Positions that are written again are seen once, as they are now.
+            # Positions that are written again are seen once, with their new values.
             seen = jnp.concatenate([jnp.where(before < first, before, -1), new], axis=1)
         mask = position_mask(positions, seen, window)
     elif implementation == "blocked" or (implementation is None and time >= LONG):
-        # No mask is formed: of 32,768 tokens it would be as large as the scores.
+        # No mask is formed: for 32,768 tokens it would be as large as the scores.
         segments = jnp.zeros(positions.shape, jnp.int32) if segment_ids is None else segment_ids
         segments = jnp.where(positions >= 0, segments, -1) if padded else segments
     elif segment_ids is not None or padded:
@@ -107,7 +107,7 @@ def make_context(
 
 
 def _longest(cache: Cache | None) -> int | None:
-    """The longest sequence that a cache holds; a ring of a window bounds none."""
+    """Maximum sequence length of a cache; a window's ring sets none."""
     stored = None if cache is None else cache.positions.get(kind_name(None))
     return None if stored is None else stored.shape[1]
 
@@ -116,7 +116,7 @@ def _packed_mask(
     positions: Array, segment_ids: Array | None, window: Window, padded: bool
 ) -> Bool[jax.Array, "batch 1 time time"]:
     index = jnp.arange(positions.shape[1])
-    # By place in the row, not by position: those begin again in each document.
+    # By index in the row, not by position, which restarts in each document.
     mask = (index[:, None] >= index[None, :])[None]
     if window is not None:
         mask &= (index[:, None] - index[None, :] < window)[None]
@@ -136,7 +136,7 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Attention within a sequence; own paths where it is long, or logits are soft-capped."""
+    """Attention within a sequence, with separate paths for long ones and soft-capped logits."""
     if context.segments is not None:
         return _attend_in_blocks(query, key, value, context, scale=scale, softcap=softcap)
     causal = context.mask is None
@@ -167,15 +167,15 @@ def _attend_in_blocks(
     context: AttentionContext,
     **options: Any,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Blocked attention; where the mesh splits the time, each device has a part of the queries."""
-    # Keys and values are gathered, a few megabytes a layer, and the scores stay in parts. On a TPU
-    # that holds whole rows the kernel of splash attention forms the blocks.
+    """Blocked attention; if the mesh splits the time, each device has a part of the queries."""
+    # Keys and values are gathered, a few megabytes per layer, and the scores stay in parts. On a
+    # TPU with whole rows the splash attention kernel forms the blocks.
     options["window"] = context.window
     axes = on_mesh.auto_axes(sharding.MeshAxes.current().sequence, query.shape[1])
-    # Without a mesh that is known here, devices of its operands may be many.
+    # Without a known mesh, its operands may be on several devices.
     has_mesh = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-    whole = not axes and has_mesh and context.implementation is None
-    if whole and on_mesh.platform_of(query) == "tpu":
+    whole_rows = not axes and has_mesh and context.implementation is None
+    if whole_rows and on_mesh.platform_of(query) == "tpu":
         # Pallas takes a second to import.
         from logitjax.models._splash_attention import splash_attention
 
@@ -204,7 +204,7 @@ def attend_heads_first(
     scale: float,
     softcap: float | None,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Attention over keys and values laid out as a cache holds them."""
+    """Attention over keys and values in a cache's layout."""
     batch, time, heads, dim = query.shape
     groups = key.shape[1]
     # Query heads of one key head become rows of one matmul.
@@ -289,7 +289,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if context.tables is not None:
             query = apply_rope(query, context.tables)
-            # Else a cache keeps keys unrotated.
+            # Otherwise a cache stores keys unrotated.
             if context.key_tables is None:
                 key = apply_rope(key, context.tables)
         scale, softcap = config.attention_scale, config.attention_softcap

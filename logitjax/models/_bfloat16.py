@@ -1,4 +1,4 @@
-"""Products in bfloat16 on a CPU, where XLA has fast ones only if they end in float32."""
+"""Products in bfloat16 on a CPU, where XLA only has fast ones that end in float32."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from logitjax import ops
 
 
 def use_cpu_products(model: nnx.Module) -> None:
-    """Makes linear layers multiply with `dot_general`, in place; for bfloat16 on a CPU."""
+    """Make linear layers multiply with `dot_general`, in place; for bfloat16 on a CPU."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear):
             module.dot_general = dot_general
@@ -29,12 +29,12 @@ def dot_general(
     """
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
     narrow = lhs.dtype == rhs.dtype == jnp.bfloat16
-    asked = any(value is not None for value in options.values())
-    # There JAX itself knows how a derivative is split, and a rule would have to be told.
+    has_options = any(value is not None for value in options.values())
+    # There JAX itself derives the sharding of a derivative, which a rule would have to state.
     explicit = AxisType.Explicit in jax.typeof(lhs).sharding.mesh.axis_types
-    if not (plain and narrow) or asked or explicit:
+    if not (plain and narrow) or has_options or explicit:
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
-    # In `shard_map` both sides of the rule's derivative differ wherever either does.
+    # In `shard_map` both sides of the rule's derivative vary if either does.
     axes = ops.mesh.varying_axes(lhs) | ops.mesh.varying_axes(rhs)
     lhs, rhs = (ops.mesh.vary(side, sorted(axes)) for side in (lhs, rhs))
     if math.prod(lhs.shape[:-1]) != 1:

@@ -1,4 +1,4 @@
-"""Attention whose scores exist one block at a time, forward and backward, by XLA."""
+"""Attention whose scores exist only one block at a time, forward and backward, by XLA."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from logitjax.models._config import Window
 from logitjax.ops import Array
 
-# Scores of a block are BLOCK x BLOCK a head: 1 MiB in float32.
+# Scores of a block are BLOCK x BLOCK per head: 1 MiB in float32.
 BLOCK = 512
 
 
@@ -39,9 +39,9 @@ def blocked_attention(
 ) -> Float[jax.Array, "batch time heads dim"]:
     """Causal attention within segments; memory grows with `time`, not with its square.
 
-    Query `t` stands at place `start + t` and sees keys of its own segment at its place and before,
-    at most `window` of them; keys of segment -1 are padding. A query without a key gets 0.
-    Algorithms 1 and 2 of Dao, FlashAttention-2 (arXiv 2307.08691).
+    Query `t` is at position `start + t` and sees keys of its own segment up to its position, at
+    most `window` of them; keys of segment -1 are padding. A query without a key gets 0. Algorithms
+    1 and 2 of Dao, FlashAttention-2 (arXiv 2307.08691).
     """
     batch, time, heads, dim = query.shape
     slots, groups = key.shape[1], key.shape[2]
@@ -55,7 +55,7 @@ def blocked_attention(
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, columns), (0, 0))) for x in (key, value)
     )
     q_ids = jnp.pad(jnp.asarray(query_segments), ((0, 0), (0, rows)), constant_values=-2)
-    # Padding of either side equals nothing: keys have -1, queries of none -2.
+    # Padding matches nothing: padded keys have -1, padded queries -2.
     k_ids = jnp.pad(jnp.asarray(key_segments), ((0, 0), (0, columns)), constant_values=-1)
     q_ids = jnp.where(q_ids < 0, -2, q_ids)
     options = _Options(scale, softcap, window, block)
@@ -79,7 +79,7 @@ def _forward(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options
             peak, mass, total = sums
             scores, _, mask = _scores(q_i, _cut(k, j, size, 2), ids, k_ids, first, j, options)
             new = jnp.maximum(peak, jnp.where(mask, scores, -jnp.inf).max(-1))
-            # A row that has seen no key yet keeps a peak of -inf, which is no number to subtract.
+            # A row that has seen no key yet keeps a peak of -inf, which cannot be subtracted.
             finite = jnp.where(new == -jnp.inf, 0.0, new)
             weights = jnp.where(mask, jnp.exp(scores - finite[..., None]), 0.0)
             decay = jnp.exp(peak - finite)
@@ -100,7 +100,7 @@ def _forward(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options
             jnp.zeros(q_i.shape, jnp.float32),
         )
         peak, mass, total = lax.fori_loop(*_range(first, k, options), add, begin)
-        # a row without keys: 0 / 1.
+        # A row without keys: 0 / 1.
         mass = jnp.where(mass > 0, mass, 1.0)
         normaliser = jnp.where(peak == -jnp.inf, 0.0, peak) + jnp.log(mass)
         return (total / mass[..., None]).astype(v.dtype), normaliser
@@ -117,7 +117,7 @@ def _save(q: Any, k: Any, v: Any, q_ids: Any, k_ids: Any, start: Any, options: A
 def _backward(options: Any, saved: Any, cotangent: Any) -> tuple[Any, ...]:
     q, k, v, q_ids, k_ids, start, out, normalisers = saved
     size, f32 = options.block, jnp.float32
-    # What the softmax subtracts from each weight's cotangent.
+    # The softmax subtracts this from each weight's cotangent.
     means = (out.astype(f32) * cotangent.astype(f32)).sum(-1)
 
     def rows(sums: Any, i: jax.Array) -> Any:
@@ -135,7 +135,7 @@ def _backward(options: Any, saved: Any, cotangent: Any) -> tuple[Any, ...]:
             scores, slope, mask = _scores(q_i, k_j, ids, k_ids, first, j, options)
             weights = jnp.where(mask, jnp.exp(scores - log_z), 0.0)
             pulled = jnp.einsum("bkgqd,bksd->bkgqs", ct, v_j, preferred_element_type=f32)
-            # The softmax pulled back: P (dP - D), with D = out . cotangent of a row.
+            # The softmax's backward pass: P (dP - D), with D = out . cotangent of a row.
             inner = (weights * (pulled - mean) * slope * options.scale).astype(q.dtype)
             dq += jnp.einsum("bkgqs,bksd->bkgqd", inner, k_j, preferred_element_type=f32)
             new_k = jnp.einsum("bkgqs,bkgqd->bksd", inner, q_i, preferred_element_type=f32)
@@ -160,7 +160,7 @@ _attention.defvjp(_save, _backward)
 def _scores(
     q: Any, k: Any, q_ids: Any, k_ids: Any, first: Any, j: Any, options: _Options
 ) -> tuple[jax.Array, jax.Array | float, jax.Array]:
-    """Scores of a block in float32, the slope of their cap, and which of them count."""
+    """Scores of a block in float32, the slope of their cap, and the mask of those that count."""
     size = options.block
     scores = options.scale * jnp.einsum(
         "bkgqd,bksd->bkgqs", q, k, preferred_element_type=jnp.float32
@@ -180,7 +180,7 @@ def _scores(
 
 
 def _range(first: Any, k: Any, options: _Options) -> tuple[Any, Any]:
-    """Blocks of keys, from and up to, of which some query of a block may see one."""
+    """The range of key blocks, first and end, of which some query of a block may see one."""
     size = options.block
     stop = jnp.minimum((first + size - 1) // size + 1, k.shape[2] // size)
     if options.window is None:

@@ -1,4 +1,4 @@
-"""Key/value caches as pytrees, and the masks that follow from the positions they hold."""
+"""Key/value caches as pytrees, and the masks that follow from their positions."""
 
 import dataclasses
 
@@ -13,16 +13,15 @@ from logitjax.ops import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A decoder's keys and values of the tokens before.
+    """A decoder's keys and values of earlier tokens.
 
-    `keys` and `values` follow the model's segments: per segment, one array a pattern entry
-    `[repeats, batch, kv_heads, slots, head_dim]` when stacked, one a layer without `repeats`
-    when listed; heads come before slots because a step then multiplies without transposing.
-    `positions[kind]` is the position held by each slot, -1 for none, for all layers of one
-    attention window. `length` is each row's next position. A token of position `p` lives in
-    slot `p % slots`: windowed layers keep a ring of their window's size. Going back to an earlier
-    position forgets what came after. On windowed layers one may go back by as many positions as
-    the ring has spare slots.
+    `keys` and `values` follow the model's segments: per segment, one array per pattern entry
+    `[repeats, batch, kv_heads, slots, head_dim]` when stacked, one per layer without `repeats` when
+    listed; heads come before slots so that a step multiplies without transposing. `positions[kind]`
+    is the position held by each slot, -1 for none, for all layers of one attention window. `length`
+    is each row's next position. A token of position `p` is stored in slot `p % slots`: windowed
+    layers keep a ring of their window's size. Going back to an earlier position discards later
+    ones; on windowed layers only by as many positions as the ring has spare slots.
     """
 
     keys: tuple
@@ -46,10 +45,10 @@ class Cache:
         Windowed layers keep only their window. Past `max_length` the oldest tokens are overwritten.
 
         Args:
-            max_length: slots of layers without a window.
-            layout: `'listed'` or `'stacked'`, as the model's.
-            ring_slack: slots of windowed layers beyond their window: the number of tokens by which
-                one may go back without losing what the window still needs.
+            max_length: number of slots of layers without a window.
+            layout: `'listed'` or `'stacked'`, as in the model.
+            ring_slack: slots of windowed layers beyond their window: the number of tokens to go
+                back without losing any that the window still needs.
 
         >>> from logitjax.models import load_config
         >>> cache = jax.jit(lambda: Cache.init(load_config("tiny"), 3, 16))()
@@ -89,9 +88,9 @@ def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
 def write_slots(
     positions: Int[Array, "batch time"], slots: int, window: Window
 ) -> Int[jax.Array, "batch time"]:
-    """The slot each new token goes to; `slots`, out of range, for padding and what a ring drops."""
+    """The slot of each new token; `slots`, out of range, for padding and what a ring drops."""
     keep = positions >= 0
-    # Two tokens of one slot in one scatter: which of them stays would be left to chance.
+    # Two tokens of one slot in a single scatter: which of them remains would be undefined.
     if window is not None and positions.shape[1] > 1:
         keep &= positions > positions.max(axis=1, keepdims=True) - slots
     return jnp.where(keep, positions % slots, slots)  # a ring
@@ -119,7 +118,7 @@ def write_vectors(
 def position_mask(
     queries: Int[Array, "batch time"], keys: Int[Array, "batch slots"], window: Window
 ) -> Bool[jax.Array, "batch 1 time slots"]:
-    """Which keys a query sees: held, not later, and inside the window."""
+    """Mask of the keys that a query sees: stored, not later, and inside the window."""
     q, k = jnp.asarray(queries)[:, :, None], jnp.asarray(keys)[:, None, :]
     seen = (k >= 0) & (k <= q)
     if window is not None:

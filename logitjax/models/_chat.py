@@ -22,12 +22,12 @@ _SCRIPT = pathlib.Path(__file__).with_name("_template_worker.py")
 def render_template(
     template: str, variables: Mapping[str, Any], seconds: float
 ) -> tuple[str, Spans | None]:
-    """The text that a template makes, and its `{% generation %}` spans; None without any."""
+    """The text that a template renders, and its `{% generation %}` spans; None without any."""
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)
-    asked = json.dumps({"source": template, "variables": variables, "seconds": seconds})
-    most = limits.text + 64 * len(asked)
-    answer = _WORKER.ask(f'{asked[:-1]}, "most": {most}}}', seconds)
+    request = json.dumps({"source": template, "variables": variables, "seconds": seconds})
+    most = limits.text + 64 * len(request)
+    answer = _WORKER.ask(f'{request[:-1]}, "most": {most}}}', seconds)
     if "error" in answer:
         raise ValueError(f"messages: the chat template refuses them ({answer['error']})")
     spans = [(start, end) for start, end in answer["spans"]]
@@ -35,12 +35,12 @@ def render_template(
 
 
 class _Worker:
-    """The process that renders: begun by the first template, and again after one that ended it."""
+    """The rendering process, started by the first template, and again after one that killed it."""
 
     def __init__(self) -> None:
         self.forget()
         atexit.register(self.end)
-        # A forked child must not read the answers to its parent.
+        # A forked child must not read the answers for its parent.
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
@@ -56,13 +56,13 @@ class _Worker:
                 self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
             process, content = self._process, b""
             try:
-                # What has ended says so by the answer that does not come.
+                # The missing answer shows that it has ended.
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.write(line.encode() + b"\n")
                     process.stdin.flush()
                 content = process.stdout.readline()
             finally:
-                # Also where this is interrupted: the next one would get this one's answer.
+                # Also after an interrupt: otherwise the next template would get this one's answer.
                 if not content.endswith(b"\n"):
                     self.end()
         if content.endswith(b"\n"):
@@ -85,14 +85,14 @@ _WORKER = _Worker()
 
 
 def plain(value: Any, name: str) -> Any:
-    """A copy made of JSON's types, so that a template meets no methods but theirs."""
+    """A copy made of JSON's types, so that a template reaches no other methods."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
         return {str(k): plain(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v, f"{name}[{i}]") for i, v in enumerate(value)]
-    raise TypeError(f"{name}: expected what JSON can say, got {type(value).__name__}")
+    raise TypeError(f"{name}: expected a JSON value, got {type(value).__name__}")
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

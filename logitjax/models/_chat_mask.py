@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation one role wrote, where the template does not say."""
+"""Characters of a rendered conversation that one role wrote, if the template does not mark them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from logitjax.models._chat import Spans
 
 Render = Callable[..., str]
 
-# Of the private use area: no conversation has it, and no template trims or splits it.
+# From the private use area: no conversation has it, and no template trims or splits it.
 _MARK = "\ue000\ue001\ue002"
 
 
@@ -16,18 +16,18 @@ def written_spans(
     messages: Sequence[Mapping[str, Any]],
     role: str,
     text: str,
-    # Where tokens begin.
+    # Starts of tokens.
     boundaries: Sequence[int],
 ) -> Spans:
-    """Spans of `text`, all rendered, that hold what messages of `role` add beyond the prompt."""
+    """Spans of `text`, fully rendered, with what messages of `role` add beyond the prompt."""
     spans = []
     for i, message in enumerate(messages):
         if message.get("role") != role:
             continue
-        # Where the text up to a message is a prefix of the whole, the span follows from the
-        # lengths. A template may write a turn otherwise when others follow (Qwen3 drops earlier
-        # reasoning, Phi-3 ends the last turn with one token more): then the message is replaced by
-        # a mark, and what changes is the message.
+        # If the text up to a message is a prefix of the whole, the span follows from the lengths. A
+        # template may write a turn differently when others follow (Qwen3 drops earlier reasoning,
+        # Phi-3 ends the last turn with one more token): then the message is replaced by a mark, and
+        # the part that changes is the message.
         before = _attempt(render, messages[:i], add_generation_prompt=True)
         after = text if i + 1 == len(messages) else _attempt(render, messages[: i + 1])
         start = None if before is None or not text.startswith(before) else len(before)
@@ -40,14 +40,14 @@ def written_spans(
             start = first if start is None or start > first else start
             end = last + _ending(render, messages[: i + 1], after, text[last:])
             if end < len(text):
-                # The common ending may stop inside a token: `<|` of two different ones.
+                # The common ending may stop inside a token, such as `<|` of two different ones.
                 end = max([last, *(b for b in boundaries if last <= b <= end)])
         spans.append((start, end))
     return spans
 
 
 def _attempt(render: Render, messages: Sequence[Any], **options: bool) -> str | None:
-    """A shorter conversation's text; templates refuse some that the whole never meets."""
+    """A shorter conversation's text; templates refuse some prefixes of a valid conversation."""
     try:
         return render(messages, **options)
     except ValueError:
@@ -57,9 +57,9 @@ def _attempt(render: Render, messages: Sequence[Any], **options: bool) -> str | 
 def _changed(
     render: Render, messages: Sequence[Mapping[str, Any]], index: int, text: str
 ) -> tuple[int, int] | None:
-    """Where `text` shows a message; None where it does not."""
+    """The place of a message in `text`; None if it is not found."""
     message = messages[index]
-    # What stands beside the content (calls of tools, reasoning) goes first, where it may.
+    # Anything besides the content (tool calls, reasoning) is removed first, if possible.
     for marked in ({"role": message["role"], "content": _MARK}, {**message, "content": _MARK}):
         other = _attempt(render, [*messages[:index], marked, *messages[index + 1 :]])
         if other is None:
@@ -81,7 +81,7 @@ def _changed(
 def _ending(
     render: Render, messages: Sequence[Mapping[str, Any]], after: str | None, rest: str
 ) -> int:
-    """How much of the text after the last message ends its turn, before another turn begins."""
+    """Number of characters after the last message that end its turn, before the next begins."""
     changed = None if after is None else _changed(render, messages, len(messages) - 1, after)
     if after is None or changed is None:
         return 0
@@ -89,6 +89,6 @@ def _ending(
 
 
 def _common(one: str, other: str) -> int:
-    """Characters at the start that both share."""
+    """Number of characters at the start that both share."""
     pairs = enumerate(zip(one, other))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -8,13 +8,13 @@ from typing import Literal
 from logitjax.models._family import Family
 
 Window = int | None
-# Of a layer its window, and whether queries and keys are rotated by their positions.
+# Window of a layer, and whether its queries and keys are rotated by position.
 Kind = tuple[Window, bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length a model was first trained on.
+    """The scaling of rotary frequencies beyond the length a model was first trained on.
 
     `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones; `'yarn'` ramps
     between both by the number of turns (between whole pairs where `truncate`); `'longrope'` divides
@@ -51,9 +51,9 @@ class SegmentSpec:
 class DecoderConfig:
     """Sizes and switches of a decoder-only transformer.
 
-    `windows` holds one entry a layer: `None` attends to all earlier positions, an int to that
-    many last positions, itself included. Empty means `None` everywhere. Layers with a window use
-    `rope_local_theta` (unscaled) if it is set; the layers of `unrotated` have no positions.
+    `windows` has one entry per layer: `None` attends to all earlier positions, an int to that many
+    last positions, itself included. Empty means `None` everywhere. Layers with a window use
+    `rope_local_theta` (unscaled) if it is set; the layers in `unrotated` have no positions.
     `segment_boundaries` are layer indices at which a segment must end, for edits that treat the
     layers before and after differently.
 
@@ -101,9 +101,9 @@ class DecoderConfig:
     # In place of the MLP.
     num_experts: int = 0
     experts_per_token: int = 0
-    # Of one; 0 is intermediate_size.
+    # Width of one expert; 0 is intermediate_size.
     expert_size: int = 0
-    # Weights of those that are chosen sum to one.
+    # Whether the weights of the chosen experts are normalised to sum 1.
     normalise_experts: bool = True
     tie_embeddings: bool = True
     bos_id: int | None = None
@@ -150,14 +150,14 @@ class DecoderConfig:
 
     @property
     def fused_maps(self) -> bool:
-        """Whether the family's checkpoints keep several of our maps in one tensor."""
+        """Whether the family's checkpoints fuse several of our maps in one tensor."""
         names = self.traits.weights.values()
         return len(set(names)) < len(names)
 
     @property
     def traits(self) -> Family:
-        """The family itself, which says what its checkpoints look like."""
-        # Which reads configurations.
+        """The family itself, which describes its checkpoints."""
+        # Imported here because it imports configurations.
         from logitjax.models._families import find_family
 
         return find_family(self.family, "config: family")
@@ -172,7 +172,7 @@ def _segments(kinds: Sequence[Kind]) -> list[SegmentSpec]:
     n = len(kinds)
     if n == 0:
         return []
-    # Each pattern entry is traced once, whatever its repeats: the shortest compiles fastest.
+    # Each pattern entry is traced once, however often it repeats: the shortest compiles fastest.
     for period in range(1, n // 2 + 1):
         if all(kinds[i] == kinds[i + period] for i in range(n - period)):
             repeats = n // period

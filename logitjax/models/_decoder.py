@@ -84,17 +84,17 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
     if remat == "none":
         return function
     policies = {
-        # Least memory: all is formed again.
+        # Least memory: everything is computed again.
         "full": jax.checkpoint_policies.nothing_saveable,
-        # All but attention's.
+        # All except attention's.
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
     return jax.checkpoint(function, policy=policies[remat])
 
 
 def _over_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations split over batch and time where a mesh is known, as in a `TrainStep`."""
-    # Else the compiler may split them as the embedding is, and sums every matmul over all devices.
+    """Keep activations split over batch and time if a mesh is known, as in a `TrainStep`."""
+    # Otherwise the compiler may split them like the embedding and sum each matmul over devices.
     names = ops.sharding.MeshAxes.current()
     rows = ops.mesh.auto_axes(names.rows, x.shape[0])
     time = ops.mesh.auto_axes(names.sequence, x.shape[1])
@@ -102,10 +102,10 @@ def _over_batch(x: jax.Array) -> jax.Array:
 
 
 def _look_up(table: Any, ids: Array, mode: str | None = None) -> jax.Array:
-    """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles."""
+    """Rows of a table, in a form that compiles where `shard_map` has taken part of the mesh."""
     if isinstance(table, ops.Codes):
         return table.rows(jnp.asarray(ids))
-    # XLA ends the process at a gather from a split table there: each device looks all ids up.
+    # XLA crashes at a gather from a split table there, so each device looks up all ids.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {name for name, kind in kinds if kind == AxisType.Auto}
@@ -122,7 +122,7 @@ def _look_up(table: Any, ids: Array, mode: str | None = None) -> jax.Array:
 
 
 class Segment(nnx.Module):
-    """Layers that repeat one pattern; `layers` is one stacked block a pattern entry, or all."""
+    """Layers that repeat one pattern; `layers` has one stacked block per pattern entry, or all."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Segment(nnx.Module):
         if layout == "listed":
             blocks = [block(rngs.params()) for _ in range(spec.num_layers)]
         else:
-            # Initialised under one vmap: a layer at a time would be a program each.
+            # Initialised under one vmap: one layer at a time would be one program each.
             graphdef = nnx.graphdef(nnx.eval_shape(lambda: block(jax.random.key(0))))
             blocks = []
             for _ in spec.pattern:
@@ -152,7 +152,7 @@ class Segment(nnx.Module):
     def __call__(
         self, x: jax.Array, contexts: dict, caches: Any, loras: Any, *, layout: str, remat: str
     ) -> tuple[jax.Array, tuple | None]:
-        """`caches`: one (keys, values) pair a member of `layers`, or None."""
+        """`caches`: one (keys, values) pair per member of `layers`, or None."""
         pattern = self.spec.pattern
         count = len(self.layers)
         split = [nnx.split(layer) for layer in self.layers]
@@ -190,13 +190,13 @@ class Decoder(nnx.Module):
     training) or listed and unrolled (`'listed'`, for decoding); `with_layout` converts.
 
     Args:
-        dtype: compute dtype. Norms, softmax and logits are float32 always.
-        remat: what the backward pass keeps of a layer: `'none'` recomputes nothing, `'dots'`
-            keeps matmul results, `'full'` keeps the layer's input only.
-        head: a module `head(hidden, embedding) -> logits` with `as_linear(embedding)`;
-            a `TiedHead` or `LinearHead` by `config.tie_embeddings` when omitted.
+        dtype: compute dtype. Norms, softmax and logits are always float32.
+        remat: what the backward pass keeps of a layer: `'none'` recomputes nothing, `'dots'` keeps
+            matmul results, `'full'` only keeps the layer's input.
+        head: a module `head(hidden, embedding) -> logits` with `as_linear(embedding)`; by default a
+            `TiedHead` or `LinearHead` by `config.tie_embeddings`.
         attention: `implementation` of `jax.nn.dot_product_attention`, or `'blocked'`, which forms
-            scores a block at a time. By default the latter from 4,096 tokens on, where no cache is.
+            scores a block at a time. By default blocked from 4,096 tokens on, without a cache.
 
     >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
         self.layout: str = layout
         self.remat: str = remat
         self.attention: Implementation = attention
-        # As GPT-2 begins.
+        # GPT-2's initialisation.
         normal = nnx.initializers.normal(0.02)
         self.embedding = nnx.Param(
             normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)
@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
         self.segments = nnx.List(
             [Segment(config, spec, layout=layout, **kinds) for spec in config.segments]
         )
-        # What divides the logits divides hidden states: every head and loss then meets it.
+        # The divisor of the logits divides the hidden states, so every head and loss sees it.
         self.final_norm = Norm(
             config, config.hidden_size, param_dtype=param_dtype, divisor=config.logits_divisor
         )
@@ -254,14 +254,14 @@ class Decoder(nnx.Module):
     def embed(
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"]
     ) -> Float[jax.Array, "batch time hidden"]:
-        """Input embeddings, scaled as the family asks, plus learned positions where it has them."""
+        """Input embeddings, scaled as the family requires, plus learned positions, if any."""
         x = _look_up(self.embedding[...], tokens).astype(self.dtype)
-        # Gemma's: the root of the width.
+        # Gemma's factor: the square root of the width.
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         if self.config.position == "learned":
             table = self.position_embedding[...]
-            # Padding stands at -1; what it reads here is masked.
+            # Padding is at -1; the embedding it reads here is masked.
             x += _look_up(table, jnp.maximum(positions, 0), mode="clip").astype(self.dtype)
         return _over_batch(x)
 
@@ -278,12 +278,12 @@ class Decoder(nnx.Module):
         """Normed hidden states in the compute dtype, and the cache after these tokens, if any.
 
         Args:
-            positions: position of each token, -1 for padding, which is never attended. Counted
-                from 0 (within each segment) or on from `cache.length` when omitted.
-            segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
+            positions: position of each token, -1 for padding, which is never attended to. By
+                default counted from 0 (within each segment) or from `cache.length`.
+            segment_ids: packed documents; tokens attend only within equal ids. Not with a cache.
             cache: cache from `init_cache`, in the model's layout.
             lora: adapters in the model's layout.
-            lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
+            lora_rows: bool `[batch]`, the rows that use the adapters; by default all.
 
         Raises:
             ValueError: for `segment_ids` together with a cache, or more new tokens than slots.
@@ -333,12 +333,12 @@ class Decoder(nnx.Module):
         After all layers, `final_norm(x)` gives the hidden states of `hidden_states`.
 
         Args:
-            x: activations before these layers, from `embed` before the first.
+            x: activations before these layers; those of `embed` before the first.
             positions: position of each token, -1 for padding.
-            layers: which layers, of a listed model; a ValueError for a stacked one.
-            cache: keys and values of these layers alone, as one segment; positions of all windows.
+            layers: indices of the layers, of a listed model; ValueError for a stacked one.
+            cache: keys and values of these layers only, as one segment; positions of all windows.
             lora: adapters of these layers, listed.
-            lora_rows: bool `[batch]`, the rows that use the adapters; all when omitted.
+            lora_rows: bool `[batch]`, the rows that use the adapters; by default all.
         """
         if self.layout != "listed":
             raise ValueError("model: expected listed layers, use with_layout(model, 'listed')")
@@ -368,7 +368,7 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         lora_rows: Array | None,
     ) -> tuple[dict, dict]:
-        """By kind, what its layers share; by window the positions that its cache will hold."""
+        """Values shared by layers of each kind, and for each window the cache's new positions."""
         contexts, stored = {}, {}
         for kind in dict.fromkeys(self.config.layer_kinds):
             contexts[kind], stored[kind_name(kind[0])] = make_context(
@@ -384,7 +384,7 @@ class Decoder(nnx.Module):
         return contexts, stored
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
-        """float32 logits of hidden states, soft-capped where the family asks."""
+        """float32 logits of hidden states, soft-capped if the family requires it."""
         logits = self.head(hidden, self.embedding[...])
         cap = self.config.logits_softcap
         return logits if cap is None else ops.soft_cap(logits, cap)
@@ -401,10 +401,10 @@ class Decoder(nnx.Module):
         return self.logits(hidden)
 
     def head_of(self) -> Head:
-        """The output head with the model's soft cap, for the losses that start at hidden states.
+        """The output head with the model's soft cap, for losses that start from hidden states.
 
         Raises:
-            ValueError: the logits are not linear in the hidden states but for that cap.
+            ValueError: apart from that cap, the logits are not linear in the hidden states.
 
         >>> from logitjax.models import load_model
         >>> load_model("tiny").head_of().rows.shape

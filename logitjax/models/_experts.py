@@ -1,4 +1,4 @@
-"""A mixture of experts in place of an MLP: a router picks some for each token, and drops none."""
+"""A mixture of experts in place of an MLP: a router picks some for each token and drops none."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class _Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """A weighted sum of gated MLPs; on a mesh with an axis `expert` each device has some."""
+    """A weighted sum of gated MLPs, distributed over the mesh axis `expert` if there is one."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         arrays = (x, weights.astype(self.dtype), ids)
         if not (free := ops.mesh.free_axes()):
             return summed(*arrays, kernels)
-        # Rows that the axis of the experts splits are gathered: each of its devices sees them all.
+        # Rows split over the experts' axis are gathered: each of its devices sees all of them.
         names = ops.sharding.MeshAxes.current()
         row_axes = ops.mesh.auto_axes([n for n in names.rows if n != "expert"], x.shape[0])
         split = P(row_axes, ops.mesh.auto_axes(names.sequence, x.shape[1]))
@@ -89,9 +89,9 @@ class MoE(nnx.Module):
 def _scanned(
     activation: Callable, x: jax.Array, weights: jax.Array, ids: jax.Array, kernels: list[jax.Array]
 ) -> jax.Array:
-    """One expert after the other, each over all tokens; ids of other devices' experts give zero."""
+    """One expert after another, each over all tokens; ids of other devices' experts give zero."""
 
-    # Else what the backward pass keeps is tokens times experts.
+    # Otherwise the backward pass would keep tokens times experts.
     @jax.checkpoint
     def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
         number, gate, up, down = expert
@@ -99,7 +99,7 @@ def _scanned(
         return total + weight * ((activation(x @ gate) * (x @ up)) @ down), None
 
     numbers = jnp.arange(kernels[0].shape[0], dtype=ids.dtype)
-    # The carry differs between the devices of an axis as what is added to it does.
+    # The carry varies over the devices of an axis as the added values do.
     differs = ops.mesh.varying_axes(kernels[0]) | ops.mesh.varying_axes(x)
     start = ops.mesh.vary(jnp.zeros_like(x), differs)
     return jax.lax.scan(add, start, (numbers, *kernels))[0]
@@ -108,7 +108,7 @@ def _scanned(
 def _ragged(
     activation: Callable, x: jax.Array, weights: jax.Array, ids: jax.Array, kernels: list[jax.Array]
 ) -> jax.Array:
-    """Rows sorted by expert, each multiplied by its own; those of other devices' come last."""
+    """Rows sorted by expert, each multiplied by its own; those of other devices come last."""
     count, each = kernels[0].shape[0], ids.shape[-1]
     flat = jnp.where((ids >= 0) & (ids < count), ids, count).reshape(-1)
     order = jnp.argsort(flat, stable=True)
@@ -116,6 +116,6 @@ def _ragged(
     rows = x[order // each]
     gate, up, down = (functools.partial(jax.lax.ragged_dot, group_sizes=sizes) for _ in range(3))
     inner = activation(gate(rows, kernels[0])) * up(rows, kernels[1])
-    # What belongs to no group is zero, whatever a kernel leaves in its rows.
+    # Rows outside all groups are zero, whatever a kernel leaves in them.
     out = jnp.where((flat[order] < count)[:, None], down(inner, kernels[2]), 0)
     return jnp.zeros_like(x).at[order // each].add(out * weights.reshape(-1)[order][:, None])

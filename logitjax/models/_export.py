@@ -1,4 +1,4 @@
-"""Decoders out again: a directory that transformers, vLLM and `load_model` read."""
+"""Export of decoders: a directory that transformers, vLLM and `load_model` read."""
 
 import json
 import operator
@@ -19,7 +19,7 @@ from logitjax.models._weight_map import TensorSpec, hf_tensors, interleaved
 from logitjax.ops import Array, Codes
 from logitjax.storage import require, write_atomic
 
-# Shards that are being written, and those of a model that is replaced.
+# Shards being written, and those of a replaced model.
 _PART = ".model-part-"
 _SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -76,17 +76,17 @@ def save_pretrained(
 ) -> None:
     """Write a model as a Hugging Face directory; loading it again gives the same bits.
 
-    Safetensors shards (with an index where there are several), config.json,
+    It contains safetensors shards (with an index if there are several), config.json,
     generation_config.json, and tokenizer.json with its tokenizer_config.json. Tensors keep the
     model's parameter dtype. With several processes all must call; process 0 writes.
 
     Args:
         model: a decoder with a full or tied head.
-        tokenizer: written along, unless None.
-        directory: folder, made if it does not exist.
+        tokenizer: also written, unless None.
+        directory: folder, created if it does not exist.
 
     Raises:
-        ValueError: for a setting that the format of the model's family lacks, or a head of another
+        ValueError: for a setting that the family's format cannot express, or a head of another
             kind.
     """
     directory = epath.Path(directory)
@@ -95,7 +95,7 @@ def save_pretrained(
     writer = jax.process_index() == 0
     if writer:
         directory.mkdir(parents=True, exist_ok=True)
-    # How many shards there are, which their names say, is known at the end.
+    # The number of shards, which is part of their names, is only known at the end.
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     size = total = 0
@@ -118,8 +118,8 @@ def save_pretrained(
     flush()
     if not writer:
         return
-    # What was there before is replaced now that the new one is whole. Without a config.json, which
-    # is written last, it is no model: none is half of one and half of another.
+    # The previous files are replaced now that the new ones are complete. Without a config.json,
+    # which is written last, there is no model, so two models are never mixed.
     (directory / "config.json").unlink(missing_ok=True)
     for old in directory.iterdir():
         stopped = old.name.startswith(_PART) and int(old.name.removeprefix(_PART)) >= len(shards)

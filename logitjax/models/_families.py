@@ -1,4 +1,4 @@
-"""The families that are known: those of the library, of entry points, and those brought."""
+"""The known families: those of the library, of entry points, and registered ones."""
 
 import dataclasses
 import difflib
@@ -35,16 +35,16 @@ def register_family(family: Family | str) -> Family:
     """Make a family of decoders known to this process's readers and writers; returns its value.
 
     A configuration names its family, and so does a `config.json`: loading, exporting, adapters and
-    loading again find the value by that name.
+    reloading find the value by that name.
 
     Args:
         family: The value, or the text of `--family`: `package.module:NAME`, the name of an entry
             point of the group `logitjax.families` (which are also found without this call), or
-            `llama(name=other)`, which reads the models that call themselves `other` as Llama.
+            `llama(name=other)`, which reads models named `other` as Llama.
 
     Raises:
-        ValueError: Its name, wrapper or GGUF architecture is that of another family; a value of
-            one's own under the same name is replaced.
+        ValueError: Its name, wrapper or GGUF architecture belongs to another family; a registered
+            value under the same name is replaced.
 
     >>> register_family("llama").architecture
     'LlamaForCausalLM'
@@ -54,7 +54,7 @@ def register_family(family: Family | str) -> Family:
     else:
         value: Family = _REGISTRY.parse(family)
         if (origin := _MEMBERS.get(family.partition("(")[0])) and origin.name != value.name:
-            # Its files have names of their own.
+            # Its files use their own names.
             value = dataclasses.replace(value, wrapper="", gguf=value.name, pre_tokenizers={})
     for other in _MEMBERS.values():
         same = other.name == value.name
@@ -72,7 +72,7 @@ def register_family(family: Family | str) -> Family:
 
 
 def all_families() -> Iterator[Family]:
-    """Each family, those of entry points last: they are imported when it comes to them."""
+    """Each family, those of entry points last, which are imported only when reached."""
     yield from list(_MEMBERS.values())
     for name in _REGISTRY.names():
         if name not in _MEMBERS:
@@ -85,7 +85,7 @@ def find_family(
     names: Callable[[Family], tuple[str | None, ...]] = lambda family: (family.name,),
     raw: Mapping[str, Any] | None = None,
 ) -> Family:
-    """The family with one of the `names`; else an error with the nearest, by `raw` or by name."""
+    """The family with one of the `names`, or an error with the nearest, by `raw` or by name."""
     families = list(all_families())
     for family in families:
         if name is not None and name in names(family):

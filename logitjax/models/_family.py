@@ -1,15 +1,15 @@
-"""A family of decoders: how its checkpoints name and say what a `Decoder` computes."""
+"""A family of decoders: the names and settings of its checkpoints for a `Decoder`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-# Which ask the family themselves.
+# These import the family themselves.
 if TYPE_CHECKING:
     from logitjax.models._config import DecoderConfig
     from logitjax.models._hf_fields import Fields
 
-# llama.cpp has one set of names; an architecture leaves out what it lacks, or fuses some.
+# llama.cpp has one set of names; an architecture omits those it lacks, or fuses some.
 GGUF_WEIGHTS = {
     "embedding": "token_embd",
     "position_embedding": "position_embd",
@@ -29,7 +29,7 @@ GGUF_WEIGHTS = {
     "mlp.up": "blk.*.ffn_up",
     "mlp.down": "blk.*.ffn_down",
     "mlp.router": "blk.*.ffn_gate_inp",
-    # All experts are one tensor.
+    # All experts form one tensor.
     "mlp.experts.gate": "blk.*.ffn_gate_exps",
     "mlp.experts.up": "blk.*.ffn_up_exps",
     "mlp.experts.down": "blk.*.ffn_down_exps",
@@ -37,13 +37,13 @@ GGUF_WEIGHTS = {
 
 
 def gguf_windows(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One window for all layers, if the metadata of a GGUF file give any."""
+    """One window for all layers, if the metadata of a GGUF file state any."""
     window = get("attention.sliding_window")
     return {"windows": (int(window),) * settings["num_layers"]} if window else {}
 
 
 def gguf_experts(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and width of experts; llama.cpp always makes their weights sum to one."""
+    """Number and width of experts; llama.cpp always normalises their weights to sum 1."""
     return {
         "num_experts": int(get("expert_count")),
         "experts_per_token": int(get("expert_used_count")),
@@ -54,54 +54,54 @@ def gguf_experts(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreTokenizer:
-    """How byte-level tokenizers of GGUF files split a text before they merge."""
+    """The rule by which byte-level tokenizers of GGUF files split a text before merging."""
 
-    # Of the pieces; that of GPT-2 where it is empty.
+    # Pattern of the pieces; GPT-2's if empty.
     pattern: str = ""
-    # Each is split off first.
+    # Patterns that are split off first.
     digits: bool = False
-    # a piece that is a token stays whole.
+    # A piece that is a token stays whole.
     ignore_merges: bool = False
-    # Unicode's composed form first.
+    # Unicode's composed form is applied first.
     nfc: bool = False
-    # Texts begin with the mark, where the file does not say.
+    # Texts begin with the BOS token, if the file does not say.
     add_bos: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of decoders, as one value that every reader and writer of its files asks.
+    """A family of decoders, as a value that all readers and writers of its files use.
 
-    `dataclasses.replace` of another family's value changes what differs; `register_family` makes a
-    value known. A module is named by its path in a `Decoder`: `embedding`, `position_embedding`,
-    `final_norm` and `head`, and of each layer `attention_norm`, `attention.query`, `.key`,
+    `dataclasses.replace` of another family's value changes the differences; `register_family` makes
+    a value known. A module is named by its path in a `Decoder`: `embedding`, `position_embedding`,
+    `final_norm` and `head`, and in each layer `attention_norm`, `attention.query`, `.key`,
     `.value`, `.output`, `.query_norm` and `.key_norm`, `attention_post_norm`, `mlp_norm`,
     `mlp.gate`, `.up` and `.down`, and `mlp_post_norm`.
 
     Attributes:
         name: `model_type` of its config.json, and `DecoderConfig.family`.
-        architecture: Class that its config.json names.
-        keys: Keys of config.json that are read, with their values where they are left out.
-        fields: By key the field of `DecoderConfig` that it is, one to one.
+        architecture: Class named in its config.json.
+        keys: Keys of config.json to read, with their default values.
+        fields: Field of `DecoderConfig` for each key that maps one to one.
         settings: Fields of `DecoderConfig` that are the same in all its models.
-        read: From the keys' values and the fields so far to those that take more than one key.
-        write: The keys that `read` reads.
-        weights: By module its name in a checkpoint, with `*` for the number of the layer. Modules
-            of one name are one tensor there, joined in the order in which they stand here.
+        read: Computes fields that depend on several keys from the keys' values and other fields.
+        write: Computes the keys that `read` reads.
+        weights: Checkpoint name of each module, with `*` for the number of the layer. Modules of
+            one name form one tensor there, joined in the order given here.
         interleaved: Rows of queries and keys are stored with rotary pairs side by side.
-        input_first: Kernels of layers are stored `[in, out]`; elsewhere `[out, in]`.
-        free_head_dim: A config.json can say another width of heads than `hidden_size / num_heads`.
-        wrapper: `model_type` of multimodal configurations that hold this one as `text_config`.
+        input_first: Kernels of layers are stored `[in, out]`; otherwise `[out, in]`.
+        free_head_dim: A config.json can state a head width other than `hidden_size / num_heads`.
+        wrapper: `model_type` of multimodal configurations that contain this one as `text_config`.
         aliases: Other names of keys.
         ignored: Keys that change no logit.
         ignored_at: Keys that change no logit at this value.
-        unread: Regular expression of tensors that nothing reads.
-        gguf: Architecture of its GGUF files, with `+experts` where these have experts; None where
-            they are not read.
-        gguf_read: As `read`, from `get(key, default=None)` of the architecture's metadata.
-        gguf_weights: As `weights`, of GGUF files.
-        gguf_interleaved: As `interleaved`, of GGUF files.
-        pre_tokenizers: By their name in GGUF files, those that came with this family.
+        unread: Regular expression of tensors to ignore.
+        gguf: Architecture of its GGUF files, with `+experts` if these have experts; None if they
+            are not supported.
+        gguf_read: Like `read`, from `get(key, default=None)` of the architecture's metadata.
+        gguf_weights: Like `weights`, for GGUF files.
+        gguf_interleaved: Like `interleaved`, for GGUF files.
+        pre_tokenizers: Pre-tokenizers introduced by this family, by their name in GGUF files.
     """
 
     name: str

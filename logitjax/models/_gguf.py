@@ -1,6 +1,6 @@
 """Reading GGUF files: the header at once, tensors dequantised some rows at a time.
 
-`gguf.GGUFReader` makes an array object of every token and merge: seconds, hundreds of megabytes.
+`gguf.GGUFReader` makes an array object of every token and merge: seconds, hundreds of MB.
 """
 
 import math
@@ -16,7 +16,7 @@ _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-# The library holds a few copies of what it dequantises.
+# The library holds a few copies of the data it dequantises.
 _PIECE = 1 << 20
 
 
@@ -26,7 +26,7 @@ class _Header:
         self._values = 0
 
     def scalar(self, form: str, field: str) -> Any:
-        # little-endian, always.
+        # Always little-endian.
         content = self.file.read(struct.calcsize("<" + form), field)
         return struct.unpack("<" + form, content)[0]
 
@@ -37,7 +37,7 @@ class _Header:
         return self.file.read(length, field).decode("utf-8", "replace")
 
     def values(self, count: int, least: int, field: str) -> int:
-        """A number of values of at least so many bytes each, which the file must have."""
+        """A count of values of at least this many bytes each, which the file must contain."""
         self.file.need(count * least, field)
         self._values += count
         if self._values > guard.LIMITS.elements:
@@ -85,7 +85,7 @@ class GgufSource:
         if version not in (2, 3):
             raise ValueError(f"{self.path}: GGUF version {version} is not supported")
         tensors, entries = header.scalar("Q", "tensors"), header.scalar("Q", "metadata")
-        # A name and a type take 12 bytes, a tensor's place 24.
+        # A name and a type take 12 bytes, a tensor's entry 24.
         for _ in range(header.values(entries, 12, "metadata")):
             key = header.string("a name of the metadata")
             self._metadata[key] = header.value(f"metadata {key[:80]}")
@@ -103,7 +103,7 @@ class GgufSource:
             self._tensors[name] = (kind, shape, guard.whole(offset, f"{field}: offset"))
         alignment = self._metadata.get("general.alignment", 32)
         alignment = guard.whole(alignment, "general.alignment", least=1, most=1 << 20)
-        # Tensors begin at the next multiple behind the header.
+        # Tensors begin at the next multiple after the header.
         start = -(-file.tell() // alignment) * alignment
         spans = []
         for name, (kind, shape, offset) in self._tensors.items():
@@ -149,7 +149,7 @@ class GgufSource:
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
         """A tensor, or a range of its first axis; float32 if `dtype` is None."""
-        # Blocks never cross rows, so any range of rows can be read by itself.
+        # Blocks never cross rows, so any range of rows can be read separately.
         _, shape, offset = self._tensors[name]
         width, numbers = self._row_bytes(name), self._row_width(name)
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)

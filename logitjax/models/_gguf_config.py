@@ -1,4 +1,4 @@
-"""The decoder that the metadata of a GGUF file describes."""
+"""The decoder configuration in the metadata of a GGUF file."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ _TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<e
 def gguf_config(source: GgufSource) -> DecoderConfig:
     architecture = source.metadata("general.architecture")
     where = f"{source.path}: general.architecture"
-    # Mixtral's files are of the architecture of Llama.
+    # Mixtral's files have the architecture of Llama.
     mixed = "+experts" if source.metadata(f"{architecture}.expert_count") else ""
     name = f"{architecture}{mixed}" if isinstance(architecture, str) else architecture
     family = find_family(name, where, lambda f: (f.gguf,))
@@ -47,7 +47,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
 
     hidden, heads, layers = map(size, ("embedding_length", "attention.head_count", "block_count"))
     ends = [source.metadata(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    # As llama.cpp does: files of chat models often name the end of a text alone.
+    # As in llama.cpp: files of chat models often name only the end-of-text token.
     tokens = source.metadata("tokenizer.ggml.tokens") or ()
     types = source.metadata("tokenizer.ggml.token_type") or ()
     ends += [i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3 and t in _TURN_ENDS]
@@ -72,7 +72,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
         "qkv_bias": has_tensor("attention.query"),
         "output_bias": has_tensor("attention.output"),
         "mlp_bias": has_tensor("mlp.up") if not mixed else False,
-        # No metadata say it: what is usual where a config.json says nothing.
+        # No metadata state it: the usual value if a config.json does not either.
         "activation": Fields({}, family, where).activation(activation),
     }
     rotary = size("rope.dimension_count", head_dim)
@@ -85,7 +85,7 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
 
 def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
     if "rope_freqs.weight" in source.names():
-        # llama.cpp writes Llama 3's scaling as the factors that it comes to.
+        # llama.cpp stores Llama 3's scaling as the resulting factors.
         factors = tuple(float(f) for f in source.read("rope_freqs.weight"))
         return RopeScaling(kind="factors", short_factors=factors)
     if "rope_factors_short.weight" in source.names():
@@ -108,8 +108,8 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
     if kind not in ("linear", "yarn"):
         raise ValueError(f"{source.path}: unknown rope scaling {kind!r}")
     factor = float(get("rope.scaling.factor", 1.0))
-    # llama.cpp multiplies it by YaRN's own amplitude, which is all where the file says nothing.
-    given = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor"))
+    # llama.cpp multiplies it by YaRN's own amplitude, the only factor if the file states none.
+    scale = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor"))
     amplitude = 1.0 + 0.1 * math.log(max(factor, 1.0))
     return RopeScaling(
         kind=kind,
@@ -117,5 +117,5 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
         original_max_length=int(get("rope.scaling.original_context_length", 8192)),
         beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
         beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
-        attention_factor=float(given) * amplitude if given and kind == "yarn" else None,
+        attention_factor=float(scale) * amplitude if scale and kind == "yarn" else None,
     )

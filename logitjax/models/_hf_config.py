@@ -1,4 +1,4 @@
-"""config.json of Hugging Face, in and out."""
+"""Reading and writing config.json of Hugging Face."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from logitjax.models._hf_fields import Fields, check_keys, check_readable, key_v
 def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
     """The configuration that a Hugging Face `config.json` describes.
 
-    Keys that are left out have transformers' defaults. A key that is neither read nor known to
-    change nothing is refused, unless it is off.
+    Missing keys have transformers' defaults. A key that is neither read nor known to have no effect
+    is refused, unless it is off.
 
     Args:
-        raw: the parsed file. Of a multimodal one, such as Gemma 3's, the text part is taken.
-        where: named in errors.
+        raw: the parsed file. For a multimodal one, such as Gemma 3's, the text part is used.
+        where: its name in errors.
 
     Raises:
         ValueError: for an unknown family, key or setting, or a value of the wrong type.
@@ -31,7 +31,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
     family = find_family(kind, f"{where}: model_type", lambda f: (f.name, f.wrapper), raw)
     check_keys(raw, family, where)
     if kind == family.wrapper:
-        # Ids of tokens stand beside the two halves; older files have all settings there.
+        # Token ids stand beside the two halves; older files have all settings there.
         inner = raw.get("text_config")
         text = dict(inner) if isinstance(inner, Mapping) else {}
         raw = text | {k: v for k, v in raw.items() if v is not None and k.endswith("token_id")}
@@ -40,7 +40,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
     settings: dict[str, Any] = {
         name: fields.value(key, name) for key, name in family.fields.items()
     }
-    # What follows from the others where it is not said.
+    # Values that follow from the others if they are not stated.
     heads = settings["num_heads"]
     settings["num_kv_heads"] = settings.get("num_kv_heads") or heads
     settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // heads
@@ -66,11 +66,11 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     }
     written = {key: key_value(config, key) for key in family.fields} | family.write(config)
     raw |= {k: v for k, v in written.items() if k in family.keys or k in family.ignored}
-    # Read again: what the format cannot say comes back as something else.
-    ours, other = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
-    if wrong := [f for f in vars(ours) if getattr(ours, f) != getattr(other, f)]:
+    # Read back: settings that the format cannot express come back as something else.
+    expected, loaded = dataclasses.replace(config, segment_boundaries=()), config_from_hf(raw)
+    if wrong := [f for f in vars(expected) if getattr(expected, f) != getattr(loaded, f)]:
         raise ValueError(
             f"config: the Hugging Face format of {config.family} cannot express "
-            + ", ".join(f"{f}={getattr(ours, f)!r}" for f in wrong)
+            + ", ".join(f"{f}={getattr(expected, f)!r}" for f in wrong)
         )
     return raw

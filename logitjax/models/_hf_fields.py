@@ -1,4 +1,4 @@
-"""Values of a config.json by key, and the keys that change nothing; others are refused if set."""
+"""Values of a config.json by key, and keys without effect; others are refused if set."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from logitjax.models._config import DecoderConfig, Window
 from logitjax.models._family import Family
 from logitjax.storage import guard
 
-# Training, generation, tasks, precision, bookkeeping: none of it changes a logit.
+# Training, generation, tasks, precision, bookkeeping: none of these changes a logit.
 _HARMLESS = {
     "architectures", "auto_map", "dtype", "finetuning_task", "model_type", "name_or_path",
     "quantization_config", "compression_config",
@@ -43,22 +43,22 @@ _TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
 
 
 def key_value(config: DecoderConfig, key: str) -> Any:
-    """Read a configuration's value at a key that is one of its fields."""
+    """Read a configuration's value at a key that corresponds to one of its fields."""
     name, family = config.traits.fields[key], config.traits
     value = getattr(config, name)
     if name != "activation":
         return value
-    # Of several names of one function the family's own, else that of most.
+    # A function with several names gets the family's own, otherwise the most common one.
     spellings = [family.keys[key], "silu", "gelu", "gelu_pytorch_tanh"]
     return next(spelling for spelling in spellings if _ACTIVATIONS[spelling] == value)
 
 
 def check_readable(raw: Mapping[str, Any], where: str) -> None:
-    """Reject features by name that no family computes: layers without attention, packed weights."""
+    """Reject by name features that no family computes: layers without attention, packed weights."""
     inner = raw.get("text_config")
     for part in (raw, inner if isinstance(inner, Mapping) else {}):
         kinds = part.get("layer_types")
-        # The first files of Qwen3-Next say it so.
+        # The first files of Qwen3-Next have this form.
         if part.get("full_attention_interval", 1) != 1:
             kinds = ["linear_attention"]
         for kind in kinds if isinstance(kinds, list) else ():
@@ -72,7 +72,7 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
                 packed = packed if isinstance(packed, Mapping) else {}
                 method = packed.get("quant_method")
                 if method == "fp8" and packed.get("weight_block_size") == [128, 128]:
-                    # Scales of blocks, which the reader of tensors multiplies by.
+                    # Scales of blocks, which the reader of tensors applies.
                     continue
                 raise ValueError(
                     f"{where}: {key}: quantized weights ({guard.short(method or 'unnamed')}) are "
@@ -81,12 +81,12 @@ def check_readable(raw: Mapping[str, Any], where: str) -> None:
 
 
 def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuse what might change the mathematics and is not known, by the name of its key."""
+    """Refuse an unknown key that might change the mathematics."""
     names = {*family.keys, *family.aliases, *family.ignored, *_HARMLESS}
     for key, value in raw.items():
         if key in names or key.startswith("_"):
             continue
-        # A switch that is off, or nothing at all.
+        # A switch that is off, or an empty value.
         if value in (None, False, 0, "", [], {}):
             continue
         if key in family.ignored_at and value == family.ignored_at[key]:
@@ -94,7 +94,7 @@ def check_keys(raw: Mapping[str, Any], family: Family, where: str) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise ValueError(
-            f"{where}: {key}={shown} is not known of {family.name} and may change its logits; "
+            f"{where}: {key}={shown} is unknown for {family.name} and may change its logits; "
             "remove the key if it does not"
         )
 
@@ -115,7 +115,7 @@ class Fields:
 
     def integer(self, key: str, least: int = 1) -> int:
         value = self.number(key)
-        # A billion of layers is a list of a billion before any weight is missed.
+        # A billion layers would make a list of a billion entries before any weight is missed.
         most = guard.LIMITS.layers if "layer" in key else guard.LIMITS.width
         if not least <= value <= most or value != int(value):
             raise self.wrong(key, f"an integer from {least} to {most}")
@@ -134,7 +134,7 @@ class Fields:
         return None if self[key] is None else float(self.number(key))
 
     def flag(self, key: str) -> bool:
-        # transformers takes None and 0 for false.
+        # transformers treats None and 0 as false.
         if self[key] not in (True, False, None):
             raise self.wrong(key, "true or false")
         return bool(self[key])
@@ -166,7 +166,7 @@ class Fields:
         ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise self.wrong(key, "ids of tokens")
-        # -1 is a habit of old files, and defaults may lie outside of a small vocabulary.
+        # Old files often have -1, and defaults may lie outside a small vocabulary.
         return tuple(i for i in ids if 0 <= i < size)
 
 
@@ -177,9 +177,9 @@ def windows(
     off: bool = False,
     heeds_types: bool = True,
 ) -> tuple[Window, ...]:
-    """The window of each layer, by `layer_types` where given, else `is_local`, else one for all.
+    """The window of each layer, by `layer_types` if given, else by `is_local`, else one for all.
 
-    Where transformers heeds no `layer_types`, and other programs do, they must agree with the rule.
+    If transformers ignores `layer_types`, which other programs use, they must match the rule.
     """
     layers, kinds = fields.integer("num_hidden_layers"), fields["layer_types"]
     if kinds is not None and (
@@ -190,12 +190,12 @@ def windows(
             f"for each of {layers} layers"
         )
     window = None if off else fields["sliding_window"]
-    given = [kind == "sliding_attention" for kind in kinds or ()]
+    sliding = [kind == "sliding_attention" for kind in kinds or ()]
     if kinds is not None and heeds_types:
-        local = given
+        local = sliding
     else:
         local = [window is not None if is_local is None else is_local(i) for i in range(layers)]
-        if kinds is not None and local != given:
+        if kinds is not None and local != sliding:
             raise ValueError(
                 f"{fields.where}: layer_types: expected those that sliding_window={window!r} "
                 f"implies for {fields.family}, got {sorted(set(kinds))}"

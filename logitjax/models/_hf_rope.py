@@ -10,7 +10,7 @@ from logitjax.models._hf_fields import Fields
 # Keys of every kind of scaling. `finetuned` is a note of some publishers.
 _ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 _ANY |= {"original_max_position_embeddings"}
-# By kind the keys that are written, and what they are of a `RopeScaling`.
+# For each kind the keys to write, and their fields of a `RopeScaling`.
 _LENGTH = {"original_max_position_embeddings": "original_max_length"}
 _WRITTEN: dict[str, dict[str, str]] = {
     "linear": {},
@@ -20,7 +20,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     | {"type": "kind", "short_factor": "short_factors", "long_factor": "long_factors"},
 }
 
-# Keys that are read beside `factor` and those that are written.
+# Keys that are read in addition to `factor` and the written ones.
 _MORE = {
     "yarn": {"attention_factor", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"attention_factor"},
@@ -42,7 +42,7 @@ def rope_settings(
     *,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Base, scaling (`scaling_of` if omitted; wins over keys beside it) and rotated dimensions."""
+    """Base, scaling (`scaling_of` by default; wins over adjacent keys) and rotated dimensions."""
     scaling = scaling_of(fields) if scaling is None else scaling
     kind, head_dim = scaling_kind(scaling), settings["head_dim"]
     theta = rope_number(scaling, "rope_theta", fields, fields["rope_theta"])
@@ -67,20 +67,20 @@ def rope_settings(
 
 
 def rope_by_kind(fields: Fields, settings: Mapping[str, Any], local: Any) -> dict[str, Any]:
-    """`rope_settings` where layers with a window turn unscaled, by a base of their own."""
-    given, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    """`rope_settings` if layers with a window rotate unscaled, with a base of their own."""
+    scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     if parameters and not {"full_attention", "sliding_attention"} & set(parameters):
         raise fields.wrong("rope_parameters", "an object for each kind of layer")
     inner = dict(parameters.get("sliding_attention") or {})
     if scaling_kind(inner) != "default":
         raise fields.wrong("rope_parameters", "no scaling of layers with a window")
-    if "type" in given and "rope_type" not in given:
-        # transformers takes it for no scaling at all.
+    if "type" in scaling and "rope_type" not in scaling:
+        # transformers treats it as no scaling at all.
         raise fields.wrong("rope_scaling", "its kind under the name rope_type")
     check_scaling(inner, "default", fields)
-    full = dict(parameters.get("full_attention") or {}) | given
+    full = dict(parameters.get("full_attention") or {}) | scaling
     if full.get("rope_type") == "default":
-        # transformers merges the two as well; what is left of another kind changes nothing.
+        # transformers merges the two as well; leftovers of another kind change nothing.
         full = {key: value for key, value in full.items() if key in _ANY}
     theta = rope_number(inner, "rope_theta", fields, local)
     return rope_settings(fields, settings, full) | {"rope_local_theta": theta}
@@ -118,13 +118,13 @@ def _scaling(
     if kind == "default":
         return None
     settings: dict[str, Any] = {"kind": kind}
-    # Left out it is an error of yarn's; said to be nothing it follows from the lengths.
+    # Omitted it is an error for yarn; a null is derived from the lengths.
     follows = kind == "longrope" or (kind == "yarn" and "factor" in scaling)
     if not follows or scaling.get("factor") is not None:
         settings["factor"] = rope_number(scaling, "factor", fields)
     if kind != "linear":
         longest = fields.integer("max_position_embeddings")
-        # What stands beside the scaling wins over what stands in it.
+        # Keys beside the scaling take precedence over keys in it.
         original = fields.maybe_integer("original_max_position_embeddings")
         if original is None:
             inner = rope_number(scaling, "original_max_position_embeddings", fields, longest)

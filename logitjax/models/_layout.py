@@ -1,4 +1,4 @@
-"""Models made of a model: of the other layout, or of some of its layers."""
+"""Models derived from a model: in the other layout, or with some of its layers."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ from logitjax.models._stacking import convert, list_layers, stack_layers, twin
 
 
 def with_layout(model: Decoder, layout: str) -> Decoder:
-    """The same model with its layers `'stacked'` (for training) or `'listed'` (for decoding).
+    """Return the model with its layers `'stacked'` (for training) or `'listed'` (for decoding).
 
-    Values are copied unchanged, so converting there and back is exact. The given model is
-    unchanged; everything but the layers is shared with it.
+    Values are copied unchanged, so converting there and back is exact. The given model is not
+    changed; everything except the layers is shared with it.
 
     >>> from logitjax.models import load_model
     >>> len(with_layout(load_model("tiny"), "listed").segments[0].layers)
@@ -29,7 +29,7 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
         raise ValueError(f"layout: expected 'stacked' or 'listed', got {layout!r}")
     if layout == model.layout:
         return model
-    # Modules of its own: assigning their layers leaves the given model as it is.
+    # Separate modules: assigning their layers does not change the given model.
     out = nnx.merge(*nnx.split(model))
     for segment in out.segments:
         states = [nnx.to_pure_dict(nnx.state(layer)) for layer in segment.layers]
@@ -68,7 +68,7 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
         num_layers=len(indices),
         windows=windows,
         unrotated=unrotated,
-        # Cuts of layers that may be gone.
+        # Boundaries of layers that may be gone.
         segment_boundaries=(),
     )
     listed = []
@@ -80,7 +80,7 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
 
     def members(spec: SegmentSpec) -> list[Any]:
         part = [chosen.pop(0) for _ in range(spec.num_layers)]
-        # To stack is to copy.
+        # Stacking copies.
         states = stack_layers(part, spec) if model.layout == "stacked" else copied(part)
         return [nnx.merge(graphdef, state) for state in states]
 
@@ -99,7 +99,7 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     or donated as a whole. `keep_layers` makes copies.
 
     Args:
-        count: layers to keep. Stacked layers can only be cut where a segment ends
+        count: number of layers to keep. Stacked layers can only be cut at the end of a segment
             (`DecoderConfig.segment_boundaries`), listed ones anywhere.
 
     Raises:
@@ -125,9 +125,8 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     if model.layout == "stacked":
         if config.segments[: len(small.segments)] != small.segments:
             raise ValueError(
-                f"count: stacked layers are split at segment_boundaries only, and {count} is none "
-                "of them; make the model with segment_boundaries, or use with_layout(model, "
-                "'listed')"
+                f"count: stacked layers can be split only at segment_boundaries, got {count}; make "
+                "the model with segment_boundaries, or use with_layout(model, 'listed')"
             )
         return _with_members(out, small, [list(segment.layers) for segment in out.segments])
     layers = iter([layer for segment in out.segments for layer in segment.layers])

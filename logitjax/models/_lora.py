@@ -1,4 +1,4 @@
-"""Low-rank adapters as a pytree beside the model, for stacked and listed layers alike."""
+"""Low-rank adapters as a pytree next to the model, for stacked and listed layers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from logitjax.models._config import DecoderConfig
 from logitjax.models._stacking import convert, twin
 from logitjax.ops import Array, Codes
 
-# Which needs the adapters.
+# Imported here because it imports the adapters.
 if TYPE_CHECKING:
     from logitjax.models._decoder import Decoder
 
@@ -40,13 +40,12 @@ class Lora:
         dtype: jax.typing.DTypeLike = jnp.float32,
         layout: str = "stacked",
     ) -> "Lora":
-        """Adapters for `hidden_states(lora=)` that at first change nothing: random `a`, zero `b`.
+        """Adapters for `hidden_states(lora=)` that initially change nothing: random `a`, zero `b`.
 
         Args:
-            alpha: the update is scaled by `alpha / rank`; `rank` when omitted.
-            targets: linear maps to adapt, of `query key value output gate up down`; all when
-                omitted.
-            layout: `'stacked'` or `'listed'`, as the model's.
+            alpha: the update is scaled by `alpha / rank`; by default `rank`.
+            targets: linear maps to adapt, of `query key value output gate up down`; by default all.
+            layout: `'stacked'` or `'listed'`, as in the model.
 
         Raises:
             ValueError: for an unknown target.
@@ -72,7 +71,7 @@ class Lora:
                 inner, outer = sizes[name]
                 a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
                 out[name] = {
-                    # `x @ a` is of the size of x.
+                    # `x @ a` has the size of x.
                     "a": (a * inner**-0.5).astype(dtype),
                     "b": jnp.zeros((*lead, rank, outer), dtype),
                 }
@@ -95,21 +94,22 @@ class Lora:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def save(self, config: DecoderConfig, directory: epath.PathLike, *, base: str = "") -> None:
-        """Write adapters as PEFT does, so that `PeftModel.from_pretrained` puts them on the base.
+        """Write adapters in PEFT's format, so that `PeftModel.from_pretrained` loads them on the
+        base.
 
-        PEFT's `lora_A` and `lora_B` are our `a` and `b`, each transposed. The layers are named in
-        `layers_to_transform`, so that the adapters of a model's first layers load on those layers
-        and on the whole model.
+        PEFT's `lora_A` and `lora_B` are our `a` and `b`, each transposed. The layers are listed in
+        `layers_to_transform`, so adapters of a model's first layers load on those layers and on the
+        whole model.
 
         Args:
-            config: Configuration of the model they are made for, or of its first layers.
-            directory: Folder, made if it does not exist.
-            base: Name or directory of the base model, which PEFT keeps.
+            config: Configuration of the adapted model, or of its first layers.
+            directory: Folder, created if it does not exist.
+            base: Name or directory of the base model, which PEFT records.
 
         Raises:
-            ValueError: The family's checkpoints keep several of our maps in one tensor.
+            ValueError: The family's checkpoints fuse several of our maps in one tensor.
         """
-        # Which knows this class.
+        # Imported here because it imports this class.
         from logitjax.models._peft import save_peft
 
         save_peft(self, config, directory, base)
@@ -118,17 +118,17 @@ class Lora:
     def load(
         cls, directory: epath.PathLike, config: DecoderConfig, *, layout: str = "listed"
     ) -> "Lora":
-        """Adapters from a directory that `save` or PEFT wrote, one for each map that it names.
+        """Read adapters from a directory that `save` or PEFT wrote, one for each map in it.
 
         Args:
-            directory: With `adapter_config.json` and `adapter_model.safetensors`.
-            layout: `'listed'` or `'stacked'`, as the model's.
+            directory: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+            layout: `'listed'` or `'stacked'`, as in the model.
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: Adapters of another kind, or of a model of other sizes.
+            ValueError: Adapters of another kind, or for a model of other sizes.
         """
-        # Which knows this class.
+        # Imported here because it imports this class.
         from logitjax.models._peft import load_peft
 
         lora = load_peft(directory, config)
@@ -185,18 +185,18 @@ def scaled_layers(lora: Lora) -> tuple:
 
 
 def linear_map(inner: int, outer: int, **options: Any) -> nnx.Linear:
-    """A map that `project` may adapt, as models of these families begin."""
+    """A map that `project` may adapt, as these families' models start."""
     return nnx.Linear(inner, outer, kernel_init=nnx.initializers.normal(0.02), **options)
 
 
 def project(linear: Any, x: jax.Array, lora: Any, name: str, rows: jax.Array | None) -> jax.Array:
-    """`linear(x)` plus its adapter, on the batch rows where `rows` is true (None: on all)."""
+    """`linear(x)` plus its adapter, on the batch rows where `rows` is true (None: all)."""
     y = linear(x)
     if lora is None or name not in lora:
         return y
     a, b = (lora[name][n].astype(y.dtype) for n in ("a", "b"))
     contract = (((x.ndim - 1,), (0,)), ((), ()))
-    # By the layer's own product, which on a CPU may be a faster one.
+    # By the layer's own product, which on a CPU may be faster.
     update = linear.dot_general(linear.dot_general(x, a, contract), b, contract)
     if rows is not None:
         update = jnp.where(rows.reshape(-1, *(1,) * (update.ndim - 1)), update, 0)

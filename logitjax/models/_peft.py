@@ -1,4 +1,4 @@
-"""Adapters out and in again: a PEFT directory, which transformers loads on its own base model."""
+"""Adapters in PEFT's format, which transformers loads on its own base model."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from logitjax.storage import guard, read_json, require, write_atomic
 from logitjax.storage.weights import SafetensorsSource
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Settings of PEFT that change what an adapter does, and are not read.
+# Settings of PEFT that change the effect of an adapter and are not supported.
 _UNKNOWN = ("alora_invocation_tokens", "alpha_pattern", "layer_replication", "rank_pattern")
 
 
@@ -47,7 +47,7 @@ def save_peft(lora: Lora, config: DecoderConfig, directory: epath.PathLike, base
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = require("safetensors.numpy", extra="models").save(tensors, {"format": "pt"})
-    # Without it there is no adapter, so that none is half of one and half of another.
+    # Written last: without it there is no adapter, so two adapters are never mixed.
     (directory / _CONFIG).unlink(missing_ok=True)
     write_atomic(directory / _WEIGHTS, lambda file: file.write(written))
     write_atomic(directory / _CONFIG, json.dumps(settings, indent=2) + "\n")
@@ -89,13 +89,13 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig) -> Lora:
             f"adapter: {directory} has {len(tensors)} tensors that a model of {i} layers has no "
             f"place for, such as {min(tensors)}"
         )
-    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank.
+    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the square root of the rank.
     scale = float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
     return Lora(layers=tuple(segments), scale=scale)
 
 
 def _modules(config: DecoderConfig) -> dict[str, str]:
-    """By target of an adapter its module's name in a checkpoint, with `*` for the layer."""
+    """The checkpoint module of each adapter target, with `*` for the layer."""
     if config.fused_maps:
         raise ValueError(
             f"lora: PEFT has no format for adapters of the family {config.family!r}, whose maps "
@@ -115,7 +115,7 @@ def _layer(
     modules: Mapping[str, str],
     directory: epath.Path,
 ) -> dict:
-    """The adapters of one layer, which are taken out of the tensors."""
+    """The adapters of one layer, removed from the tensors."""
     layer = {}
     for name, shapes in like.items():
         names = {side: _tensor(modules[name], i, side.upper()) for side in "ab"}
@@ -135,7 +135,7 @@ def _layer(
 
 
 def _listed(lora: Lora, config: DecoderConfig) -> list[dict[str, Any]]:
-    # a leading axis of layers.
+    # A leading axis of layers.
     if jax.tree.leaves(lora)[0].ndim == 3:
         lora = lora.with_layout(config, "listed")
     return [layer for segment in lora.layers for layer in segment]

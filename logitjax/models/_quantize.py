@@ -10,7 +10,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._stacking import twin
 from logitjax.ops import Codes
 
-# One program a shape.
+# One program per shape.
 _of = jax.jit(Codes.of, static_argnames=("bits", "outer_axis"))
 
 
@@ -30,7 +30,7 @@ class QuantizedLinear(nnx.Module):
 
 
 def quantize(model: Decoder, bits: str) -> Decoder:
-    """A decoder with linear maps, embedding and full head in whole numbers: int8 or int4.
+    """A decoder with linear maps, embedding and full head in integers: int8 or int4.
 
     Activations stay as they are. Each 32 weights have a scale, as in llama.cpp's Q8_0 and Q4_0.
     Norms, biases, learned positions and experts of mixtures keep their type. Adapters lie beside

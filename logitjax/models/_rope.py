@@ -14,20 +14,20 @@ from logitjax.ops import Array
 def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> np.ndarray:
     def dimension(turns: float) -> float:
         period = scaling.original_max_length / (turns * 2 * math.pi)
-        # Solved for the pair that makes so many turns over the trained length.
+        # The pair that makes this many turns over the trained length.
         return dim * math.log(period) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    # Pairs that turn often keep their frequency, those that hardly turn are stretched whole.
+    # Pairs that turn often keep their frequency, those that hardly turn are stretched fully.
     ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     return inverse * (1 - ramp) + inverse / scaling.factor * ramp
 
 
 def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    # In the trained length.
+    # Over the trained length.
     turns = scaling.original_max_length * inverse / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = np.clip((turns - low) / (high - low), 0, 1)
@@ -41,7 +41,7 @@ def _scaling(config: DecoderConfig, window: Window) -> RopeScaling | None:
 
 
 def changes_with_length(config: DecoderConfig, window: Window, bound: int | None) -> bool:
-    """Whether frequencies depend on how long a sequence is; `bound`: the longest it gets."""
+    """Whether frequencies depend on the length of a sequence; `bound`: the maximum length."""
     scaling = _scaling(config, window)
     if scaling is None or scaling.kind != "longrope":
         return False
@@ -75,7 +75,7 @@ def rope_frequencies(
     factors = np.asarray(scaling.long_factors if long else scaling.short_factors)
     if amplitude is None and scaling.factor <= 1.0:
         amplitude = 1.0
-    # LongRoPE's own rule, where the checkpoint states none.
+    # LongRoPE's own rule, if the checkpoint states none.
     elif amplitude is None:
         amplitude = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_length))
     return inverse / factors, amplitude
@@ -105,10 +105,10 @@ def apply_rope(
     *,
     heads_axis: int = 2,
 ) -> Float[jax.Array, "batch time_or_heads heads_or_time dim"]:
-    """Rotate pairs `(i, i + half)` of the first `2 half` entries; the rest passes through."""
+    """Rotate pairs `(i, i + half)` of the first `2 half` entries; the rest is unchanged."""
     cos, sin = (jnp.expand_dims(t, heads_axis) for t in tables)
     half = cos.shape[-1]
-    # Sums of products, which bfloat16 would round thrice.
+    # Sums of products, which bfloat16 would round three times.
     wide = x.astype(jnp.float32)
     first, second = wide[..., :half], wide[..., half : 2 * half]
     rotated = [first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]]

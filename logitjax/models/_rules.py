@@ -1,12 +1,12 @@
-"""How a decoder's parameters are split over a mesh with axes `fsdp`, `tensor` and `expert`."""
+"""Sharding rules of a decoder's parameters over a mesh with axes `fsdp`, `tensor` and `expert`."""
 
 from jax.sharding import PartitionSpec as P
 
 from logitjax.ops.sharding import ShardingRules
 
 #: `fsdp` on the model dimension; `tensor` on heads, feed-forward and vocabulary, in Megatron's
-#: pairing: the maps into heads and MLP by column, those out of them by row, so that one reduction
-#: a block suffices. A bias lies where its map's outputs lie, which are whole after a split by row.
+#: pairing: maps into heads and MLP by column, maps out of them by row, so that one reduction per
+#: block suffices. A bias is split like its map's outputs, which a split by row leaves whole.
 DECODER_RULES = ShardingRules(
     rules=(
         (r"(^|/)embedding$", P("tensor", "fsdp")),

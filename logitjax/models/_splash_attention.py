@@ -13,7 +13,7 @@ from logitjax.models._config import Window
 from logitjax.ops import Array, sharding
 from logitjax.ops import mesh as on_mesh
 
-# Queries and keys of a block: the kernels take multiples of 128, and 512 fit every chip's VMEM.
+# Queries and keys per block: the kernels take multiples of 128, and 512 fit every chip's VMEM.
 _LANES, _BLOCK = 128, 512
 
 
@@ -32,7 +32,7 @@ def splash_attention(
     run = functools.partial(
         _local, scale=scale, softcap=softcap, window=window, interpret=interpret
     )
-    # A kernel has no rule for a mesh: each device has its rows and heads. Axes that divide neither,
+    # A kernel has no sharding rule: each device has its rows and heads. Axes that divide neither,
     # such as 3 key heads on two devices, repeat the work.
     names = sharding.MeshAxes.current()
     rows = on_mesh.auto_axes(names.rows, query.shape[0])
@@ -58,16 +58,16 @@ def _local(
 ) -> jax.Array:
     time, heads = query.shape[1:3]
     block = min(_BLOCK, -(-time // _LANES) * _LANES)
-    whole = -(-time // block) * block
-    shape = (whole, whole)
-    # The window counts a query's own key.
+    rounded = -(-time // block) * block
+    shape = (rounded, rounded)
+    # The window includes a query's own key.
     mask = (
         splash.CausalMask(shape)
         if window is None
         else splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     )
-    # All but the layouts. The fused backward kernel would keep a gradient of the queries for every
-    # block of keys: 10 GiB of 32,768 tokens and 20 heads, and four times that of twice the tokens.
+    # Everything except the layouts. The fused backward kernel would keep a gradient of the queries
+    # for every block of keys: 10 GiB for 32,768 tokens and 20 heads, 40 GiB for twice the tokens.
     sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
@@ -79,7 +79,7 @@ def _local(
     )
 
     def padded(x: Any, fill: int = 0) -> Any:
-        width = ((0, 0), (0, whole - time)) + ((0, 0),) * (x.ndim - 2)
+        width = ((0, 0), (0, rounded - time)) + ((0, 0),) * (x.ndim - 2)
         return jnp.pad(x, width, constant_values=fill)
 
     q, k, v = (jnp.swapaxes(padded(x), 1, 2) for x in (query * scale, key, value))

@@ -12,7 +12,7 @@ from logitjax.models._config import SegmentSpec
 
 
 def stack_layers(layers: Sequence[Any], spec: SegmentSpec) -> list[Any]:
-    """Layers one by one to one member a pattern entry, stacked over the repeats."""
+    """Layers grouped into one member per pattern entry, stacked over the repeats."""
     period = len(spec.pattern)
     return _stacked([list(layers[j::period]) for j in range(period)])
 
@@ -21,7 +21,7 @@ def list_layers(stacked: Sequence[Any], spec: SegmentSpec) -> list[Any]:
     return _listed(list(stacked[: len(spec.pattern)]), spec.repeats)
 
 
-# One program for all arrays: by itself each would be two.
+# One program for all arrays: separately, each would be two.
 @jax.jit
 def _stacked(members: list[list[Any]]) -> list[Any]:
     return [jax.tree.map(lambda *x: jnp.stack(x), *layers) for layers in members]
@@ -44,6 +44,6 @@ def convert(members: Sequence[Any], spec: SegmentSpec, layout: str) -> list[Any]
 
 
 def twin(module: Any) -> Any:
-    """Another module of the same arrays; assigning to one leaves the other as it is."""
+    """Another module with the same arrays; assigning to one does not change the other."""
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, nnx.to_pure_dict(state))

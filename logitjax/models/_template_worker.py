@@ -1,7 +1,7 @@
-"""The script of a process that renders chat templates, so that it imports Jinja and nothing else.
+"""The script of a process that renders chat templates, importing only Jinja.
 
-Jinja's sandbox keeps a model's template from reaching Python, not from running forever or taking
-all memory: here the system ends what takes too long or too much, in the midst of whatever step.
+Jinja's sandbox keeps a model's template from reaching Python, but not from running forever or
+exhausting memory: here the system kills what takes too long or too much, at any step.
 """
 
 import datetime
@@ -15,14 +15,14 @@ from typing import Any
 import jinja2
 from jinja2 import ext, nodes, sandbox
 
-# No name that a template can spell.
+# A name that no template can spell.
 _TRACK = "logitjax generation track"
-# Of addresses; the interpreter and Jinja take 40 MB.
+# Address space in bytes; the interpreter and Jinja take 40 MB.
 _MEMORY = 1 << 28
 
 
 class _Generation(ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: its text, noted as the assistant's."""
+    """`{% generation %} ... {% endgeneration %}`: its text, recorded as the assistant's."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -41,12 +41,12 @@ class _Generation(ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's own without attributes that begin with `_`, by which a template may get further."""
+    """Jinja's sandbox without attributes that begin with `_`, which a template could exploit."""
 
     def __init__(*arguments: Any, **attributes: Any):
-        # `self` may be an attribute.
-        self, *given = arguments
-        values = dict(*given, **attributes)
+        # `self` may be the name of an attribute.
+        self, *mappings = arguments
+        values = dict(*mappings, **attributes)
         for name in values:
             _check_attribute(name)
         jinja2.utils.Namespace.__init__(self, values)
@@ -82,7 +82,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes HTML, and sorts.
+    # Jinja's own escapes HTML and sorts.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -90,7 +90,7 @@ def _tojson(
 
 @functools.cache
 def _environment() -> Any:
-    """That of `transformers.apply_chat_template`."""
+    """The environment of `transformers.apply_chat_template`."""
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
@@ -106,7 +106,7 @@ def _environment() -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(source: str) -> tuple[Any, bool]:
-    """A template, and whether it says itself which parts the assistant wrote."""
+    """A template, and whether it marks the parts that the assistant wrote."""
     blocks = _environment().parse(source).find_all(nodes.CallBlock)
     calls = [block.call.node for block in blocks]
     marks = any(isinstance(c, nodes.ExtensionAttribute) and c.name == "_generation" for c in calls)
@@ -127,17 +127,17 @@ def _rendered(source: str, variables: dict[str, Any], most: int) -> dict[str, An
 
 
 def _answer(line: bytes) -> str:
-    asked = json.loads(line)
-    # The signal's default ends the process, also in the midst of a step in C. Of the processor's
-    # time: on a machine that is busy, the clock says what others do.
-    signal.setitimer(signal.ITIMER_PROF, asked.pop("seconds"))
+    request = json.loads(line)
+    # The signal's default action ends the process, even in the middle of C code. It counts
+    # processor time: on a busy machine, the wall clock measures other processes.
+    signal.setitimer(signal.ITIMER_PROF, request.pop("seconds"))
     try:
-        return json.dumps(_rendered(**asked))
+        return json.dumps(_rendered(**request))
     except RecursionError:
         reason = "nested too deeply"
     except MemoryError:
         reason = "it takes too much memory"
-    # A template is a program: any exception of Python's may come out of it.
+    # A template is a program and may raise any Python exception.
     except Exception as error:
         reason = " ".join(str(error)[:1000].split()) or type(error).__name__
     finally:
@@ -146,7 +146,7 @@ def _answer(line: bytes) -> str:
 
 
 if __name__ == "__main__":
-    # That of the terminal is the parent's.
+    # The parent handles the terminal's signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     least = _MEMORY if most == resource.RLIM_INFINITY else min(_MEMORY, most)

@@ -23,7 +23,7 @@ def tiny_seed(spec: str) -> int | None:
 
 def tiny_config(*, layers: int = 2) -> DecoderConfig:
     return DecoderConfig(
-        # Bytes and the end of a text, as of `byte_tokenizer`.
+        # Bytes and the end of a text, as in `byte_tokenizer`.
         vocab_size=257,
         hidden_size=32,
         intermediate_size=64,
@@ -36,11 +36,11 @@ def tiny_config(*, layers: int = 2) -> DecoderConfig:
 
 
 def tiny_decoder(seed: int = 0, *, layers: int = 2) -> Decoder:
-    """A random decoder of some thousand weights for `byte_tokenizer`."""
+    """A random decoder of a few thousand weights for `byte_tokenizer`."""
     return _decoder(np.uint32(seed), layers)
 
 
-# One program for all seeds: an initialiser by itself is several.
+# One program for all seeds: a separate initialiser would be several.
 @functools.partial(nnx.jit, static_argnums=1)
 def _decoder(seed: Any, layers: int) -> Decoder:
     return Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(jax.random.key(seed)))

@@ -1,4 +1,4 @@
-"""Text to token ids and back, conversations under a chat template, and how much text a token is."""
+"""Text to token ids and back, conversations under a chat template, and token bytes."""
 
 import functools
 import json
@@ -17,15 +17,14 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
-    """Text to token ids and back, with the ids a decoder needs to know.
+    """Text to token ids and back, with the ids that a decoder needs.
 
-    `fingerprint` is a sha256 of everything that decides the ids: tokenizers with the same one
-    encode alike. `chat_template` is one template, or several by name (`default` and
-    `tool_use`). `special_tokens` are the texts that templates know as `bos_token` and so on.
-    `add_bos` says whether the model expects every text to begin with `bos_id` (Gemma, Llama,
-    Mistral): the backend's post-processor does, as transformers 5 has it. A Gemma that does not
-    read the mark predicts nothing of use. A chat template may take `template_seconds` of the
-    processor.
+    `fingerprint` is a sha256 of everything that determines the ids: tokenizers with the same
+    fingerprint encode alike. `chat_template` is one template, or several by name (`default` and
+    `tool_use`). `special_tokens` are the texts of `bos_token` and so on in templates. `add_bos` is
+    whether the model expects every text to begin with `bos_id` (Gemma, Llama, Mistral), set from
+    the backend's post-processor as in transformers 5. A Gemma without the BOS token predicts
+    nothing useful. A chat template may take `template_seconds` of processor time.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Tokenizer:
         self.extra = dict(extra or {})
         self.template_seconds = guard.LIMITS.seconds
         self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
-        # Whether the backend writes it before any text by itself.
+        # Whether the backend itself writes it before any text.
         self.add_bos = bos_id is not None and backend.encode("").ids[:1] == [bos_id]
 
     @property
@@ -61,20 +60,20 @@ class Tokenizer:
 
     @property
     def start(self) -> list[int]:
-        """The ids that a text begins with: `bos_id` where the model expects it, else none."""
+        """The ids that a text begins with: `bos_id` if the model expects it, otherwise none."""
         return [self.bos_id] if self.add_bos and self.bos_id is not None else []
 
     def encode(self, text: str, add_bos: bool | None = False) -> list[int]:
-        """Token ids of `text`; special tokens written out in it are recognised.
+        """Token ids of `text`; special tokens spelled out in it are recognised.
 
         Args:
-            add_bos: whether to begin with the beginning mark (once, also where the text spells it
-                out); None for a text from its beginning, as the model expects it.
+            add_bos: whether to begin with the BOS token (once, even if the text spells it out);
+                None for a text from its beginning, as the model expects it.
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if add_bos is None:
             add_bos = self.add_bos
-        # Chat templates write the mark out.
+        # Chat templates spell the token out.
         if not add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
@@ -84,11 +83,11 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int | None:
-        """The id of one token's text, None where there is no such token."""
+        """The id of one token's text, None if there is no such token."""
         return self.backend.token_to_id(token)
 
     def token(self, id: int) -> str | None:
-        """The text form of one id, as the vocabulary spells it."""
+        """The text form of one id, as spelled in the vocabulary."""
         return self.backend.id_to_token(int(id))
 
     def render_chat(
@@ -100,23 +99,23 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """The text of a conversation under the chat template, byte for byte transformers'.
+        """The text of a conversation under the chat template, byte for byte as in transformers.
 
-        The template runs in jinja2's sandbox, as it comes with a downloaded model. Special
-        tokens are written out.
+        The template runs in jinja2's sandbox, because it comes with a downloaded model. Special
+        tokens are spelled out.
 
         Args:
-            messages: dicts with `role` and `content`, and what else a template reads
-                (`tool_calls`, `reasoning_content`...); fields that are None do not count.
-            tools: JSON schemas of functions. A template of the name `tool_use` is taken for them
-                where the tokenizer has several.
+            messages: dicts with `role` and `content`, and other fields that a template reads
+                (`tool_calls`, `reasoning_content`...); fields that are None are ignored.
+            tools: JSON schemas of functions. If the tokenizer has several templates, the one named
+                `tool_use` is used for them.
             documents: dicts with `title` and `text`.
             add_generation_prompt: end where the assistant's next answer begins.
-            **variables: more names the template may use (`enable_thinking`...).
+            **variables: further variables for the template (`enable_thinking`...).
 
         Raises:
-            ValueError: without a template, or where the template refuses the messages.
-            TypeError: where something is not of JSON's types.
+            ValueError: without a template, or if the template refuses the messages.
+            TypeError: if something is not of JSON's types.
         """
         return self._rendered(messages, tools, documents, add_generation_prompt, variables)[0]
 
@@ -131,7 +130,7 @@ class Tokenizer:
                 )
             template = template[name]
         if template is None:
-            raise ValueError("tokenizer: has no chat template, give the text itself")
+            raise ValueError("tokenizer: has no chat template, so pass the text itself")
         return template
 
     def _rendered(
@@ -163,13 +162,13 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which of them are to be learned.
+        """Tokens of a conversation, and the mask of those to learn.
 
-        If a template marks what the assistant wrote (`{% generation %}`), the tokens that overlap
-        such a part are learned, as transformers counts them. Under any other template, what a
-        message of the role `learn` adds beyond the generation prompt (its text and its end-of-turn
-        token) is learned; a token counts if it begins inside such a part. The whole text is encoded
-        at once, so no token boundary is invented.
+        If a template marks the assistant's text (`{% generation %}`), tokens that overlap a marked
+        part are learned, as in transformers. Under any other template, the part that a message of
+        the role `learn` adds beyond the generation prompt (its text and its end-of-turn token) is
+        learned; a token counts if it begins inside that part. The whole text is encoded at once, so
+        no token boundary is artificial.
 
         Messages, tools and variables are those of `render_chat`.
 
@@ -177,7 +176,7 @@ class Tokenizer:
             `(tokens, loss_mask)`, equally long; `loss_mask[t]` says that `tokens[t]` is a target.
 
         Raises:
-            ValueError: as `render_chat`, and where the template shows a message in several parts.
+            ValueError: as for `render_chat`, and if the template shows a message in several parts.
         """
         documents = variables.pop("documents", None)
 
@@ -201,7 +200,7 @@ class Tokenizer:
         """The bytes of each token's text; empty for special tokens and unused ids.
 
         Byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM2) spell every byte as one character;
-        SentencePiece vocabularies (Llama 2, Mistral, Gemma) spell text as it is, a space as one
+        SentencePiece vocabularies (Llama 2, Mistral, Gemma) spell text unchanged, a space as one
         lower block and stray bytes as `<0xNN>`.
 
         >>> from tokenizers import Tokenizer as Backend, models
@@ -222,7 +221,7 @@ class Tokenizer:
         for text, id_ in self.backend.get_vocab(with_added_tokens=True).items():
             if added.get(id_):
                 continue  # of no text
-            # An added token is text as it is, also among byte-level ones.
+            # An added token is plain text, also in byte-level vocabularies.
             if byte_level and id_ not in added:
                 out[id_] = b"".join(_BYTE_OF[c] if c in _BYTE_OF else c.encode() for c in text)
             elif _BYTE.fullmatch(text):
@@ -234,7 +233,7 @@ class Tokenizer:
 
 
 def _byte_of() -> dict[str, bytes]:
-    """GPT-2's characters and the bytes they spell: printable ones as they are, others from 256."""
+    """GPT-2's characters and their bytes: printable ones unchanged, others from 256."""
     # ! to ~, ¡ to ¬, ® to ÿ.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]

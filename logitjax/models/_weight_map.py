@@ -1,4 +1,4 @@
-"""Which checkpoint tensor holds which parameters, for Hugging Face and GGUF names."""
+"""The parameters of each checkpoint tensor, for Hugging Face and GGUF names."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,21 +16,21 @@ class TensorSpec:
 
     name: str
     leaves: tuple[Path, ...]
-    # None outside of layers.
+    # None outside layers.
     layer: int | None = None
-    # Of a leaf with one map an expert; None where the tensor has all of them.
+    # For a leaf with one map per expert; None if the tensor contains all of them.
     expert: int | None = None
     axis: int = 0
     # `[in, out]` to `[out, in]`.
     transpose: bool = False
     rope_heads: int = 0
-    # So many rows of each of `rope_heads` heads have rotary pairs interleaved.
+    # Number of rows of each of `rope_heads` heads whose rotary pairs are interleaved.
     rope_dim: int = 0
     # Added to the values.
     shift: float = 0.0
 
     def stored(self, axes: tuple) -> tuple:
-        """Sizes or indices of a leaf as the checkpoint has them, and back."""
+        """Sizes or indices of a leaf in the checkpoint's layout, and back."""
         return (*axes[:-2], *reversed(axes[-2:])) if self.transpose else tuple(axes)
 
 
@@ -60,7 +60,7 @@ def _tensors(
     for i, modules in [(None, top), *((i, layer) for i in range(config.num_layers))]:
         if missing := sorted(modules.keys() - names.keys()):
             raise ValueError(f"family {config.family}: expected a name of {missing[0]}, got none")
-        # Modules of one name are parts of one tensor.
+        # Modules with the same name are parts of one tensor.
         tensors: dict[str, list[str]] = {}
         for module in filter(modules.__contains__, names):
             tensors.setdefault(names[module].replace("*", str(i)), []).append(module)
@@ -71,7 +71,7 @@ def _tensors(
         ]
         for name, parts, expert in each:
             for leaf in modules[parts[0]]:
-                # GPT-2's `Conv1D` stores kernels as we do; the head is a linear map there too.
+                # GPT-2's `Conv1D` stores kernels as we do, but its head is a linear map.
                 turned = leaf == "kernel" and input_first and i is not None
                 specs.append(
                     TensorSpec(
@@ -92,7 +92,7 @@ def _tensors(
 
 
 def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
-    """By module the names of its leaves: outside of the layers, and of each layer."""
+    """Leaf names by module: outside the layers, and of each layer."""
     norm: Path = ("scale", "bias") if config.norm == "layer" else ("scale",)
 
     def linear(bias: bool) -> Path:
@@ -122,7 +122,7 @@ def _modules(config: DecoderConfig) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def interleaved(values: np.ndarray, spec: TensorSpec, *, undo: bool = False) -> np.ndarray:
-    """Each head's rotated rows from (half, pair), as ours lie, to (pair, half); or back."""
+    """Reorder each head's rotated rows from (half, pair), our order, to (pair, half), or back."""
     heads = values.reshape(spec.rope_heads, -1, *values.shape[1:])
     turned, rest = np.split(heads, [spec.rope_dim], axis=1)
     sides = (spec.rope_dim // 2, 2) if undo else (2, spec.rope_dim // 2)

@@ -1,12 +1,11 @@
 """Operations that the other packages share: top-k, a safe softmax, masked means.
 
 `ops.checks` checks arguments: its errors name the argument, the expected and the actual value.
-`ops.sharding` says how the leaves of a pytree are split over a mesh, and what its axes are called;
-`ops.mesh` is what code on a mesh asks of it.
+`ops.sharding` splits the leaves of a pytree over a mesh and names the mesh axes; `ops.mesh` answers
+queries of code that runs on a mesh.
 """
 
-# For the packages beside this one: arguments are checked in the same words everywhere, and code on
-# a mesh asks the same questions of it.
+# For the other packages: all check arguments in the same words and query meshes in the same way.
 from logitjax.ops import _checks as checks  # noqa: F401
 from logitjax.ops import _mesh as mesh  # noqa: F401
 from logitjax.ops import sharding as sharding

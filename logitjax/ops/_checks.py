@@ -1,8 +1,8 @@
 """Argument checks: each error names the argument, the expected and the actual value.
 
-Shapes and types are checked wherever a function is called. Values are checked only outside of
-`jit`, and only where that is cheap: in numpy arrays, and in device arrays of at most
-`_MOST_FETCHED` entries. Nothing else is fetched, so no step ever waits for a check of its logits.
+Shapes and types are checked in every call. Values are checked only outside `jit`, and only where
+that is cheap: in numpy arrays, and in device arrays of at most `_MOST_FETCHED` entries. Nothing
+else is fetched, so no step ever waits for a check of its logits.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ _KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "any": ("an array", (jnp.generic,)),
 }
 
-#: Entries of a device's array that a check may fetch: labels of a batch, not its logits.
+#: Maximum entries of a device array that a check fetches: labels of a batch, not its logits.
 _MOST_FETCHED = 2**18
 
 
 def as_float(
     values: Array, name: str, vocab_where: Array | None = None, where_name: str = "vocab_where"
 ) -> jax.Array:
-    """Returns `values` in float32, with `-inf` where `vocab_where` excludes an entry.
+    """Return `values` in float32, with `-inf` where `vocab_where` excludes an entry.
 
-    float64 stays float64 where x64 is on. Integers raise a TypeError.
+    float64 stays float64 if x64 is enabled. Integers raise a TypeError.
     """
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
@@ -47,15 +47,15 @@ def as_float(
 
 
 def shapes(**arrays: tuple[Any, str]) -> None:
-    """Checks kinds and shapes of arrays, and that axes of one name are of one length.
+    """Check kinds and shapes of arrays, and that axes of one name have one length.
 
     A spec is a kind (`float`, `int`, `bool`, `number`, `any`) and the names of the axes, of which
-    the first may stand for any number of them: `"float *batch hidden"`. Axes that have no star need
-    at least one entry. What is None is passed over.
+    the first may stand for any number of them: `"float *batch hidden"`. Axes without a star need at
+    least one entry. None is skipped.
 
     Raises:
-        TypeError: Another kind.
-        ValueError: Another shape.
+        TypeError: An array of another kind.
+        ValueError: An array of another shape.
 
     >>> x, labels = np.zeros((2, 3)), np.zeros(3, int)
     >>> shapes(x=(x, "float *batch vocab"), labels=(labels, "int *batch"))
@@ -71,7 +71,7 @@ def shapes(**arrays: tuple[Any, str]) -> None:
         what, parents = _KINDS[kind]
         if not any(jnp.issubdtype(dtype, parent) for parent in parents):
             raise TypeError(f"{name}: expected {what}, got {dtype}")
-        # Only the first axis may stand for many, so that the others are found from the end.
+        # Only the first axis may stand for many, so the others are counted from the end.
         many = bool(axes) and axes[0].startswith("*")
         fits = len(shape) >= len(axes) - 1 if many else len(shape) == len(axes)
         split = len(shape) - len(axes) + 1 if many else 0
@@ -92,7 +92,7 @@ def shapes(**arrays: tuple[Any, str]) -> None:
 
 
 def axis(axis: int, shape: tuple[int, ...], name: str) -> int:
-    """Returns `axis` counted from the front, and checks that it has at least one entry."""
+    """Return `axis` counted from the front; check that it has at least one entry."""
     ndim = len(shape)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis: expected one of the {ndim} axes of {name}, got {axis}")
@@ -102,7 +102,7 @@ def axis(axis: int, shape: tuple[int, ...], name: str) -> int:
 
 
 def ids(values: Any, count: int, name: str, *, least: int = 0) -> None:
-    """Checks that values are integers and, where they can be read, `least` to `count - 1`."""
+    """Check that values are integers and, if they can be read, from `least` to `count - 1`."""
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"{name}: expected integers, got {values.dtype}")
     stored = _held(values)
@@ -111,27 +111,27 @@ def ids(values: Any, count: int, name: str, *, least: int = 0) -> None:
 
 
 def values(values: Any, fine: Callable[[np.ndarray], np.ndarray], name: str, expected: str) -> None:
-    """Checks each number by itself, where numbers can be read."""
+    """Check each number, if numbers can be read."""
     stored = _held(values)
     if stored is not None:
         _refuse(stored, ~fine(stored), name, expected)
 
 
 def unit_rows(values: Any, name: str) -> None:
-    """Checks that rows have length one, where they can be read; a row of zeros means no row."""
+    """Check that rows have length one, if they can be read; a row of zeros means no row."""
     stored = _held(values)
     if stored is None:
         return
-    # Squares in float16 vanish.
+    # Squares vanish in float16.
     length = np.sqrt(np.square(stored.astype(np.float32)).sum(-1))
     # Rows from a cache in half precision are off by a thousandth.
-    # Not `>`, which a nan passes.
+    # Not `>`, which nan passes.
     wrong = ~(np.abs(length - 1) <= 1e-2) & (length != 0)
     _refuse(length, wrong, name, "rows of length one")
 
 
 def _held(values: Any) -> np.ndarray | None:
-    """Values on the host, where reading them costs nothing; else None."""
+    """Values on the host if reading them costs nothing, otherwise None."""
     if isinstance(values, np.ndarray):
         return values
     fetched = isinstance(values, jax.Array) and not isinstance(values, Tracer)
@@ -141,7 +141,7 @@ def _held(values: Any) -> np.ndarray | None:
 
 
 def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, expected: str) -> None:
-    """Raises with the first offending index, if there is one."""
+    """Raise an error with the first offending index, if there is one."""
     if wrong.any():
         location = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()
         at = f" at {location[0] if len(location) == 1 else location}" if location else ""
@@ -154,7 +154,7 @@ def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, expected: str) -> 
 
 
 def where(mask: Array | None, shape: tuple[int, ...], name: str = "where") -> None:
-    """Checks that a boolean mask broadcasts to `shape`."""
+    """Check that a boolean mask broadcasts to `shape`."""
     if mask is None:
         return
     if mask.dtype != jnp.bool_:
@@ -170,21 +170,21 @@ def where(mask: Array | None, shape: tuple[int, ...], name: str = "where") -> No
 
 
 def positive(value: Any, name: str) -> None:
-    """Checks a Python number; a traced one cannot be looked at and passes."""
-    # `not >`, for nan is no positive number either.
+    """Check a Python number; a traced one cannot be read and passes."""
+    # `not >`, because nan is not positive either.
     if isinstance(value, (int, float, np.number)) and not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 def between(value: Any, low: float | int, high: float | int, name: str) -> None:
-    """Checks a Python number; a traced one cannot be looked at and passes."""
+    """Check a Python number; a traced one cannot be read and passes."""
     if isinstance(value, (int, float, np.number)) and not low <= value <= high:
         raise ValueError(f"{name}: expected a number from {low} to {high}, got {value}")
 
 
 def vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:
-    """Raises when the last axis of `values` is sharded over an Explicit mesh axis."""
-    # Auto axes do not show in it.
+    """Raise if the last axis of `values` is sharded over an Explicit mesh axis."""
+    # Auto axes do not appear in it.
     spec = jax.typeof(values).sharding.spec
     if len(spec) == values.ndim and values.ndim and spec[-1] is not None:
         raise ValueError(

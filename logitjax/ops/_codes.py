@@ -32,7 +32,7 @@ class Codes:
     Attributes:
         values: int8 or int4 `[outer, inner]`; products contract `inner`.
         scales: float32 `[outer, groups]`.
-        outer_axis: axis of `outer` in the matrix that the codes stand for.
+        outer_axis: axis of `outer` in the original matrix.
 
     >>> import numpy as np
     >>> codes = Codes.of(np.float32([[1.0, -1.0], [0.5, 0.5]]), "int8")
@@ -49,7 +49,7 @@ class Codes:
         """Codes of a matrix, or of several along leading axes.
 
         Args:
-            bits: `"int8"` or `"int4"`; another is a ValueError.
+            bits: `"int8"` or `"int4"`, otherwise ValueError.
         """
         if bits not in _BITS:
             raise ValueError(f"bits: expected one of {', '.join(_BITS)}, got {bits!r}")
@@ -98,7 +98,7 @@ class Codes:
         return _scaled(jnp.take(self.values, ids, axis=0), jnp.take(self.scales, ids, axis=0))
 
     def dense(self) -> jax.Array:
-        """The float32 matrix that the codes stand for."""
+        """The float32 matrix that the codes represent."""
         wide = _scaled(self.values, self.scales)
         return wide if self.outer_axis == 0 else jnp.swapaxes(wide, -1, -2)
 
@@ -116,7 +116,7 @@ class Codes:
 
 
 def _scaled(values: jax.Array, scales: jax.Array) -> jax.Array:
-    # To float32 first: XLA's CPU compiler makes a fused subtraction or sum of int8 wrong.
+    # To float32 first: XLA's CPU compiler miscompiles a fused subtraction or sum of int8.
     groups = values.astype(jnp.float32).reshape(*scales.shape, -1)
     return (groups * scales[..., None]).reshape(values.shape)
 

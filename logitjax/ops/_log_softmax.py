@@ -71,20 +71,20 @@ def log_softmax(
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
     """Bounds logits smoothly by `cap tanh(logits / cap)`; `-inf` stays `-inf`."""
-    # The formula makes -inf a finite -cap: an entry that does not exist would get a probability.
+    # The formula maps -inf to a finite -cap: an absent entry would get a probability.
     return jnp.where(logits == -jnp.inf, -jnp.inf, cap * jnp.tanh(logits / cap))
 
 
 def neginf_to_zero(values: jax.Array) -> jax.Array:
-    """Replaces `-inf`, which stands for an entry that does not exist, by zero without a gradient.
+    """Replace `-inf`, which marks an absent entry, by zero without a gradient.
 
-    `inf` and nan stay, so that what is computed from them shows that something went wrong.
+    `inf` and nan stay, so that results show that something went wrong.
     """
     return jnp.where(values == -jnp.inf, 0.0, values)
 
 
-# With a rule of its own the derivative is one pass, exp(logits - log Z), over logits that are kept
-# anyway. Autodiff would keep exp(logits - max) from the forward pass too.
+# With a custom rule the derivative is one pass, exp(logits - log Z), over logits that are kept
+# anyway. Autodiff would also keep exp(logits - max) from the forward pass.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _logsumexp(logits: jax.Array, axis: int, axis_name: AxisName | None) -> jax.Array:
     peak = logits.max(axis)

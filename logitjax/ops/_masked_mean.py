@@ -13,7 +13,7 @@ def masked_mean(
 ) -> Float[jax.Array, ""]:
     """Mean of `values` over the positions where `where` is True.
 
-    Values outside the mask may be infinite or nan: neither the mean nor its gradient sees them. ::
+    Values outside the mask may be infinite or nan: they affect neither mean nor gradient. ::
 
         sum_i where_i values_i / max(1, sum_i where_i)
 

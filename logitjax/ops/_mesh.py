@@ -1,7 +1,7 @@
-"""Queries of the mesh that code runs on, and the paths of a pytree's leaves.
+"""Queries about the current mesh, and the paths of a pytree's leaves.
 
-When a mesh axis is Explicit, JAX wants to know how the result of a gather, sort or scatter is
-split. These never move data between rows of a batch, so the answer is always: as the input is.
+When a mesh axis is Explicit, JAX must be told how the result of a gather, sort or scatter is split.
+These never move data between rows of a batch, so the answer is always: like the input.
 """
 
 import math
@@ -17,12 +17,12 @@ from logitjax.ops._types import AxisName
 
 
 def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
-    """Which of the named axes a dimension of this size can be split over here.
+    """The named axes over which a dimension of this size can be split here.
 
     The axes are those of the mesh in whose context this is traced (`logitjax.training.TrainStep`
-    makes such a context). The result is empty without a context, where the axes do not divide the
-    size, and where an axis of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are
-    split already and left out.
+    provides such a context). The result is empty without a context, if the axes do not divide the
+    size, and if an axis of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are
+    already split and omitted.
 
     >>> auto_axes(("data",), 8)
     ()
@@ -34,14 +34,14 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     if AxisType.Explicit in kinds.values():
-        # There types say it.
+        # There, types carry the sharding.
         return ()
     axes = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
     return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
 
 def free_axes() -> set[str]:
-    """The Auto axes of the mesh, which `shard_map` must take all of around a kernel for a chip."""
+    """The Auto axes of the mesh, all of which `shard_map` must take around a chip's kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     explicit = AxisType.Explicit in kinds.values()
@@ -51,7 +51,7 @@ def free_axes() -> set[str]:
 def platform_of(*arrays: Any) -> str:
     """Return the platform of the program that is traced here: `cpu`, `tpu` or `gpu`.
 
-    Programs are compiled for devices that are not there, so the arrays' mesh goes first.
+    Programs may be compiled for absent devices, so the arrays' mesh takes precedence.
     """
     meshes = [jax.typeof(x).sharding.mesh for x in arrays]
     for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
@@ -61,7 +61,7 @@ def platform_of(*arrays: Any) -> str:
 
 
 def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Array) -> Any:
-    """Calls `fn(*args)`, which maps rows (all axes but the last) of the first argument to rows.
+    """Call `fn(*args)`, which maps rows (all axes but the last) of the first argument to rows.
 
     Args:
         fn: returns a tuple of arrays, as many as `out_ndims` has entries.
@@ -76,11 +76,11 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
     )
     if not explicit:
         return fn(*args)
-    # Rows as they are split; their own axis is whole.
+    # Rows keep their sharding; their last axis is not split.
     batch = tuple(sharding.spec[:-1])
 
     def spec(ndim: int) -> NamedSharding:
-        # Further axes are whole.
+        # Further axes are not split.
         entries = (batch + (None,) * ndim)[:ndim]
         return NamedSharding(mesh, P(*entries))
 
@@ -89,12 +89,12 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Mesh axes over which `jax.shard_map` knows x to differ."""
+    """Mesh axes over which x varies, as `jax.shard_map` records it."""
     return jax.typeof(x).manual_axis_type.varying
 
 
 def vary(x: Any, axes: Iterable[str]) -> Any:
-    """Marks x as differing over axes, as carries and rules of your own need it in `shard_map`."""
+    """Mark x as varying over axes, as carries and custom rules require in `shard_map`."""
     missing = tuple(axis for axis in axes if axis not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -107,7 +107,7 @@ def path_string(path: Any) -> str:
 
 
 def path_mask(tree: Any, pattern: str) -> Any:
-    """Marks the leaves whose path contains a match of the regular expression.
+    """Mark the leaves whose path contains a match of the regular expression.
 
     >>> path_mask({"head": {"bias": 0, "kernel": 1}}, "bias$")
     {'head': {'bias': True, 'kernel': False}}
@@ -119,5 +119,5 @@ def path_mask(tree: Any, pattern: str) -> Any:
 
 
 def psum(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Sums over the shards of a vocabulary; without an axis name there is one shard."""
+    """Sum over the shards of a vocabulary; without an axis name there is one shard."""
     return values if axis_name is None else jax.lax.psum(values, axis_name)

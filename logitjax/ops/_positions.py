@@ -8,21 +8,21 @@ from logitjax.ops import checks
 
 
 class Positions:
-    """Gathers the positions of a batch that count, and puts results back where they came from.
+    """Gathers the positions of a batch that count, and puts results back in place.
 
-    In a batch of questions and answers only the tokens of answers need the head, whose product is
+    In a batch of questions and answers only the answers' tokens need the head, whose product is
     most of the work of a small model. Their number differs from step to step, but shapes must not.
-    So they are gathered into `most` places. Places that are left over repeat some position, and
+    Therefore they are gathered into `most` entries. Unused entries repeat some position, and
     `counted` is False for them.
 
     Attributes:
-        counted: bool `[most]`, places that hold a position that counts; `where` if all are kept.
-        fits: bool scalar, whether at most `most` positions count; else the last ones are missing.
+        counted: bool `[most]`, entries with a position that counts; `where` if all are kept.
+        fits: bool scalar, whether at most `most` positions count; else the last are missing.
 
     Args:
         where: bool `[...]`, which positions count.
-        most: number of places. With None, or no more positions, all stay where they are. Leave it
-            None where positions are split over devices: gathering would move them between these.
+        most: number of entries. With None, or no more positions, all stay in place. Leave it None
+            if positions are split over devices: gathering would move them between devices.
 
     Raises:
         ValueError: `most` is not positive.
@@ -48,7 +48,7 @@ class Positions:
         self._at: jax.Array | None = None
         self.counted, self.fits = where, jnp.bool_(True)
         if most is not None and most < where.size:
-            # Places left over lie behind the end: read there is the last position, written nothing.
+            # Unused entries point past the end: reads there get the last position, writes nothing.
             (self._at,) = jnp.nonzero(where.ravel(), size=most, fill_value=where.size)
             self.counted = self._at < where.size
             self.fits = where.sum() <= most
@@ -64,11 +64,11 @@ class Positions:
         return flat.at[self._at].get(mode="clip")
 
     def put(self, values: Any) -> jax.Array:
-        """Puts `[most, *rest]` back into `[..., *rest]`, with zeros where nothing counts."""
+        """Scatter `[most, *rest]` back into `[..., *rest]`, with zeros at other positions."""
         values = jnp.asarray(values)
         if self._at is None:
             return values
-        # Scattered into zeros: the gradient of what does not count is zero, and none is nan.
+        # Scattered into zeros: the gradient of all other positions is zero, never nan.
         zeros = jnp.zeros((math.prod(self._shape), *values.shape[1:]), values.dtype)
         flat = zeros.at[self._at].set(values, mode="drop")
         return flat.reshape(*self._shape, *values.shape[1:])

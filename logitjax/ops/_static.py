@@ -2,9 +2,9 @@ from typing import Any
 
 
 class Static:
-    """A static argument that `jax.jit` compares by value; its hash is taken once.
+    """A static argument that `jax.jit` compares by value; its hash is computed once.
 
-    A value that cannot be hashed, such as a strategy that holds arrays, equals only itself.
+    A value that cannot be hashed, such as a strategy with arrays, equals only itself.
 
     >>> Static((1, 2)) == Static((1, 2))
     True
@@ -13,10 +13,10 @@ class Static:
     def __init__(self, value: Any):
         self.value = value
         try:
-            # a graphdef's walks the whole model.
+            # Hashing a graphdef walks the whole model.
             self._hash, self._hashable = hash(value), True
         except TypeError:
-            # No other gets this id while it is held.
+            # No other object gets this id while this one exists.
             self._hash, self._hashable = id(value), False
 
     def __hash__(self) -> int:

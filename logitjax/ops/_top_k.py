@@ -16,7 +16,7 @@ from logitjax.ops._log_softmax import logsumexp
 from logitjax.ops._mesh import over_batch
 from logitjax.ops._types import Array, AxisName
 
-#: Entries from which on the kernel for CPUs is worth a call.
+#: Number of entries from which the CPU kernel is worth a call.
 _LONG = 1024
 
 
@@ -83,8 +83,8 @@ def gather_at(
 
     Args:
         values: `[*batch, vocab]`.
-        ids: `[*batch, k]`, within the vocabulary. Under `jit`, an id outside of it gives nan (the
-            smallest integer where `values` are integers).
+        ids: `[*batch, k]`, within the vocabulary. Under `jit`, an id outside it gives nan (the
+            smallest integer if `values` are integers).
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
             `ids` then refer to the whole vocabulary.
 
@@ -106,7 +106,7 @@ def gather_at(
     checks.ids(ids, vocab * shards, "ids")
 
     def gather(values: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
-        # Not counted from the end: a negative id is as far out as one that is too large.
+        # A negative id does not count from the end: it is as invalid as one that is too large.
         return (jnp.take_along_axis(values, jnp.where(ids < 0, vocab, ids), axis=-1),)
 
     if axis_name is None:
@@ -114,7 +114,7 @@ def gather_at(
         return over_batch(gather, (values.ndim,), values, ids)[0]
     local = ids - lax.axis_index(axis_name) * vocab
     here = (local >= 0) & (local < vocab)
-    # Of an id that no shard has, each gives what lies outside of its part.
+    # For an id that no shard has, each returns its value for ids outside its part.
     outside = (ids < 0) | (ids >= vocab * shards)
     local = jnp.where(here, local, jnp.where(outside, -1, 0))
     result = over_batch(gather, (values.ndim,), values, local)[0]
@@ -124,13 +124,13 @@ def gather_at(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """The k largest logits of each position: what a teacher's cache holds instead of all of them.
+    """The k largest logits of each position, as cached for a teacher instead of all logits.
 
     Attributes:
         values: `[*batch, k]` logits, largest first.
         indices: `[*batch, k]` int32, their ids in the vocabulary.
         log_z: `[*batch]`, log of the summed exponentials over the *whole* vocabulary, so that
-            `values - log_z[..., None]` are log-probabilities; None if it was not kept.
+            `values - log_z[..., None]` are log-probabilities; None if it was not stored.
     """
 
     # Not `jax.Array`: a tree of specs or shapes is built by the same constructor.
@@ -147,16 +147,15 @@ class TopK:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> "TopK":
-        """The top k of full logits, in float32; for a temperature, give `logits / temperature`.
+        """The top k of full logits, in float32; for a temperature, pass `logits / temperature`.
 
         Args:
             logits: `[*batch, vocab]`.
             vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-                axis.
+            axis_name: inside `jax.shard_map`, the mesh axis over which the vocabulary is split.
 
         Raises:
-            ValueError: as `top_k`.
+            ValueError: as for `top_k`.
 
         >>> import numpy as np
         >>> top = jax.jit(lambda logits: TopK.of(logits, 2))(np.log([0.1, 0.7, 0.2]))
@@ -190,7 +189,7 @@ def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array,
 
         def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
             ids = _grouped_ids(lax.stop_gradient(values), k, group_size)
-            # Gathered from the input, so that the gradient scatters k entries and not k groups.
+            # Gathered from the input, so that the gradient scatters k entries instead of k groups.
             return jnp.take_along_axis(values, ids, axis=-1), ids
 
     return over_batch(find, (values.ndim, values.ndim), values)
@@ -204,8 +203,8 @@ def _native_ids(values: jax.Array, *, k: int) -> jax.Array:
 def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
     *batch, vocab = values.shape
     groups = vocab // group_size
-    whole = groups * group_size
-    if whole == vocab:
+    total = groups * group_size
+    if total == vocab:
         maxima = values.reshape(*batch, groups, group_size).max(-1)
     else:
         # A slice here costs ten times the maxima themselves on CPU.
@@ -216,15 +215,15 @@ def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
     _, chosen = lax.top_k(maxima, k)
     # In the order of the vocabulary, so that equal values keep it.
     first = jnp.sort(chosen, axis=-1) * group_size
-    # The incomplete group at the end is always looked at: padding it would copy all of `values`.
+    # The incomplete group at the end is always searched: padding it would copy all `values`.
     candidates = jnp.concatenate(
-        [_windows(values, first, group_size).reshape(*batch, k * group_size), values[..., whole:]],
+        [_windows(values, first, group_size).reshape(*batch, k * group_size), values[..., total:]],
         axis=-1,
     )
     _, places = lax.top_k(candidates, k)
     group, offset = places // group_size, places % group_size
     in_group = jnp.take_along_axis(first, jnp.minimum(group, k - 1), axis=-1) + offset
-    return jnp.where(group < k, in_group, places - k * group_size + whole)
+    return jnp.where(group < k, in_group, places - k * group_size + total)
 
 
 def _lowest(dtype: jnp.dtype) -> np.ndarray:

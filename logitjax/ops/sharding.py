@@ -1,4 +1,4 @@
-"""How the leaves of a pytree are split over a mesh, and what the axes of a mesh are called."""
+"""Sharding of a pytree's leaves over a mesh, and names of the mesh axes."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax.ops._mesh import path_string
 
-# A value of `jax.jit`'s cache key: a program traced under other names is traced again.
+# A value of `jax.jit`'s cache key: a program is traced again under other names.
 _named = jax.make_user_context(default_value=None)
 
 
@@ -22,9 +22,9 @@ _named = jax.make_user_context(default_value=None)
 class MeshAxes:
     """Names of the mesh axes over which a batch and a vocabulary are split.
 
-    The defaults are the names of `logitjax.training.make_mesh` and of common trainers; a name that
-    a mesh lacks is passed over. They are needed on Auto axes, which arrays under `jax.jit` do not
-    tell; Explicit axes are read from the arrays.
+    The defaults are the names of `logitjax.training.make_mesh` and of common trainers; names that a
+    mesh does not have are ignored. They are needed for Auto axes, which arrays under `jax.jit` do
+    not show; Explicit axes are read from the arrays.
 
     Attributes:
         rows: axes that split the rows of a batch.
@@ -63,19 +63,19 @@ class MeshAxes:
 class ShardingRules:
     """An ordered list of `(path regular expression, PartitionSpec)`: the first match decides.
 
-    A specification is for the *last* dimensions of a leaf. So one rule fits a layer and also a
-    stack of layers, whose leading dimension stays whole. The paths of an optimizer's state contain
+    A specification is for the *last* dimensions of a leaf, so one rule fits a layer and also a
+    stack of layers, whose leading dimension is not split. The paths of an optimizer's state contain
     those of its parameters, so the same rules shard it. Leaves with fewer dimensions than the
     specification (counters, factored moments) are replicated.
 
     Attributes:
         rules: the list. Matching is `re.search` in a path such as
             `layers/0/attention/query/kernel`.
-        unmatched: what happens to a leaf that no rule matches: `replicate`, or `fsdp`, which splits
-            its largest dimension that the `fsdp` axis divides.
+        unmatched: treatment of leaves that no rule matches: `replicate`, or `fsdp`, which splits
+            the largest dimension that the `fsdp` axis divides.
         optional: axes that a mesh may lack.
-        strict: whether it is an error if a mesh axis does not divide its dimension. Otherwise that
-            dimension stays whole (3 key-value heads on `tensor:2`), which is logged.
+        strict: whether a mesh axis that does not divide its dimension is an error. Otherwise the
+            dimension is not split (3 key-value heads on `tensor:2`), which is logged.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> rules = ShardingRules(rules=(("kernel$", P("fsdp", "tensor")),))
@@ -92,8 +92,8 @@ class ShardingRules:
         """The PartitionSpec of one leaf, which fits its shape; `mesh_shape` is `mesh.shape`.
 
         Raises:
-            ValueError: if a rule names an axis that the mesh lacks, or, if `strict`, one that does
-                not divide its dimension.
+            ValueError: if a rule names an axis that the mesh lacks or, if `strict`, an axis that
+                does not divide its dimension.
         """
         for pattern, rule in self.rules:
             if re.search(pattern, path):
@@ -101,7 +101,7 @@ class ShardingRules:
         size = mesh_shape.get("fsdp", 1)
         if self.unmatched == "fsdp" and size > 1:
             divisible = [i for i, n in enumerate(shape) if n and n % size == 0]
-            # a vector saves less than its gather costs.
+            # Sharding a vector saves less than its gather costs.
             if divisible and len(shape) > 1:
                 largest = max(divisible, key=lambda i: shape[i])
                 return P(*("fsdp" if i == largest else None for i in range(len(shape))))
@@ -109,7 +109,7 @@ class ShardingRules:
 
     def _fit(self, path: str, shape: tuple[int, ...], mesh_shape: Any, rule: tuple) -> P:
         if len(rule) > len(shape):
-            # a scalar of the optimizer under a parameter's path.
+            # A scalar of the optimizer under a parameter's path.
             return P()
         fitted: list[Any] = [None] * len(shape)
         for dim, axes in zip(range(len(shape) - len(rule), len(shape)), rule):
@@ -146,7 +146,7 @@ class ShardingRules:
         return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
     def place(self, tree: Any, mesh: Mesh) -> Any:
-        """Places a pytree of arrays on the mesh.
+        """Place a pytree of arrays on the mesh.
 
         Every process passes the same whole host arrays; each keeps the shards of its devices.
 
@@ -161,7 +161,7 @@ class ShardingRules:
             ):
                 return jax.device_put(leaf, sharding)
             if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                # a key has no form in numpy.
+                # Keys have no numpy form.
                 return jax.device_put(leaf, sharding)
             host = np.asarray(leaf)
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -1,7 +1,7 @@
 """A server with OpenAI's completion API over a decoder or an ensemble of them.
 
 `build_app` makes an ASGI application of a model, which `Listening` serves. `ServerConfig` has its
-limits and the policy of what it reports, and `Key` says who may ask (`Key.read` reads keys from a
+limits and the policy of what it reports, and `Key` is an API key (`Key.read` reads keys from a
 file). It needs the extra `serve`.
 """
 

@@ -1,4 +1,4 @@
-"""Accounts of each key: budgets, rates, and a log of what was given out."""
+"""Accounts of each key: budgets, rates, and a log of what was revealed."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ from logitjax.serving._keys import Key
 
 @dataclasses.dataclass
 class Spent:
-    """Answers and tokens so far, those under way included."""
+    """Answers and tokens so far, including those in progress."""
 
     queries: int = 0
     tokens: int = 0
@@ -32,7 +32,7 @@ class Spent:
 
 
 class Rate:
-    """So many a minute, a minute's worth at once."""
+    """A rate per minute; a full minute's amount may be taken at once."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self._per_second = per_minute / 60
@@ -40,11 +40,11 @@ class Rate:
         self._clock, self._at = clock, clock()
 
     def wait(self, amount: int) -> float:
-        """Seconds until so many may be taken."""
+        """Seconds until this amount may be taken."""
         now = self._clock()
         self._left = min(self._most, self._left + (now - self._at) * self._per_second)
         self._at = now
-        # More than a minute's worth waits for a full bucket, and leaves it in debt.
+        # More than a minute's amount waits for a full bucket and leaves it in debt.
         missing = min(amount, self._most) - self._left
         return max(0.0, missing / self._per_second) if self._per_second else float("inf")
 
@@ -53,7 +53,7 @@ class Rate:
 
 
 class Accounts:
-    """Who may still ask how much; kept over a restart where there is a log, which is summed up."""
+    """Remaining budgets of all keys; with a log, they are restored after a restart."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Accounts:
         self._writer: threading.Thread | None = None
         if log is not None:
             self._sum_up(Path(log))
-            # Here, so that who cannot log does not serve; the thread would die alone.
+            # Opened here, so that a server that cannot log does not start.
             file = open(log, "a")  # noqa: SIM115 (the thread closes it)
             self._writer = threading.Thread(target=self._write, args=(file,), daemon=True)
             self._writer.start()
@@ -84,19 +84,19 @@ class Accounts:
     def reserve(
         self, key: Key, *, queries: int, tokens: int, nats: float = 0.0
     ) -> tuple[Key, Spent]:
-        """Sets aside what a request may use at most; what it does not is given back."""
+        """Reserve the most that a request may use; what it does not use is returned."""
         spent, expected = self._spent[key.name], Spent(queries, tokens, nats)
         for name, more in vars(expected).items():
             most, used = getattr(key, name), getattr(spent, name)
             if most is not None and used + more > most:
-                left = f"{used:.10g} are used, {more:.10g} more asked; it does not come back"
+                left = f"{used:.10g} are used, {more:.10g} more requested; it is not renewed"
                 message = f"the budget of this key is {most:.10g} {name}: {left}"
                 raise ApiError(429, message, code="insufficient_quota")
         rates = self._rates[key.name]
         waits = {name: rate.wait(getattr(expected, name)) for name, rate in rates.items()}
         slowest = max(waits, key=lambda name: waits[name], default=None)
         if slowest is not None and waits[slowest] > 0:
-            # A rate of nothing waits without end.
+            # A rate of zero waits forever.
             seconds = 3600 if waits[slowest] >= 3600 else int(waits[slowest]) + 1
             message, after = (
                 f"too many {slowest} a minute for this key",
@@ -112,16 +112,16 @@ class Accounts:
         *,
         tokens: int,
         record: dict[str, Any] | None,
-        told: Mapping[str, float] | None = None,
+        contexts: Mapping[str, float] | None = None,
     ) -> None:
-        """Gives back what was not used, all of it without a record, and logs what was told."""
-        (key, stored), nats = reservation, sum((told or {}).values())
+        """Return what was not used (everything, without a record), and log what was revealed."""
+        (key, stored), nats = reservation, sum((contexts or {}).values())
         back = stored.queries if record is None else 0
         self._take(key, Spent(-back, tokens - stored.tokens, nats - stored.nats))
         if record is not None and self._writer is not None:
             entry = {"time": round(time.time(), 3), "key": key.name}
             entry |= {"queries": stored.queries, "tokens": tokens}
-            entry |= {"nats": nats, "contexts": told} if told else {}
+            entry |= {"nats": nats, "contexts": contexts} if contexts else {}
             self._lines.put(json.dumps(entry | record))
 
     def _take(self, key: Key, more: Spent) -> None:
@@ -137,12 +137,12 @@ class Accounts:
     def _sum_up(self, path: Path) -> None:
         if not path.exists():
             return
-        whole = path.read_bytes()
-        # A line that the last process did not finish counts for nothing.
-        whole = whole[: whole.rfind(b"\n") + 1]
+        content = path.read_bytes()
+        # A line that the last process did not finish is ignored.
+        content = content[: content.rfind(b"\n") + 1]
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+            file.truncate(len(content))
+        for number, line in enumerate(content.splitlines(), 1):
             try:
                 entry = json.loads(line)
                 spent = Spent(entry["queries"], entry["tokens"], entry.get("nats", 0.0))
@@ -153,7 +153,7 @@ class Accounts:
                 raise ValueError(f"{path}:{number}: expected a line of an audit log") from None
 
     def _write(self, file: TextIO) -> None:
-        # In a thread of its own: a slow disk must not hold up the event loop.
+        # In a thread of its own: a slow disk must not block the event loop.
         with file:
             while (line := self._lines.get()) is not None:
                 try:

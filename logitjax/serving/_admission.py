@@ -1,4 +1,4 @@
-"""From the bytes of a request to jobs: fields, tokens, lengths, seeds."""
+"""Conversion of a request's bytes to jobs: fields, tokens, lengths, seeds."""
 
 import asyncio
 import dataclasses
@@ -26,7 +26,7 @@ _LONG_NUMBER = re.compile(rb"[0-9]{25}")
 
 
 async def read_body(service: Service, http: HttpRequest) -> tuple[Key, bytes]:
-    """Who asks, and the bytes that a request brings."""
+    """The client's key, and the bytes of its request."""
     config = service.config
     key, most = find_key(config.keys, http.headers.get("authorization", "")), config.max_body_bytes
     kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
@@ -50,10 +50,10 @@ async def read_body(service: Service, http: HttpRequest) -> tuple[Key, bytes]:
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of JSON bytes; too deep nesting and too long numbers are refused."""
+    """Parse JSON; excessive nesting and overlong numbers are refused."""
     options: dict[str, Any] = {"parse_constant": _no_constant}
     if _LONG_NUMBER.search(body):
-        # Only then: a function of our own for each number takes its time.
+        # Only on demand: a Python function for each number takes time.
         options |= dict.fromkeys(("parse_int", "parse_float"), _number)
     try:
         return json.loads(body, **options)
@@ -72,55 +72,55 @@ def _no_constant(name: str) -> Any:
 
 
 def _number(digits: str) -> int | float:
-    whole = digits.lstrip("-").isdigit()
-    if len(digits) > (24 if whole else 400):
+    is_integer = digits.lstrip("-").isdigit()
+    if len(digits) > (24 if is_integer else 400):
         raise BadRequestError(f"a number of {len(digits)} digits is too long")
-    return int(digits) if whole else float(digits)
+    return int(digits) if is_integer else float(digits)
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Most bytes of text that one token stands for, or some more."""
-    # Byte-level vocabularies spell a byte as a character of up to two.
+    """An upper bound on the bytes of text that one token represents."""
+    # Byte-level vocabularies write a byte as a character of up to two bytes.
     return max(len(text.encode()) for text in tokenizer.backend.get_vocab(with_added_tokens=True))
 
 
 def read_request(
     service: Service, body: bytes, key: Key, loop: asyncio.AbstractEventLoop, *, chat: bool
 ) -> tuple[CompletionRequest, list[tuple[Job, Sequence[int]]]]:
-    """Read a request into its jobs. Takes its time: called off the event loop."""
-    asked = schema.parse(parse_json(body), service.config, chat=chat)
-    admitted = service.disclosure.admit(asked.sampling, service.vocab_size)
-    asked = dataclasses.replace(asked, sampling=admitted)
-    return asked, _make_jobs(service, asked, key, loop)
+    """Read a request into its jobs. This is slow, so it runs off the event loop."""
+    request = schema.parse(parse_json(body), service.config, chat=chat)
+    admitted = service.disclosure.admit(request.sampling, service.vocab_size)
+    request = dataclasses.replace(request, sampling=admitted)
+    return request, _make_jobs(service, request, key, loop)
 
 
 def _make_jobs(
-    service: Service, asked: CompletionRequest, key: Key, loop: asyncio.AbstractEventLoop
+    service: Service, completion: CompletionRequest, key: Key, loop: asyncio.AbstractEventLoop
 ) -> list[tuple[Job, Sequence[int]]]:
     """A job for each copy of each prompt, and the prompt's tokens."""
-    check_model(service.config, asked.model)
-    fields = asked.sampling
+    check_model(service.config, completion.model)
+    fields = completion.sampling
     stop_ids = tuple({*fields.stop_token_ids, *(() if fields.ignore_eos else service.end_ids)})
     allowed = _allowed(service, fields, stop_ids)
-    # A seed alone never says what is drawn: the policy mixes it.
+    # A seed alone never determines a draw: the policy mixes it.
     same = {f.name: getattr(fields, f.name) for f in dataclasses.fields(Sampling)}
     jobs = []
-    for number, prompt in enumerate(asked.prompts):
-        tokens = prompt_tokens(service, asked, prompt)
-        # The last new token is not read; without any, the prompt's last one is.
-        if len(tokens) + max(asked.max_tokens, 1) - 1 > service.config.max_length:
-            got = f"{len(tokens)} prompt tokens and max_tokens={asked.max_tokens}"
-            name = "messages" if asked.chat else "prompt"
+    for number, prompt in enumerate(completion.prompts):
+        tokens = prompt_tokens(service, completion, prompt)
+        # The last new token is not read; without new tokens, the prompt's last one is.
+        if len(tokens) + max(completion.max_tokens, 1) - 1 > service.config.max_length:
+            got = f"{len(tokens)} prompt tokens and max_tokens={completion.max_tokens}"
+            name = "messages" if completion.chat else "prompt"
             raise BadRequestError(f"{got} do not fit {service.config.max_length}", name)
-        # One key does not learn from time what another one asked.
-        salt, report = f"{key.name}\n{asked.cache_salt}", asked.prompt_shown is not None
+        # Keys share no cache, so that timing does not reveal another key's prompts.
+        salt, report = f"{key.name}\n{completion.cache_salt}", completion.prompt_shown is not None
         shared = Prompt(salt=salt, report=report)
-        for copy in range(asked.n):
+        for copy in range(completion.n):
             seed = secrets.randbits(32) if fields.seed is None else fields.seed
-            seed = (seed + number * asked.n + copy) % 2**32
+            seed = (seed + number * completion.n + copy) % 2**32
             request = Request(
                 prompt=tokens,
-                max_new_tokens=asked.max_tokens,
+                max_new_tokens=completion.max_tokens,
                 min_new_tokens=fields.min_tokens,
                 sampling=Sampling(**same | {"seed": service.disclosure.seed(seed)}),
                 stop_ids=stop_ids,
@@ -135,9 +135,9 @@ def _make_jobs(
 def _allowed(
     service: Service, fields: SamplingFields, stop_ids: Sequence[int]
 ) -> np.ndarray | None:
-    """The words of `Request.allowed`; refuses ids that are none."""
-    given = {"logit_bias": dict(fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
-    for name, ids in (given | {"allowed_token_ids": fields.allowed_token_ids or ()}).items():
+    """The words of `Request.allowed`; refuses unknown ids."""
+    token_ids = {"logit_bias": dict(fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
+    for name, ids in (token_ids | {"allowed_token_ids": fields.allowed_token_ids or ()}).items():
         wrong = [i for i in ids if i >= service.vocab_size]
         if wrong:
             raise BadRequestError(f"{name}: there is no token {wrong[0]}", name)
@@ -150,24 +150,24 @@ def _allowed(
     return np.packbits(bits, bitorder="little").view("<u4")
 
 
-def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> list[int]:
-    name = "messages" if asked.chat else "prompt"
-    if asked.chat:
+def prompt_tokens(service: Service, request: CompletionRequest, prompt: Any) -> list[int]:
+    name = "messages" if request.chat else "prompt"
+    if request.chat:
         _check_size(service, sum(len(message["content"]) for message in prompt), name)
         try:
-            prompt = service.tokenizer.render_chat(prompt, **asked.template_variables)
+            prompt = service.tokenizer.render_chat(prompt, **request.template_variables)
         # Variables may have a name that is taken.
         except (ValueError, TypeError, RecursionError) as error:
             raise BadRequestError(str(error)[:200], name) from None
     if isinstance(prompt, str):
         _check_size(service, len(prompt), name)
         try:
-            # Unlike `encode` a batch, of one, lets other threads run meanwhile.
+            # Unlike `encode`, encoding a batch (of one) lets other threads run meanwhile.
             encoded = service.tokenizer.backend.encode_batch([prompt], add_special_tokens=False)
         except (TypeError, UnicodeError):  # Lone surrogates, which JSON can spell.
             raise BadRequestError(f"{name} is not valid Unicode", name) from None
         tokens = encoded[0].ids
-        start = service.tokenizer.start if asked.add_special_tokens else []
+        start = service.tokenizer.start if request.add_special_tokens else []
         if tokens[:1] != start:
             tokens = [*start, *tokens]
     else:
@@ -181,7 +181,7 @@ def prompt_tokens(service: Service, asked: CompletionRequest, prompt: Any) -> li
 
 
 def _check_size(service: Service, characters: int, name: str) -> None:
-    """Refuses what cannot fit before it is looked at any closer."""
+    """Refuse a text that cannot fit before it is examined further."""
     if characters > service.most_characters:
         most = f"{service.config.max_length} tokens"
         raise BadRequestError(f"{characters} characters do not fit {most}", name)

@@ -1,4 +1,4 @@
-"""One choice of an answer, as its tokens come, and the forms that OpenAI's API gives it."""
+"""One choice of an answer as its tokens arrive, in the forms of OpenAI's API."""
 
 import math
 import secrets
@@ -18,26 +18,26 @@ class Answer:
     """One choice of an answer: collects tokens, text and log-probabilities."""
 
     def __init__(
-        self, service: Service, asked: CompletionRequest, job: Job, index: int, prompt: Any
+        self, service: Service, request: CompletionRequest, job: Job, index: int, prompt: Any
     ):
         self.job, self.index, self.prompt_tokens = job, index, len(prompt)
         self.shown: list[Token] = []
         self.tokens: list[Token] = []
         self.finish: str | None = None
         self.text = ""
-        self._service, self._asked, self._prompt = service, asked, prompt
-        # A chat's answer is a text of its own: none of its words goes on from the template's.
-        context = () if asked.chat else prompt
-        least = asked.sampling.min_tokens
-        self._stream = TextStream(service.tokenizer, asked.stop, context, least)
+        self._service, self._asked, self._prompt = service, request, prompt
+        # A chat's answer is a text of its own: no word continues one of the template's.
+        context = () if request.chat else prompt
+        least = request.sampling.min_tokens
+        self._stream = TextStream(service.tokenizer, request.stop, context, least)
         self._offset, self._begun = 0, time.monotonic()
         self.meter: Meter | None = None
         if math.isfinite(service.config.nats):
             ledger, disclosure = service.accounts.ledger, service.disclosure
-            self.meter = Meter(ledger, disclosure, asked, job.request, service.vocab_size)
+            self.meter = Meter(ledger, disclosure, request, job.request, service.vocab_size)
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[Token], str | None]]:
-        """Text that has become certain, the tokens that came with it, the reason in the last."""
+        """Return newly certain text and its tokens, with the finish reason in the last piece."""
         while self.finish is None:
             item = await self.job.tokens.get()
             if isinstance(item, ApiError):
@@ -57,7 +57,7 @@ class Answer:
             self._service.metrics.new_tokens.inc()
             self.tokens.append(item)
             self.shown.append(item)
-            # The end-of-text token ends the answer and is no part of its text.
+            # The end-of-text token ends the answer and is not part of its text.
             text = "" if item.stopped else self._stream.push([item.id])
             if self._stream.stopped:
                 self.finish = "stop"
@@ -66,17 +66,17 @@ class Answer:
                 self.finish = "stop" if item.stopped else "length"
                 text += self._stream.finish()
             elif self.meter is not None and not self.meter.goes_on(item.id):
-                # Its end tells only which tokens were shown: prices depend on nothing else.
+                # The end reveals only which tokens were shown: prices depend on nothing else.
                 self.finish, self.job.cancelled = "length", True
                 text += self._stream.finish()
             self.text += text
             yield text, [item], self.finish
 
     def _echoed(self) -> tuple[str, list[Token], None]:
-        """The prompt as if it were the answer's beginning; nothing predicts its first token."""
+        """The prompt as if it began the answer; nothing predicts its first token."""
         first = Token(self._prompt[0], None, ())
         self.shown = [first, *self.job.prompt_report]
-        # The beginning mark is a token of the prompt, and no part of the text that was sent.
+        # The BOS token is a token of the prompt, but not part of the text that was sent.
         start = self._service.tokenizer.start
         marked = self._prompt[: len(start)] == start
         self.text = self._service.tokenizer.decode(self._prompt[len(start) if marked else 0 :])
@@ -84,9 +84,9 @@ class Answer:
 
     @property
     def values(self) -> int:
-        """Number of log-probabilities that were given out."""
-        shown, asked = 0, self._asked
-        notes = ((asked.prompt_shown, self.job.prompt_report), (asked.logprobs, self.tokens))
+        """Number of log-probabilities that were reported."""
+        shown, request = 0, self._asked
+        notes = ((request.prompt_shown, self.job.prompt_report), (request.logprobs, self.tokens))
         for few, tokens in notes:
             for token in tokens if few is not None else ():
                 best = [id for id, _ in token.top[:few]]
@@ -131,18 +131,18 @@ class Answer:
         return {"content": content, "refusal": None}
 
 
-def usage(answers: Sequence[Answer], asked: CompletionRequest) -> dict[str, Any]:
-    # Copies of one prompt are read once as far as the user is concerned.
-    prompt = sum(a.prompt_tokens for a in answers[:: asked.n])
+def usage(answers: Sequence[Answer], request: CompletionRequest) -> dict[str, Any]:
+    # The copies of one prompt count as one reading in the user's bill.
+    prompt = sum(a.prompt_tokens for a in answers[:: request.n])
     new = sum(len(a.tokens) for a in answers)
     counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-    cached = sum(a.job.cached for a in answers[:: asked.n])
+    cached = sum(a.job.cached for a in answers[:: request.n])
     return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def frame(service: Service, asked: CompletionRequest, *, chunk: bool) -> dict[str, Any]:
-    kind = "chat.completion" if asked.chat else "text_completion"
-    kind = f"{kind}.chunk" if chunk and asked.chat else kind
-    name = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}"
+def frame(service: Service, request: CompletionRequest, *, chunk: bool) -> dict[str, Any]:
+    kind = "chat.completion" if request.chat else "text_completion"
+    kind = f"{kind}.chunk" if chunk and request.chat else kind
+    name = f"{'chatcmpl' if request.chat else 'cmpl'}-{secrets.token_hex(12)}"
     about = {"id": name, "object": kind, "created": int(time.time())}
     return about | {"model": service.config.model}

@@ -1,4 +1,4 @@
-"""The application: its routes, and what is asked without decoding."""
+"""The application: its routes, and the endpoints that do not decode."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ from logitjax.serving._schema import openapi
 from logitjax.serving._service import Service
 from logitjax.serving._tokens import detokenize, tokenize, tokens_endpoint
 
-# Of the processor, where a second is what thousands of usual messages take.
+# Processor seconds; thousands of ordinary messages take one.
 _TEMPLATE_SECONDS = 0.5
 
 
@@ -46,12 +46,12 @@ def build_app(
     *,
     drafts: DraftControl | None = None,
 ) -> Starlette:
-    """The application of one model or several fused ones, ready for any ASGI server.
+    """Build the application of one model or several fused ones, ready for any ASGI server.
 
-    The decoding engine starts and ends with the application. The tokens `end_ids` end an answer.
-    `drafts` are used where they pay, for answers that follow no schema.
+    The decoding engine starts and stops with the application. The tokens `end_ids` end an answer.
+    `drafts` are used when they pay, for answers without a schema.
     """
-    # Its template goes over the messages of strangers.
+    # Its template processes messages of strangers.
     tokenizer = copy.copy(tokenizer)
     tokenizer.template_seconds = _TEMPLATE_SECONDS
     disclosure = Disclosure(
@@ -129,8 +129,8 @@ async def _left(_: HttpRequest, error: Any) -> Response:
 
 
 async def _mistake(_: HttpRequest, error: Exception) -> Response:
-    # The exception goes on from here, is logged, and ends the connection.
-    return ApiError(500, "a mistake of the server", headers={"Connection": "close"}).response()
+    # The exception propagates from here, is logged, and ends the connection.
+    return ApiError(500, "internal server error", headers={"Connection": "close"}).response()
 
 
 def _service(request: HttpRequest) -> Service:
@@ -141,10 +141,10 @@ async def _models(request: HttpRequest) -> Response:
     config = _service(request).config
     find_key(config.keys, request.headers.get("authorization", ""))
     entry = {"id": config.model, "object": "model", "created": 0, "owned_by": "logitjax"}
-    asked = request.path_params.get("name")
-    if asked is None:
+    name = request.path_params.get("name")
+    if name is None:
         return json_response({"object": "list", "data": [entry]})
-    check_model(config, asked)
+    check_model(config, name)
     return json_response(entry)
 
 

@@ -1,4 +1,4 @@
-"""The two endpoints that decode, whole or as a stream."""
+"""The two endpoints that decode, in one answer or as a stream."""
 
 import asyncio
 import collections
@@ -23,20 +23,20 @@ def completions(service: Service, *, chat: bool) -> Any:
         key, body = await read_body(service, http)
         # Off the event loop: long prompts take long to check and to encode.
         read = functools.partial(read_request, service, body, key, loop, chat=chat)
-        asked, jobs = await loop.run_in_executor(service.readers, read)
-        if asked.sampling.structure is not None:
-            about = (*asked.sampling.structure, asked.sampling.structure_field)
+        request, jobs = await loop.run_in_executor(service.readers, read)
+        if request.sampling.structure is not None:
+            about = (*request.sampling.structure, request.sampling.structure_field)
             follower = await service.formats.follow(*about)
             for job, _ in jobs:
                 job.follower = follower.copy()
-        prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
-        answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
+        prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: request.n])
+        answers = [Answer(service, request, job, i, p) for i, (job, p) in enumerate(jobs)]
         meters = [answer.meter for answer in answers if answer.meter is not None]
-        tokens, nats = prompt_tokens + len(jobs) * asked.max_tokens, sum(m.most for m in meters)
+        tokens, nats = prompt_tokens + len(jobs) * request.max_tokens, sum(m.most for m in meters)
         reserved = service.accounts.reserve(key, queries=len(jobs), tokens=tokens, nats=nats)
         try:
             service.scheduler.submit([job for job, _ in jobs])
-            # After it, so that an overload costs no nats; nothing is shown in between.
+            # After queueing, so that an overload costs no nats; nothing is shown in between.
             for meter in meters:
                 meter.begin()
         except ApiError:
@@ -50,20 +50,20 @@ def completions(service: Service, *, chat: bool) -> Any:
             for answer in answers:
                 answer.job.cancelled = True
             total = sum(answer.values for answer in answers)
-            request, fields = getattr(http.state, "request_id", None), asked.sampling
-            record = {"request": request, "prompt_tokens": prompt_tokens, "values": total}
-            record |= {"top": asked.logprobs, "temperature": fields.temperature}
+            request_id, fields = getattr(http.state, "request_id", None), request.sampling
+            record = {"request": request_id, "prompt_tokens": prompt_tokens, "values": total}
+            record |= {"top": request.logprobs, "temperature": fields.temperature}
             record |= {"biased": len(fields.logit_bias)}
             new = sum(len(answer.tokens) for answer in answers)
             nats = sum((meter.told for meter in meters), collections.Counter())
             service.metrics.told_nats.inc(nats.total())
             used = prompt_tokens + new
-            service.accounts.settle(reserved, tokens=used, record=record, told=nats)
+            service.accounts.settle(reserved, tokens=used, record=record, contexts=nats)
 
-        if asked.stream:
-            return _Events(_stream(service, asked, answers), done)
+        if request.stream:
+            return _Events(_stream(service, request, answers), done)
         try:
-            return await _whole(http, service, asked, answers)
+            return await _whole(http, service, request, answers)
         finally:
             done()
 
@@ -71,7 +71,7 @@ def completions(service: Service, *, chat: bool) -> Any:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; `done` is called however it ends, even before it began."""
+    """Server-sent events; `done` is called however the stream ends, even before it began."""
 
     def __init__(self, events: AsyncIterator[str], done: Callable[[], None]):
         super().__init__(events, media_type="text/event-stream")
@@ -85,7 +85,7 @@ class _Events(StreamingResponse):
 
 
 async def _whole(
-    http: HttpRequest, service: Service, asked: CompletionRequest, answers: Sequence[Answer]
+    http: HttpRequest, service: Service, request: CompletionRequest, answers: Sequence[Answer]
 ) -> Response:
     async def collect(answer: Answer) -> None:
         async for _ in answer.pieces():
@@ -105,26 +105,26 @@ async def _whole(
     for answer in answers:
         message = {"message": {"role": "assistant", "content": answer.text}}
         choice: dict[str, Any] = {"index": answer.index}
-        choice |= message if asked.chat else {"text": answer.text}
+        choice |= message if request.chat else {"text": answer.text}
         choice |= {"logprobs": answer.logprobs(answer.shown), "finish_reason": answer.finish}
-        if asked.prompt_logprobs is not None and not asked.chat:
-            choice["prompt_logprobs"] = _prompt_logprobs(service, asked, answer)
+        if request.prompt_logprobs is not None and not request.chat:
+            choice["prompt_logprobs"] = _prompt_logprobs(service, request, answer)
         choices.append(choice)
-    body = frame(service, asked, chunk=False) | {"choices": choices}
-    if asked.prompt_logprobs is not None and asked.chat:
-        body["prompt_logprobs"] = _prompt_logprobs(service, asked, answers[0])
-    return json_response(body | {"usage": usage(answers, asked)})
+    body = frame(service, request, chunk=False) | {"choices": choices}
+    if request.prompt_logprobs is not None and request.chat:
+        body["prompt_logprobs"] = _prompt_logprobs(service, request, answers[0])
+    return json_response(body | {"usage": usage(answers, request)})
 
 
-def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer) -> list[Any]:
-    """Of each token of a prompt the most likely ones and its own, by their ids as vLLM has them."""
+def _prompt_logprobs(service: Service, request: CompletionRequest, answer: Answer) -> list[Any]:
+    """For each prompt token the most likely ones and its own, by id as in vLLM."""
     # Nothing predicts the first token.
     places: list[Any] = [None]
     for token in answer.job.prompt_report:
         best = [(*pair, rank) for rank, pair in enumerate(token.top, 1)]
-        items: list[tuple[int, float, int | None]] = [*best[: asked.prompt_logprobs]]
+        items: list[tuple[int, float, int | None]] = [*best[: request.prompt_logprobs]]
         if token.logprob is not None and token.id not in [id for id, *_ in items]:
-            # Its rank is known where it is among those that any request may see.
+            # Its rank is known if it is among those that any request may see.
             ranks = [rank for id, _, rank in best if id == token.id]
             items.append((token.id, token.logprob, ranks[0] if ranks else None))
         named = [(id, {"logprob": value, "rank": rank}) for id, value, rank in items]
@@ -133,15 +133,15 @@ def _prompt_logprobs(service: Service, asked: CompletionRequest, answer: Answer)
 
 
 async def _disconnected(http: HttpRequest) -> None:
-    # After a body nothing else comes. `is_disconnected` would have to be asked again and again.
+    # Nothing follows a body. `is_disconnected` would have to be polled.
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _stream(
-    service: Service, asked: CompletionRequest, answers: Sequence[Answer]
+    service: Service, request: CompletionRequest, answers: Sequence[Answer]
 ) -> AsyncIterator[str]:
-    head = frame(service, asked, chunk=True)
+    head = frame(service, request, chunk=True)
     queue: asyncio.Queue[Any] = asyncio.Queue()
 
     async def follow(answer: Answer) -> None:
@@ -155,7 +155,7 @@ async def _stream(
     tasks = [asyncio.ensure_future(follow(answer)) for answer in answers]
     left = len(answers)
     try:
-        if asked.chat:
+        if request.chat:
             for answer in answers:
                 delta = {"role": "assistant", "content": ""}
                 choice = {"index": answer.index, "delta": delta, "finish_reason": None}
@@ -171,11 +171,11 @@ async def _stream(
             answer, text, tokens, reason = item
             choice = {"index": answer.index, "logprobs": answer.logprobs(tokens)}
             choice["finish_reason"] = reason
-            choice |= {"delta": {"content": text}} if asked.chat else {"text": text}
-            counts = {"usage": usage(answers, asked)} if asked.continuous_usage else {}
+            choice |= {"delta": {"content": text}} if request.chat else {"text": text}
+            counts = {"usage": usage(answers, request)} if request.continuous_usage else {}
             yield _event(head | {"choices": [choice]} | counts)
-        if asked.include_usage:
-            yield _event(head | {"choices": [], "usage": usage(answers, asked)})
+        if request.include_usage:
+            yield _event(head | {"choices": [], "usage": usage(answers, request)})
         yield "data: [DONE]\n\n"
     finally:
         for task in tasks:

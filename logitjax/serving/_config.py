@@ -70,7 +70,7 @@ class ServerConfig:
         for name in ("max_waiting", "prefix_cache_mb"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
         checks.positive(self.context_nats, "context_nats")
-        # Says which parts of the policy a server cannot keep.
+        # Reports the parts of the policy that a server cannot keep.
         if not Disclosure(self.policy, choices=self.choices).free and self.hidden_states:
             raise ValueError(f"hidden_states: expected False with choices={self.choices}, got True")
         if any(key.nats is not None for key in self.keys) and self.choices != "metered":
@@ -78,16 +78,16 @@ class ServerConfig:
 
     @property
     def nats(self) -> float:
-        """Most nats of a context."""
+        """Maximum number of nats revealed about a context."""
         return self.context_nats if self.choices == "metered" else math.inf
 
     @property
     def notice(self) -> str:
-        """Say in a line what the answers of this server give away."""
+        """One line about how much the answers of this server reveal."""
         if self.choices == "free":
-            told = "answers give the logits away, whatever is hidden of their values"
-            return f"choices=free: {told} (docs/leakage.md)"
-        notice = "choices=plain: a token of probability p is read from some 1/p answers"
+            warning = "answers reveal the logits, whichever of their values are hidden"
+            return f"choices=free: {warning} (docs/leakage.md)"
+        notice = "choices=plain: a token of probability p is revealed by about 1/p answers"
         if self.choices == "plain":
             return notice
         kept = f"kept in {self.audit_log}" if self.audit_log else "of this run: a restart forgets"
@@ -95,7 +95,7 @@ class ServerConfig:
 
 
 def check_model(config: ServerConfig, name: str | None) -> None:
-    """Whether a request means the model that is served; no name means it."""
+    """Whether a request names the served model; no name means it too."""
     if name not in (None, "", config.model):
         wrong = f"the model is {config.model!r}, not {name[:60]!r}"
         raise ApiError(404, wrong, param="model", code="model_not_found")

@@ -15,7 +15,7 @@ from logitjax.serving._errors import ApiError
 
 
 class Doorkeeper:
-    """Knows every connection, and which of them wait for a request, the longest first."""
+    """Tracks all connections, and which of them wait for a request, the longest first."""
 
     def __init__(self, most: int, idle_seconds: float):
         self.most, self.idle_seconds = most, idle_seconds
@@ -27,7 +27,7 @@ class Doorkeeper:
         return len(self.open) >= self.most
 
     def note(self, connection: Any, *, busy: bool) -> None:
-        """Whether it waits for a request; a byte more of one's head renews nothing."""
+        """Note whether it waits for a request; another byte of a head does not restart the time."""
         self.open.add(connection)
         if busy:
             self._idle.pop(connection, None)
@@ -39,7 +39,7 @@ class Doorkeeper:
         self._idle.pop(connection, None)
 
     def turn_out(self, *, older_than: float = 0.0) -> bool:
-        """Closes the connection that has waited longest, so that somebody else may come in."""
+        """Close the connection that has waited longest, to make room for another."""
         if not self._idle:
             return False
         connection, since = next(iter(self._idle.items()))
@@ -50,7 +50,7 @@ class Doorkeeper:
         return True
 
     async def sweep(self) -> None:
-        """Turns out those that have waited too long, for ever."""
+        """Keep closing connections that have waited too long."""
         while True:
             while self.turn_out(older_than=self.idle_seconds):
                 pass
@@ -58,9 +58,9 @@ class Doorkeeper:
 
 
 class _HalfClosing:
-    """A transport that, closed while the client is `sending`, only says that its answer is whole.
+    """A transport that, closed while the client is `sending`, only signals the end of its answer.
 
-    To close a socket with unread bytes resets it, and clients that still send miss the answer.
+    Closing a socket with unread bytes resets it, and clients still sending miss the answer.
     """
 
     def __init__(self, transport: Any, sending: Callable[[], bool]):
@@ -86,7 +86,7 @@ class _HalfClosing:
 
 
 class Protocol(H11Protocol):
-    """HTTP of uvicorn that tells a doorkeeper if it waits, and discards a body sent too late."""
+    """HTTP of uvicorn that tells a doorkeeper when it waits, and discards a body sent too late."""
 
     doorkeeper: Doorkeeper
     discard_bytes: int
@@ -111,7 +111,7 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            # It has its answer, or a part of it.
+            # The client has its answer, or part of it.
             self.transport.abort()
             return
         body = json.dumps(ApiError(400, msg).body()).encode()
@@ -121,7 +121,7 @@ class Protocol(H11Protocol):
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-        # It waits for the rest of what was no body.
+        # It waits for the rest of an invalid body.
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -135,13 +135,13 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Ends with the answer under way, or with that to a request that lies there unread."""
+        """End after the answer in progress, or after answering a request that is not read yet."""
         self._last = True
         if self._busy:
             super().shutdown()
 
     def _sending(self) -> bool:
-        """Whether the client is inside a body, or has sent what is no HTTP."""
+        """Whether the client is in the middle of a body, or has sent something other than HTTP."""
         return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     @property

@@ -11,7 +11,7 @@ _KINDS = {401: "authentication_error", 429: "rate_limit_error"} | _SERVER
 
 
 class ApiError(Exception):
-    """A refusal on its way to the client: `param` is the field at fault, `code` for programs."""
+    """A refusal for the client: `param` is the field at fault, `code` is for programs."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class BadRequestError(ApiError, ValueError):
 def json_response(
     body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """JSON in ASCII: a lone surrogate in it, which JSON can spell, is no error then."""
+    """JSON in ASCII, in which a lone surrogate, which JSON can spell, is not an error."""
     return Response(
         json.dumps(body), status_code=status, headers=headers, media_type="application/json"
     )

@@ -1,6 +1,6 @@
 """Answers that follow a structure: which tokens may come next.
 
-Structures are programs of strangers, so each is first tried in a process that the system ends.
+Structures come from strangers, so each is first tried in a process that can be killed.
 """
 
 import asyncio
@@ -28,22 +28,22 @@ from logitjax.serving._errors import ApiError, BadRequestError
 _LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_BYTES = 1 << 15
 _SCRIPT = pathlib.Path(__file__).with_name("_structure_trial.py")
-# Of the processor's time: a schema of a thousand properties begins in a tenth of a second. Trials
-# of all structures together take at most a tenth of all processors.
+# Processor seconds: a schema of a thousand properties starts in a tenth of a second. Trials of all
+# structures together take at most a tenth of all processors.
 _TO_BEGIN, _TO_FOLLOW, _SHARE = 0.5, 5.0, 0.1
 _REMEMBERED = 64
 _MOST_WAITING = 64
 
 
 class Formats:
-    """Structures over the tokens of one model, one at a time in a thread of their own."""
+    """Structures over the tokens of one model, compiled one at a time in a separate thread."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]):
         self._vocab_size = vocab_size
         self._pool = thread_pool("structure", 1)
         self._waiting = 0
         self._known: collections.OrderedDict[Any, Any] = collections.OrderedDict()
-        # The library wants an end; without any nothing is held to a structure.
+        # The library requires an end token; without one, structures are unavailable.
         about: dict[str, Any] = {"n_vocab": vocab_size, "eos_token": list(end_ids) or [0]}
         text = tokenizer.backend.to_str()
         self._about = {"tokenizer": text} | about
@@ -64,7 +64,7 @@ class Formats:
         self._end()
 
     async def follow(self, kind: str, text: str, field: str) -> "Follower":
-        """Return the constraint of one answer; new ones wait in line, but not too many."""
+        """Return the constraint of one answer; new ones wait in a queue of limited length."""
         if begun := self._remembered(kind, text):
             return _copied(begun, field)
         if self._waiting >= _MOST_WAITING:
@@ -78,7 +78,7 @@ class Formats:
             self._waiting -= 1
 
     def begin(self, kind: str, text: str, field: str = "response_format") -> "Follower":
-        """The same in this thread: a copy of what is remembered, or a new one.
+        """Compile in this thread: a copy of a remembered constraint, or a new one.
 
         Errors name the request's `field`.
         """
@@ -87,7 +87,7 @@ class Formats:
             try:
                 begun = self._begin(kind, text)
             except ValueError as error:
-                # Its text alone: an error that is raised again holds all frames that it has seen.
+                # Only its text: an error that is raised again keeps alive all frames it has passed.
                 begun = " ".join(str(error).split())[:300]
         self._known[kind, text] = begun
         if len(self._known) > _REMEMBERED:
@@ -95,7 +95,7 @@ class Formats:
         return _copied(begun, field)
 
     def _remembered(self, kind: str, text: str) -> Any:
-        # Asked from two threads: it may be forgotten at any time.
+        # Two threads may ask: the entry may be dropped at any time.
         with contextlib.suppress(KeyError):
             self._known.move_to_end((kind, text))
             return self._known[kind, text]
@@ -104,13 +104,13 @@ class Formats:
         if self._wrong:
             raise ValueError(self._wrong)
         if len(text) > _MOST_BYTES:
-            raise ValueError(f"a structure of {len(text)} bytes, at most {_MOST_BYTES} are taken")
+            raise ValueError(f"a structure of {len(text)} bytes, the limit is {_MOST_BYTES}")
         if kind == "json":
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT)
         else:
             grammar = llguidance.grammar_from(kind, text)  # pyright: ignore[reportArgumentType]
         if not self._passes(grammar):
-            raise ValueError(f"it takes more than {_TO_BEGIN:g} s or too much memory to begin")
+            raise ValueError(f"it takes more than {_TO_BEGIN:g} s or too much memory to start")
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
@@ -127,12 +127,12 @@ class Formats:
             self._say(self._about)
 
     def _passes(self, grammar: str) -> bool:
-        """Whether a structure begins in time, tried where that can be ended."""
+        """Whether a structure starts in time, tried in a process that can be killed."""
         self._closed.wait(self._next - time.monotonic())
         self._start()
         self._say({"grammar": grammar, "seconds": _TO_BEGIN})
         passed, _, seconds = self._process.stdout.readline().decode().partition(" ")
-        # It has ended itself, and begins again with the next one.
+        # The process has ended, and restarts with the next structure.
         if not passed:
             self._end()
         rest = max(0.0, 1 / _SHARE / (os.cpu_count() or 1) - 1)
@@ -152,11 +152,11 @@ class Formats:
 
 
 class Follower:
-    """One answer on its way through a grammar.
+    """The progress of one answer through a grammar.
 
-    `allowed` says which tokens may come next, uint32 `[words]`: bit `v % 32` of word `v // 32` for
-    token v. If it `failed`, by time or a limit of the library, that says nothing. `field` is the
-    request's field that asked for it.
+    `allowed` marks the tokens that may come next, uint32 `[words]`: bit `v % 32` of word `v // 32`
+    for token v. If the grammar `failed`, by time or a limit of the library, it means nothing.
+    `field` is the request's field that asked for it.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, allowed: Any = None, field: str = ""):
@@ -169,9 +169,9 @@ class Follower:
         return Follower(matcher, self._vocab_size, self.allowed, field)
 
     def take(self, tokens: Sequence[int]) -> None:
-        """Goes on by tokens that were chosen. Takes its time: called off the engine's thread."""
+        """Advance by chosen tokens. This is slow, so it runs off the engine's thread."""
         start = time.thread_time()
-        # The plural takes no end.
+        # The plural form accepts no end token.
         for token in tokens:
             self._matcher.consume_token(token)
         self.allowed = self._mask()
@@ -191,10 +191,10 @@ def _copied(begun: Any, field: str) -> Follower:
 
 
 def thread_pool(name: str, threads: int) -> ThreadPoolExecutor:
-    """Threads that leave the processors to others."""
+    """Threads that yield the processors to others."""
 
     def step_aside() -> None:
-        # Linux has a priority for each thread; elsewhere theirs is that of the process.
+        # Linux has a priority for each thread; elsewhere they have that of the process.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 

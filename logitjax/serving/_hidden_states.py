@@ -1,4 +1,4 @@
-"""A teacher for students under training: its head once, and its hidden states of their text."""
+"""A teacher for students in training: its head once, and its hidden states of their text."""
 
 import asyncio
 import functools
@@ -20,13 +20,13 @@ from logitjax.serving._errors import BadRequestError
 from logitjax.serving._keys import find_key
 from logitjax.serving._service import Service
 
-# Of documents read at once.
+# Number of documents read at once.
 _ROWS = 8
 _LENGTHS = [64 << i for i in range(26)]
 
 
 class _Reading(BaseModel, extra="forbid", strict=True):
-    """Documents, the first token of each whose prediction matters, and the rank of a code."""
+    """Documents, the first token of each to predict, and the rank of a code."""
 
     documents: list[list[int]] = Field(min_length=1)
     starts: list[int]
@@ -36,16 +36,16 @@ class _Reading(BaseModel, extra="forbid", strict=True):
 class HiddenStates:
     """The endpoint `/v1/hidden_states` of a decoder.
 
-    GET gives the head, with fingerprints of tokenizer and weights. POST gives for each document the
-    hidden states that predict its tokens from `starts` on, one behind the other, in bfloat16; with
-    a `rank` their best approximation of that rank, with its relative error. Both answers are in the
-    form of safetensors, bfloat16 as its bits in uint16.
+    GET returns the head, with fingerprints of tokenizer and weights. POST returns for each document
+    the hidden states that predict its tokens from `starts` on, concatenated, in bfloat16; with a
+    `rank`, their best approximation of that rank and its relative error. Both answers are in
+    safetensors format, with the bits of bfloat16 as uint16.
     """
 
     def __init__(self, service: Service, model: models.Decoder):
         self._service, self._head = service, model.head_of().resolve(model.config.hidden_size)
         graphdef, self._params = nnx.split(model)
-        # Few programs serve any batch: so many rows, and lengths that double.
+        # A few programs serve any batch: a fixed number of rows, and lengths that double.
         most = service.config.max_length
         self._lengths = [*itertools.takewhile(lambda n: n < most, _LENGTHS), most]
 
@@ -57,12 +57,12 @@ class HiddenStates:
     def compile(self) -> None:
         for length in self._lengths:
             self._read([[0] * length])
-        # Slices of arrays are programs too.
+        # Slicing an array is a program too.
         assert self._weights
 
     @functools.cached_property
     def _weights(self) -> str:
-        # A few numbers of each array tell trained weights apart.
+        # A few numbers of each array distinguish trained weights.
         leaves = jax.tree.leaves(self._params)
         thin = [leaf.reshape(-1)[:: max(1, leaf.size // 64)] for leaf in leaves]
         return storage.digest(jax.device_get(thin), length=12)
@@ -93,7 +93,7 @@ class HiddenStates:
             first = error.errors()[0]
             raise BadRequestError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         if len(reading.starts) != len(reading.documents):
-            raise BadRequestError("starts: expected one a document")
+            raise BadRequestError("starts: expected one per document")
         most, vocab_size = self._service.config.max_length, self._service.vocab_size
         for start, document in zip(reading.starts, reading.documents, strict=True):
             if not 1 <= start < len(document) <= most:
@@ -111,7 +111,7 @@ class HiddenStates:
         return _encoded(about, kernel=head.kernel, bias=head.bias)
 
     def _read(self, documents: Sequence[Sequence[int]]) -> np.ndarray:
-        """States of at most `_ROWS` documents."""
+        """Hidden states of at most `_ROWS` documents."""
         length = next(n for n in self._lengths if n >= max(map(len, documents)))
         tokens = np.zeros((_ROWS, length), np.int32)
         positions = np.full_like(tokens, -1)
@@ -140,7 +140,7 @@ class HiddenStates:
 
 def _encoded(about: dict[str, str], **tensors: Any) -> bytes:
     arrays = {name: np.asarray(array) for name, array in tensors.items() if array is not None}
-    # The reader of safetensors for NumPy has no bfloat16.
+    # The safetensors reader for NumPy has no bfloat16.
     bits = {
         name: np.ascontiguousarray(x.view(np.uint16) if x.dtype == jnp.bfloat16 else x)
         for name, x in arrays.items()

@@ -1,4 +1,4 @@
-"""Who may ask."""
+"""API keys: who may send requests, and how many."""
 
 import dataclasses
 import hmac
@@ -36,10 +36,10 @@ class Key:
 
     @classmethod
     def read(cls, path: str) -> tuple["Key", ...]:
-        """The keys of a file: one JSON object a line, with these fields.
+        """The keys of a file: one JSON object per line, with these fields.
 
-        ValueError, with the line's number and never its text, if a line is no key, or a name or a
-        secret occurs twice.
+        ValueError if a line is not a key, or a name or a secret occurs twice; it names the line's
+        number, never its text.
         """
         keys: list[Key] = []
         for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
@@ -48,7 +48,7 @@ class Key:
             try:
                 key = cls(**_Line.model_validate_json(line).model_dump())
             except pydantic.ValidationError as error:
-                # What was given would show the secret.
+                # The value itself would reveal the secret.
                 first = error.errors(include_input=False, include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "line"
                 raise ValueError(f"{path}:{number}: {field}: {first['msg']}") from None
@@ -60,13 +60,13 @@ class Key:
         return tuple(keys)
 
 
-# Headers are ASCII; a blank secret would be shown by mistake.
+# Headers are ASCII; an empty secret would be a mistake.
 _Text = Annotated[str, Field(pattern=r"^[\x00-\x7f]*[\x21-\x7e][\x00-\x7f]*$")]
 _Count = Annotated[int, Field(ge=0)] | None
 
 
 class _Line(BaseModel, strict=True, extra="forbid"):
-    """A key in a file, where it has to have a name and a secret."""
+    """A key in a file, which must have a name and a secret."""
 
     name: _Text
     secret: _Text
@@ -78,13 +78,13 @@ class _Line(BaseModel, strict=True, extra="forbid"):
 
 
 def find_key(keys: Sequence[Key], authorization: str) -> Key:
-    given = authorization.encode(errors="surrogateescape")
+    header = authorization.encode(errors="surrogateescape")
     result = None
     for key in keys:
         if key.secret is None:
             return key
-        # In constant time, and all of them: stopping early would tell a key letter by letter.
-        if hmac.compare_digest(given, f"Bearer {key.secret}".encode()):
+        # In constant time over all keys: stopping early would reveal a key letter by letter.
+        if hmac.compare_digest(header, f"Bearer {key.secret}".encode()):
             result = key
     if result is None:
         raise ApiError(401, "a wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})

@@ -1,4 +1,4 @@
-"""The listening side: a cap on connections, time-outs, and an end that lets answers end."""
+"""The listening side: a cap on connections, time-outs, and a shutdown that lets answers end."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,12 @@ from logitjax.ops import checks
 from logitjax.serving._connections import Doorkeeper, Protocol
 from logitjax.serving._errors import ApiError
 
-# Descriptors left for files, the accelerator and connections that are just being closed.
+# Descriptors reserved for files, the accelerator and connections that are being closed.
 _SPARE = 64
 _BACKLOG = 1024
-# At the end, how long a connection without a request still has for one.
+# Seconds that a connection without a request has to send one during shutdown.
 _LAST_SECONDS = 1.0
-# Between two looks whether the engine has started.
+# Seconds between two checks whether the engine has started.
 _LOOK_SECONDS = 0.2
 
 
@@ -57,8 +57,8 @@ class Listening:
     def serve(self, app: Starlette) -> None:
         """Serve an application of `build_app` until a signal; prints one line with the address.
 
-        After SIGTERM or SIGINT answers go on for at most `drain_seconds`, then end as `length`.
-        OSError if the address is not available, RuntimeError if the engine died before any answer.
+        After SIGTERM or SIGINT, answers continue for at most `drain_seconds` and then end as
+        `length`. OSError if the address is unavailable, RuntimeError if the engine died first.
         """
         with contextlib.closing(_listener(self)) as listener:
             doorkeeper = Doorkeeper(_most_connections(self), self.idle_seconds)
@@ -100,7 +100,7 @@ def _most_connections(listening: Listening) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn with a door of its own: asyncio's lets in all that come, and stops without files."""
+    """Uvicorn with its own accept loop: asyncio's accepts everybody and stops without files."""
 
     def __init__(
         self, app: Starlette, listening: Listening, listener: socket.socket, keeper: Doorkeeper
@@ -117,7 +117,7 @@ class _Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 timeout_keep_alive=int(listening.idle_seconds) + 1,
-                # A second for answers that ended with the time to leave.
+                # One more second for answers that ended at the limit to be sent.
                 timeout_graceful_shutdown=math.ceil(listening.drain_seconds) + 1,
             )
         )
@@ -142,7 +142,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         accepting, *others = self._tasks
         accepting.cancel()
-        # Whoever is in the backlog has a connection, and may have sent a request.
+        # A client in the backlog has a connection and may have sent a request.
         with contextlib.suppress(OSError):
             for _ in range(_BACKLOG):
                 await self._let_in(self._listener.accept()[0])
@@ -154,7 +154,7 @@ class _Server(uvicorn.Server):
             task.cancel()
 
     async def _until_ready(self) -> None:
-        """Ends a server whose engine never starts: it would listen for ever, and answer nothing."""
+        """Stop a server whose engine never starts: it would listen forever and answer nothing."""
         scheduler = self._app.state.service.scheduler
         while not scheduler.ready.is_set() and not self.should_exit:
             self.should_exit = scheduler.failed is not None
@@ -163,7 +163,7 @@ class _Server(uvicorn.Server):
     async def _accept(self) -> None:
         loop, keeper = asyncio.get_running_loop(), self._keeper
         while True:
-            # While all are busy, who comes waits in the backlog.
+            # While all connections are busy, new clients wait in the backlog.
             while keeper.full and not keeper.turn_out():
                 await asyncio.sleep(0.05)
             try:
@@ -172,13 +172,13 @@ class _Server(uvicorn.Server):
                 keeper.turn_out()
                 await asyncio.sleep(0.05)
                 continue
-            # The end comes between two.
+            # The shutdown came between two connections.
             await asyncio.shield(self._let_in(connection))
 
     async def _let_in(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             connection.setblocking(False)
-            # asyncio does so only to sockets that name their protocol; without it a head and a
+            # asyncio does so only for sockets that name their protocol; without it a head and a
             # body in two pieces wait 40 ms for each other.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
@@ -191,7 +191,7 @@ class _Server(uvicorn.Server):
 
 
 def _with_deadline(app: Any, seconds: float) -> Any:
-    """A client that does not read its answer is left alone after so long."""
+    """Close the connection of a client that has not read its answer for this long."""
 
     async def limited(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

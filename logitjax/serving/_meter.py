@@ -1,4 +1,4 @@
-"""Charges for an answer, token by token, where choices are metered."""
+"""Charges for an answer, token by token, if choices are metered."""
 
 import collections
 import dataclasses
@@ -17,13 +17,13 @@ from logitjax.serving._schema import CompletionRequest
 
 
 class Meter:
-    """One answer's charges: each context pays before its token is shown, for any client."""
+    """One answer's charges: each context pays before its token is shown, to any client."""
 
     def __init__(
         self,
         ledger: Ledger,
         disclosure: Disclosure,
-        asked: CompletionRequest,
+        completion: CompletionRequest,
         request: Request,
         vocab: int,
     ):
@@ -32,22 +32,22 @@ class Meter:
         self._ledger, self._token = ledger, math.log(vocab)
         self._draw = np.asarray(request.extra["draw"])
         cells = policy.value_nats(vocab)
-        self._values = 0.0 if asked.logprobs is None else cells
-        self._echoed = 0.0 if asked.prompt_shown is None else cells
-        # The values of the first tokens are the same for whoever asks; a drawn token's is its own.
+        self._values = 0.0 if completion.logprobs is None else cells
+        self._echoed = 0.0 if completion.prompt_shown is None else cells
+        # Values of the first tokens are the same for all clients; a drawn token's are its own.
         self._same = not policy.sampled
         names = [field.name for field in dataclasses.fields(Choice)]
-        self._choice = Choice(**{name: getattr(asked.sampling, name) for name in names})
+        self._choice = Choice(**{name: getattr(completion.sampling, name) for name in names})
         self._prompt: Sequence[int] = np.asarray(request.prompt).tolist()
         self._wants, self._digest = request.max_new_tokens, hashlib.blake2b(digest_size=8)
 
     @property
     def most(self) -> float:
-        """Most nats that the answer can come to."""
+        """Maximum number of nats that the answer can reveal."""
         return len(self._prompt) * self._echoed + self._wants * (self._token + self._values)
 
     def begin(self) -> None:
-        """Charges the prompt, where it is echoed, and the first token, or refuses."""
+        """Charge the prompt, if echoed, and the first token, or refuse."""
         enough = True
         for token in self._prompt:
             enough &= self._charge(b"values", self._echoed)
@@ -56,14 +56,14 @@ class Meter:
             context = self._digest.hexdigest()
             raise ApiError(
                 429,
-                f"a context may reveal {self._ledger.limit:g} nats: of this one "
+                f"a context may reveal {self._ledger.limit:g} nats: for this one "
                 f"{self._ledger[context].hard:.4g} are used, and this answer may reveal "
                 f"{self._token + self._values:.4g} more; they are not renewed",
                 code="insufficient_quota",
             )
 
     def goes_on(self, token: int) -> bool:
-        """Takes a token that was shown; whether the next one may be."""
+        """Take a token that was shown; return whether the next one may be."""
         self._digest.update(token.to_bytes(4, "little"))
         self._draw = advance(self._draw, np.uint32(token))
         return self._pay()

@@ -1,4 +1,4 @@
-"""Names of tokens in an answer, and the bytes that they stand for."""
+"""Names of tokens in an answer, and the bytes that they represent."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from logitjax.models import Tokenizer
 class TokenNames:
     """Tokens of one model as OpenAI's API writes them.
 
-    A token is called by its text, a space in front included; by its bytes, as `bytes:\\xc3`, where
-    it holds only a part of a character; and as it is written where it is special.
+    A token is named by its text, including a leading space; by its bytes, as `bytes:\\xc3`, if it
+    is only part of a character; and as written if it is special.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -26,7 +26,7 @@ class TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in stored), stored
 
     def by_name(self, top: Sequence[tuple[int, float]], *, as_ids: bool) -> dict[str, float]:
-        """Values by the tokens' names; a second one of a name is called by its number."""
+        """Values by token name; a second token of the same name is named by its id."""
         named: dict[str, float] = {}
         for token, value in top:
             number = f"token_id:{token}"

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread owns the engine, fills its slots and hands out what they emit."""
+"""Continuous batching: one thread owns the engine, fills its slots and delivers their tokens."""
 
 import asyncio
 import atexit
@@ -21,17 +21,17 @@ from logitjax.serving._policy import Disclosure
 
 # Decoding steps between two looks at the queue.
 _STEPS = 4
-# Seconds that the end waits for the engine's thread.
+# Seconds that a shutdown waits for the engine's thread.
 _PATIENCE = 2.0
-# Seconds that a step waits for the masks of structures: most take a tenth of that. Slots whose
-# masks come later are left out of the step, and given up after so long. Longer where nothing else
-# can move, but not so long that a prompt that comes in would notice.
+# Seconds that a step waits for the masks of structures; most take a tenth of that. Slots with later
+# masks are left out of the step, and are given up after the second time. The wait is longer if
+# nothing else can advance, but short enough for a new prompt not to notice.
 _MASK_SECONDS, _IDLE_SECONDS, _MASK_PATIENCE = 0.005, 0.05, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One token, on the host: emitted, or of a prompt."""
+    """One token on the host, emitted or part of a prompt."""
 
     id: int
     logprob: float | None
@@ -44,31 +44,31 @@ class Token:
 class Prompt:
     """Data that the copies of one prompt share."""
 
-    # Prompts of the same one share what was read of them.
+    # Only prompts with the same salt share what was read of them.
     salt: str = ""
-    # Whether log-probabilities of its own tokens are wanted.
+    # Whether log-probabilities of the prompt's own tokens are requested.
     report: bool = False
 
 
 class Job:
-    """An answer on its way. Its tokens arrive in `tokens`; a finish reason ends them early."""
+    """An answer in progress. Its tokens arrive in `tokens`; a finish reason ends them early."""
 
     def __init__(self, request: Request, prompt: Prompt, loop: asyncio.AbstractEventLoop):
         self.request, self.prompt = request, prompt
-        # Says which tokens may come next.
+        # The structure, which determines the tokens that may come next.
         self.follower: Follower | None = None
         self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
-        # The prompt's tokens from the second on, where they were wanted, once anything has arrived.
+        # The prompt's tokens from the second on, if requested, once anything has arrived.
         self.prompt_report: Sequence[Token] = ()
-        # The prompt's tokens that were read before.
+        # Number of the prompt's tokens that were read before.
         self.cancelled, self.cached = False, 0
-        # Which tokens may come next, where that is still being looked for, and since when.
+        # The pending mask of the tokens that may come next, and since when it is pending.
         self.mask: futures.Future[None] | None = None
         self.asked = 0.0
         self._loop = loop
 
     def give(self, items: Sequence[Token | str | ApiError]) -> None:
-        """Called by the engine's thread."""
+        """Deliver items; called by the engine's thread."""
 
         def put() -> None:
             for item in items:
@@ -76,12 +76,12 @@ class Job:
 
         try:
             self._loop.call_soon_threadsafe(put)
-        except RuntimeError:  # The server is closing; nobody waits any more.
+        except RuntimeError:  # The server is closing, and no client waits any more.
             self.cancelled = True
 
 
 class Scheduler:
-    """Requests in, tokens out over one engine's slots; prompts are read in pieces between steps."""
+    """Requests in, tokens out over an engine's slots; prompts are read in pieces between steps."""
 
     def __init__(
         self,
@@ -100,16 +100,16 @@ class Scheduler:
             rings=not config.prefix_cache_mb,
             drafts=drafts,
         )
-        # A piece must fit the cache, and its rows divide it.
+        # A piece must fit the cache, and its rows must divide it.
         rows = min(config.prefill_rows, config.max_length)
         piece = max(rows, min(config.prefill_chunk, config.max_length) // rows * rows)
         cache = config.prefix_cache_mb << 20
         self.reader = PromptReader(self.engine, rows=rows, chunk=piece, prefix_bytes=cache)
         self.failed: Exception | None = None
         self.ready = threading.Event()
-        # What else has programs, and compiles them before the server is ready.
+        # Other owners of programs, which are compiled before the server is ready.
         self.compiles: list[Callable[[], None]] = []
-        # Of a chunk, and since prompts were read.
+        # Seconds of a chunk, and time since prompts were read.
         self.steps, self._since = _STEPS, 0
         self._max_waiting = config.max_waiting
         self._disclosure = disclosure
@@ -121,10 +121,10 @@ class Scheduler:
         self._closing = False
         self._end: threading.Timer | None = None
         self._expired = False
-        # A running mean of how long a slot is taken.
+        # A running mean of the time that a slot is taken.
         self._seconds = 1.0
         self._started = [0.0] * config.slots
-        # A bit a token: what a row may say.
+        # One bit per token: what a row may emit.
         words = -(-self.engine.plan.vocab_size // 32)
         self._allowed = np.full((config.slots, words), 0xFFFFFFFF, np.uint32)
         self._held = False
@@ -132,11 +132,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread, which first compiles what it will need."""
+        """Start the thread, which first compiles the programs it will need."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, or leaves it alone in a long program; jobs under way get an error."""
+        """Stop the thread, or abandon it in a long program; jobs in progress get an error."""
         if self._end is not None:
             self._end.cancel()
         with self._wake:
@@ -144,15 +144,15 @@ class Scheduler:
             self._end_all(ApiError(503, "the server is stopping"))
             self._wake.notify()
         if self._thread.is_alive():
-            # Nobody can interrupt a compilation, which may take minutes.
+            # A compilation cannot be interrupted and may take minutes.
             self._thread.join(timeout=_PATIENCE)
         if self._thread.is_alive():
-            # Coming back from XLA while Python closes, it would abort the process.
+            # If XLA returned while Python exits, it would abort the process.
             atexit.register(self._thread.join)
         self._masks.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, seconds: float) -> None:
-        """Requests under way, or on their way in, may continue so long, then end as if too long."""
+        """Let requests in progress continue for this long, then end them as if too long."""
         self._end = threading.Timer(seconds, self._expire)
         self._end.daemon = True
         self._end.start()
@@ -171,7 +171,7 @@ class Scheduler:
         return len(self._jobs) - self._jobs.count(None), self._queued()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all jobs of one HTTP request, or none."""
+        """Queue all jobs of one HTTP request, or none."""
         with self._wake:
             if self.failed is not None:
                 raise ApiError(503, "the engine stopped")
@@ -181,7 +181,7 @@ class Scheduler:
                 return
             free, queued = self._jobs.count(None), self._queued()
             if queued + len(jobs) > self._max_waiting + free:
-                # Those before take turns in all slots: when a client may come back.
+                # Earlier jobs take turns in all slots; this estimates when a client may retry.
                 turns = 1 + queued / max(1, len(self._jobs))
                 after = {"Retry-After": str(max(1, round(turns * self._seconds)))}
                 wait = "too many requests are waiting"
@@ -206,15 +206,16 @@ class Scheduler:
             while self._step():
                 pass
         except Exception as error:
-            # Nothing else may kill the server: those who wait are told, health turns bad.
+            # Nothing else may kill the server: waiting clients get an error, and health checks
+            # fail.
             logging.exception("the engine stopped")
             self._fail(error)
 
     def _compile(self) -> None:
-        """Every program once, on a request of nobody."""
+        """Compile every program once, on a dummy request."""
         self.reader.compile(report=True)
         nobody = Request(prompt=[0], max_new_tokens=1)
-        # What begins a report is no program of the reader's.
+        # The start of a report is not one of the reader's programs.
         for report in (True, False):
             row = self.reader.begin(nobody, report=report)
             self.reader.advance()
@@ -236,7 +237,7 @@ class Scheduler:
             self._end_all(ApiError(503, "the engine stopped"))
 
     def _end_all(self, item: ApiError | str) -> None:
-        """Tells everybody; what they held, the engine's thread frees as that of who has left."""
+        """Tell all jobs; the engine's thread frees their slots as those of clients that left."""
         for job in self._everybody():
             if not job.cancelled:
                 job.cancelled = True
@@ -249,8 +250,8 @@ class Scheduler:
             if self._closing:
                 return False
         self._drop_cancelled()
-        # Where masks make steps single ones, prompts do not come between each two of them: answers
-        # that follow nothing would else wait for four times as many.
+        # If masks force single steps, prompts are not read between each two of them; otherwise
+        # answers without a structure would wait four times as often.
         plain = any(job and job.follower is None for job in self._jobs)
         if not (plain and 0 < self._since < self.steps):
             self._since = 0
@@ -259,7 +260,7 @@ class Scheduler:
         self._place()
         waits = self._waits()
         if any(job and not late for job, late in zip(self._jobs, waits, strict=True)):
-            # What may come next is known one token ahead.
+            # The allowed tokens are known one token ahead.
             steps = 1 if self._hold(waits) else self.steps
             # Drafts would go past the next token that a structure allows.
             plain = steps == 1 or waits.any()
@@ -270,11 +271,11 @@ class Scheduler:
         return True
 
     def _drop_cancelled(self) -> None:
-        gone = [i for i, job in enumerate(self._jobs) if job is not None and job.cancelled]
-        for slot in gone:
+        cancelled = [i for i, job in enumerate(self._jobs) if job is not None and job.cancelled]
+        for slot in cancelled:
             self._jobs[slot] = None
-        if gone:
-            self.engine.evict(gone)
+        if cancelled:
+            self.engine.evict(cancelled)
         with self._wake:
             for row, group in list(self._reading.items()):
                 group[:] = [job for job in group if not job.cancelled]
@@ -287,7 +288,7 @@ class Scheduler:
         self._read = [other for other in self._read if other != row]
 
     def _begin(self) -> None:
-        """Prompts into rows of the reader, in the order they came."""
+        """Move prompts into rows of the reader, in order of arrival."""
         while self.reader.free:
             with self._wake:
                 while self._waiting and all(job.cancelled for job in self._waiting[0]):
@@ -295,7 +296,7 @@ class Scheduler:
                 if not self._waiting:
                     return
                 first = self._waiting[0][0]
-                # What it shares with a prompt being read is not read twice.
+                # A beginning shared with a prompt being read is not read twice.
                 if self.reader.waits(first.request.prompt, salt=first.prompt.salt):
                     return
             before, about = self.reader.tokens_reused, dataclasses.asdict(first.prompt)
@@ -309,24 +310,24 @@ class Scheduler:
                 continue
             for job in self._waiting[0]:
                 job.cached = self.reader.tokens_reused - before
-            # At no time is it in neither: whoever ends all jobs finds it.
+            # A job is always in one of the two, so that ending all jobs finds it.
             with self._wake:
                 self._reading[row] = self._waiting.popleft()
 
     def _place(self) -> None:
-        """Prompts that were read into free slots, in the order they were."""
+        """Move prompts that were read into free slots, in order of arrival."""
         placed: list[tuple[int, Any]] = []
         for row in list(self._read):
             if not self._empty(row, placed):
                 break
             with self._wake:
                 self._release(row)
-        # Looked at together, so that the device is waited for once.
+        # Fetched together, so that the device is waited for once.
         for slot, emitted in placed:
             self._hand_out(emitted, [slot])
 
     def _empty(self, row: int, placed: list[tuple[int, Any]]) -> bool:
-        """Puts the jobs of one prompt into slots, and whether there were enough."""
+        """Put the jobs of one prompt into slots; return whether there were enough."""
         group = self._reading[row]
         report = self._report_of(row) if group[0].prompt.report else ()
         while group:
@@ -344,10 +345,10 @@ class Scheduler:
         return True
 
     def _waits(self) -> np.ndarray:
-        """Which slots have no mask yet; those that failed are emptied."""
+        """The slots that have no mask yet; those that failed are emptied."""
         masks = {i: job.mask for i, job in enumerate(self._jobs) if job and job.mask}
         idle = len(masks) == len(self._jobs) - self._jobs.count(None) and not self._reading
-        # Where nobody else would move, the first mask is waited for.
+        # If nothing else can advance, wait for the first mask.
         when = futures.FIRST_COMPLETED if idle else futures.ALL_COMPLETED
         futures.wait(masks.values(), _IDLE_SECONDS if idle else _MASK_SECONDS, when)
         waits = np.zeros(len(self._jobs), bool)
@@ -365,13 +366,13 @@ class Scheduler:
         return waits
 
     def _hold(self, waits: np.ndarray) -> bool:
-        """Tells the engine which tokens may come next; whether any slot that moves follows more."""
+        """Tell the engine the allowed tokens; return whether any advancing slot has a structure."""
         entries = {i: job.follower for i, job in enumerate(self._jobs) if job and job.follower}
         if entries or self._held:
             for slot, job in enumerate(self._jobs):
-                # The mask of a slot that waits is being written.
-                given = job and not waits[slot] and (job.follower or job.request).allowed
-                self._allowed[slot] = given if isinstance(given, np.ndarray) else 0xFFFFFFFF
+                # The mask of a waiting slot is still being written.
+                mask = job and not waits[slot] and (job.follower or job.request).allowed
+                self._allowed[slot] = mask if isinstance(mask, np.ndarray) else 0xFFFFFFFF
             self.engine.allow(self._allowed)
         self._held = bool(entries)
         return any(not waits[slot] for slot in entries)
@@ -393,7 +394,7 @@ class Scheduler:
         return [token for part in self.reader.report(row) for token in self._tokens(part)[0]]
 
     def _tokens(self, emitted: Any) -> list[list[Token]]:
-        """Select what a policy lets out of emitted tokens, row by row."""
+        """Select the parts of emitted tokens that a policy reports, row by row."""
         tokens, valid = np.asarray(emitted.tokens), np.asarray(emitted.valid)
         if tokens.ndim == 1:
             tokens, valid = tokens[:, None], valid[:, None]
@@ -436,7 +437,7 @@ class Scheduler:
                 structure[-1] = dataclasses.replace(
                     structure[-1], last=True, stopped=bool(stopped[slot])
                 )
-            # A row ends without a token where the logits are nan, or -inf everywhere.
+            # A row ends without a token if its logits are nan, or -inf everywhere.
             job.give(structure or [ApiError(500, "the model gave no probabilities")] * ended)
             if ended:
                 self._jobs[slot] = None
@@ -445,7 +446,7 @@ class Scheduler:
 
 
 def _of_a_structure(tokens: Sequence[Token]) -> list[Token]:
-    """Takes back values of tokens that only a structure made likely: like a bias, it reads any."""
+    """Withhold values that only a structure made likely: like a bias, it could read any value."""
     hidden = [token.id not in [id for id, _ in token.top] for token in tokens]
     untold = [dataclasses.replace(token, logprob=None) for token in tokens]
     return [b if hide else a for a, b, hide in zip(tokens, untold, hidden, strict=True)]

@@ -1,4 +1,4 @@
-"""Requests of the completion API: one model says what is accepted and describes it for machines."""
+"""Requests of the completion API: one model validates them and describes them for machines."""
 
 import dataclasses
 import functools
@@ -14,14 +14,14 @@ from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import MOST_STOP_IDS, Disclosure
 
 _TOKEN = r"^[0-9]{1,9}$"
-# Of one request, and of its answers.
+# Limits of one request and its answers.
 _MOST_PROMPTS = 16
 _MOST_STOPS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingFields:
-    """All fields of a request that decide which tokens are drawn, judged by a policy as a whole.
+    """All fields of a request that determine the drawn tokens; a policy judges them together.
 
     `structure` is a kind to follow (`json`, `regex`, `choice`, `grammar`) and its text, and
     `structure_field` the field that a client named it in.
@@ -49,7 +49,7 @@ _FIELDS = dataclasses.fields(SamplingFields)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A checked request of either kind, with its defaults; prompts still as they came."""
+    """A checked request of either kind with its defaults; prompts are not yet tokenized."""
 
     prompts: Sequence[Any]
     n: int
@@ -65,14 +65,14 @@ class CompletionRequest:
     tokens_as_ids: bool
     cache_salt: str
     add_special_tokens: bool
-    # What a chat template reads beside the messages.
+    # Values that a chat template reads besides the messages.
     template_variables: Mapping[str, Any]
     model: str | None
     chat: bool
 
     @property
     def prompt_shown(self) -> int | None:
-        """Number of most likely tokens reported of each token of a prompt; None where none is."""
+        """Number of most likely tokens to report for each prompt token; None if not requested."""
         notes = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((few for few in notes if few is not None), default=None)
 
@@ -97,7 +97,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class _Part(BaseModel, strict=True, extra="forbid"):
-    """A value inside of a request: it has these fields and no others."""
+    """A value inside a request: it has these fields and no others."""
 
 
 class TextPart(_Part):
@@ -108,7 +108,7 @@ class TextPart(_Part):
 
 
 class Message(_Part):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
     content: str | _list(TextPart, min_length=1) | None = None
@@ -117,14 +117,14 @@ class Message(_Part):
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    # Clients send an answer back as it came, with what it does not hold.
+    # Clients send an answer back as they received it, with its empty fields.
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
 
     def as_turn(self) -> dict[str, Any]:
-        """Convert to a template's turn: parts become one text, and no content an empty one."""
+        """Convert to a template's turn: parts become one text, missing content an empty one."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -133,16 +133,16 @@ class Message(_Part):
 
 
 class StreamOptions(_Part):
-    """Options of a stream: what it holds beside the text."""
+    """Options of a stream: what it contains besides the text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    # OpenAI's padding; nothing is padded here.
+    # OpenAI's padding; this server never pads.
     include_obfuscation: bool | None = None
 
 
 class JsonSchema(_Part):
-    """A schema and what it is called."""
+    """A schema and its name."""
 
     name: str | None = None
     description: str | None = None
@@ -151,25 +151,25 @@ class JsonSchema(_Part):
 
 
 class ResponseFormat(_Part):
-    """Whether an answer is any text, any JSON object, or JSON of a schema."""
+    """The format of an answer: any text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(_Part):
-    """The structure that an answer follows, as vLLM has it: one of these."""
+    """The structure that an answer follows, as in vLLM: exactly one of these."""
 
     given: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
     choice: _list(Text, min_length=1) | None = None
     grammar: Text | None = None
     json_object: bool | None = None
-    # JSON has one layout here, with or without it.
+    # JSON has one layout here, with or without this field.
     disable_any_whitespace: bool | None = None
 
 
-# Whatever these say, the answer is the same one.
+# Fields that never change the answer.
 _HARMLESS_NAMES = (
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "prompt_cache_options prediction parallel_tool_calls request_id session_id stream_interval "
@@ -177,7 +177,7 @@ _HARMLESS_NAMES = (
     "spaces_between_special_tokens"
 )
 HARMLESS = frozenset(_HARMLESS_NAMES.split())
-# Where these say more than nothing, the answer would not be what was asked for.
+# Fields that would change the answer if they had an effect.
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 _UNSUPPORTED_NAMES = (
     "suffix tools functions echo add_special_tokens continue_final_message documents chat_template "
@@ -197,7 +197,7 @@ _UNSUPPORTED = dict.fromkeys(_UNSUPPORTED_NAMES.split(), _NOTHING) | {
 
 
 def _with_the_rest(schema: dict[str, Any]) -> None:
-    """Describes what `parse` takes off before the model sees it."""
+    """Describes the fields that `parse` removes before the model sees them."""
     rest: dict[str, Any] = {name: {} for name in HARMLESS}
     rest |= {name: {"enum": list(values)} for name, values in _UNSUPPORTED.items()}
     schema["properties"] = rest | schema["properties"]
@@ -205,7 +205,7 @@ def _with_the_rest(schema: dict[str, Any]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
-    """The body of a request to a server of these limits. `null` is as good as no field."""
+    """The body of a request to a server with these limits. `null` means an absent field."""
     Tokens = _list(TokenId, min_length=1, max_length=config.max_length)
     bound = config.policy.bias_limit
     shown = Disclosure(config.policy).top_k
@@ -234,7 +234,7 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
                     Annotated[str, Field(pattern=_TOKEN)],
                     Annotated[float, Field(ge=-bound, le=bound, allow_inf_nan=False)],
                 ],
-                # Pydantic describes the keys that are taken, not that there are no others.
+                # Pydantic describes the accepted keys, but not that there are no others.
                 Field(
                     max_length=config.policy.max_biased,
                     json_schema_extra={"additionalProperties": False},
@@ -250,14 +250,14 @@ def request_model(config: ServerConfig, *, chat: bool) -> type[BaseModel]:
 
     class Completion(Shared, strict=True):
         prompt: Text | Tokens | _list(Text | Tokens, min_length=1, max_length=_MOST_PROMPTS)
-        # Nothing new is asked for where the prompt alone is to be told.
+        # Nothing is generated if only the prompt is to be reported.
         max_tokens: _integer(0, config.max_tokens) = None
         echo: bool | None = None
         logprobs: _integer(0, shown) = None
         add_special_tokens: bool | None = None
 
     class Chat(Shared, strict=True):
-        # A template may go over all messages for each of them.
+        # A template may process all messages for each of them.
         messages: _list(Message, min_length=1, max_length=config.max_length)
         max_tokens: _integer(1, config.max_tokens) = None
         max_completion_tokens: _integer(1, config.max_tokens) = None
@@ -276,52 +276,52 @@ def parse(body: Any, config: ServerConfig, *, chat: bool) -> CompletionRequest:
     if body.get("logit_bias") and config.policy.bias == "none":
         raise BadRequestError("this server accepts no logit_bias", "logit_bias")
     try:
-        asked: Any = model.model_validate(_of_use(body, model))
+        request: Any = model.model_validate(_of_use(body, model))
     except pydantic.ValidationError as error:
         raise _refusal(error) from None
-    shown, longest = asked.logprobs, asked.max_tokens
+    shown, longest = request.logprobs, request.max_tokens
     if chat:
-        prompts: Sequence[Any] = [[message.as_turn() for message in asked.messages]]
-        shown = (asked.top_logprobs or 0) if asked.logprobs else None
-        if asked.top_logprobs and not asked.logprobs:
+        prompts: Sequence[Any] = [[message.as_turn() for message in request.messages]]
+        shown = (request.top_logprobs or 0) if request.logprobs else None
+        if request.top_logprobs and not request.logprobs:
             raise BadRequestError("top_logprobs needs logprobs", "top_logprobs")
-        longest = asked.max_completion_tokens or longest
-    elif longest == 0 and not asked.echo:
+        longest = request.max_completion_tokens or longest
+    elif longest == 0 and not request.echo:
         raise BadRequestError("max_tokens may be 0 only with echo", "max_tokens")
-    elif isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int):
-        prompts = [asked.prompt]
+    elif isinstance(request.prompt, str) or isinstance(request.prompt[0], int):
+        prompts = [request.prompt]
     else:
-        prompts = asked.prompt
-    n = asked.n or 1
+        prompts = request.prompt
+    n = request.n or 1
     if n * len(prompts) > _MOST_PROMPTS:
         got = f"{n} for each of {len(prompts)} prompts"
         raise BadRequestError(f"at most {_MOST_PROMPTS} answers a request, got {got}", "n")
-    if asked.prompt_logprobs is not None and asked.stream:
+    if request.prompt_logprobs is not None and request.stream:
         raise BadRequestError("prompt_logprobs are not streamed", "prompt_logprobs")
     longest = _given(longest, min(config.max_tokens, 64 if chat else 16))
-    if (asked.min_tokens or 0) > longest:
+    if (request.min_tokens or 0) > longest:
         raise BadRequestError(f"min_tokens is larger than max_tokens={longest}", "min_tokens")
-    options, variables = asked.stream_options, {}
+    options, variables = request.stream_options, {}
     if chat:
-        prompted = {"add_generation_prompt": _given(asked.add_generation_prompt, True)}
-        variables = (asked.chat_template_kwargs or {}) | prompted
+        prompted = {"add_generation_prompt": _given(request.add_generation_prompt, True)}
+        variables = (request.chat_template_kwargs or {}) | prompted
     return CompletionRequest(
         prompts=prompts,
         n=n,
         max_tokens=longest,
-        sampling=_sampling(asked),
+        sampling=_sampling(request),
         logprobs=shown,
-        prompt_logprobs=asked.prompt_logprobs,
-        stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
-        echo=bool(not chat and asked.echo),
-        stream=bool(asked.stream),
+        prompt_logprobs=request.prompt_logprobs,
+        stop=[request.stop] if isinstance(request.stop, str) else request.stop or [],
+        echo=bool(not chat and request.echo),
+        stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
-        tokens_as_ids=bool(asked.return_tokens_as_token_ids),
-        cache_salt=asked.cache_salt or "",
-        add_special_tokens=not chat and _given(asked.add_special_tokens, True),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        cache_salt=request.cache_salt or "",
+        add_special_tokens=not chat and _given(request.add_special_tokens, True),
         template_variables=variables,
-        model=asked.model,
+        model=request.model,
         chat=chat,
     )
 
@@ -331,7 +331,7 @@ def _given(value: Any, default: Any) -> Any:
 
 
 def _of_use(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """The fields of a request that the model knows; any other has to make no difference."""
+    """The fields of a request that the model has; any other field must have no effect."""
     kept = {}
     for name, value in body.items():
         if name in model.model_fields:
@@ -345,31 +345,31 @@ def _of_use(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     return kept
 
 
-def _sampling(asked: Any) -> SamplingFields:
-    biases, allowed = asked.logit_bias or {}, asked.allowed_token_ids
-    structure, structure_field = _structure(asked)
+def _sampling(request: Any) -> SamplingFields:
+    biases, allowed = request.logit_bias or {}, request.allowed_token_ids
+    structure, structure_field = _structure(request)
     for name in ("allowed_token_ids", "min_tokens", "ignore_eos") if structure else ():
-        # It may leave no token but those that they rule out.
-        if getattr(asked, name):
-            raise BadRequestError(f"{name} does not go with a structure", name)
-    given = {field.name: getattr(asked, field.name, None) for field in _FIELDS} | {
+        # It may leave only tokens that these fields exclude.
+        if getattr(request, name):
+            raise BadRequestError(f"{name} cannot be combined with a structure", name)
+    values = {field.name: getattr(request, field.name, None) for field in _FIELDS} | {
         # -1 keeps all, as 0 does.
-        "top_k": max(asked.top_k or 0, 0),
-        "seed": None if asked.seed in (None, -1) else asked.seed % 2**32,
+        "top_k": max(request.top_k or 0, 0),
+        "seed": None if request.seed in (None, -1) else request.seed % 2**32,
         # In one order, however they were written.
         "logit_bias": tuple(sorted((int(token), value) for token, value in biases.items())),
         "allowed_token_ids": None if allowed is None else tuple(sorted(set(allowed))),
-        "stop_token_ids": tuple(sorted(set(asked.stop_token_ids or ()))),
+        "stop_token_ids": tuple(sorted(set(request.stop_token_ids or ()))),
         "structure": structure,
         "structure_field": structure_field,
     }
-    return SamplingFields(**{name: value for name, value in given.items() if value is not None})
+    return SamplingFields(**{name: value for name, value in values.items() if value is not None})
 
 
-def _structure(asked: Any) -> tuple[tuple[str, str] | None, str]:
-    """Return the structure that an answer has to follow, and the field that has it."""
+def _structure(request: Any) -> tuple[tuple[str, str] | None, str]:
+    """Return the structure that an answer has to follow, and the field that contains it."""
     items: list[tuple[str, Any]] = []
-    form, given = asked.response_format, asked.structured_outputs
+    form, outputs = request.response_format, request.structured_outputs
     if form is not None and form.type == "json_object":
         items.append(("json", {"type": "object"}))
     elif form is not None and form.type == "json_schema":
@@ -377,12 +377,12 @@ def _structure(asked: Any) -> tuple[tuple[str, str] | None, str]:
             needed = "response_format of type json_schema needs a json_schema with a schema"
             raise BadRequestError(needed, "response_format")
         items.append(("json", form.json_schema.given))
-    name = "response_format" if items or given is None else "structured_outputs"
-    if given is not None:
-        texts = (given.given, given.regex, given.choice, given.grammar)
+    name = "response_format" if items or outputs is None else "structured_outputs"
+    if outputs is not None:
+        texts = (outputs.given, outputs.regex, outputs.choice, outputs.grammar)
         kinds = zip(("json", "regex", "choice", "grammar"), texts, strict=True)
         items += [(kind, value) for kind, value in kinds if value is not None]
-        items += [("json", {"type": "object"})] if given.json_object else []
+        items += [("json", {"type": "object"})] if outputs.json_object else []
         if len(items) != 1:
             many = f"structured_outputs: expected one structure, got {len(items)}"
             raise BadRequestError(many, "structured_outputs")
@@ -396,13 +396,13 @@ def _structure(asked: Any) -> tuple[tuple[str, str] | None, str]:
 
 
 def _refusal(error: pydantic.ValidationError) -> BadRequestError:
-    """One line about the first field that is wrong: what is expected of each kind of value."""
+    """One line about the first wrong field, with the kinds of values it accepts."""
     wrong = error.errors(include_url=False, include_context=False, include_input=False)
     name = str(wrong[0]["loc"][0])
     for extra in wrong:
         if extra["type"] == "extra_forbidden" and extra["loc"][0] == name:
             inner = str(extra["loc"][-1])[:60]
-            return BadRequestError(f"{name}: {inner!r} is not a field of it", name)
+            return BadRequestError(f"{name}: {inner!r} is not one of its fields", name)
     reasons = [e["msg"] for e in wrong if e["loc"][0] == wrong[0]["loc"][0]]
     message = ", or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
     return BadRequestError(f"{name}: {message[:150]}", name)
@@ -435,11 +435,11 @@ def openapi(config: ServerConfig) -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": responses}}
 
     paths = {
-        "/v1/completions": post("Goes on from a prompt.", kinds[0]),
-        "/v1/chat/completions": post("Answers a conversation.", kinds[1]),
-        "/v1/models": get("What is served.", "401"),
-        "/version": get("Which version serves."),
-        "/health": get("Whether it still decodes.", "503"),
+        "/v1/completions": post("Continue a prompt.", kinds[0]),
+        "/v1/chat/completions": post("Answer a conversation.", kinds[1]),
+        "/v1/models": get("The served model.", "401"),
+        "/version": get("The version of the server."),
+        "/health": get("Whether the engine still decodes.", "503"),
     }
     bearer = {"key": {"type": "http", "scheme": "bearer"}}
     components = {"schemas": described["$defs"], "securitySchemes": bearer}

@@ -1,4 +1,4 @@
-"""Code that the endpoints share."""
+"""State that the endpoints share."""
 
 import dataclasses
 from concurrent.futures import Executor
@@ -15,7 +15,7 @@ from logitjax.serving._scheduler import Scheduler
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """A model being served: what decodes it, what keeps to its policy, and who has asked."""
+    """A served model: its decoder, its policy, and its accounts."""
 
     scheduler: Scheduler
     tokenizer: Tokenizer
@@ -26,8 +26,8 @@ class Service:
     disclosure: Disclosure
     metrics: Metrics
     accounts: Accounts
-    # Of requests: long prompts take long to check and to encode.
+    # Threads for requests: long prompts take long to check and to encode.
     readers: Executor
     formats: Formats
-    # a longer prompt cannot fit, whatever its tokens are.
+    # A longer prompt cannot fit, whatever its tokens are.
     most_characters: int

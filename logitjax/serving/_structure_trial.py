@@ -1,6 +1,6 @@
-"""The script of a process that tries structures out, so that what takes too long ends there.
+"""The script of a process that tries structures, so that slow ones can be killed there.
 
-llguidance bounds a grammar's steps, not its beginning. Nothing else than llguidance is imported.
+llguidance bounds a grammar's steps, but not its start. Only llguidance is imported.
 """
 
 import json
@@ -11,28 +11,28 @@ import sys
 
 import llguidance
 
-# Of addresses, beyond what the tokens take.
+# Bytes of address space beyond what the tokens take.
 _MEMORY = 1 << 29
-# Seconds, where others leave it no processor.
+# Seconds of wall time, in case other processes leave it no processor.
 _CLOCK = 10
 
 
 def main() -> None:
-    """Reads the tokens, then a structure a line; writes a line for each, with its seconds."""
+    """Read the tokens, then one structure per line; write a line for each, with its seconds."""
     os.nice(10)
     about = json.loads(sys.stdin.buffer.readline())
     tokens = llguidance.LLTokenizer(about.pop("tokenizer"), **about)
     with open("/proc/self/statm") as sizes:
         most = int(sizes.read().split()[0]) * resource.getpagesize() + _MEMORY
     for line in sys.stdin.buffer:
-        asked = json.loads(line)
+        request = json.loads(line)
         child = os.fork()
         if not child:
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.alarm(_CLOCK)
-            signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
-            matcher = llguidance.LLMatcher(tokens, asked["grammar"], log_level=0)
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            matcher = llguidance.LLMatcher(tokens, request["grammar"], log_level=0)
             matcher.compute_bitmask()
             os._exit(0)
         _, status, usage = os.wait4(child, 0)
@@ -42,6 +42,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # That of the terminal is the parent's.
+    # The parent handles the terminal's signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main()

@@ -1,4 +1,4 @@
-"""Texts to tokens and back, as vLLM's `/tokenize` and `/detokenize` have it."""
+"""Texts to tokens and back, like vLLM's `/tokenize` and `/detokenize`."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from logitjax.serving._service import Service
 
 
 def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of the prompt that a request with these fields has."""
+    """Tokens of the prompt in a request with these fields."""
     spelt, chat = body.pop("return_token_strs", None), "messages" in body
-    asked = schema.parse(body, service.config, chat=chat)
-    check_model(service.config, asked.model)
-    tokens = prompt_tokens(service, asked, asked.prompts[0])
+    request = schema.parse(body, service.config, chat=chat)
+    check_model(service.config, request.model)
+    tokens = prompt_tokens(service, request, request.prompts[0])
     names = [service.tokenizer.token(token) for token in tokens] if spelt else None
     most = service.config.max_length
     return {"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names}
@@ -28,7 +28,7 @@ def tokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
 def detokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     tokens = body.get("tokens")
     if not isinstance(tokens, list) or body.keys() - {"model", "tokens"}:
-        raise BadRequestError("tokens: expected a list of ids, and no field but model", "tokens")
+        raise BadRequestError("tokens: expected a list of ids and no field but model", "tokens")
     wrong = [i for i in tokens if type(i) is not int or not 0 <= i < service.vocab_size]
     if wrong:
         raise BadRequestError(f"tokens: there is no token {str(wrong[0])[:60]}", "tokens")
@@ -38,13 +38,13 @@ def detokenize(service: Service, body: dict[str, Any]) -> dict[str, Any]:
 def tokens_endpoint(
     service: Service, answer: Callable[[Service, dict[str, Any]], dict[str, Any]]
 ) -> Any:
-    """The endpoint of one of them; it takes its time off the event loop."""
+    """The endpoint of either; it runs off the event loop because it is slow."""
 
     def work(body: bytes) -> dict[str, Any]:
-        given = parse_json(body)
-        if not isinstance(given, dict):
+        content = parse_json(body)
+        if not isinstance(content, dict):
             raise BadRequestError("the body must be a JSON object")
-        return answer(service, given)
+        return answer(service, content)
 
     async def endpoint(http: HttpRequest) -> Response:
         _, body = await read_body(service, http)

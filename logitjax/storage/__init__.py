@@ -1,7 +1,7 @@
-"""Files written whole or not at all, the one on-disk cache, and weights in the formats people have.
+"""Atomic file writes, the one on-disk cache, and weights in common formats.
 
-To keep something of your own that is expensive and belongs to rows, say how a row becomes bytes
-(`ArrayCodec` for arrays of fixed shapes) and what it depends on, and fill a `RowCache`::
+To store something expensive of your own that belongs to rows, define the encoding of a row
+(`ArrayCodec` for arrays of fixed shapes) and its inputs, and fill a `RowCache`::
 
     codec = ArrayCodec({"embedding": ("float16", (768,))})
     made_from = {"model": "encoder-v2", "data": digest(texts), "layer": 11}
@@ -9,8 +9,8 @@ To keep something of your own that is expensive and belongs to rows, say how a r
     cache.fill(range(len(texts)), embed, batch_size=32)
     cache.read([3, 1])["embedding"]
 
-A cache that was made for something else is refused, and the error says what differs. Data without
-rows have a `Manifest` and the same rule. `storage.weights` reads others' checkpoints.
+A cache made from other inputs is refused, and the error names the difference. Data without rows
+have a `Manifest` with the same rule. `storage.weights` reads checkpoints of others.
 """
 
 from logitjax.storage import guard as guard

@@ -1,4 +1,4 @@
-"""One digest for whatever decides a result: values, arrays, files."""
+"""A digest of anything that determines a result: values, arrays, files."""
 
 import dataclasses
 import hashlib
@@ -15,21 +15,21 @@ def digest(*values: Any, length: int = 64, sample: int | None = None) -> str:
     """A sha256 of values, the same in every process and run.
 
     Two values get the same digest if they are equal and of the same kind; a list and a tuple, and a
-    dataclass and the dictionary of its fields, are of one kind. A mapping's order does not matter.
+    dataclass and the dictionary of its fields, are the same kind. Mappings have no order.
 
     Args:
         *values: None, numbers, texts, bytes, arrays (NumPy or JAX, random keys among them), paths,
             and lists, tuples, mappings and dataclasses of these. A path (`os.PathLike`, not a text)
             stands for the bytes of the file.
-        length: Digits of the result; 12 are enough for the name of a folder.
-        sample: Of each array only its shape, its type and about so many evenly spaced numbers, for
-            arrays of gigabytes. Training changes every array, so this tells models apart.
+        length: Number of digits of the result; 12 are enough for the name of a folder.
+        sample: Use only the shape, the type and about this many evenly spaced numbers of each
+            array, for arrays of gigabytes. Training changes all, so models differ.
 
     Returns:
         `length` hexadecimal digits.
 
     Raises:
-        TypeError: A value of another kind, whose `repr` may not be the same the next time.
+        TypeError: A value of another kind, whose `repr` may change.
 
     >>> digest({"k": 4, "data": "a"}) == digest({"data": "a", "k": 4})
     True
@@ -43,7 +43,7 @@ def digest(*values: Any, length: int = 64, sample: int | None = None) -> str:
 
 def _update(state: Any, value: Any, sample: int | None) -> None:
     # Kind and length first, so that no two sequences of values give the same bytes.
-    # Who has a jax array has imported it; reading files needs none.
+    # Users of jax arrays have imported it; reading files does not need it.
     jax = sys.modules.get("jax")
     if jax and isinstance(value, jax.Array):
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)

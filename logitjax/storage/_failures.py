@@ -1,15 +1,15 @@
-"""Which failures may be gone when the same command is started again."""
+"""Failures that may be gone when the same command is started again."""
 
 import errno
 import re
 from collections.abc import Iterator
 
-# The caller can mend these: a path that is wrong, or that is somebody else's.
+# Errors that the user can fix: a wrong path, or somebody else's.
 _LASTING = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EXDEV, errno.ENOTEMPTY,
 }  # fmt: skip
-# Named, not imported: each comes with a package that a run may do without.
+# By name, not imported: each comes with an optional package.
 _PASSING = {
     "aiohttp.client_exceptions.ClientError",
     "google.auth.exceptions.RefreshError",
@@ -22,7 +22,7 @@ _PASSING = {
     "requests.exceptions.Timeout",
     "urllib3.exceptions.HTTPError",
 }
-# Orbax and tensorstore say what happened in the text of a ValueError.
+# Orbax and tensorstore describe the cause in the text of a ValueError.
 _SAID = re.compile(
     r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b"
     r"|No space left on device|Input/output error|Read-only file system|Disk quota exceeded"
@@ -32,10 +32,10 @@ _SAID = re.compile(
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a failure lies in a disk, a store, a hub or a network, and may pass by itself.
+    """Whether a failure is that of a disk, a store, a hub or a network, and may pass by itself.
 
-    A full or failing disk, an answer of 429 or 5xx and a lost connection may; a path that is not
-    there, a permission and a wrong value will not. What an error was raised from counts too.
+    True for a full or failing disk, a response of 429 or 5xx and a lost connection; false for a
+    missing path, a permission and a wrong value. The cause of an error counts too.
 
     >>> may_pass(OSError(errno.ENOSPC, "No space left on device"))
     True
@@ -63,9 +63,9 @@ def _passes(error: BaseException) -> bool:
     if names & _PASSING:
         return True
     if "huggingface_hub.errors.OfflineModeIsEnabled" in names:
-        # Asked for, and yet a ConnectionError.
+        # Intended, although a ConnectionError.
         return False
-    # gcsfs and huggingface_hub: the answer of a server.
+    # gcsfs and huggingface_hub: the response of a server.
     response = getattr(error, "response", None)
     code = getattr(error, "code", None) or getattr(response, "status_code", None)
     if str(code) in ("408", "429") or re.fullmatch(r"5\d\d", str(code)):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes."""
 
 import contextlib
 import json
@@ -21,13 +21,13 @@ fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 def write_atomic(
     path: str | os.PathLike[str], content: bytes | str | Callable[[IO[bytes]], object]
 ) -> None:
-    """Writes a file so that readers see the old one or the new one, never a part of it.
+    """Write a file so that readers see the old one or the new one, never a part of it.
 
-    The content goes to a hidden file beside the target, which is synced and then renamed; a killed
-    run leaves only that. An object store shows whole files only: there the target is written.
+    The content goes to a hidden file next to the target, which is synced and then renamed; a killed
+    run leaves only that. Object stores only show complete files: there the target is written.
 
     Args:
-        path: The file, local or remote; its folder is made.
+        path: The file, local or remote; its folder is created.
         content: Bytes, a text (UTF-8), or a function that writes into an open binary file.
 
     >>> import tempfile
@@ -39,7 +39,7 @@ def write_atomic(
     path = epath.Path(path)
     if is_remote(path):
         if callable(content):
-            # An open remote file is made whole when it is closed, also by an error.
+            # Closing an open remote file completes it, even after an error.
             with tempfile.TemporaryDirectory() as scratch:
                 write_atomic(near := epath.Path(scratch) / path.name, content)
                 near.copy(path, overwrite=True)
@@ -87,7 +87,7 @@ def kept(path: epath.Path, make: Callable[[], Any] | None = None) -> Any:
 
 
 def _sync_folder(folder: epath.Path) -> None:
-    """Put a rename on the disk; file systems that cannot (some of networks) are left to theirs."""
+    """Put a rename on disk; file systems that cannot (some network ones) are left as they are."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -97,5 +97,5 @@ def _sync_folder(folder: epath.Path) -> None:
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies in an object store, where only whole files can be written."""
+    """Whether a path is in an object store, where only whole files can be written."""
     return "://" in os.fspath(path)

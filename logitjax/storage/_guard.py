@@ -1,4 +1,4 @@
-"""Limits on what a file may ask of its reader, checked before anything is allocated."""
+"""Limits on what a file may demand of its reader, checked before anything is allocated."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that a file may ask for beside its tensors: together under 200 MB and ten seconds.
+    """The most that a file may demand besides its tensors: in total under 200 MB and ten seconds.
 
     Models with vocabularies of half a million tokens stay within each limit.
 
@@ -27,20 +27,20 @@ class Limits:
         header_bytes: The header of a safetensors or GGUF file.
         json_bytes: A JSON file.
         tokenizer_bytes: A `tokenizer.json`, which a library reads.
-        depth: Lists and objects within each other.
-        elements: Values of a JSON text, of a GGUF header, of what a pickle copies.
+        depth: Nesting of lists and objects.
+        elements: Values of a JSON text, of a GGUF header, or copied by a pickle.
         opcodes: Steps of a pickle.
-        pickle_bytes: The pickle inside of a zip archive, without its tensors.
+        pickle_bytes: The pickle inside a zip archive, without its tensors.
         members: Files in a zip archive.
-        shards: Files that an index of safetensors names.
-        expansion: Times that compressed data may grow, beyond `free_expansion` bytes.
-        free_expansion: Bytes that compressed data may always grow to.
+        shards: Files in an index of safetensors.
+        expansion: Factor by which compressed data may grow, beyond `free_expansion` bytes.
+        free_expansion: Bytes to which compressed data may always grow.
         layers: Layers of a model.
         width: Any other size in a model's configuration.
         pixels: Pixels of a picture.
         template_bytes: The source of a chat template.
-        text: Characters that a chat template may make, beside 64 times those it is given.
-        seconds: Time of the processor that a chat template may take.
+        text: Characters that a chat template may output, plus 64 times its input.
+        seconds: Processor time that a chat template may take.
     """
 
     header_bytes: int = 1 << 26
@@ -79,14 +79,14 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: object, kind: str = "") -> Iterator[None]:
-    """Turns what a reader trips over into a `ValueError` that names the file and its `kind`."""
+    """Turn a reader's exceptions into a `ValueError` that names the file and its `kind`."""
     try:
         yield
     except FileNotFoundError:
         raise
-    # Bytes that nobody meant end in any exception: of struct, zipfile, PIL, numpy, a recursion.
+    # Corrupt bytes can raise any exception: from struct, zipfile, PIL, numpy, recursion.
     except BaseException as error:
-        # A panic of a library in Rust is no `Exception`; an interrupt is none either, and goes on.
+        # A panic of a Rust library is no `Exception`; nor is an interrupt, which propagates.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         what = f"cannot be read as {kind}" if kind else "damaged"
@@ -97,11 +97,11 @@ def naming(path: object, kind: str = "") -> Iterator[None]:
 
 
 def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int:
-    """An integer that a file states, from `least` to `most`; a ValueError names the field."""
+    """Check an integer stated by a file, from `least` to `most`; ValueError names the field."""
     # Some programs write 1.0 for 1.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    # Not by `isinstance`, for which True is a whole number.
+    # Not by `isinstance`, for which True is an integer.
     if type(value) is not int or not least <= value <= most:
         raise ValueError(
             f"{field}: expected a whole number from {least} to {most}, got {short(value)}"
@@ -110,25 +110,25 @@ def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int
 
 
 def shape_of(value: Any, field: str) -> tuple[int, ...]:
-    """A shape that a file states: at most 32 sizes that are not negative."""
-    # numpy 1's most.
+    """Check a shape stated by a file: at most 32 sizes that are not negative."""
+    # The maximum of numpy 1.
     if not isinstance(value, list | tuple) or len(value) > 32:
         raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
     shape = tuple(whole(size, field) for size in value)
-    # Numpy counts even where a size is nought.
+    # Numpy counts even if a size is zero.
     whole(math.prod(size or 1 for size in shape), field, most=1 << 58)
     return shape
 
 
 def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
-    """Raises unless an array of this shape takes as many bytes as there are."""
-    # exact: numpy's product would wrap.
+    """Raise unless an array of this shape takes exactly this many bytes."""
+    # Exact: numpy's product would wrap.
     if math.prod(shape) * itemsize != have:
         raise ValueError(f"{field}: {have} bytes, which is not its shape {short(shape)}")
 
 
 def apart(spans: Iterable[tuple[int, int, str]]) -> None:
-    """Raises where two spans `(begin, end, name)` of a file overlap: one byte, one tensor."""
+    """Raise if two spans `(begin, end, name)` of a file overlap: one byte, one tensor."""
     last, before = 0, ""
     for begin, end, name in sorted(spans):
         if begin < last and end > begin:
@@ -138,15 +138,15 @@ def apart(spans: Iterable[tuple[int, int, str]]) -> None:
 
 
 def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
-    """The file of a directory that another file of it names."""
+    """A file of a directory that is named by another file in it."""
     root = epath.Path(directory)
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else [".."]
-    # On Windows "C:" leaves the folder; a NUL ends a path in C.
+    # On Windows "C:" leaves the folder; in C a NUL ends a path.
     if ".." in parts or not parts[0] or ":" in parts[0] or "\0" in str(name) or parts == ["."]:
         raise ValueError(f"{field}: expected a file's name in {root}, got {short(name)}")
     path = root / name
     if "://" not in os.fspath(path) and path.exists():
-        # The cache of Hugging Face's hub links from snapshots/REVISION to blobs beside it.
+        # The Hugging Face cache links from snapshots/REVISION to the blobs directory.
         real, home = os.path.realpath(path), os.path.realpath(root)
         homes = [home]
         if os.path.basename(os.path.dirname(home)) == "snapshots":
@@ -158,19 +158,19 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
 
 
 def plain_file(path: epath.PathLike) -> None:
-    """Raises where a path is a device or a pipe, which could be read forever."""
+    """Raise if a path is a device or a pipe, which could be read forever."""
     if "://" not in os.fspath(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: expected a file")
 
 
 def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
-    """The bytes of a file, which may be so many; a ValueError names it."""
+    """The bytes of a file of at most this size; ValueError names it."""
     path = epath.Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     plain_file(path)
     with path.open("rb") as file:
-        # One more tells that there is more.
+        # One more byte shows whether there are more.
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"{path}: expected at most {most} bytes")
@@ -178,15 +178,15 @@ def read_bytes(path: epath.PathLike, *, most: int) -> bytes:
 
 
 def read_text(path: epath.PathLike, *, most: int) -> str:
-    """The text of a file in UTF-8, which may be so long; a ValueError names it."""
+    """The UTF-8 text of a file of at most this size; ValueError names it."""
     with naming(path, "text in UTF-8"):
         return read_bytes(path, most=most).decode()
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse a JSON text, unless it is nested too deeply or holds too much."""
+    """Parse JSON unless it is nested too deeply or has too many values."""
     opened = content.count(b"[") + content.count(b"{")
-    # Fast, and never too few: brackets and commas of strings are counted too.
+    # Fast, and never too few: brackets and commas in strings are counted too.
     if opened > LIMITS.depth or opened + content.count(b",") > LIMITS.elements:
         bare = np.frombuffer(_STRING.sub(b"", content), np.uint8)
         opens, closes = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
@@ -203,7 +203,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = object) -> Any:
-    """Read a JSON file, `form` at the top.
+    """Read a JSON file whose top level is a `form`.
 
     Raises:
         ValueError: No such file, not JSON, beyond `LIMITS`, of another form, or of other values
@@ -241,7 +241,7 @@ def _form_name(form: type | tuple[type, ...]) -> str:
 
 def short(value: Any) -> str:
     """Shorten a value to one line, for an error."""
-    # Of a list of a million lists not even the text should be made.
+    # Not even the text of a list of a million lists should be made.
     if isinstance(value, dict | list) and len(value) > 8:
         return f"{type(value).__name__} of {len(value)}"
     text = repr(value)
@@ -249,7 +249,7 @@ def short(value: Any) -> str:
 
 
 class Reader:
-    """A binary file that knows how much is left; what reaches beyond is a ValueError."""
+    """A binary file with a known remaining length; reading beyond it raises ValueError."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -265,17 +265,17 @@ class Reader:
         return self._at
 
     def seek(self, offset: int) -> None:
-        """Goes to a place in the file."""
+        """Go to a position in the file."""
         whole(offset, "offset", most=self.size)
         self._at = self._file.seek(offset)
 
     def need(self, count: int, field: str) -> None:
-        """Raises unless so many bytes are left."""
+        """Raise unless this many bytes are left."""
         if not 0 <= count <= self.left:
             raise ValueError(f"truncated: {field} claims {count} bytes of the {self.left} left")
 
     def read(self, count: int, field: str = "a value") -> bytes:
-        """So many bytes."""
+        """Read this many bytes."""
         self.need(count, field)
         content = self._file.read(count)
         self._at += len(content)
@@ -284,13 +284,13 @@ class Reader:
         return content
 
     def readline(self) -> bytes:
-        """To the end of a line, at most 64 KiB."""
+        """Read to the end of a line, at most 64 KiB."""
         content = self._file.readline(1 << 16)
         self._at += len(content)
         return content
 
     def array(self, dtype: Any, count: int, field: str) -> np.ndarray:
-        """So many numbers, in memory of their own."""
+        """Read this many numbers, into memory of their own."""
         dtype = np.dtype(dtype)
         self.need(count * dtype.itemsize, field)
         out = aligned(count * dtype.itemsize, np.uint8)
@@ -300,7 +300,7 @@ class Reader:
 
 
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """`np.empty` at a multiple of 64 bytes, which JAX takes as it is on CPU and does not copy."""
+    """`np.empty` at a multiple of 64 bytes, which JAX on CPU uses without copying."""
     like = np.empty(0, dtype)
     size = int(np.prod(shape, dtype=np.int64)) * like.itemsize
     memory = np.empty(size + 64, np.uint8)
@@ -309,7 +309,7 @@ def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def fill(view: memoryview, file: Any, field: str) -> None:
-    """Fills memory from a file, in pieces: some file systems hand back a copy of what was asked."""
+    """Fill memory from a file, in pieces: some file systems return a copy of the whole request."""
     done = 0
     while done < len(view):
         piece = file.read(min(len(view) - done, 1 << 24))
@@ -320,7 +320,7 @@ def fill(view: memoryview, file: Any, field: str) -> None:
 
 
 def open_zip(file: Any) -> zipfile.ZipFile:
-    """A zip archive whose members are not larger together than an archive of its size can be."""
+    """A zip archive whose members together are no larger than an archive of its size allows."""
     size = Reader(file).size
     try:
         archive = zipfile.ZipFile(file)
@@ -329,7 +329,7 @@ def open_zip(file: Any) -> zipfile.ZipFile:
     members = archive.infolist()
     if len(members) > LIMITS.members:
         raise ValueError(f"expected at most {LIMITS.members} members, got {len(members)}")
-    # Members may point at the same bytes, and so many small files can hold a large one each.
+    # Members may point at the same bytes, so many small members could each expand to a large one.
     if sum(member.compress_size for member in members) > size:
         raise ValueError("its members overlap")
     for member in members:
@@ -349,22 +349,22 @@ def expanded(bytes_: int, size: int, field: str) -> None:
 
 
 def member_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: Any) -> np.ndarray:
-    """The numbers of a zip archive's member, checked against its checksum, held once."""
+    """The numbers of a zip archive's member, checked against its checksum, in memory once."""
     dtype, name = np.dtype(dtype), member.filename
     if member.file_size % dtype.itemsize:
         raise ValueError(f"{name} does not hold whole numbers")
     with archive.open(member) as file:
         out = np.empty(member.file_size, np.uint8)
         fill(memoryview(out.data), file, name)
-        # The checksum is compared at the end, which has to be read to be seen.
+        # The checksum is only compared when the end is read.
         file.read(1)
     return out.view(dtype)
 
 
 def gunzip(content: bytes, field: str) -> bytes:
-    """Unpacks gzip data within the limits of expansion."""
+    """Unpack gzip data within the limits of expansion."""
     most = max(LIMITS.free_expansion, LIMITS.expansion * len(content))
-    # 31: a window of 15 bits, and 16 for gzip's header.
+    # 31: a window of 15 bits, plus 16 for gzip's header.
     unpacker = zlib.decompressobj(31)
     try:
         out = unpacker.decompress(content, most + 1)

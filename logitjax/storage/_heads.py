@@ -17,23 +17,23 @@ from logitjax.storage._safetensors import SafetensorsSource
 def write_head(
     directory: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes ``head.safetensors`` of contiguous arrays, and ``head.json``, whole or not at all."""
+    """Write ``head.safetensors`` of contiguous arrays, and ``head.json``, atomically."""
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    # In memory, as a head is small beside its model, and `save_file` has no remote path.
+    # In memory, because a head is small next to its model and `save_file` has no remote path.
     content = require("safetensors.numpy", extra="models").save(dict(tensors))
-    # Without it there is no head, so that none is ever half of one and half of another.
+    # Without it there is no head, so that two heads are never mixed.
     (root / "head.json").unlink(missing_ok=True)
     write_atomic(root / "head.safetensors", lambda file: file.write(content))
     write_json(root / "head.json", {**record, "sha256": hashlib.sha256(content).hexdigest()})
 
 
 def read_head(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads what `write_head` wrote: the record and the arrays.
+    """Read what `write_head` wrote: the record and the arrays.
 
     Raises:
         FileNotFoundError: There is no head in the directory.
-        ValueError: A file is damaged; names it.
+        ValueError: A file is damaged; the message names it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:

@@ -18,13 +18,13 @@ _FILES = [
 def hub_snapshot(
     name: str, files: Sequence[str] = _FILES, *, kind: Literal["model", "dataset"] = "model"
 ) -> epath.Path:
-    """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
+    """The local directory of ``org/name`` or ``org/name@revision``, downloaded if necessary.
 
     Args:
         files: patterns of the files to download.
 
     Raises:
-        ValueError: one line: the name is not a repository's, or it is neither here nor to be had.
+        ValueError: in one line: the name is invalid, or it is neither in the cache nor reachable.
         ImportError: the package is missing.
     """
     huggingface_hub = require("huggingface_hub", extra="models")
@@ -38,7 +38,7 @@ def hub_snapshot(
         raise ValueError(f"{kind} 'hf:{name}': not a repository's name ({error})") from None
     except errors.GatedRepoError:
         raise ValueError(
-            f"{kind} 'hf:{name}': access must be asked for on its page, then `hf auth login`"
+            f"{kind} 'hf:{name}': request access on its page, then run `hf auth login`"
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise ValueError(f"{kind} 'hf:{name}': no such repository or revision") from None

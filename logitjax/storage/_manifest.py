@@ -1,4 +1,4 @@
-"""The file that says what a directory was made from; one of something else is refused."""
+"""The file that records the inputs of a directory; a directory of other inputs is refused."""
 
 import dataclasses
 import json
@@ -14,14 +14,14 @@ from logitjax.storage._guard import read_json
 
 _NAME = "manifest.json"
 _FORMAT = 1
-# Names of a thousand classes shall not fill the error.
+# Names of a thousand classes must not fill the error.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Contents of a directory, of a `kind` such as `teacher cache`, and the inputs of its making.
+    """Contents of a directory of a `kind`, such as `teacher cache`, and their inputs.
 
     >>> import tempfile
     >>> manifest = Manifest(tempfile.mkdtemp(), "table")
@@ -38,21 +38,21 @@ class Manifest:
 
     @property
     def path(self) -> epath.Path:
-        """The manifest's file."""
+        """The path of the manifest."""
         return epath.Path(self.directory).expanduser() / _NAME
 
     def exists(self) -> bool:
-        """Whether something has been made, or begun, in the directory; of whatever kind."""
+        """Whether anything, of any kind, was created or started in the directory."""
         return self.path.exists()
 
     def write(
         self, made_from: Mapping[str, Any], contents: Mapping[str, Any] | None = None
     ) -> None:
-        """Records what the directory holds; makes it if needed.
+        """Record the contents of the directory; creates it if necessary.
 
         Args:
-            made_from: Everything that decides the content: JSON values by name.
-            contents: What else readers need, such as names and sizes of files; write it last.
+            made_from: Everything that determines the content: JSON values by name.
+            contents: Further data for readers, such as names and sizes of files; write it last.
         """
         record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
         write_json(self.path, record | dict(contents or {}))
@@ -80,7 +80,7 @@ class Manifest:
             if not isinstance(record["made_from"], dict):
                 raise TypeError("made_from is no object")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            # Work that cannot be made again in minutes is not to be thrown away for its label.
+            # Results that take long to recreate must not be deleted because of a damaged label.
             advice = (
                 "remove this file, which is then written again"
                 if self.kind.endswith(("run", "audit"))
@@ -102,17 +102,17 @@ class Manifest:
         at_least: tuple[str, ...] = (),
         names_of: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """`read`, rejected unless the directory was made from the expected inputs.
+        """Read the manifest; refused unless the directory was made from the expected inputs.
 
         Args:
-            expected: Inputs that it must have been made from; omitted parts may be anything.
+            expected: Required inputs; omitted parts may have any value.
             at_least: Parts that may also be larger.
-            names_of: Parts that only name what another part is the digest of: `{name: digest}`.
-                They may differ where the digest is the same, as of a file that was moved.
+            names_of: Parts that only name the subject of a digest: `{name: digest}`. They may
+                differ if the digest is the same, as for a moved file.
 
         Raises:
             FileNotFoundError: The directory has no manifest.
-            ValueError: It was made for something else; names every part that differs, and how.
+            ValueError: It was made from other inputs; names every difference.
         """
         record = self.read()
         stored = record["made_from"]
@@ -136,12 +136,12 @@ def _plain(value: Any) -> str:
 
 def _differences(path: str, stored: Any, expected: Any, at_least: tuple[str, ...]) -> Any:
     for name, value in expected.items():
-        has, whole = stored.get(name), f"{path}{name}"
-        if has == value or (whole in at_least and has is not None and has >= value):
+        has, full_name = stored.get(name), f"{path}{name}"
+        if has == value or (full_name in at_least and has is not None and has >= value):
             continue
         if isinstance(has, Mapping) and isinstance(value, Mapping):
-            # Also what only the directory has: a part that is left out inside of one differs.
+            # Also keys that only the directory has: a missing key in a part is a difference.
             both = dict.fromkeys(has) | dict(value)
-            yield from _differences(f"{whole}.", has, both, at_least)
+            yield from _differences(f"{full_name}.", has, both, at_least)
         else:
-            yield f"its {whole} is {_SHORT.repr(has)}, not {_SHORT.repr(value)}"
+            yield f"its {full_name} is {_SHORT.repr(has)}, not {_SHORT.repr(value)}"

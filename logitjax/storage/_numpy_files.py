@@ -1,4 +1,4 @@
-"""NumPy's own files and pickles of its arrays, checked against their sizes before they are read."""
+"""NumPy's files and pickles of its arrays, checked against their sizes before they are read."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file, by name; a ValueError names a damaged file."""
+    """The arrays of an ``.npz`` file, by name; ValueError names a damaged file."""
     path = epath.Path(path)
     with guard.naming(path, "an .npz file"):
         guard.plain_file(path)
@@ -28,7 +28,7 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
-    """The array of an ``.npy`` file; `mapped` leaves it on the disk, where that is possible."""
+    """The array of an ``.npy`` file; `mapped` leaves it on disk if possible."""
     path = epath.Path(path)
     with guard.naming(path, "an .npy file"):
         guard.plain_file(path)
@@ -37,7 +37,7 @@ def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
             file = guard.Reader(opened)
             guard.fits(shape, dtype.itemsize, file.left, "array")
             order = "F" if fortran else "C"
-            # Of a file without numbers there is nothing to map, which mmap calls an error.
+            # An empty file has nothing to map, which mmap treats as an error.
             if mapped and "://" not in os.fspath(path) and file.left:
                 return np.memmap(os.fspath(path), dtype, "r", file.tell(), shape, order)
             count = file.left // dtype.itemsize if dtype.itemsize else 0
@@ -45,7 +45,7 @@ def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
 
 
 def _array(content: np.ndarray, name: str) -> np.ndarray:
-    # More than a header takes.
+    # More than any header.
     file = io.BytesIO(content[: 1 << 16].tobytes())
     dtype, shape, fortran = _header(file, f"array {name!r}")
     content = content[file.tell() :]
@@ -79,7 +79,7 @@ class _Array:
             raise ValueError("an array of an unknown form")
         _, shape, dtype, fortran, data = state
         if isinstance(data, str):
-            # As Python 2 wrote it.
+            # As written by Python 2.
             data = data.encode("latin1")
         if not isinstance(dtype, Dtype) or not isinstance(data, bytes | bytearray):
             raise ValueError("an array that does not hold plain numbers")
@@ -90,7 +90,7 @@ class _Array:
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """Rebuild an array whose bytes lie in the pickle, as protocol 5 calls for it."""
+    """Rebuild an array whose bytes are in the pickle, as in protocol 5."""
     array = _Array()
     array.set_state((1, shape, dtype, order == "F", data))
     return array
@@ -98,10 +98,10 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     **ALLOWED,
-    # a word in an argument list.
+    # A word in an argument list.
     ("numpy", "ndarray"): object(),
 }
-# Of NumPy 1 and 2.
+# For NumPy 1 and 2.
 for _core in ("core", "_core"):
     _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = StandIn(_Array)
     _ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = StandIn(_from_buffer)
@@ -116,7 +116,7 @@ def _filled(value: Any) -> Any:
 
 
 def read_numpy_pickle(path: epath.PathLike) -> Any:
-    """Read a pickle of dictionaries, lists and numpy arrays (read-only), as of old Flax."""
+    """Read a pickle of dictionaries, lists and numpy arrays (read-only), as in old Flax."""
     path = epath.Path(path)
     with guard.naming(path, "a pickle of arrays"):
         guard.plain_file(path)

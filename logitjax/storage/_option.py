@@ -1,4 +1,4 @@
-"""Fields of configurations, with what their types do not say."""
+"""Fields of configurations, with properties that their types do not express."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from typing import Any
 def option(
     default: Any, *, choices: Sequence[str] = (), execution: bool = False, secret: bool = False
 ) -> Any:
-    """A field of a dataclass whose fields are options, with marks that commands read.
+    """A field of a dataclass of options, with marks that commands read.
 
     Args:
         default: Its default.
-        choices: All its values, for text that has no narrower type.
-        execution: It says how a run executes; a folder may be continued with another value.
-        secret: A key or a password: written to no file; a folder may be continued with another.
+        choices: The allowed values of text without a narrower type.
+        execution: It only affects how a run executes; a folder may be continued with another.
+        secret: A key or a password, written to no file; a folder may be continued with another.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Loop:

@@ -1,4 +1,4 @@
-"""Pickles taken as data: a machine follows their steps and calls only stand-ins of the reader's."""
+"""Pickles read as data: a machine follows their steps and calls only the reader's stand-ins."""
 
 import collections
 import pickletools
@@ -28,10 +28,10 @@ class StandIn:
 
 
 class Machine:
-    """Follows one pickle, and leaves its file behind the last step.
+    """Follows one pickle, and leaves its file positioned after the last step.
 
-    `names(module, name)` is what stands in for a name, None where it is not allowed;
-    `reference(pid)` what a persistent reference of torch's means.
+    `names(module, name)` returns the stand-in for a name, None if it is not allowed;
+    `reference(pid)` resolves a persistent reference of torch.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Machine:
         return self._stack[0]
 
     def _copy(self, values: Any) -> Any:
-        # A list that is remembered can be copied a thousand times by a few bytes each.
+        # A few bytes can copy a memoised list a thousand times.
         self._copied += len(values)
         if self._copied > guard.LIMITS.elements:
             raise ValueError(f"copies more than {guard.LIMITS.elements} values")
@@ -93,7 +93,7 @@ class Machine:
             stack.append(argument.encode("latin1").decode("utf-8", "surrogateescape"))
         elif name == "MARK":
             self._marks.append(stack)
-            # What comes belongs to the mark.
+            # What follows belongs to the mark.
             self._stack = []
         elif name in ("PROTO", "FRAME", "STOP"):
             pass
@@ -111,12 +111,12 @@ class Machine:
     def _build(self, name: str, argument: Any) -> None:
         if name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
             values = self._marked()
-            made: Any = tuple(values) if name == "TUPLE" else values
+            container: Any = tuple(values) if name == "TUPLE" else values
             if name == "FROZENSET":
-                made = frozenset(map(_key, values))
+                container = frozenset(map(_key, values))
             elif name == "DICT":
-                made = dict(_pairs(values))
-            self._stack.append(made)
+                container = dict(_pairs(values))
+            self._stack.append(container)
         elif name in ("APPENDS", "APPEND", "ADDITEMS"):
             values = [self._stack.pop()] if name == "APPEND" else self._marked()
             target = self._stack[-1]
@@ -156,7 +156,7 @@ class Machine:
 
     def _name(self, argument: Any) -> None:
         if argument is None:
-            # Of STACK_GLOBAL, the name on top.
+            # For STACK_GLOBAL, the name on top.
             name, module = self._stack.pop(), self._stack.pop()
         else:
             module, _, name = argument.partition(" ")
@@ -179,7 +179,7 @@ class Machine:
 
 
 def _key(value: Any) -> Any:
-    # Tuples of tuples that repeat each other take forever to be hashed.
+    # Hashing nested tuples that repeat each other would take forever.
     flat = value if type(value) is tuple and len(value) <= 32 else (value,)
     if not all(isinstance(part, _PLAIN) for part in flat):
         raise ValueError(f"a key that is a {type(value).__name__}")
@@ -193,7 +193,7 @@ def _pairs(values: list[Any]) -> Iterable[tuple[Any, Any]]:
 
 
 class Attributes(dict):
-    """Stands in for plain objects that carry options, such as ``argparse.Namespace``."""
+    """Stands in for plain objects that hold options, such as ``argparse.Namespace``."""
 
     def set_state(self, state: Any) -> None:
         self.update(state if isinstance(state, dict) else {})
@@ -210,7 +210,7 @@ class Dtype:
             raise ValueError(f"a numpy type that is not plain numbers ({name})")
 
     def set_state(self, state: Any) -> None:
-        # The state of numpy's plain types: a version, the order of bytes, and nothing of interest.
+        # The state of numpy's plain types: a version, the byte order, and nothing else of interest.
         orders = ("<", ">", "=", "|")
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in orders:
             raise ValueError("a numpy type with a state that is not a plain number's")
@@ -218,7 +218,7 @@ class Dtype:
 
 
 def ordered(entries: Any = ()) -> collections.OrderedDict:
-    """An ordered dictionary, of which Python 2 wrote the entries as a list of pairs."""
+    """An ordered dictionary, whose entries Python 2 wrote as a list of pairs."""
     pairs = [part for pair in entries for part in pair]
     return collections.OrderedDict(_pairs(pairs))
 
@@ -252,7 +252,7 @@ ALLOWED: Mapping[tuple[str, str], Any] = {
 def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
     """Dictionaries, lists and tuples with `arrays(leaf)` for each leaf.
 
-    What a pickle repeats stays one object, else lists of lists would outgrow any memory.
+    An object that a pickle repeats stays one object; nested lists could otherwise fill memory.
     """
     entries: dict[int, Any] = {}
 
@@ -263,15 +263,15 @@ def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
             if entries[id(value)] is entries:
                 raise ValueError("a list that contains itself")
             return entries[id(value)]
-        # Until it is done.
+        # Until it is complete.
         entries[id(value)] = entries
         if isinstance(value, dict):
-            # Classes of their own tell TorchScript's modules from tables.
+            # Separate classes distinguish TorchScript's modules from tables.
             kind = type(value) if isinstance(value, Attributes) else dict
-            made: Any = kind((key, visit(item)) for key, item in value.items())
+            copy: Any = kind((key, visit(item)) for key, item in value.items())
         else:
-            made = type(value)([visit(item) for item in value])
-        entries[id(value)] = made
-        return made
+            copy = type(value)([visit(item) for item in value])
+        entries[id(value)] = copy
+        return copy
 
     return visit(value)

@@ -1,4 +1,4 @@
-"""That this process moves, and at what: noted by whatever writes rows or takes steps."""
+"""Progress of this process: marked by everything that writes rows or takes steps."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,15 @@ from absl import logging
 
 
 class _Progress:
-    """Notes made so far; a watch (`training.distributed.initialize`) ends a run without any."""
+    """Marks made so far; a watch (`training.distributed.initialize`) ends a run without any."""
 
     def __init__(self) -> None:
         self._marks, self._doing = 0, "starting"
-        # Hears each mark, as whoever accounts for the time of a run does.
+        # Called at each mark, for example to account for the time of a run.
         self.listener: Callable[[str], None] | None = None
 
     def mark(self, doing: str = "", *, log: bool = False) -> None:
-        """Notes that something was done, and what comes next; `log` shows it to users as a phase.
+        """Mark that something was done, and what comes next; `log` shows it to users as a phase.
 
         >>> progress.mark("packing")
         >>> progress.mark()

@@ -1,4 +1,4 @@
-"""Packages that only some jobs need, and files that lie in them."""
+"""Optional packages, and files inside packages."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,10 @@ from etils import epath
 
 
 def require(package: str, *, extra: str) -> Any:
-    """Import a module, such as `safetensors.numpy`, that an extra of logitjax installs.
+    """Import a module, such as `safetensors.numpy`, from an extra of logitjax.
 
     Raises:
-        ImportError: One line that says what to install.
+        ImportError: One line with the command that installs it.
 
     >>> require("no_such_package", extra="models")
     Traceback (most recent call last):
@@ -20,7 +20,7 @@ def require(package: str, *, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        # Its own missing parts are another matter.
+        # Missing dependencies of it are another matter.
         if error.name != package.partition(".")[0]:
             raise
         raise ImportError(
@@ -29,12 +29,11 @@ def require(package: str, *, extra: str) -> Any:
 
 
 def package_file(package: str, pattern: str, *, what: str, install: str) -> epath.Path:
-    """The first file of an installed package, which is not imported, that fits a pattern.
+    """The first file that matches a pattern in an installed package, which is not imported.
 
-    Args:
-        pattern: Pattern of the path inside it, as for `glob`.
-        what: Named in the error.
-        install: The pip requirement that has the file.
+    pattern: Pattern of the path inside it, as for `glob`.
+        what: Its name in the error.
+        install: The pip requirement that contains the file.
 
     Raises:
         ValueError: The package is not installed, or has no such file.

@@ -1,6 +1,6 @@
-"""Rows that something expensive was computed of, in parts that can be added to.
+"""Expensive results for rows, stored in parts that can be extended.
 
-A part, a shard and a JSON file of its rows, counts once both are there: processes need not talk.
+A part, a shard and a JSON file of its rows, counts once both exist: processes need not talk.
 """
 
 import os
@@ -22,14 +22,14 @@ from logitjax.storage._manifest import Manifest
 from logitjax.storage._progress import progress
 from logitjax.storage._shards import ShardReader, open_shard
 
-# Without a terminal, a line so often.
+# Seconds between log lines without a terminal.
 _LOG_SECONDS = 10.0
 
 Rows = Sequence[int] | np.ndarray
 
 
 class ArrayCodec:
-    """Rows of named arrays of fixed shapes: `{name: [batch, *shape]}` in and out.
+    """Rows of named arrays of fixed shapes, encoded from and decoded to `{name: [batch, *shape]}`.
 
     Args:
         fields: `{name: (dtype, shape of a row)}`.
@@ -47,7 +47,7 @@ class ArrayCodec:
         )
 
     def encode(self, computed: Any, count: int) -> list[bytes]:
-        """Records of a mapping, or of an object with these attributes."""
+        """Records from a mapping, or from an object with these attributes."""
         parts = []
         for name, (dtype, shape) in self.fields.items():
             array = computed[name] if isinstance(computed, Mapping) else getattr(computed, name)
@@ -60,7 +60,7 @@ class ArrayCodec:
         return [b"".join(part[i].tobytes() for part in parts) for i in range(count)]
 
     def decode(self, records: Sequence[bytes]) -> dict[str, np.ndarray]:
-        """The arrays of rows, `[rows, *shape]` each."""
+        """The arrays of rows, each `[rows, *shape]`."""
         for record in records:
             if len(record) != self.bytes_per_row:
                 raise ValueError(
@@ -70,7 +70,7 @@ class ArrayCodec:
         out, begin = {}, 0
         for name, (dtype, shape) in self.fields.items():
             end = begin + dtype.itemsize * int(np.prod(shape))
-            # `view` takes only bytes that lie together.
+            # `view` requires contiguous bytes.
             field = np.ascontiguousarray(raw[:, begin:end]).view(dtype.newbyteorder("<"))
             out[name] = field.reshape(len(records), *shape).astype(dtype, copy=False)
             begin = end
@@ -78,10 +78,10 @@ class ArrayCodec:
 
 
 class RowCache:
-    """Something expensive about numbered rows, computed once and kept on disk.
+    """Expensive results for numbered rows, computed once and stored on disk.
 
-    The directory is refused for anything else than it was made from. Rows are computed in batches,
-    in any order, by one or several processes; a killed run goes on with the same call.
+    A directory made from other inputs is refused. Rows are computed in batches, in any order, by
+    one or several processes; after a kill, the same call continues.
 
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()
@@ -97,21 +97,21 @@ class RowCache:
     ValueError: row cache ... does not fit: its power is 2, not 3 ...
 
     Args:
-        directory: Where the cache is or will be; may be remote.
-        codec: How rows become bytes and back, such as an `ArrayCodec`: `encode(computed, count)`
-            gives the records of the first `count` rows of a batch, `decode(records)` what `read`
-            returns, and `bytes_per_row` is about the size of a record, for progress reports.
-        made_from: Everything that decides the rows: JSON values by name, such as the digest of the
-            data. Begins a cache where there is none. Without it there must be one.
-        kind: What the cache is called in errors.
+        directory: Folder of the cache, existing or new; may be remote.
+        codec: Encoding of rows as bytes, such as an `ArrayCodec`: `encode(computed, count)` returns
+            the records of the first `count` rows of a batch, `decode(records)` the result of
+            `read`, and `bytes_per_row` is about the size of a record, for progress reports.
+        made_from: Everything that determines the rows: JSON values by name, such as the digest of
+            the data. Creates a cache if there is none. Without it the cache must exist.
+        kind: Name of the cache in errors.
         names_of: As in `Manifest.check`.
 
     Raises:
-        FileNotFoundError: There is no cache, and no `made_from` to begin one with.
-        ValueError: It was made for something else (names all that differs), or is damaged.
+        FileNotFoundError: There is no cache, and no `made_from` to create one with.
+        ValueError: It was made from other inputs (names all differences), or is damaged.
     """
 
-    # Parts of `made_from` of which a cache may have more than is asked for.
+    # Parts of `made_from` that may be larger in a cache than requested.
     _at_least: tuple[str, ...] = ()
 
     def __init__(
@@ -136,13 +136,13 @@ class RowCache:
         parts = _read_parts(self.directory)
         self._reader = ShardReader(self.directory, [part["shard"] for part in parts])
         rows = [row for part in parts for span in part["rows"] for row in range(*span)]
-        # Two runs that did not know of each other may both have written a row.
+        # Two independent runs may both have written a row.
         self._rows, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
         self._added = False
 
     @property
     def row_numbers(self) -> np.ndarray:
-        """The rows there are, ascending."""
+        """The existing rows, ascending."""
         if self._added:
             self._load()
         return self._rows
@@ -151,27 +151,27 @@ class RowCache:
         return len(self.row_numbers)
 
     def check(self, **expected: Any) -> None:
-        """Raises a `ValueError` naming all that differs unless the cache was made from these."""
+        """Raise a `ValueError` that names all differences unless the cache was made from these."""
         Manifest(self.directory, self._kind).check(expected, at_least=self._at_least)
 
     def missing(self, rows: Rows) -> np.ndarray:
-        """Which of these rows are not there, ascending; -1 is never missing."""
+        """The missing ones of these rows, ascending; -1 is never missing."""
         expected = np.unique(_row_numbers(rows))
         return np.setdiff1d(expected[expected >= 0], self.row_numbers)
 
     def read(self, rows: Rows) -> Any:
-        """Read these rows' records, in this order, as the codec makes them.
+        """Read these rows in this order, decoded by the codec.
 
         Raises:
-            ValueError: The cache lacks a row, or a record is damaged.
+            ValueError: A row is missing, or a record is damaged.
         """
         rows = _row_numbers(rows)
-        lacking = self.missing(rows)
-        if len(lacking) or (len(rows) and rows.min() < 0):
-            first = lacking[0] if len(lacking) else rows.min()
+        missing = self.missing(rows)
+        if len(missing) or (len(rows) and rows.min() < 0):
+            first = missing[0] if len(missing) else rows.min()
             raise ValueError(
-                f"{self._kind} {self.directory} lacks {max(1, len(lacking))} of the rows asked "
-                f"for, such as {first}: compute them first"
+                f"{self._kind} {self.directory} lacks {max(1, len(missing))} of the requested "
+                f"rows, such as {first}: compute them first"
             )
         places = self._places[np.searchsorted(self.row_numbers, rows)]
         return self._codec.decode(self._reader.read(places.tolist()))
@@ -187,18 +187,18 @@ class RowCache:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Computes the rows that are not there yet, this process's share of them.
+        """Compute the missing rows, this process's share of them.
 
-        Each process writes parts of its own and needs no other. With several, wait for all of them
-        and open the cache again before reading.
+        Each process writes its own parts independently. With several processes, wait for all of
+        them and open the cache again before reading.
 
         Args:
-            rows: The rows to have in the end.
-            compute: `rows [batch_size] -> ` what the codec encodes. Always called with `batch_size`
-                rows, repeated ones in the last call, so that it compiles once. What it has only
-                dispatched runs while the next batch is fetched.
-            rows_per_shard: Rows a file, and what a kill can lose.
-            label: On the progress bar.
+            rows: The rows that should exist in the end.
+            compute: Maps `rows [batch_size]` to the codec's input. Always called with `batch_size`
+                rows, repeated ones in the last call, so that it compiles once. Work that it has
+                only dispatched runs while the next batch is fetched.
+            rows_per_shard: Rows per file, the most that a kill can lose.
+            label: Label of the progress bar.
         """
         expected = np.unique(_row_numbers(rows, least=0))
         todo = self._todo(expected, rows_per_shard, process_index, process_count)
@@ -217,7 +217,7 @@ class RowCache:
                 nonlocal done, logged
                 bar.update(rows)
                 done += rows
-                # A disabled bar, where there is no terminal, shows nothing.
+                # A disabled bar, without a terminal, shows nothing.
                 if bar.disable and (done == count or time.monotonic() - logged > _LOG_SECONDS):
                     logging.info("%s: %d of %d rows read", label, done, count)
                     logged = time.monotonic()
@@ -234,18 +234,18 @@ class RowCache:
         process_index: int = 0,
         process_count: int = 1,
     ) -> int:
-        """How often `fill` with these arguments would call `compute` now."""
+        """Number of times that `fill` with these arguments would call `compute` now."""
         expected = np.unique(_row_numbers(rows, least=0))
         todo = self._todo(expected, rows_per_shard, process_index, process_count)
         return sum(-(-len(part) // batch_size) for part in todo)
 
     def _todo(self, rows: np.ndarray, size: int, index: int, count: int) -> list[np.ndarray]:
         """The missing rows of each part that this process writes."""
-        # Cut from all wanted rows, so that parts stay the same whatever is there already.
-        mine = [rows[i : i + size] for i in range(0, len(rows), size)][index::count]
-        # Anew from the disk: another process may have written since.
+        # Split from all requested rows, so that parts do not depend on existing ones.
+        local = [rows[i : i + size] for i in range(0, len(rows), size)][index::count]
+        # Read anew from disk: another process may have written since.
         self._load()
-        return [part for part in (self.missing(part) for part in mine) if len(part)]
+        return [part for part in (self.missing(part) for part in local) if len(part)]
 
     def add(self, rows: Rows, computed: Any) -> None:
         """Write computed values of these rows as one part."""
@@ -267,20 +267,20 @@ class RowCache:
 
 
 def _row_numbers(rows: Rows, *, least: int | None = None) -> np.ndarray:
-    """Rows as int64; a mask of rows is not their numbers, nor is a row counted from the end."""
-    given = np.asarray(rows)
-    if given.size and not np.issubdtype(given.dtype, np.integer):
-        raise TypeError(f"rows: expected integers, got {given.dtype}")
-    if least is not None and given.size and given.min() < least:
-        location = int((given < least).argmax())
+    """Rows as int64; masks of rows and negative numbers are refused."""
+    numbers = np.asarray(rows)
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+        raise TypeError(f"rows: expected integers, got {numbers.dtype}")
+    if least is not None and numbers.size and numbers.min() < least:
+        location = int((numbers < least).argmax())
         raise ValueError(
-            f"rows: expected {least} or more, got {given.ravel()[location]} at {location}"
+            f"rows: expected {least} or more, got {numbers.ravel()[location]} at {location}"
         )
-    return given.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def _fitting(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The array, if what it holds are integers of an integer type it is to be stored in."""
+    """The array; integers must be stored in an integer type."""
     if not np.issubdtype(dtype, np.integer) or array.dtype == bool or array.dtype == dtype:
         return array
     if not np.issubdtype(array.dtype, np.integer):
@@ -293,11 +293,11 @@ def _fitting(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def _ahead(rows: np.ndarray, compute: Callable[[np.ndarray], Any], batch_size: int) -> Any:
-    """`(computed, count)` of each batch, the next one dispatched before this one is taken."""
+    """Yield `(computed, count)` of each batch, dispatching the next one first."""
     last: tuple[Any, int] | None = None
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        # The last batch repeats its rows, as another shape would compile again.
+        # The last batch repeats its rows, because another shape would compile again.
         computed = compute(np.resize(batch, batch_size))
         if last is not None:
             yield last
@@ -323,7 +323,7 @@ def _read_parts(root: epath.Path) -> list[dict]:
             rows = guard.whole(shard["rows"], "rows", most=1 << 40)
             guard.inside(root, shard["file"], "file")
             ends = [(guard.whole(a, "rows"), guard.whole(b, "rows", least=a)) for a, b in runs]
-            # A list is made of them, as long as they say.
+            # They are expanded into a list of the length they claim.
             if sum(b - a for a, b in ends) != rows:
                 raise ValueError(f"rows: expected {rows} in all")
         parts.append(part)

@@ -15,14 +15,14 @@ _DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-# Sides of the blocks of float8 that share a scale, which multiplies in spite of its name.
+# Block size of float8 weights with a common scale, a factor in spite of its name.
 _BLOCK, _SCALE = 128, "_scale_inv"
-# Numbers that are held in both types at a time.
+# Number of values held in both types at a time.
 _PIECE = 1 << 20
 
 
 class SafetensorsSource:
-    """The tensors of a file, or of a directory: ``model.safetensors``, or what its index names."""
+    """The tensors of a file, or of a directory: ``model.safetensors``, or its index's files."""
 
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
@@ -32,7 +32,7 @@ class SafetensorsSource:
                 self._read_header(file)
 
     def _files(self) -> list[epath.Path]:
-        # As transformers looks for them: an index may be left from a model before.
+        # In the order of transformers: an index may be left over from an earlier model.
         single = self.path / "model.safetensors"
         if single.exists():
             return [single]
@@ -71,7 +71,7 @@ class SafetensorsSource:
             raise ValueError(f"{path}: unreadable safetensors header ({text})") from None
         if not isinstance(header, dict):
             raise ValueError(f"{path}: header: expected an object, got {type(header).__name__}")
-        # Texts, no tensor.
+        # Text, not a tensor.
         header.pop("__metadata__", None)
         spans = []
         for name, entry in header.items():
@@ -95,9 +95,9 @@ class SafetensorsSource:
         return self._tensors[name][2]
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
-        """A tensor, or a range of its first axis, a piece at a time in `dtype`, or the file's own.
+        """A tensor, or a range of its first axis, in pieces of `dtype` or of the file's own type.
 
-        What has scales of blocks, as DeepSeek stores float8, is multiplied by them in float32.
+        Tensors with scales of blocks, as DeepSeek stores float8, are multiplied by them in float32.
         """
         if name + _SCALE not in self._tensors:
             return self._stored(name, rows, dtype)
@@ -136,7 +136,7 @@ class SafetensorsSource:
 
 
 def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape and span of a tensor as a header states them."""
+    """Type, shape and span of a tensor as stated in the header."""
     field = f"tensor {name!r}"
     if not isinstance(entry, dict):
         raise ValueError(f"{field}: expected dtype, shape and data_offsets")

@@ -15,7 +15,7 @@ from etils import epath
 from logitjax.storage._files import is_remote
 from logitjax.storage._progress import progress
 
-# One record a group is what random access wants; no read-ahead for the same reason.
+# One record per group is best for random access, as is no read-ahead.
 _WRITER_OPTIONS = "group_size:1"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -24,14 +24,14 @@ Shard = dict[str, Any]
 
 @contextlib.contextmanager
 def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[bytes], None], Shard]]:
-    """`(write, shard)`: a file that appears under its name when the body has ended well.
+    """Yields `(write, shard)`: a file that gets its name when the body has ended without error.
 
-    `shard` then has its name, rows and bytes. array_record itself writes to local disks only.
+    `shard` then has its name, rows and bytes. array_record itself writes only to local disks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     near = None if is_remote(directory) else os.fspath(directory)
     prefix = f".unfinished-{name}-"
-    # A killed run left them; one process at a time writes a shard, so they are nobody's work.
+    # Left by a killed run; only one process at a time writes a shard, so they are unused.
     for leftover in directory.glob(f"{prefix}*") if near else ():
         leftover.rmtree()
     with tempfile.TemporaryDirectory(dir=near, prefix=prefix) as scratch:
@@ -59,15 +59,15 @@ def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[byt
 def write_shards(
     directory: epath.Path, records: Iterable[bytes], rows_per_shard: int, name: str = "rows-{:05d}"
 ) -> list[Shard]:
-    """Writes a stream of records as numbered shards, each there only when it is complete.
+    """Write a stream of records as numbered shards, each complete or absent.
 
     Args:
-        directory: Where the shards go; made if needed.
-        records: The records; an error of theirs leaves the shards before the one at hand.
-        name: Of a shard, with a place for its number.
+        directory: Folder of the shards; created if necessary.
+        records: The records; an error in them keeps the shards before the current one.
+        name: Name of a shard, with a placeholder for its number.
 
     Returns:
-        Of each shard its file's name, rows and bytes, for a manifest.
+        For each shard its file's name, rows and bytes, for a manifest.
     """
     shards: list[Shard] = []
     records = iter(records)
@@ -80,11 +80,11 @@ def write_shards(
 
 
 class ShardReader:
-    """Random access over shards, checked against the sizes that `write_shards` returned.
+    """Random access to shards, checked against the sizes that `write_shards` returned.
 
     Raises:
         FileNotFoundError: A shard is missing.
-        ValueError: A shard has another size; on reading, one that is damaged inside.
+        ValueError: A shard has another size or, on reading, is damaged inside.
     """
 
     def __init__(self, directory: epath.Path, shards: Sequence[Shard]):
@@ -101,14 +101,14 @@ class ShardReader:
             if size != shard["bytes"]:
                 raise ValueError(
                     f"shard {path} is damaged: {size} bytes instead of {shard['bytes']}; delete "
-                    f"{directory} and let it be made again"
+                    f"{directory} to create it again"
                 )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
-        """The records of these numbers, counted over all shards."""
+        """Return the records of these numbers, counted over all shards."""
         return [self._read(int(index)) for index in indices]
 
     def _read(self, index: int) -> bytes:
@@ -116,7 +116,7 @@ class ShardReader:
             raise IndexError(f"row {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
         offset = index - (self._ends[shard] - self._rows[shard])
-        # The reader is not made for several threads.
+        # The reader is not thread-safe.
         with self._lock:
             try:
                 return self._reader(shard).read([offset])[0]

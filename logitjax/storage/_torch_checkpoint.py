@@ -1,4 +1,4 @@
-"""Reading torch checkpoints, legacy ones too, without torch and without running their code."""
+"""Reading torch checkpoints, also legacy ones, without torch and without running their code."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ _STORAGES = {
 # From torch.serialization.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-# Tensors that share a storage are copied out of it: this often, beyond the storages themselves.
+# Tensors that share a storage are copied out of it, up to this factor of the storages.
 _SHARED = 4
 
 
@@ -38,7 +38,7 @@ class _StorageType:
 
 @dataclasses.dataclass(eq=False)
 class _Storage:
-    """Numbers a tensor looks into; those of a legacy file arrive after the tensors do."""
+    """Numbers that a tensor views; in a legacy file they come after the tensors."""
 
     dtype: np.dtype
     count: int
@@ -46,7 +46,7 @@ class _Storage:
 
 
 class _Tensor:
-    """A view of a storage, made an array once the storage is there."""
+    """A view of a storage, converted to an array once the storage is read."""
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *unused: Any):
         # requires_grad, hooks, metadata.
@@ -66,7 +66,7 @@ class _Tensor:
         values = self.storage.values
         if values is None:
             raise ValueError("a tensor whose numbers are not in the file")
-        # Strided views are not checked by numpy: one beyond the storage would read foreign memory.
+        # numpy does not check strided views: one beyond the storage would read foreign memory.
         ends = [(n - 1) * s for n, s in zip(self.size, self.stride)]
         wrong = len(self.size) != len(self.stride)
         empty = 0 in self.size
@@ -93,7 +93,7 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *unused: tensor),
     ("torch", "Size"): StandIn(lambda values=(): tuple(values)),
     ("argparse", "Namespace"): StandIn(lambda: Attributes()),
-    # TorchScript says of lists what they hold.
+    # TorchScript annotates lists with their element type.
     **{
         ("torch.jit._pickle", f"build_{kind}list"): StandIn(lambda values=(): list(values))
         for kind in ("int", "double", "bool", "tensor")
@@ -115,7 +115,7 @@ def _new_storage(pid: Any, storages: dict[str, _Storage]) -> _Storage:
     kind, key, count = pid[1], str(pid[2])[:80], guard.whole(pid[4], "a storage's size")
     if not isinstance(kind, _StorageType):
         raise ValueError("a storage of unknown type")
-    # Tensors that share a storage name it by one key.
+    # Tensors that share a storage refer to it by the same key.
     if key not in storages:
         storages[key] = _Storage(kind.dtype, count)
     return storages[key]
@@ -179,13 +179,13 @@ def _read_legacy(file: guard.Reader) -> Any:
             raise ValueError(f"{field} is truncated")
         storage.values = file.array(storage.dtype, storage.count, field)
     if file.left:
-        raise ValueError("it goes on after its last storage")
+        raise ValueError("it continues after its last storage")
     return result
 
 
 def _arrays(content: Any) -> Any:
-    """Tensors as arrays, the same one for a tensor that comes twice."""
-    made: dict[Any, np.ndarray] = {}
+    """Tensors as arrays, one object for a tensor that occurs twice."""
+    arrays: dict[Any, np.ndarray] = {}
     owners: set[int] = set()
     storages: dict[int, int] = {}
     copied = 0
@@ -194,9 +194,9 @@ def _arrays(content: Any) -> Any:
         nonlocal copied
         if not isinstance(value, _Tensor):
             return value
-        if value.key not in made:
+        if value.key not in arrays:
             view = value.array()
-            # The first that fills its storage is that memory; what shares it is a copy.
+            # The first tensor that fills its storage uses that memory; others are copies.
             first = view.size == value.storage.count and id(value.storage) not in owners
             storages[id(value.storage)] = value.storage.count * view.itemsize
             owners.add(id(value.storage))
@@ -205,22 +205,22 @@ def _arrays(content: Any) -> Any:
                 most = guard.LIMITS.free_expansion + _SHARED * sum(storages.values())
                 if copied > most:
                     raise ValueError(f"tensors repeat their storages more than {most} bytes long")
-            made[value.key] = view if first else np.array(view)
-        return made[value.key]
+            arrays[value.key] = view if first else np.array(view)
+        return arrays[value.key]
 
     return plain(content, leaf)
 
 
 def read_torch_checkpoint(path: epath.PathLike) -> Any:
-    """Read a ``.pth`` file: numpy arrays, plain Python values and what `_ALLOWED` names.
+    """Read a ``.pth`` file: numpy arrays, plain Python values and the types in `_ALLOWED`.
 
-    The older form has no checksums: a number or a name that was changed comes back changed.
+    The older form has no checksums: a corrupted number or name is returned as it is.
     """
     path = epath.Path(path)
     with guard.naming(path, "a torch checkpoint"):
         guard.plain_file(path)
         with path.open("rb") as file:
-            # Zip archives begin so.
+            # Zip archives start with this.
             zipped = file.read(2) == b"PK"
             file.seek(0)
             return _arrays(_read_zip(file) if zipped else _read_legacy(guard.Reader(file)))
@@ -235,10 +235,10 @@ def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The named arrays of a ``.safetensors`` or torch checkpoint file.
+    """Read the named arrays of a ``.safetensors`` or torch checkpoint file.
 
-    They may lie under ``state_dict``, ``model``, ``net`` or ``params``; data-parallel training's
-    prefix ``module.`` is taken off. Of a TorchScript archive the code is not read.
+    They may be under ``state_dict``, ``model``, ``net`` or ``params``; data-parallel training's
+    prefix ``module.`` is removed. The code of a TorchScript archive is not read.
 
     Raises:
         ValueError: the file is damaged, refused, or holds no named arrays.

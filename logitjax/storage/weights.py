@@ -1,4 +1,4 @@
-"""Readers of weights in the formats people have, none of which runs code from the file."""
+"""Readers of weights in common formats; none runs code from the file."""
 
 from logitjax.storage._numpy_files import read_npy as read_npy
 from logitjax.storage._numpy_files import read_npz as read_npz

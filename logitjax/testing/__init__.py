@@ -1,7 +1,7 @@
-"""Checks for additions to the library: one call tests all promises of a loss, term or method.
+"""Checks for additions to the library: one call tests all properties of a loss, term or method.
 
-A check raises an `AssertionError` of one line, which says the property, the argument and the
-numbers. It needs no test framework.
+A check raises an `AssertionError` of one line with the property, the argument and the numbers. It
+needs no test framework.
 """
 
 from logitjax.testing._family import check_family as check_family

@@ -1,4 +1,4 @@
-"""Promises of a family of decoders: files that come back the same, and steps equal to wholes."""
+"""Checks of a family of decoders: exports load unchanged, and steps equal whole sequences."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from logitjax import models
 from logitjax.storage import require
 from logitjax.testing._properties import attempt, equal, fail, selected
 
-# Of these a GGUF file says less than a config.json, or in another form.
+# Fields of which a GGUF file says less than a config.json, or in another form.
 _UNSAID = ("windows", "query_scale", "rope_scaling", "rope_local_theta", "segment_boundaries")
-# By cost, the files first: what fails there makes logits meaningless.
+# Files first, because their failures make logits meaningless; then by cost.
 _PROPERTIES = ("export", "head_dim", "steps", "segments", "gguf")
 # Padding before two texts that share a row.
 _PADDING = 3
@@ -33,30 +33,31 @@ def check_family(
     skip: Collection[str] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """Checks that models of a family leave and come back the same, and compute one thing.
+    """Check that models of a family are exported and loaded unchanged, and compute consistently.
 
-    The properties, by the names that `skip` takes:
+    Properties, by the names that `skip` takes:
 
     - `export`: An exported model loads with the same configuration and the same parameters.
-    - `head_dim`: A width of heads that the sizes do not give is exported as `free_head_dim` says.
+    - `head_dim`: A head width that does not follow from the sizes is exported as `free_head_dim`
+      says.
     - `steps`: Steps through a cache give the logits of the whole sequence.
-    - `segments`: Texts that share a row, with padding, give the logits that they give alone.
-    - `gguf`: A GGUF file of the model loads with the same parameters and, as far as metadata say
-      it, the same configuration; its names are those of the `gguf` package for the architecture.
+    - `segments`: Texts that share a row, with padding, give the same logits as alone.
+    - `gguf`: A GGUF file of the model loads with the same parameters and, as far as metadata go,
+      the same configuration; its names are those of the `gguf` package for the architecture.
 
-    One program is compiled. longrope turns by the length so far, so that `steps` and `segments`
-    hold within the original length: they are left out where the tokens are more.
+    One program is compiled. With longrope rotations depend on the length so far, so `steps` and
+    `segments` only hold within the original length and are skipped for more tokens.
 
     Args:
-        family: The value, which becomes known by `models.register_family`.
-        config: A config.json of a small model, which gets random weights; or a checkpoint's
-            directory, such as one that another program wrote.
-        tokens: `[2, time]`, at least 12 each; random ones when omitted.
-        skip: Properties that are not checked.
+        family: The family, which `models.register_family` registers.
+        config: A config.json of a small model, which gets random weights; or the directory of a
+            checkpoint, for example from another program.
+        tokens: `[2, time]`, at least 12 each; random by default.
+        skip: Properties to skip.
         seed: Seed of weights and tokens.
 
     Returns:
-        The logits `[2, time, vocab]`, for comparison with another program's.
+        Logits `[2, time, vocab]`, for comparison with another program.
 
     Raises:
         AssertionError: The first property that does not hold, in one line.
@@ -73,7 +74,7 @@ def check_family(
         model = random_decoder(attempt("config", models.config_from_hf, entries), rng)
     else:
         graphdef, state = nnx.split(attempt("config", models.load_model, os.fspath(config)))
-        # On the host no slice of it is a program.
+        # On the host, where slices need no programs.
         model = nnx.merge(graphdef, jax.device_get(nnx.to_pure_dict(state)))
     if tokens is None:
         tokens = rng.integers(model.config.vocab_size, size=(2, 16), dtype=np.int32)
@@ -90,7 +91,7 @@ def check_family(
             write_gguf(model, directory / "model.gguf")
             again = attempt("gguf", models.load_model, str(directory / "model.gguf"))
             _same_config("gguf", again, model, _UNSAID)
-            # 1 + w - 1 in float32 is not quite w.
+            # 1 + w - 1 in float32 is not exactly w.
             _same_params("gguf", again, model, atol=1e-6)
             _check_names(family, model)
     logits, stepped, packed = map(np.asarray, _forward(*nnx.split(model), tokens))
@@ -110,12 +111,12 @@ def check_family(
 
 
 def random_decoder(config: models.DecoderConfig, rng: np.random.Generator) -> models.Decoder:
-    """A decoder whose weights all differ, norms and biases too; made without a program."""
+    """Make a decoder whose weights all differ, norms and biases too, without a program."""
     make = lambda: models.Decoder(config, rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(make))
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
-        # Small, so that softmaxes of a few layers stay far from one-hot.
+        # Small, so that softmaxes remain far from one-hot.
         values = rng.normal(size=leaf.shape) * 0.12
         scale = "scale" in jax.tree_util.keystr(path)
         return (values + (1.0 - config.norm_offset) * scale).astype(leaf.dtype)
@@ -125,11 +126,10 @@ def random_decoder(config: models.DecoderConfig, rng: np.random.Generator) -> mo
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(graphdef: Any, state: Any, tokens: Any) -> tuple[Any, Any, Any]:
-    """Logits of whole sequences, of the same in steps, and of their halves in one row."""
+    """Logits of whole sequences, of the same sequences in steps, and of their halves in one row."""
     model = nnx.merge(graphdef, state)
     count, half = tokens.shape[1], tokens.shape[1] // 2
-    # A prompt in two pieces, then single steps.
-    # Some slots stay empty.
+    # A prompt in two pieces, then single steps; some slots remain empty.
     cache, pieces = model.init_cache(2, count + 12), []
     for piece in (tokens[:, : half - 2], tokens[:, half - 2 : half]):
         hidden, cache = model.hidden_states(piece, cache=cache)
@@ -152,23 +152,23 @@ def _same_config(
     name: str, model: models.Decoder, expected: models.Decoder, unsaid: Collection[str] = ()
 ) -> None:
     for field in dataclasses.fields(expected.config):
-        ours, other = (getattr(m.config, field.name) for m in (model, expected))
-        if isinstance(other, float) and isinstance(ours, float) and unsaid:
-            # All that metadata hold.
-            ours, other = np.float32(ours), np.float32(other)
-        if field.name not in unsaid and ours != other:
-            fail(name, field.name, f"expected {other!r}, got {ours!r}")
+        value, other = (getattr(m.config, field.name) for m in (model, expected))
+        if isinstance(other, float) and isinstance(value, float) and unsaid:
+            # Metadata hold float32 only.
+            value, other = np.float32(value), np.float32(other)
+        if field.name not in unsaid and value != other:
+            fail(name, field.name, f"expected {other!r}, got {value!r}")
 
 
 def _same_params(
     name: str, model: models.Decoder, expected: models.Decoder, *, atol: float
 ) -> None:
-    # By layer: segments follow the windows, of which a file may say less.
-    for (layer, ours), (_, other) in zip(_modules(model), _modules(expected), strict=True):
+    # By layer, because segments depend on windows, of which a file may say less.
+    for (layer, arrays), (_, other) in zip(_modules(model), _modules(expected), strict=True):
         for module, leaves in other.items():
             for leaf, values in leaves.items():
                 subject = f"{module}.{leaf}" + ("" if layer is None else f" of layer {layer}")
-                got = ours.get(module, {}).get(leaf, np.zeros(()))
+                got = arrays.get(module, {}).get(leaf, np.zeros(()))
                 equal(name, subject, got, values, rtol=0.0, atol=atol)
 
 
@@ -187,7 +187,7 @@ def _check_head_dim(model: models.Decoder, directory: epath.Path) -> None:
 
 
 def _modules(model: models.Decoder) -> Iterator[tuple[int | None, dict[str, dict[str, Any]]]]:
-    """Outside of the layers and of each layer, its arrays by module and leaf."""
+    """Yield arrays by module and leaf, first those outside layers, then those of each layer."""
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     trees = [{k: v for k, v in params.items() if k != "segments"}]
     for spec, segment in zip(model.config.segments, params["segments"].values(), strict=True):
@@ -205,7 +205,7 @@ def _modules(model: models.Decoder) -> Iterator[tuple[int | None, dict[str, dict
 
 
 def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
-    """A GGUF file with the metadata and tensors that llama.cpp's converter writes."""
+    """Write a GGUF file with the metadata and tensors of llama.cpp's converter."""
     config, family = model.config, model.config.traits
     architecture = str(family.gguf).partition("+")[0]
     writer = require("gguf", extra="models").GGUFWriter(os.fspath(path), architecture)
@@ -254,14 +254,14 @@ def write_gguf(model: models.Decoder, path: os.PathLike) -> None:
 
 
 def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.ndarray) -> np.ndarray:
-    """An array as llama.cpp's converter stores it."""
+    """Convert an array to the form that llama.cpp's converter stores."""
     values = values.swapaxes(-1, -2) if leaf == "kernel" else values
     if leaf == "scale":
         # Gemma's files hold 1 + w.
         values = values + np.float32(config.norm_offset)
     heads = {"attention.query": config.num_heads, "attention.key": config.num_kv_heads}
     if config.traits.gguf_interleaved and module in heads:
-        # llama.cpp turns pairs of neighbours, Hugging Face a half against the other.
+        # llama.cpp rotates pairs of neighbours, Hugging Face pairs across halves.
         rows = values.reshape(heads[module], -1, *values.shape[1:]).copy()
         turned = rows[:, : config.rope_dim]
         halves = turned.reshape(len(rows), 2, -1, *values.shape[1:])
@@ -271,7 +271,7 @@ def _stored(config: models.DecoderConfig, module: str, leaf: str, values: np.nda
 
 
 def _check_names(family: models.Family, model: models.Decoder) -> None:
-    """By the names of the `gguf` package, where it knows the architecture."""
+    """Compare names with the `gguf` package, if it has the architecture."""
     gguf = require("gguf", extra="models")
     architecture = str(family.gguf).partition("+")[0]
     kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]

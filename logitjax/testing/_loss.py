@@ -1,4 +1,4 @@
-"""Promises of a loss: the same numbers under every transformation, and none where none counts."""
+"""Checks of a loss: equal numbers under every transformation, no effect of masked positions."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ from logitjax.testing._properties import (
     selected,
 )
 
-# Columns of logits that do not exist.
+# Padded columns of logits.
 _PADDING = 3
-# Of finite differences: short, so that it crosses few kinks.
+# Step of finite differences: short, so that it crosses few kinks.
 _STEP = 2.0**-10
 
 
@@ -42,37 +42,37 @@ def check_loss(
     skip: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Checks what a loss on logits, or on hidden states and a head, promises its callers.
+    """Check the properties of a loss on logits, or on hidden states and a head.
 
     The properties, by the names that `skip` takes:
 
-    - `shape`: The result is one float32 array `[*batch]`: unreduced, the vocabulary's axis gone.
-    - `jit`: Compiled it gives what it gives operation by operation.
-    - `bfloat16`: Of inputs in bfloat16 it gives the float32 result of the same numbers.
+    - `shape`: The result is one float32 array `[*batch]`: unreduced, without the vocabulary's axis.
+    - `jit`: Compiled, it gives the same as operation by operation.
+    - `bfloat16`: For bfloat16 inputs it gives the float32 result of the same numbers.
     - `padding`: Columns of logits at -inf change no value and no gradient.
-    - `vmap`: Mapped over a new axis it gives what it gives one by one.
-    - `nan`: A nan in an input is seen in the value.
-    - `infinity`: So is an infinity in an input.
-    - `labels`: Under `jit` a label outside of the vocabulary gives nan.
-    - `where`: What the mask leaves out changes no value and no gradient, be it nan or infinite.
-    - `rows`: A position sees no other one, and a nan under a cotangent of zero does not reach the
+    - `vmap`: Mapped over a new axis, it gives the same as one by one.
+    - `nan`: A nan in an input shows in the value.
+    - `infinity`: So does an infinity in an input.
+    - `labels`: Under `jit`, a label outside the vocabulary gives nan.
+    - `where`: Masked positions change no value and no gradient, even if nan or infinite.
+    - `rows`: Positions are independent, and a nan under a cotangent of zero does not reach the
       gradient of a shared array.
     - `cotangent`: The gradient is linear in the cotangent.
     - `differences`: The gradient is that of finite differences.
-    - `mesh`, `explicit`, `shard_map`: With the batch split over devices (axes that are Auto,
-      axes that are Explicit, inside `shard_map`) it gives what it gives on one.
+    - `mesh`, `explicit`, `shard_map`: With the batch split over devices (Auto axes, Explicit axes,
+      inside `shard_map`) it gives the same as on one.
 
-    The function is compiled four times. Small arrays do: four rows, seven tokens.
+    The function is compiled four times. Small arrays are enough: four rows, seven tokens.
 
     Args:
         fn: Takes the arrays by name and returns the unreduced loss.
-        arrays: Valid arguments. Floats are rounded to what bfloat16 can hold.
-        logits: Arrays whose last axis is a vocabulary, in which an entry at -inf does not exist.
-        labels: Arrays of integers, and how many values each may take.
-        where: The mask of positions, boolean or weights, if the function takes one.
+        arrays: Valid arguments. Floats are rounded to bfloat16.
+        logits: Arrays whose last axis is a vocabulary, in which -inf marks invalid entries.
+        labels: Arrays of integers, and the number of values that each may take.
+        where: Name of the mask of positions, boolean or weights, if the function takes one.
         shared: Arrays without a batch axis, such as a head. All others begin with it.
         constant: Arrays that get no gradient, such as a teacher's.
-        skip: Properties that the loss does not promise.
+        skip: Properties that the loss is not required to have.
         seed: Seed of cotangents and directions.
 
     Raises:
@@ -93,7 +93,7 @@ def check_loss(
     unknown = [name for name in names if name is not None and name not in arrays]
     if unknown:
         raise ValueError(f"arrays: expected {unknown[0]} among them, got {', '.join(arrays)}")
-    # What fails first explains what would fail behind it.
+    # The first failure explains later ones.
     every = [name.removeprefix("check_") for name in vars(_Loss) if name.startswith("check_")]
     loss = _Loss(
         properties=selected(every, skip),
@@ -124,7 +124,7 @@ class _Loss:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of the result, which is traced here for the first time."""
+        """Shape of the result, which is traced here for the first time."""
         result = attempt("jit", lambda: jax.eval_shape(lambda x: self.fn(**x), dict(self.arrays)))
         if not hasattr(result, "shape"):
             fail("shape", "result", f"expected one array, got {type(result).__name__}")
@@ -147,7 +147,7 @@ class _Loss:
         )
         return value, pull(cotangent.astype(value.dtype))[0]
 
-    # One program holds all that runs on one device.
+    # A single program for everything that runs on one device.
     @cached_property
     def program(self) -> Callable[..., Any]:
         views = {"jit": lambda *x: x, "bfloat16": self.halved, "padding": self.padded}
@@ -172,7 +172,7 @@ class _Loss:
         return jax.jit(run)
 
     def run(self, changes: Arrays, cotangent: Any = None, view: str = "jit") -> Any:
-        """Value and gradients with some arrays changed."""
+        """Compute value and gradients with some arrays changed."""
         cotangent = self.cotangent if cotangent is None else cotangent
         return jax.device_get(self.program({**self.arrays, **changes}, cotangent)[view])
 
@@ -185,7 +185,7 @@ class _Loss:
         return cast, cotangent
 
     def padded(self, arrays: Any, cotangent: Any) -> Any:
-        """With columns of logits that do not exist."""
+        """Evaluate with padded columns of logits."""
 
         def pad(x: Any) -> Any:
             widths = ((0, 0),) * (x.ndim - 1) + ((0, _PADDING),)
@@ -196,7 +196,7 @@ class _Loss:
     def compare(self, name: str, result: Any, expected: Any, **tolerance: float) -> None:
         equal(name, "value", result[0], expected[0], **tolerance)
         for array, gradient in expected[1].items():
-            # Rounding of a sum is that of its largest terms.
+            # A sum is rounded like its largest terms.
             scale = float(np.abs(gradient).max(initial=0.0, where=np.isfinite(gradient)))
             entries = {"atol": 1e-5 + 1e-5 * scale, **tolerance}
             equal(name, f"gradient of {array}", result[1][array], gradient, **entries)
@@ -219,7 +219,7 @@ class _Loss:
         equal("bfloat16", "value", value, self.expected[0], rtol=1e-3, atol=1e-3)
         for name, gradient in gradients.items():
             expected = self.expected[1][name]
-            # bfloat16 has eight bits: an entry is as exact as the largest of its sum.
+            # bfloat16 has eight bits: an entry is as accurate as the largest term of its sum.
             scale = float(np.abs(expected).max(initial=0.0))
             equal(
                 "bfloat16", f"gradient of {name}", gradient, expected, rtol=0.02, atol=0.02 * scale
@@ -229,9 +229,9 @@ class _Loss:
         value, gradients = self.run({}, view="padding")
         entries = {n: g[..., :-_PADDING] if n in self.logits else g for n, g in gradients.items()}
         self.compare("padding", (value, entries), self.expected)
-        # The label itself at -inf is an infinite loss, as it should be; another entry is not.
-        taken = {int(self.arrays[name].flat[0]) for name in self.labels}
-        other = next(token for token in range(len(taken) + 1) if token not in taken)
+        # The label at -inf correctly gives an infinite loss; another entry does not.
+        labels = {int(self.arrays[name].flat[0]) for name in self.labels}
+        other = next(token for token in range(len(labels) + 1) if token not in labels)
         for name in self.logits:
             beyond = gradients[name][..., -_PADDING:]
             equal("padding", f"gradient of {name} at -inf", beyond, np.zeros_like(beyond), atol=0.0)
@@ -247,7 +247,7 @@ class _Loss:
             self.compare("vmap", mapped, single)
 
     def changed(self, name: str, number: float, entry: int = 0) -> Any:
-        """The value with another number in the first row."""
+        """Compute the value with another number in the first row."""
         changed = self.arrays[name].copy()
         changed.flat[entry] = number
         return self.run({name: changed})[0]
@@ -259,7 +259,7 @@ class _Loss:
 
     def check_infinity(self) -> None:
         for name in self.floats:
-            # -inf is an entry that does not exist, which is fine.
+            # -inf is valid: it marks a missing entry.
             for number in (np.inf,) if name in self.logits else (np.inf, -np.inf):
                 value = self.changed(name, number)
                 if np.isfinite(value).all():
@@ -267,27 +267,27 @@ class _Loss:
 
     def check_labels(self) -> None:
         for name, count in self.labels.items():
-            # Just beyond both ends, and what int32 arithmetic would wrap.
+            # Just beyond both ends, and numbers that would wrap in int32 arithmetic.
             for number in (count, 2**31 - 1, -1, -(2**31)):
                 value = self.changed(name, number).flat[0]
                 if not np.isnan(value):
                     fail("labels", name, f"expected nan for {number} of {count}, got {value:.6g}")
 
     def spoilt(self, where: np.ndarray, number: float) -> dict[str, np.ndarray]:
-        """All arrays that have these positions, with a number there, or a label that is none."""
+        """Replace these positions of all arrays by a number, or by an invalid label."""
         changes = {}
         for name, x in self.arrays.items():
             fits = x.shape[: where.ndim] == where.shape
             spoils = name in self.floats or name in self.labels
             if fits and spoils and name not in (self.where, *self.shared):
                 changes[name] = x.copy()
-                # -100 is what torch ignores.
+                # torch ignores -100.
                 wrong = -100 if number < 0 else 10**6
                 changes[name][where] = number if name in self.floats else wrong
         return changes
 
     def check_where(self) -> None:
-        # Without a mask of its own the loss is the caller's to mask.
+        # Without such an argument the caller masks the loss.
         if self.where is None:
             return
         mask = self.arrays[self.where]
@@ -295,7 +295,7 @@ class _Loss:
         if silent.all() or not silent.any():
             raise ValueError(f"{self.where}: expected positions that count and some that do not")
         value, gradients = self.expected
-        # What a weight of zero would do more is no matter of what it hides.
+        # The gradient of the weights themselves is not compared.
         kept = value, {name: g for name, g in gradients.items() if name != self.where}
         for number in (np.nan, np.inf, -np.inf):
             self.compare("where", self.run(self.spoilt(silent, number)), kept)
@@ -324,7 +324,7 @@ class _Loss:
     def check_cotangent(self) -> None:
         other = self.rng.normal(size=self.shape).astype(np.float32)
         _, second = self.run({}, other)
-        # a pullback is linear.
+        # A pullback is linear.
         _, both = self.run({}, self.cotangent - 2 * other)
         entries = {name: g - 2 * second[name] for name, g in self.expected[1].items()}
         self.compare("cotangent", (0.0, both), (0.0, entries), rtol=1e-3)
@@ -336,16 +336,16 @@ class _Loss:
             if name in self.constant:
                 equal("differences", of, gradient, np.zeros_like(gradient), atol=0.0)
                 continue
-            # Of the value's rounding, and of what a step of this length bends.
+            # Error of the value's rounding, and of curvature over the step.
             size = float(np.abs(self.expected[0] * self.cotangent).sum())
             norm = float(np.sqrt(np.square(gradient).sum()))
             bound = 1e-3 + 0.01 * norm + 4 * size * 2.0**-23 / _STEP
             wrong = self.wrong_slopes(name, gradient, bound, self.in_float32(name))
             if len(wrong) > 1:
-                # Steps in float64 are too short for the kinks of sorted and of rare numbers.
+                # Steps in float64 are too short to cross kinks of sorted and of rare numbers.
                 with jax.enable_x64(True):
                     wrong = self.wrong_slopes(name, gradient, bound, self.in_float64(name), 1e-6)
-            # One direction may cross a kink, at which there is no derivative.
+            # One direction may cross a kink, which has no derivative.
             if len(wrong) > 1:
                 got, expected = wrong[0]
                 fail("differences", of, f"expected a slope of {expected:.6g}, got {got:.6g}")
@@ -353,9 +353,9 @@ class _Loss:
     def wrong_slopes(
         self, name: str, gradient: Any, bound: float, value: Callable[..., Any], step: float = _STEP
     ) -> list[tuple[float, float]]:
-        """Along random directions: by the gradient, and by values, where they differ."""
+        """Slopes along random directions by gradient and by values, where they differ."""
         x, pairs = self.arrays[name], []
-        # a kink spoils one of them at most.
+        # A kink spoils at most one of them.
         for _ in range(3):
             along = self.rng.normal(size=x.shape)
             up, down = (np.asarray(value(x + s * along), np.float64) for s in (step, -step))
@@ -393,5 +393,5 @@ class _Loss:
 
 
 def _reversed(x: Any) -> Any:
-    """The rows from the last to the first; a number is one for all."""
+    """Reverse the rows; a scalar remains."""
     return x[::-1] if x.ndim else x

@@ -1,4 +1,4 @@
-"""Promises of a method of unlearning: a loss that trains weights or adapters of any decoder."""
+"""Checks of an unlearning method: a loss that trains weights or adapters of any decoder."""
 
 import dataclasses
 import functools
@@ -23,36 +23,36 @@ _PROPERTIES = (
 )
 # fmt: on
 _ROWS, _LENGTH, _VOCAB = 4, 8, 16
-# Of finite differences: of entries that are 0.1 or so.
+# Step of finite differences, for entries of about 0.1.
 _STEP = 2.0**-9
 
 
 def check_method(method: Method, *, skip: Collection[str] = (), seed: int = 0) -> None:
-    """Checks what a method of unlearning promises, on a decoder of two layers with random weights.
+    """Check the properties of an unlearning method, on a random decoder of two layers.
 
     The properties, by the names that `skip` takes:
 
-    - `value`: The method is a frozen dataclass, hashable, equal to its copy, and its repr is text
-      that flags read.
-    - `needs`: Where a side that it declares or the model before is missing, the error names the
-      method. What it reads beyond is an error, too.
+    - `value`: The method is a frozen dataclass, hashable, equal to its copy, and flags can parse
+      its repr.
+    - `needs`: If a declared side or the model before is missing, the error names the method.
+      Reading anything else is an error, too.
     - `loss`: One finite float32 number, with finite means and a finite gradient that is not 0.
-    - `differences`: The gradient is that of finite differences. Skip it where a weight or a target
-      counts as a constant for the gradient.
-    - `masks`: Tokens after an answer change nothing, nor do those of rows without one.
-    - `counts`: The head at no more positions than there are gives the same loss.
-    - `adapters`: Adapters that change nothing yet give the loss of the weights themselves.
-    - `before`: The model before gets no gradient.
-    - `state`: Arrays of the method's own get a gradient beside the weights.
-    - `mesh`: A batch that is split over devices gives the same loss and gradient.
+    - `differences`: The gradient is that of finite differences. Skip it if the gradient treats a
+      weight or a target as a constant.
+    - `masks`: Tokens after an answer change nothing, nor do rows without an answer.
+    - `counts`: The loss is the same if the head is evaluated only at positions that count.
+    - `adapters`: Adapters that do not change the model give the loss of the weights themselves.
+    - `before`: The model before unlearning gets no gradient.
+    - `state`: The method's own arrays get a gradient like the weights.
+    - `mesh`: A batch split over devices gives the same loss and gradient.
 
-    One program is compiled, and another for `mesh` where there are several devices. Of an assistant
-    the adapters are checked, and neither `adapters` nor `before`.
+    One program is compiled, and another for `mesh` if there are several devices. For an assistant
+    its adapters are checked, but not `adapters` and `before`.
 
     Args:
-        method: The method, which is `prepared` with a likelihood loss of 1.
-        skip: Properties that the method does not promise.
-        seed: Seed of weights, tokens and of what the method draws.
+        method: The method, to be `prepared` with a likelihood loss of 1.
+        skip: Properties that the method is not required to have.
+        seed: Seed of weights, tokens and the method's random numbers.
 
     Raises:
         AssertionError: The first property that does not hold, in one line.
@@ -72,7 +72,7 @@ def check_method(method: Method, *, skip: Collection[str] = (), seed: int = 0) -
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Setting:
-    """A method with what it trains, the model before, and a batch of the sides that it declares."""
+    """A method, what it trains, the model before, and a batch with the declared sides."""
 
     method: Method
     properties: tuple[str, ...]
@@ -88,7 +88,7 @@ class _Setting:
         rng, key = np.random.default_rng(seed), jax.random.key(seed)
         sizes: Any = dict(vocab_size=_VOCAB, hidden_size=8, intermediate_size=8, num_layers=2)
         config = models.DecoderConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=4)
-        # The model that is trained, and the one before.
+        # The model to train, and the model before.
         pair = [models.with_layout(random_decoder(config, rng), "listed") for _ in range(2)]
         weights, before = (nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in pair)
         if method.assistant:
@@ -97,7 +97,7 @@ class _Setting:
             like = jax.eval_shape(lambda: _adapters(adapted, key))
             weights = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), like)
         places = np.arange(_LENGTH)
-        # The last row is padding; others end before it does, or have a prompt.
+        # The last row is padding; others end early or have a prompt.
         mask = (places >= np.array([[2], [3], [1], [8]])) & (
             places < np.array([[6], [8], [5], [8]])
         )
@@ -117,7 +117,7 @@ class _Setting:
         )
 
     def loss(self, name: str, trained: Any, batch: Any, before: Any, **options: Any) -> Any:
-        """The loss and its means, or a failure of this name."""
+        """Compute the loss and its means, or fail under this name."""
 
         def call() -> Any:
             loss_fn, _ = self.method.make_loss(self.model, key=self.key, **options)
@@ -128,7 +128,7 @@ class _Setting:
 
     @functools.cached_property
     def run(self) -> Any:
-        """Compiled: loss, means, gradients by what is trained and by the model before."""
+        """Compiled: loss, means, and gradients of trained arrays and of the model before."""
         counts = [{side: int(rows["mask"].sum()) for side, rows in self.batch.items()}]
 
         @jax.jit
@@ -187,13 +187,13 @@ class _Setting:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
                 fail("loss", subject, "expected finite numbers, got others")
         if not any(map(np.any, jax.tree.leaves(self.method.weights(gradient)))):
-            fail("loss", "gradient", "expected one of what is trained, got 0")
+            fail("loss", "gradient", "expected one for the trained arrays, got 0")
 
     def check_differences(self) -> None:
         weights = self.method.weights(self.trained)
         way = jax.tree.map(lambda x: self.rng.normal(size=x.shape).astype(np.float32), weights)
         ends = []
-        # central: its error falls with the square of the step.
+        # Central differences, whose error falls with the square of the step.
         for step in (_STEP, -_STEP):
             moved = jax.tree.map(lambda x, way, step=step: x + np.float32(step) * way, weights, way)
             ends.append(float(self.results(trained=self.method.start(moved))["loss"][0][0]))
@@ -206,7 +206,7 @@ class _Setting:
     def check_masks(self) -> None:
         for side, rows in self.batch.items():
             mask, tokens = rows["mask"], rows["tokens"]
-            # From here to the end no token is an answer's.
+            # No token from here to the end belongs to an answer.
             after = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 0
             other = (tokens + self.rng.integers(1, _VOCAB, mask.shape, np.int32)) % _VOCAB
             rows = {"tokens": np.where(after, other, tokens), "mask": mask}
@@ -218,7 +218,7 @@ class _Setting:
 
     def check_adapters(self) -> None:
         if not self.method.assistant:
-            # Beside adapters the weights themselves are the model before.
+            # With adapters, the weights themselves are the model before.
             results = self.results(before=self.method.weights(self.trained))
             equal("adapters", "loss", results["adapters"], results["loss"][0][0])
 
@@ -236,8 +236,8 @@ class _Setting:
     def check_mesh(self) -> None:
         mesh = batch_mesh(_ROWS, AxisType.Auto)
         if mesh.size > 1:
-            whole, rows = (NamedSharding(mesh, spec) for spec in (P(), P("data")))
-            split = jax.device_put((self.trained, self.before, self.batch), (whole, whole, rows))
+            full, rows = (NamedSharding(mesh, spec) for spec in (P(), P("data")))
+            split = jax.device_put((self.trained, self.before, self.batch), (full, full, rows))
             results = attempt("mesh", lambda: jax.device_get(self.run(*split)))
             self.same("mesh", "loss", results["loss"][0][0])
             gradients = (jax.tree.leaves(x["loss"][1][0]) for x in (results, self.whole))
@@ -249,5 +249,5 @@ class _Setting:
 
 
 def _adapters(model: models.Decoder, key: Any) -> models.Lora:
-    """Adapters that change nothing yet."""
+    """Adapters that do not change the model."""
     return models.Lora.init(model.config, 2, key=key, layout="listed")

@@ -1,4 +1,4 @@
-"""Comparisons and calls whose failure says the property, the argument and the numbers."""
+"""Comparisons and calls whose failures name the property, the argument and the numbers."""
 
 import dataclasses
 import math
@@ -18,18 +18,18 @@ Arrays = Mapping[str, Any]
 
 
 def fail(name: str, subject: str, message: str) -> NoReturn:
-    """Raises an `AssertionError` of one line."""
+    """Raise an `AssertionError` of one line."""
     raise AssertionError(f"{name}: {subject}: {' '.join(message.split())}")
 
 
 def equal(
     name: str, subject: str, result: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-5
 ) -> None:
-    """Fails at the first entry that is off; infinities and nans equal themselves."""
+    """Fail at the first entry that differs; infinities and nans equal themselves."""
     result, expected = (np.asarray(x, np.float64) for x in (result, expected))
     if result.shape != expected.shape:
         fail(name, subject, f"expected shape {expected.shape}, got {result.shape}")
-    # In float64 on the host: a comparison in float32 would round both sides alike.
+    # In float64 on the host, because float32 would round both sides alike.
     wrong = ~np.isclose(result, expected, rtol=rtol, atol=atol, equal_nan=True)
     if wrong.any():
         at = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()
@@ -38,7 +38,7 @@ def equal(
 
 
 def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls, and fails with what went wrong."""
+    """Call a function, and fail with the reason of any error."""
     try:
         return call(*arguments)
     except AssertionError:
@@ -49,7 +49,7 @@ def attempt(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...]:
-    """The properties that are left."""
+    """Return the properties that are not skipped."""
     unknown = sorted(set(skip) - set(properties))
     if unknown:
         raise ValueError(f"skip: expected some of {', '.join(properties)}, got {unknown[0]}")
@@ -57,14 +57,14 @@ def selected(properties: Sequence[str], skip: Collection[str]) -> tuple[str, ...
 
 
 def frozen_value(name: str, value: Any, base: type) -> None:
-    """Fails unless it is a frozen dataclass that flags can read of its repr."""
+    """Fail unless the value is a frozen dataclass whose repr flags can parse."""
     kind, subject = type(value), type(value).__name__
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         fail(name, subject, "expected a frozen dataclass, got another class")
     copy = dataclasses.replace(value)
     if (attempt(name, hash, copy), copy) != (hash(value), value):
         fail(name, subject, "expected to equal its copy, got another value")
-    # As a flag names it, whether or not its class can be imported.
+    # As in flags, whether or not its class can be imported.
     text = repr(value).replace(kind.__qualname__, subject, 1)
     names = Registry(kind=base.__name__, group="logitjax", members={subject: kind}, base=base)
     if attempt(name, names.parse, text) != value:
@@ -76,20 +76,20 @@ def is_float(x: Any) -> bool:
 
 
 def rounded(x: Any) -> np.ndarray:
-    """A copy on the host, floats in float32 rounded to what bfloat16 can hold."""
+    """Copy to the host, with floats in float32 rounded to bfloat16."""
     x = np.array(x)
     return x.astype(jnp.bfloat16).astype(np.float32) if is_float(x) else x
 
 
 def batch_mesh(size: int, kind: AxisType) -> Mesh:
-    """As many devices as divide a batch of this size, on an axis `data`."""
+    """Mesh with an axis `data`, of as many devices as divide a batch of this size."""
     devices = jax.devices()
     count = max(n for n in range(1, len(devices) + 1) if math.gcd(n, size) == n)
     return jax.make_mesh((count,), ("data",), (kind,), devices=devices[:count])
 
 
 def on_mesh(mesh: Mesh, arrays: Arrays, shared: Collection[str]) -> dict[str, jax.Array]:
-    """The arrays, all but the shared ones split along their first axis."""
+    """Split all but the shared arrays along their first axis."""
     return {
         name: jax.device_put(x, NamedSharding(mesh, P("data") if splits else P()))
         for name, x in arrays.items()

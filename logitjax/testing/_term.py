@@ -1,4 +1,4 @@
-"""Promises of a term of an objective: a loss that any trainer, mesh and batch can take apart."""
+"""Checks of a term of an objective: a loss that any trainer, mesh and batch can split."""
 
 import dataclasses
 import functools
@@ -32,11 +32,11 @@ from logitjax.testing._properties import (
     selected,
 )
 
-# Sizes are all unequal, so that a mixed-up axis cannot fit.
+# All sizes differ, so that a mixed-up axis cannot fit.
 _ROWS, _LENGTH, _WIDTH, _TEACHER_WIDTH, _VOCAB = 4, 3, 5, 6, 11
 _SHARED = ("head", "bias", "teacher_head", "teacher_bias")
 _OWN = ("value", "needs", "parts", "shards")
-# Of a loss what a term promises, too; its sum over a batch has no rows.
+# Properties of losses that terms share; the sum over a batch has no rows.
 _OF_LOSSES = ("jit", "bfloat16", "padding", "vmap", "where", "cotangent", "differences")
 _ON_MESHES = ("mesh", "explicit")
 
@@ -44,24 +44,23 @@ _ON_MESHES = ("mesh", "explicit")
 def check_term(
     term: Term, *, batch: Mapping[str, Any] | None = None, skip: Sequence[str] = (), seed: int = 0
 ) -> None:
-    """Checks what a term of `distillation.Objective` promises, alone and beside a live teacher.
+    """Check the properties of a term of `distillation.Objective`, alone or with a live teacher.
 
     The properties, by the names that `skip` takes:
 
-    - `value`: The term is a frozen dataclass, hashable, equal to its copy, and its repr is text
-      that flags read.
-    - `needs`: If a declared need is not met, the error names the term; what it reads beyond is an
-      error, too.
+    - `value`: The term is a frozen dataclass, hashable, equal to its copy, and flags can parse its
+      repr.
+    - `needs`: If a declared need is not met, the error names the term; other reads are errors too.
     - `jit`, `bfloat16`, `padding`, `vmap`, `where`, `cotangent`, `differences`, `mesh`, `explicit`:
-      As in `check_loss`, of the objective's sum, by hidden states, head, bias and arrays of the
-      term's own. Teachers get no gradient.
-    - `parts`: Sums over halves of a batch add up to that of the whole.
-    - `shards`: So do those of devices, inside `shard_map`.
+      As in `check_loss`, for the objective's sum as a function of hidden states, head, bias and the
+      term's own arrays. Teachers get no gradient.
+    - `parts`: Sums over halves of a batch add up to the sum over the batch.
+    - `shards`: So do sums of devices, inside `shard_map`.
 
     Args:
         term: The term.
         batch: Arrays `[4, 3]` of the columns that `Term.batch` names.
-        skip: Properties that the term does not promise.
+        skip: Properties that the term is not required to have.
         seed: Seed of the numbers.
 
     Raises:
@@ -113,7 +112,8 @@ class _Setting:
         if missing:
             raise ValueError(f"batch: expected {missing[0]}, which {term} declares, got none")
         where = np.ones((_ROWS, _LENGTH), bool)
-        # Inside a row and at its beginning; the last row, a half of its own, counts whole.
+        # Inside a row and at the beginning of one; the last row, alone in its half, counts
+        # entirely.
         where[0, 1] = where[2, 0] = False
         arrays = {
             "hidden": normal(_ROWS, _LENGTH, _WIDTH),
@@ -130,12 +130,12 @@ class _Setting:
                 "teacher_bias": normal(_VOCAB),
             }
             if term.teacher.chunks:
-                # Two tokens, then one; the third place is free. The axis in between tells numbers
-                # of chunks from those of positions, which a mask hides.
+                # Two tokens, then one; the third entry is unused. The axis in between distinguishes
+                # arrays by chunk from those by position, which a mask hides.
                 chunks = {"ids": [0, 0, 1], "ends": [-1, 1, 2], "scores": [-1.5, -0.5, 0.0]}
                 for name, row in (chunks | {"where": [True, True, False]}).items():
                     arrays[f"chunk_{name}"] = np.tile(np.array(row), (_ROWS, 1, 1))
-                # No chunk where nothing counts.
+                # No chunk at positions that do not count.
                 arrays["chunk_ids"][~where[:, None]] = -1
         params = term.init(jax.random.key(seed), _head(arrays["head"], arrays["bias"]))
         leaves, _ = jax.tree.flatten(params)
@@ -156,13 +156,13 @@ class _Setting:
 
     @property
     def learns(self) -> list[str]:
-        """Return where a gradient goes: a term's own head takes the place of the student's."""
+        """Return arrays that get a gradient; a term's own head replaces the student's."""
         own_head = self.params is not None and self.term.own_head(self.params) is not None
         return ["hidden", *self.parameter_names, *(() if own_head else ("head", "bias"))]
 
     @functools.cached_property
     def vocabularies(self) -> Callable[[int], Vocabularies]:
-        """The teacher's is the student's, whatever rule relates them; tokens beyond have none."""
+        """Identical vocabularies under any rule; tokens beyond the tokenizer have no match."""
 
         @functools.cache
         def make(size: int) -> Vocabularies:
@@ -174,7 +174,7 @@ class _Setting:
                 size=size,
                 rule=rule or "exact",
             )
-            # Every third begins a word.
+            # Every third token begins a word.
             boundary = TokenSet(present & (np.arange(size) % 3 == 0))
             projections = {rule: projection} if rule else {}
             return Vocabularies(projections=projections, boundary=boundary)
@@ -190,7 +190,7 @@ class _Setting:
             head=_head(arrays["teacher_head"], arrays["teacher_bias"]),
             chunks=ChunkScores(**chunks) if chunks else None,
             vocabularies=self.vocabularies(arrays["bias"].shape[0]),
-            # Fewer than the vocabulary.
+            # Smaller than the vocabulary.
             top_k=4,
         )
         return [teacher]
@@ -281,7 +281,7 @@ class _Setting:
 
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs,), out_specs=P())
         def total(arrays: Any) -> Any:
-            # Counts of all devices come first: each divides its part by them.
+            # Counts over all devices, by which each device divides its part.
             counts = jax.tree.map(lambda x: jax.lax.psum(x, "data"), self.counts(arrays))
             return jax.lax.psum(self.total(counts, **arrays), "data")
 
@@ -289,7 +289,7 @@ class _Setting:
 
 
 def _head(kernel: Any, bias: Any) -> losses.Head:
-    """With columns for entries of the bias that are beyond the kernel's."""
+    """Make a head, padding the kernel to the size of the bias."""
     more = bias.shape[0] - kernel.shape[1]
     kernel = jnp.pad(jnp.asarray(kernel), ((0, 0), (0, more)))
     return losses.Head(kernel, bias, vocab_axis=1)

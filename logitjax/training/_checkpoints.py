@@ -27,17 +27,17 @@ from logitjax.training import _watch, _workdir
 
 
 class _WithoutChatter(python_logging.Filter):
-    """Drops the dozens of lines that orbax logs for every save; its warnings stay."""
+    """Drops the dozens of lines that orbax logs for every save; keeps its warnings."""
 
     # A save that fails in one of several processes ends them all. Orbax logs the error, and holds
-    # it back until the others have come to a barrier that they will not come to for minutes.
+    # it back until the others reach a barrier, which they would not for minutes.
 
     def filter(self, record: python_logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         saving = record.pathname.endswith("async_checkpointer.py")
         if saving and isinstance(error, Exception) and jax.process_count() > 1:
             message = " ".join(str(error).split())
-            # A supervisor takes EX_TEMPFAIL, 75, for a request to try again.
+            # A supervisor interprets EX_TEMPFAIL, 75, as a request to try again.
             _watch.end(f"checkpoint: {message}", os.EX_TEMPFAIL if may_pass(error) else 1)
         return record.levelno > python_logging.INFO or "orbax" not in record.pathname
 
@@ -46,7 +46,7 @@ _WITHOUT_CHATTER = _WithoutChatter()
 
 
 class _MetaHandler(ocp.JsonCheckpointHandler):
-    """JSON with the checksums in it, whose values are waited for in the background."""
+    """JSON with checksums, whose values are awaited in the background."""
 
     _FILE = "metadata"
 
@@ -89,17 +89,17 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores a state with its step and a JSON dictionary beside it.
+    """Saves and restores a state with its step and a JSON dictionary.
 
-    Saving is asynchronous. It returns once the state is copied to the host (one process on a CPU:
-    held, so that the next step does not get its buffers). The files appear under their final name
-    only when they are complete. A failure of a save is raised by the next call. Each checkpoint
-    has a checksum of every leaf, so a changed bit is noticed, and not only a missing or short file.
-    All processes must call every method. Leaves restore into any tree that has their paths.
+    Saving is asynchronous. It returns once the state is copied to the host (or, with one process on
+    a CPU, held so that the next step does not get its buffers). The files appear under their final
+    name only when complete. The next call raises the error of a failed save. Each checkpoint has a
+    checksum of every leaf, which detects a changed bit as well as a missing or short file. All
+    processes must call every method. Leaves restore into any tree with the same paths.
 
     Args:
         directory: directory of the checkpoints; ``gs://`` works.
-        max_to_keep: how many to keep, two so that one may be damaged; None for all.
+        max_to_keep: number of checkpoints to keep, two so that one may be damaged; None for all.
 
     >>> import tempfile
     >>> state = {"w": jnp.arange(3.0)}
@@ -116,7 +116,7 @@ class Checkpointer:
             self.directory = self.directory.resolve()
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"checkpoint directory {str(directory)!r} is a file")
-        # The same filter object twice is one filter.
+        # Adding the same filter object twice has no effect.
         logging.get_absl_logger().addFilter(_WITHOUT_CHATTER)
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -125,7 +125,7 @@ class Checkpointer:
                 max_to_keep=max_to_keep, cleanup_tmp_directories=True
             ),
         )
-        # one: saves in order.
+        # One thread saves in order.
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._handover: concurrent.futures.Future | None = None
 
@@ -136,13 +136,13 @@ class Checkpointer:
         if not isinstance(error, Exception):
             self.close()
         elif jax.process_count() == 1:
-            # What fails now fails for the same reason; the first error is the one to tell.
+            # Later calls fail for the same reason; the first error is the one to report.
             with contextlib.suppress(Exception):
                 self.close()
-        # Of several processes the others may never come to where this one would wait for them.
+        # With several processes, the others may never reach the barrier where this one would wait.
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
-        """Saves the state, unless this step is there already, and says whether it was saved.
+        """Save the state, unless this step exists already; return whether it was saved.
 
         Args:
             state: a pytree of global arrays. It may be donated as soon as this returns.
@@ -157,7 +157,7 @@ class Checkpointer:
         if stored is None:
             self._save(step, args)
         else:
-            # Orbax looks at every leaf before it returns, which takes it longer than the data.
+            # Orbax inspects every leaf before it returns, which takes longer than the data.
             views, args.state.item = stored
             self._handover = self._worker.submit(self._save, step, args, views)
         return True
@@ -168,14 +168,14 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def restore(self, state: Any, step: int) -> Restored:
-        """Restores one checkpoint onto the mesh of ``state``, whichever mesh it was saved from.
+        """Restore one checkpoint onto the mesh of ``state``, whichever mesh it was saved from.
 
         Args:
             state: a pytree of arrays or ``ShapeDtypeStruct`` with shardings, as from
-                `TrainState.abstract`. Arrays are not written to.
+                `TrainState.abstract`. Arrays are not overwritten.
 
         Raises:
-            ValueError: if the checkpoint is not there, not readable, or of another state.
+            ValueError: if the checkpoint is missing, unreadable, or of another state.
         """
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}: {self.steps()}")
@@ -185,10 +185,10 @@ class Checkpointer:
             raise ValueError(f"checkpoint {step} in {self.directory}: {error}") from None
 
     def restore_latest(self, state: Any) -> Restored | None:
-        """Restores the newest checkpoint that can be read.
+        """Restore the newest checkpoint that can be read.
 
-        An unreadable one is reported in the log and renamed to ``corrupt_STEP``, and the one before
-        it is used; None where none can be read.
+        An unreadable checkpoint is logged and renamed to ``corrupt_STEP``, and the previous one is
+        used; None if none can be read.
 
         Args:
             state: as for :meth:`restore`.
@@ -217,12 +217,12 @@ class Checkpointer:
         return None
 
     def wait(self) -> None:
-        """Waits until the last save is on disk."""
+        """Wait until the last save is on disk."""
         self._handed_over()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
+        """Wait, and end the background threads."""
         try:
             self.wait()
         finally:
@@ -231,7 +231,7 @@ class Checkpointer:
 
     def _save(self, step: int, args: Any, views: list[np.ndarray] | None = None) -> None:
         self._manager.save(step, args=args, force=True)
-        # And until then held.
+        # Held until then.
         if views is not None:
             self._manager.wait_until_finished()
 
@@ -257,7 +257,7 @@ class Checkpointer:
             args = ocp.args.Composite(state=state_args, meta=_MetaRestore())
             read.append(self._manager.restore(step, args=args))
 
-        # All look before any restores: orbax has them meet in there.
+        # All check before any restores, because orbax synchronises them in there.
         _reading(look)
         if mismatch[0] is not None:
             raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch[0]}")
@@ -289,14 +289,14 @@ class Checkpointer:
 
 
 def _on_one_host(state: Any) -> bool:
-    """Whether the state lies in the memory of this process, which is the only one."""
+    """Whether the state lies in the memory of this process, the only one."""
     return jax.process_count() == 1 and all(
         device.platform == "cpu" for leaf in jax.tree.leaves(state) for device in leaf.devices()
     )
 
 
 def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
-    """Views that keep XLA from giving the buffers to a step they are donated to, and the state."""
+    """Views that keep XLA from donating the state's buffers to a step, and the state."""
     # Keys have no such view; they are small.
     state = jax.tree.map(lambda leaf: jax.random.clone(leaf) if _is_key(leaf) else leaf, state)
     views = []
@@ -304,7 +304,7 @@ def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
         for shard in () if _is_key(leaf) else leaf.addressable_shards:
             views.append(np.asarray(shard.data))
             if views[-1].ctypes.data != shard.data.unsafe_buffer_pointer():
-                # a copy, which holds nothing.
+                # A copy, which holds nothing.
                 return None
     return views, state
 
@@ -314,11 +314,11 @@ class _UnreadableError(Exception):
 
 
 def _reading(work: Callable[[], None]) -> None:
-    """Reads on all processes, and fails on all where one could not."""
-    # A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
-    # several processes it ends all, for the others wait for this one.
+    """Read on all processes, and fail on all if one fails."""
+    # A failing disk or store says nothing about the checkpoint: its error is raised unchanged, and
+    # with several processes it ends all, because the others wait for this one.
     message: str | None = None
-    # Failing reads leave asyncio tasks behind, which complain at length.
+    # Failing reads leave asyncio tasks behind, which log long complaints.
     asyncio_log = python_logging.getLogger("asyncio")
     level = asyncio_log.level
     asyncio_log.setLevel(python_logging.CRITICAL + 1)
@@ -341,7 +341,7 @@ def _paths(tree: Any) -> list[str]:
 
 
 def _nested(tree: Any) -> dict[str, Any]:
-    """The leaves in nested dicts by path: what is stored does not depend on any class."""
+    """The leaves in nested dicts by path: the stored form does not depend on any class."""
     nested: dict[str, Any] = {}
     for path, leaf in zip(_paths(tree), jax.tree.leaves(tree)):
         *parents, name = path.split("/")
@@ -395,7 +395,7 @@ def _sum_bits(leaves: list[jax.Array]) -> jax.Array:
 
 
 class _Checksums:
-    """One of each leaf, being computed: by then the leaves may have been donated."""
+    """Checksum of each leaf, being computed: by then the leaves may have been donated."""
 
     def __init__(self, tree: Any):
         leaves = jax.tree.leaves(tree)

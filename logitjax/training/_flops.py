@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Dense bfloat16 operations a second, by the makers' data sheets and JAX's names.
+# Dense bfloat16 operations per second, by the makers' data sheets and JAX's names.
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -23,8 +23,8 @@ _PEAKS = {
 def matmul_flops(jaxpr: Any) -> float:
     """Multiplications and additions of all matrix products and convolutions of a jaxpr.
 
-    Loops and kernels count as often as they run, a branch as its most expensive one, `shard_map`
-    on every device. Elementwise work is left out. A `while` loop, of unknown length, counts once.
+    Loops and kernels count as often as they run, a branch as its most expensive case, `shard_map`
+    on every device. Elementwise work is not counted. A `while` loop counts once.
 
     >>> import jax
     >>> x = jax.numpy.ones((2, 3))
@@ -39,7 +39,7 @@ def matmul_flops(jaxpr: Any) -> float:
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[i] for i in contracted)
-            # a product and a sum.
+            # A product and a sum.
             total += 2.0 * equation.outvars[0].aval.size * inner
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
@@ -71,12 +71,12 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def utilisation(flops: float, seconds: float) -> dict[str, float]:
-    """`tflops_per_second` of all devices, and `mfu`, the share of their peak where it is known."""
+    """`tflops_per_second` of all devices, and `mfu`, the share of their peak if it is known."""
     if not flops:
         return {}
     # Recomputation included.
     rate, kind = flops / seconds, jax.devices()[0].device_kind
-    # The longest name that fits: `TPU v5` is also the beginning of `TPU v5 lite`.
+    # The longest matching name: `TPU v5` is also a prefix of `TPU v5 lite`.
     peaks = sorted((name for name in _PEAKS if name in kind), key=len)
     out = {"tflops_per_second": rate / 1e12}
     return out | ({"mfu": rate / (_PEAKS[peaks[-1]] * jax.device_count())} if peaks else {})

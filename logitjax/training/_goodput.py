@@ -1,4 +1,4 @@
-"""Where the wall-clock time of a run went, over all its starts."""
+"""Accounting of a run's wall-clock time over all its starts."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from etils import epath
 
 from logitjax.storage import progress, write_atomic
 
-# By the verb of what is being done; what has none of these is `other`.
+# Parts by the verb of the activity; an activity with another verb is `other`.
 _KINDS = {
     "starting": "start-up",
     "restoring": "start-up",
@@ -36,16 +36,16 @@ _FILE = "goodput.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """The time of a run, kept in its folder over all its starts."""
+    """The time of a run, recorded in its folder over all its starts."""
 
     folder: epath.Path
 
     @contextlib.contextmanager
     def account(self, begin: float | None = None) -> Iterator[None]:
-        """Note what each second of this start goes to, by what `progress` is told.
+        """Record what each second of this start is spent on, as reported to `progress`.
 
-        It began now, or when `begin` says: imports are part of a process's start. One that is
-        killed loses at most the last two seconds of its record; they count as lost.
+        The start began now, or at `begin`: imports are part of a process's start. A killed process
+        loses at most the last two seconds of its record; they count as lost.
         """
         folder = self.folder
         begin = last = written = begin or time.time()
@@ -65,12 +65,12 @@ class Goodput:
             written = last
             record = {"begin": begin, "end": last, "seconds": seconds, "done": done}
             line = json.dumps(record | steps) + "\n"
-            # An object store cannot append, and is slow: one line a start.
+            # An object store cannot append, and is slow: one record per start.
             if remote:
                 write_atomic(folder / "goodput" / f"{begin:.0f}.jsonl", line)
                 return
             with (folder / _FILE).open("a") as file:
-                # a kill may have left half a line before.
+                # A kill may have left half a line before.
                 file.write("\n" + line)
 
         def hear(phase: str) -> None:
@@ -98,11 +98,11 @@ class Goodput:
     def summary(self) -> dict[str, Any]:
         """Split the wall-clock time into parts, in seconds, that add up to `wall`.
 
-        `step` is time in steps that counted, the goodput. Steps that a kill lost are `redone`.
-        Between two starts nothing ran, or what ran left no record: `down`. What lies between a run
-        that had ended and one more look at it counts for nothing. The other parts are
-        `start-up` (restoring included), `preparation` (models), `data` (packing, teachers' reading,
-        waiting for batches), `compilation` (with first steps), `save`, `evaluation` and `other`.
+        `step` is time in steps that counted, the goodput. Steps lost to a kill are `redone`.
+        Between two starts nothing ran or was recorded: `down`. Time between the end of a run and a
+        later start that finds it finished is ignored. The other parts are `start-up` (restoring
+        included), `preparation` (models), `data` (packing, teachers' reading, waiting for batches),
+        `compilation` (with first steps), `save`, `evaluation` and `other`.
 
         Returns:
             `wall`, `goodput` (the share of it), `starts`, and `seconds` by part.
@@ -113,7 +113,7 @@ class Goodput:
         files = [self.folder / _FILE, *sorted((self.folder / "goodput").glob("*.jsonl"))]
         starts: dict[float, Mapping[str, Any]] = {}
         for line in b"".join(path.read_bytes() for path in files if path.exists()).splitlines():
-            # The last line of a start holds all before it; a kill may have cut it off.
+            # The last line of a start includes all before it; a kill may have truncated it.
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 starts[record["begin"]] = record

@@ -38,7 +38,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How often `train_loop` saves, logs, evaluates and profiles.
+    """Intervals at which `train_loop` saves, logs, evaluates and profiles.
 
     Attributes:
         checkpoint_every: steps between checkpoints; the last step is always saved.
@@ -47,8 +47,8 @@ class LoopOptions:
         eval_every: steps between evaluations; the last step is always evaluated.
         progress: a tqdm bar, if standard error is a terminal.
         profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``,
-            starting with this call's third step, because the first one compiles. SIGUSR1 traces as
-            many of the next steps, or three.
+            starting with this call's third step, because the first one compiles. SIGUSR1 traces the
+            same number of the next steps, or three.
     """
 
     checkpoint_every: int = option(0, execution=True)
@@ -73,28 +73,28 @@ def train_loop(
 ) -> TrainState:
     """Train to ``total_steps``, continuing bit for bit from the newest checkpoint, if any.
 
-    Steps count finished updates. Update ``s + 1`` uses ``batches(s)``, which must depend on ``s``
-    alone, because a checkpoint's only data state is its step. The host runs one step ahead of the
+    Steps count finished updates. Update ``s + 1`` uses ``batches(s)``, which must depend only on
+    ``s``, because a checkpoint's only data state is its step. The host runs one step ahead of the
     device and waits for it only to log, evaluate and save. SIGTERM (to any of the processes) saves
     and raises :class:`Preempted`; the same call continues.
 
     Args:
-        state: the state to start from if there is no checkpoint, or a function that makes it. It is
-            consumed. With a function, a run whose checkpoints cannot be read begins again.
-        step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
+        state: the initial state if there is no checkpoint, or a function that makes it. It is
+            consumed. With a function, a run whose checkpoints cannot be read starts over.
+        step_fn: a `TrainStep`, with constants bound by ``functools.partial``.
         batches: step -> this process's rows of the global batch.
         workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
-        checkpointer: saves and restores; it is left open.
+        checkpointer: saves and restores; it is not closed.
         eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
-        writer: where metrics go (:func:`make_writer`).
+        writer: writer of metrics (:func:`make_writer`).
         identity: JSON, such as the data's fingerprint; checkpoints with another one are refused.
 
     Raises:
         NonFiniteError: after the batch is saved; the update was not applied.
         Preempted: after SIGTERM and saving.
         WorkdirInUseError: if another run holds the workdir.
-        ValueError: if the checkpoint is of another state or identity, or none can be read and
-            `state` is no function, or a profile has no workdir.
+        ValueError: if the checkpoint is of another state or identity, if none can be read and
+            `state` is not a function, or if a profile has no workdir.
     """
     options = options or LoopOptions()
     if options.profile_steps and workdir is None:
@@ -110,7 +110,7 @@ def train_loop(
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
         report = _Report(writer, bar, start, step_fn)
-        # Flags that nobody has read: to read one at once would make the host wait for each step.
+        # Flags that were not read yet: reading them at once would make the host wait for each step.
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
 
         def check_finite(keep: int) -> None:
@@ -120,7 +120,7 @@ def train_loop(
         def save(step: int) -> None:
             check_finite(0)
             progress.mark(f"saving checkpoint {step}")
-            # A run that goes on from here has no other way to what led to it.
+            # A run that continues from here has no other record of the steps before.
             writer.flush()
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
@@ -135,7 +135,7 @@ def train_loop(
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
             report.add(step, output)
-            # The step before: it has ended by now, while the device is busy with this one.
+            # The previous step has ended by now, while the device is busy with this one.
             check_finite(keep=1)
             last = step == total_steps
             if _due(step, options.log_every) or (last and options.log_every):
@@ -173,7 +173,7 @@ class _Report:
         self._metrics = MetricAccumulator()
         self._clock, self._logged, self._untimed = time.perf_counter(), start, 0.0
         self._fetching, self._step_began, self._slowest = 0.0, self._clock, 0.0
-        # `flops` is the step's own.
+        # `flops` is reported by the step.
         while isinstance(step_fn, functools.partial):
             step_fn = step_fn.func
         self._step_fn = step_fn
@@ -181,7 +181,7 @@ class _Report:
     def add(self, step: int, output: StepOutput) -> None:
         self._metrics.add(output.metrics)
         if step == self._first:
-            # Compilation is no part of the speed. Reading a metric waits for the step.
+            # Compilation is not part of the speed. Reading a metric waits for the step.
             self._untimed = float(jax.device_get(output.metrics["loss"][1]))
             self._clock, self._logged, self._fetching = time.perf_counter(), step, 0.0
             self._step_began = self._clock
@@ -227,7 +227,7 @@ class _Report:
 
 
 def _data_seconds(seconds: float) -> dict[str, float]:
-    """Seconds that a step waits for data; of several processes the one that all others wait for."""
+    """Seconds that a step waits for data, on the process that all others wait for."""
     if jax.process_count() == 1:
         return {"data_seconds": seconds}
     each = np.asarray(multihost_utils.process_allgather(np.float32(seconds)))
@@ -261,7 +261,7 @@ def _resume(
         state = start()
         return state, int(state.step)
     for name, value in identity.items():
-        # Checkpoints of before a name was kept go on.
+        # Checkpoints from before a name was recorded may continue.
         if name in restored.extra and restored.extra[name] != value:
             raise ValueError(
                 f"{name}: checkpoint {restored.step} has {restored.extra[name]!r}, this run "
@@ -280,7 +280,7 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
     message = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
     path = None
     if workdir is not None:
-        # Every process sees the same flag, so all come here.
+        # Every process sees the same flag, so all get here.
         if jax.process_count() > 1:
             batch = multihost_utils.process_allgather(batch, tiled=True)
         target = epath.Path(workdir) / "nonfinite" / f"step_{step}.npz"
@@ -297,8 +297,8 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
 
 @contextlib.contextmanager
 def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, Any], None]]:
-    """Called before every step, traces ``count`` of them from ``first`` on, whole."""
-    running, asked = False, threading.Event()
+    """Called before every step; traces ``count`` steps from ``first`` on, in full."""
+    running, requested = False, threading.Event()
 
     def stop() -> None:
         nonlocal running
@@ -309,8 +309,8 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
 
     def before(step: int, state: Any) -> None:
         nonlocal running, first, count
-        if asked.is_set() and not running:
-            asked.clear()
+        if requested.is_set() and not running:
+            requested.clear()
             first, count = step, count or 3
         if not count or step not in (first, first + count):
             return
@@ -323,7 +323,7 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
             stop()
 
     listens = workdir is not None and threading.current_thread() is threading.main_thread()
-    former = signal.signal(signal.SIGUSR1, lambda *_: asked.set()) if listens else None
+    former = signal.signal(signal.SIGUSR1, lambda *_: requested.set()) if listens else None
     try:
         yield before
     finally:

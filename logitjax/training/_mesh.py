@@ -17,16 +17,16 @@ AXES = (*MeshAxes().rows, *MeshAxes().sequence, "tensor", "expert")
 def make_mesh(
     spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None, *, partial: bool = False
 ) -> Mesh:
-    """Make the mesh that a specification such as ``data:-1,fsdp:2`` describes.
+    """Make the mesh described by a specification such as ``data:-1,fsdp:2``.
 
     The axes are ``data`` (copies of the model), ``fsdp`` (the batch *and* the parameters are split)
-    and ``tensor`` (heads, feed-forward and vocabulary are split). An axis that the specification
-    leaves out has size 1, and at most one size may be -1: whatever is left of the devices. All axes
-    are ``Auto``: the compiler propagates shardings.
+    and ``tensor`` (heads, feed-forward and vocabulary are split). An omitted axis has size 1, and
+    at most one size may be -1: all remaining devices. All axes are ``Auto``: the compiler
+    propagates shardings.
 
-    ``context`` splits the positions of each row, for rows so long that a device cannot hold one.
-    Devices later in a row have more keys to look at, and the others wait for them. ``expert``
-    splits the experts of a mixture, and the rows of a batch as ``data`` does.
+    ``context`` splits the positions of each row, for rows too long for a device. Devices with later
+    positions attend to more keys, and the others wait for them. ``expert`` splits the experts of a
+    mixture, and the rows of a batch as ``data`` does.
 
     ``dcn_data`` is for TPU slices, or nodes, with a slow network between them. Each holds a copy of
     the model, so only gradients cross. It is the outermost axis, its size the number of slices
@@ -34,12 +34,12 @@ def make_mesh(
 
     Args:
         spec: comma-separated ``axis:size``, outermost axis first.
-        devices: the devices, by default all of them; those of an ahead-of-time topology will do.
-        partial: a specification without a -1 uses only the first devices, as many as it names.
+        devices: the devices, by default all; those of an ahead-of-time topology also work.
+        partial: a specification without a -1 uses only as many devices as it names, the first ones.
 
     Raises:
-        ValueError: on another axis or syntax, sizes that do not multiply to the device count, or a
-            ``dcn_data`` that is not the number of slices; with `partial`, if a process gets none.
+        ValueError: for another axis or syntax, sizes that do not multiply to the device count, or a
+            ``dcn_data`` other than the number of slices; with `partial`, if a process gets none.
 
     >>> dict(make_mesh("fsdp:-1", devices=jax.devices()[:1]).shape)
     {'fsdp': 1, 'data': 1, 'tensor': 1}
@@ -78,9 +78,9 @@ def make_mesh(
             raise ValueError(f"mesh {spec!r}: {fixed} does not divide the {len(devices)} devices")
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
-        raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
+        raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, but there are {len(devices)}")
     for name in AXES:
-        # Only where asked for.
+        # Only if requested.
         if name not in ("dcn_data", "context", "expert"):
             sizes.setdefault(name, 1)
     if slices is not None:
@@ -90,36 +90,36 @@ def make_mesh(
     try:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
     except NotImplementedError:
-        # On a TPU torus of 4 x 4 x 8 no product of sides is 2: an axis then takes a part of a side.
+        # On a TPU torus of 4 x 4 x 8 no product of sides is 2: an axis then takes part of a side.
         grid = mesh_utils.create_device_mesh(
             tuple(sizes.values()), devices, allow_split_physical_axes=True
         )
         return Mesh(grid, tuple(sizes), axis_types=types)
 
 
-def _slices(spec: str, asked: int | None, devices: Any) -> int | None:
-    """The size of ``dcn_data``, None where there is no such axis."""
-    # GPUs too have a slice_index, which says another thing.
+def _slices(spec: str, slices: int | None, devices: Any) -> int | None:
+    """The size of ``dcn_data``, or None without such an axis."""
+    # GPUs also have a slice_index, with another meaning.
     tpu = devices[0].platform == "tpu"
     key = "slice_index" if tpu else "process_index"
     count = len({getattr(device, key, 0) for device in devices})
-    if asked is None and tpu and count > 1:
+    if slices is None and tpu and count > 1:
         raise ValueError(
             f"mesh {spec!r}: expected dcn_data:{count} too, for {count} slices, got none"
         )
-    if asked is not None and asked != -1 and tpu and asked != count:
-        raise ValueError(f"mesh {spec!r}: expected dcn_data:{count}, one a slice, got {asked}")
-    return count if asked == -1 else asked
+    if slices is not None and slices != -1 and tpu and slices != count:
+        raise ValueError(f"mesh {spec!r}: expected dcn_data:{count}, one per slice, got {slices}")
+    return count if slices == -1 else slices
 
 
 def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:
     shape, names = tuple(sizes.values()), ("dcn_data", *sizes)
     if devices[0].platform != "tpu" or slices == 1:
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        # a process's devices lie together.
+        # A process's devices are adjacent.
         grid = np.asarray(ordered).reshape(slices, *shape)
     else:
-        # Only copies of the model talk between slices.
+        # Only copies of the model communicate between slices.
         outer = (slices, *(1 for _ in shape))
         try:
             grid = mesh_utils.create_hybrid_device_mesh((1, *shape), outer, devices)
@@ -132,7 +132,7 @@ def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
-    """How a batch is laid out on a mesh, and which of its rows this process feeds.
+    """The layout of a batch on a mesh, and the rows of it that this process feeds.
 
     Attributes:
         mesh: Its ``dcn_data``, ``data``, ``fsdp`` and ``expert`` split a batch's first dimension.
@@ -153,7 +153,7 @@ class BatchLayout:
 
     @property
     def pieces(self) -> int:
-        """Number of pieces into which the mesh cuts a batch."""
+        """Number of pieces into which the mesh splits a batch."""
         return math.prod(self.mesh.shape[name] for name in self._axes)
 
     @property
@@ -164,18 +164,18 @@ class BatchLayout:
     def share(self) -> tuple[int, int]:
         """The share of a global batch that this process feeds: ``(index, count)``.
 
-        It is usually the process's own index and count. Processes that the ``tensor`` axis joins
+        It is usually the process's own index and count. Processes joined by the ``tensor`` axis
         hold the same rows, so they get the same index.
 
         Raises:
             ValueError: Processes would share rows unevenly.
         """
-        # Asked of the sharding: a mesh may order processes in any way.
+        # Derived from the sharding: a mesh may order processes in any way.
         shards = self.sharding.devices_indices_map((self.pieces,))
         rows: dict[int, set[int]] = {}
         for device, (index,) in shards.items():
             rows.setdefault(device.process_index, set()).add(index.indices(self.pieces)[0])
-        # Processes with the same rows, as `tensor` joins them, have one share.
+        # Processes with the same rows, as joined by `tensor`, have one share.
         shares = sorted({tuple(sorted(share)) for share in rows.values()})
         flat = [row for share in shares for row in share]
         if len(flat) != len(set(flat)) or len({len(share) for share in shares}) > 1:
@@ -189,7 +189,7 @@ class BatchLayout:
         """The rows of a global batch that this process feeds.
 
         Raises:
-            ValueError: The processes cannot share so many rows.
+            ValueError: The processes cannot share this many rows.
         """
         index, count = self.share
         if batch_size % count:
@@ -198,7 +198,7 @@ class BatchLayout:
         return slice(index * share, (index + 1) * share)
 
     def place(self, batch: Any) -> Any:
-        """Make one global array of every process's rows.
+        """Make one global array from every process's rows.
 
         Numpy arrays ``[local_batch, ...]``, this process's `share`, become ``[global_batch, ...]``.
 

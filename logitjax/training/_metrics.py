@@ -1,4 +1,4 @@
-"""Metrics: exact means of (sum, count) pairs, and where they are written."""
+"""Metrics: exact means of (sum, count) pairs, and their writers."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from logitjax.storage import digest, require, write_atomic
 
 
 class MetricAccumulator:
-    """Sums ``{name: (sum, count)}`` over steps, on the device until asked; divides once."""
+    """Sums ``{name: (sum, count)}`` over steps, on the device until read; divides once."""
 
     def __init__(self) -> None:
         self._pending: list[Any] = []
@@ -33,7 +33,7 @@ class MetricAccumulator:
         return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
 
     def compute(self) -> dict[str, float]:
-        """The mean of every name; nan where nothing was counted."""
+        """The mean for every name; nan if nothing was counted."""
         return {
             name: total / count if count else math.nan
             for name, (total, count) in self.sums().items()
@@ -44,13 +44,13 @@ class MetricAccumulator:
 
 
 class MetricWriter:
-    """Takes scalars; this one, which every process but the first gets, writes nothing."""
+    """Takes scalars; this base class, used on all processes but the first, writes nothing."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         pass
 
     def resume(self, step: int) -> None:
-        """Drops what a killed run wrote after that step."""
+        """Drop what a killed run wrote after this step."""
 
     def flush(self) -> None:
         pass
@@ -60,9 +60,9 @@ class MetricWriter:
 
 
 class JsonlWriter(MetricWriter):
-    """One JSON object per line, ``{"step": 10, "loss": 1.5}``; nan and infinity become null.
+    """Writes a JSON object per line, ``{"step": 10, "loss": 1.5}``; nan and infinity become null.
 
-    Object stores cannot append: there the file is written again at every flush.
+    Object stores cannot append: there the file is rewritten at every flush.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -91,7 +91,7 @@ class JsonlWriter(MetricWriter):
                 if json.loads(line)["step"] <= step:
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
-                # The last line of a killed run may be half a line, and any be damaged.
+                # The last line of a killed run may be truncated, and any line damaged.
                 continue
         self._lines = kept if self._remote else []
         text = "".join(line + "\n" for line in kept)
@@ -124,7 +124,7 @@ class TensorBoardWriter(MetricWriter):
 
     def resume(self, step: int) -> None:
         self.close()
-        # TensorBoard drops what came later.
+        # TensorBoard drops later events.
         self._purge = step + 1
 
     def flush(self) -> None:
@@ -149,7 +149,7 @@ class WandbWriter(MetricWriter):
         if self._run is None:
             self._run = self._wandb.init(
                 project="logitjax",
-                # A folder that is continued continues its run.
+                # Continuing a folder continues its run.
                 id=digest(self._directory, length=16),
                 resume="allow",
                 dir=self._directory,
@@ -188,7 +188,7 @@ class TerminalWriter(MetricWriter):
         print(up + "\n".join(lines), f"step {step}", file=sys.stderr, flush=True)
 
     def _draw(self, name: str, values: list[float]) -> str:
-        # As many columns as fit, each the last value that falls into it.
+        # As many columns as fit, each with the last of its values.
         columns = {
             i * self._WIDTH // max(len(values), self._WIDTH): v for i, v in enumerate(values)
         }
@@ -236,7 +236,7 @@ def make_writer(
     """The usual writers, ``metrics.jsonl`` and the log, and trackers; only process 0 writes.
 
     Args:
-        workdir: where ``metrics.jsonl`` and the trackers' files go; None for the log alone.
+        workdir: folder for ``metrics.jsonl`` and the trackers' files; None for the log alone.
         track: trackers: ``tensorboard``, ``wandb`` (offline by default), ``terminal`` for curves.
     """
     if jax.process_index() != 0:

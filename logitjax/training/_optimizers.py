@@ -18,10 +18,10 @@ class Schedule:
 
     Attributes:
         peak: the learning rate after the warm-up.
-        course: what follows: ``constant``; ``linear`` or ``cosine`` down to ``final``.
+        course: shape after the warm-up: ``constant``; ``linear`` or ``cosine`` down to ``final``.
         warmup: steps from 0 to the peak.
         total_steps: steps of the run; needed by all but ``constant``.
-        final: fraction of the peak that is left at the end.
+        final: fraction of the peak at the end.
 
     Raises:
         ValueError: on another course, or a course without its ``total_steps``.
@@ -75,7 +75,7 @@ class Schedule:
         no_decay: str = r"(bias|scale|norm)",
         clip: float | None = 1.0,
         b1: float = 0.9,
-        # As language models are trained; Adam's own is 0.999.
+        # As usual for language models; Adam's own is 0.999.
         b2: float = 0.95,
         eps: float = 1e-8,
         trainable: str | None = None,
@@ -86,7 +86,7 @@ class Schedule:
             no_decay: parameters whose path matches this regular expression do not decay. The number
                 of dimensions cannot decide this: the norms of a stack of layers are matrices.
             clip: bound on the global norm of the gradient, or None.
-            trainable: if given, parameters whose path it does not match freeze, without state.
+            trainable: if given, parameters whose path does not match are frozen, without state.
 
         >>> import numpy as np
         >>> tx = Schedule(0.1, "constant").optimizer(trainable="lora")
@@ -101,7 +101,7 @@ class Schedule:
 
         tx = optax.adamw(self, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
         if clip is not None:
-            # Before Adam, whose moments must not see the spike.
+            # Before Adam, whose moments must not include the spike.
             tx = optax.chain(optax.clip_by_global_norm(clip), tx)
         if trainable is None:
             return tx
@@ -112,5 +112,5 @@ class Schedule:
                 raise ValueError(f"trainable: no parameter's path matches {trainable!r}")
             return jax.tree.map(lambda mark: "trained" if mark else "frozen", marks)
 
-        # Not `optax.masked`, which lets the gradients of the others through as they are.
+        # Not `optax.masked`, which passes the other parameters' gradients through unchanged.
         return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)

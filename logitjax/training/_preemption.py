@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM on one process, or on any of many."""
+"""Requests to stop: SIGTERM to one process, or to any of many."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(SystemExit):
-    """The run was told to stop, and saved. Uncaught, it ends the process with status 143."""
+    """The run was asked to stop, and saved. Uncaught, it ends the process with status 143."""
 
     def __init__(self, step: int):
         super().__init__(128 + signal.SIGTERM)
@@ -23,10 +23,10 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
-    """Return a function to ask once per step whether to save and stop now.
+    """Return a function that tells, once per step, whether to save and stop now.
 
-    A second SIGTERM ends a single process at once. Of several, JAX's preemption service makes all
-    answer yes at the same step after a SIGTERM to any, so all must ask at every step.
+    A second SIGTERM ends a single process at once. With several processes, JAX's preemption service
+    makes all answer yes at the same step after a SIGTERM to any, so all must ask at every step.
 
     >>> with watch_for_preemption() as told_to_stop:
     ...     told_to_stop(1)

@@ -1,7 +1,7 @@
 """Jitted programs that a run and a planner share.
 
 Each experiment has `programs(config, mesh)`, which yields them with abstract arguments, the main
-one first. The run calls the same ones on arrays.
+one first. The run calls the same programs on arrays.
 """
 
 import dataclasses
@@ -13,22 +13,22 @@ import jax
 
 @typing.runtime_checkable
 class Traceable(typing.Protocol):
-    """A function that can be traced without being run: `jax.jit(f)` or a `training.TrainStep`."""
+    """A function that can be traced without running: `jax.jit(f)` or a `training.TrainStep`."""
 
     def trace(self, *arguments: Any, **options: Any) -> jax.stages.Traced: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One jitted program of a run.
+    """A jitted program of a run.
 
     Attributes:
         name: Description of the program.
         jitted: The function, as the run calls it.
         arguments: Abstract positional arguments, with the shardings of the run.
         options: Keyword arguments, such as static ones.
-        calls: How often a run calls it, at most; 0 where the run decides.
-        kept: Of how many calls the outputs lie on disk at the end.
+        calls: Maximum number of calls in a run; 0 if the run decides.
+        kept: Number of calls whose outputs are on disk at the end.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Program:
     kept: float = 0.0
 
     def trace(self) -> jax.stages.Traced:
-        """The program with its jaxpr, ready to be lowered and compiled; no number is computed.
+        """The program with its jaxpr, ready to be lowered and compiled; nothing is computed.
 
         >>> import jax.numpy as jnp
         >>> row = jax.ShapeDtypeStruct((3,), jnp.float32)

@@ -21,9 +21,9 @@ class TrainState:
     """Step, parameters, optimizer state and random key, as one pytree.
 
     Attributes:
-        step: int32 scalar, the number of updates so far. The data state is this number too.
+        step: int32 scalar, the number of updates so far. The data state is this number, too.
         params: any pytree of arrays: a dict, an ``nnx.State``, LoRA matrices alone.
-        rng: a typed key that stays the same; the key of a step is folded from it.
+        rng: a typed key that never changes; the key of a step is folded from it.
     """
 
     step: Any
@@ -44,10 +44,10 @@ class TrainState:
         rules: ShardingRules = FSDP_RULES,
         seed: int = 0,
     ) -> "TrainState":
-        """Creates the state at step 0 under ``jit``, straight into its shards.
+        """Create the state at step 0 under ``jit``, directly in its shards.
 
         Every leaf is a global array, counters included, as multi-host checkpoints require.
-        Parameters that come as arrays are copied, because a train step donates its state.
+        Parameters given as arrays are copied, because a train step donates its state.
 
         Args:
             params: a function from a key to the initial parameters, or the parameters.
@@ -78,8 +78,8 @@ class TrainState:
     ) -> "TrainState":
         """The state's shapes, dtypes and shardings, without its arrays.
 
-        A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
-        Arguments as in `create`; parameters may be ``jax.ShapeDtypeStruct``, as in the result.
+        A checkpoint is restored into it, and a step for a pod is compiled ahead of time with it.
+        Arguments as for `create`; parameters may be ``jax.ShapeDtypeStruct``, as in the result.
 
         >>> from logitjax.training import make_mesh
         >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
@@ -100,12 +100,12 @@ class TrainState:
 
 
 def _builder(params: Any, tx: optax.GradientTransformation) -> Callable[..., TrainState]:
-    def build(key: jax.Array, given: Any = None) -> TrainState:
+    def build(key: jax.Array, initial: Any = None) -> TrainState:
         # The steps' key must not be the parameters'.
         init_key, rng = jax.random.split(key)
-        made: Any = params(init_key) if callable(params) else jax.tree.map(jnp.copy, given)
+        parameters: Any = params(init_key) if callable(params) else jax.tree.map(jnp.copy, initial)
         return TrainState(
-            step=jnp.zeros((), jnp.int32), params=made, opt_state=tx.init(made), rng=rng
+            step=jnp.zeros((), jnp.int32), params=parameters, opt_state=tx.init(parameters), rng=rng
         )
 
     return build

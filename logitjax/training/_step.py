@@ -1,4 +1,4 @@
-"""One jitted update: microbatches, exact means, clipping, a finite flag."""
+"""A jitted update: microbatches, exact means, clipping, a finite flag."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ class StepOutput:
     """The output of a step, on the device: reading it waits for the step.
 
     Attributes:
-        metrics: name -> (sum, count). ``loss`` and ``grad_norm`` are always there.
-        finite: whether loss and gradient norm are; if not, the update was not applied.
+        metrics: name -> (sum, count). ``loss`` and ``grad_norm`` are always included.
+        finite: whether loss and gradient norm are finite; if not, the update was not applied.
     """
 
     metrics: Any
@@ -37,28 +37,28 @@ class StepOutput:
 
 
 class TrainStep:
-    """One jitted update with a donated state: ``step(state, batch, constants=None)``.
+    """A jitted update with a donated state: ``step(state, batch, constants=None)``.
 
     The gradient is that of ``sum of losses / count`` over the *global* batch: tokens weigh the same
-    whichever microbatch, device or process they are in. With ``accumulate`` the microbatches run in
-    a ``lax.scan`` and sum in float32. On several slices (``dcn_data``) each copy of the model then
-    calls the loss with its own rows and key, and sums cross the network once a step. A step whose
-    loss or gradient is not finite leaves parameters and optimizer state unchanged, and reports it.
+    in any microbatch, device or process. With ``accumulate`` the microbatches run in a ``lax.scan``
+    and sum in float32. On several slices (``dcn_data``) each copy of the model calls the loss with
+    its own rows and key, and sums cross the network once per step. A step whose loss or gradient is
+    not finite leaves parameters and optimizer state unchanged, and reports it.
 
     Args:
-        loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
-            it takes them as a fourth argument. ``count`` must not depend on the parameters.
+        loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; constants are
+            a fourth argument. ``count`` must not depend on the parameters.
         tx: the optimizer; clipping is part of it (`Schedule.optimizer`).
         accumulate: number of microbatches.
         mesh: the mesh of the state. Batches may then be this process's numpy rows.
-        trainable: a regular expression; parameters whose path it does not match get no gradient.
-            Give the same one to `Schedule.optimizer`, so that they have no optimizer state either.
-        schedule: the learning rate as a function of the step, to be reported.
-        counts: ``(batch, constants) -> pytree`` of the whole global batch. The loss then takes it
-            as its last argument: what means over a part of the labels are divided by.
+        trainable: a regular expression; parameters whose path does not match get no gradient. Pass
+            the same one to `Schedule.optimizer`, so that they have no optimizer state either.
+        schedule: the learning rate as a function of the step, for reports.
+        counts: ``(batch, constants) -> pytree`` of the whole global batch, passed to the loss as
+            its last argument: the divisors of means over a part of the labels.
 
     Attributes:
-        traces: How often it was traced: once per shape of the batch.
+        traces: Number of traces: one per shape of the batch.
 
     Raises:
         ValueError: if the microbatches and the mesh do not divide the batch.
@@ -99,7 +99,7 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: Any, constants: Any = None
     ) -> tuple[TrainState, StepOutput]:
-        """Updates the state, which is donated: do not use the old one again.
+        """Update the state, which is donated: do not use the old one again.
 
         `constants` are a pytree that no step changes: a teacher's weights, the model under a LoRA.
         """
@@ -112,7 +112,7 @@ class TrainStep:
     @functools.cached_property
     def flops(self) -> float:
         """Multiplications and additions of the first call's matrix products, on all devices."""
-        # The trace of the call before is kept by JAX, and not made again.
+        # JAX keeps the trace of the previous call and does not repeat it.
         return 0.0 if self._shapes is None else matmul_flops(self.trace(*self._shapes).jaxpr)
 
     def lower(self, state: Any, batch: Any, constants: Any = None) -> Any:
@@ -125,7 +125,7 @@ class TrainStep:
 
     def _compiled_for(self, state: TrainState) -> Any:
         if self._jitted is None:
-            # The state leaves as it came, whatever the compiler would prefer: no second trace.
+            # The state keeps its sharding, whatever the compiler prefers: no second trace.
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             report = None if self._mesh is None else NamedSharding(self._mesh, P())
             self._jitted = jax.jit(
@@ -136,9 +136,9 @@ class TrainStep:
         return self._jitted
 
     def _step(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, StepOutput]:
-        # Runs when the step is traced, and not when it runs.
+        # Runs when the step is traced, not when it runs.
         self.traces += 1
-        # Of the step alone: a run that is resumed draws what it would have drawn.
+        # Depends only on the step: a resumed run draws the same numbers.
         key = jax.random.fold_in(state.rng, state.step)
         mask = None if self._trainable is None else on_mesh.path_mask(state.params, self._trainable)
 
@@ -174,7 +174,7 @@ class TrainStep:
 
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A step that is not finite must not poison what a later checkpoint holds.
+        # A step that is not finite must not corrupt later checkpoints.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
@@ -198,19 +198,19 @@ class TrainStep:
                 )
 
     def _over_copies(self, grad_fn: Any, mask: Any, params: Any, batch: Any, key: Any) -> Any:
-        """Sums over microbatches, and then once over the copies of the model on several slices."""
-        # Left to the compiler every microbatch's gradient would cross the network between slices.
+        """Sum over microbatches, and then once over the copies of the model on several slices."""
+        # Otherwise the compiler would send every microbatch's gradient across the network.
         sizes = {} if self._mesh is None else self._mesh.shape
         if sizes.get("dcn_data", 1) == 1:
             return self._scan(grad_fn, params, batch, key)
-        # With `data` left out, each of a slice's copies would send the same sum to other slices.
+        # Without `data`, each of a slice's copies would send the same sum to other slices.
         axes = tuple(name for name in ("dcn_data", "data") if sizes[name] > 1)
 
         def of_copy(params: Any, batch: Any, number: Any) -> Any:
             local = jax.random.fold_in(key, number[0])
             grads, sums = self._scan(grad_fn, params, batch, local)
             if mask is not None:
-                # Zeros of parameters that are not trained need not cross.
+                # Zeros of untrained parameters need not cross.
                 grads = jax.tree.map(lambda g, kept: g if kept else None, grads, mask)
             grads, sums = jax.lax.psum((grads, sums), axes)
             if mask is not None:
@@ -220,7 +220,7 @@ class TrainStep:
             return grads, sums
 
         numbers = jnp.arange(math.prod(sizes[name] for name in axes))
-        # Losses need not know on which axes their values differ.
+        # Losses need not know the axes on which their values vary.
         return jax.shard_map(
             of_copy,
             in_specs=(P(), P(axes), P(axes)),
@@ -233,7 +233,7 @@ class TrainStep:
         parts = self._accumulate
 
         def split(leaf: Any) -> Any:
-            # Microbatch i takes rows i, i + parts, ...: each device splits the rows it has.
+            # Microbatch i takes rows i, i + parts, ...: each device splits its own rows.
             leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
             axes = on_mesh.auto_axes(MeshAxes.current().rows, leaf.shape[1])
             return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
@@ -244,7 +244,7 @@ class TrainStep:
             grads, sums = grad_fn(params, *item, key)
             return jax.tree.map(lambda a, b: a + _float32(b), carry, (grads, sums)), None
 
-        # Zeros of the right structure: the metrics are known only to the loss.
+        # Zeros of the right structure: only the loss knows the metrics.
         shapes = jax.eval_shape(
             lambda: grad_fn(params, jax.tree.map(lambda leaf: leaf[0], micros), 0, key)
         )
@@ -259,7 +259,7 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _knowing(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced where a model finds the mesh to say how its activations are split."""
+    """The function, traced where a model finds the mesh that splits its activations."""
     if mesh is None:
         return function
 
@@ -276,7 +276,7 @@ def _float32(leaf: Any) -> jax.Array:
 
 
 class EvalStep:
-    """A jitted evaluation with the loss function of a `TrainStep`, whose key is constant here.
+    """A jitted evaluation with the loss function of a `TrainStep`, with a constant key.
 
     >>> score = EvalStep(lambda params, batch, rng: (batch.sum(), batch.size, {}))
     >>> score.means({}, [jnp.ones(3), jnp.zeros(1)])
@@ -286,7 +286,7 @@ class EvalStep:
     def __init__(self, loss_fn: LossFn, *, mesh: Mesh | None = None):
         def step(params: Any, batch: Any, constants: Any) -> Any:
             extra = () if constants is None else (constants,)
-            # The same key each time: scores of two steps differ by their parameters alone.
+            # The same key each time: scores of two steps differ only by their parameters.
             total, count, metrics = loss_fn(params, batch, jax.random.key(0), *extra)
             return jax.tree.map(_float32, {"loss": (total, count), **metrics})
 
@@ -301,7 +301,7 @@ class EvalStep:
         return self._jitted(params, batch, constants)
 
     def means(self, params: Any, batches: Iterable[Any], constants: Any = None) -> dict[str, float]:
-        """Means over all batches, each divided once by its whole count."""
+        """Means over all batches, each divided once by its total count."""
         accumulator = MetricAccumulator()
         for batch in batches:
             accumulator.add(self(params, batch, constants))

@@ -1,6 +1,6 @@
-"""A run that no longer moves, and processes that are gone: the others end, and say why.
+"""Detection of stalled runs and lost processes: the others end, and report why.
 
-A thread does it, for the main one waits in a collective where nothing else reaches it.
+A separate thread does it, because the main one may wait in a collective, out of reach.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from logitjax.storage import progress
 
 _DEFAULT_SECONDS = 3600.0
 _PREFIX = "logitjax"
-# JAX ends a process with a page of its own when this one has said nothing by then.
+# JAX ends a process with a page of output if this one has reported nothing by then.
 LATER_SECONDS = 30
 
 
@@ -34,7 +34,7 @@ def stall_seconds(processes: int) -> float:
 
 
 def end(cause: str, status: int = os.EX_TEMPFAIL, *, name: str = "") -> None:
-    """Ends this process with one line, and tells the others of the run why."""
+    """End this process with one line, and tell the others of the run why."""
     logging.flush()
     sys.stdout.flush()
     announce(cause, status)
@@ -47,18 +47,18 @@ def end(cause: str, status: int = os.EX_TEMPFAIL, *, name: str = "") -> None:
 
 
 def announce(cause: str, status: int) -> None:
-    """Leaves word for the other processes; the first one that does is believed."""
+    """Leave a message for the other processes; the first message wins."""
     client = _client()
     if client is None:
         return
     try:
         client.key_value_set(f"{_PREFIX}/failed", f"{status} {jax.process_index()} {cause}")
-    except Exception:  # There is word already, or nobody who keeps it.
+    except Exception:  # Already reported, or the coordinator is gone.
         return
 
 
 def _await_others(seconds: float = 5.0) -> None:
-    """The process that keeps the words leaves last: JAX ends the others once it is gone."""
+    """The process that stores the messages exits last: JAX ends the others once it is gone."""
     client = _client()
     if client is None or jax.process_index() != 0:
         return
@@ -67,7 +67,7 @@ def _await_others(seconds: float = 5.0) -> None:
         while time.monotonic() < until:
             ended = client.key_value_dir_get(f"{_PREFIX}/ended/")
             if len(ended) >= jax.process_count() - 1:
-                # Read, and on their way out.
+                # They have read it and are exiting.
                 time.sleep(0.3)
                 return
             time.sleep(0.1)
@@ -76,17 +76,17 @@ def _await_others(seconds: float = 5.0) -> None:
 
 
 def _client() -> Any:
-    # What `multihost_utils` waits on; JAX has no public name for it.
+    # `multihost_utils` waits on it; JAX has no public name for it.
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 class Watch(threading.Thread):
-    """Looks once a second whether the run moves and whether its processes are there.
+    """Checks once a second whether the run moves and whether its processes are alive.
 
-    `stall` seconds without progress in any process, packing and reading among it, or `heartbeat`
-    seconds without a sign of life of one, end this one by `leave(cause, status)`.
+    After `stall` seconds without progress in any process, including packing and reading, or
+    `heartbeat` seconds without a sign of life from one, `leave(cause, status)` ends this one.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Watch(threading.Thread):
         self._index, self._count = index, count
         self._stall, self._heartbeat, self._leave = stall, heartbeat, leave
         self._done = threading.Event()
-        # By process what it said last, its progress in that, and when.
+        # For each process its last message, its progress in it, and the time.
         self._beats: dict[int, tuple[str, float]] = {}
         self._moved: dict[int, str] = {}
         self._last_move = time.monotonic()
@@ -126,7 +126,7 @@ class Watch(threading.Thread):
         self._note(self._index, f"{beat} {marks}", now)
         client = _client() if self._count > 1 else None
         if self._count > 1 and client is None:
-            # This process has left the others, all of them at their end.
+            # This process has left the others after all finished.
             return None
         if client is not None:
             try:
@@ -135,7 +135,7 @@ class Watch(threading.Thread):
                 )
                 words = dict(client.key_value_dir_get(f"{_PREFIX}/"))
             except Exception:
-                # Without process 0 there is no news of anybody: see below.
+                # Without process 0 there is no news of any process: see below.
                 words = {}
             for key, message in words.items():
                 if key.endswith("/failed"):
@@ -170,4 +170,4 @@ class Watch(threading.Thread):
         return f"process {process} failed: {cause}", int(status)
 
 
-_AGAIN = "the same command goes on from the newest checkpoint"
+_AGAIN = "the same command continues from the newest checkpoint"

@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time."""
+"""Locks, so that a workdir belongs to one run at a time."""
 
 import contextlib
 import errno
@@ -20,39 +20,39 @@ from logitjax import processes
 from logitjax.storage import digest, write_atomic
 from logitjax.training import _watch
 
-# A holder renews its lock so often; one that has not done so for longer is gone.
+# Seconds between renewals of a lock; an owner that misses them for longer is gone.
 _BEAT_SECONDS = 10.0
 _STALE_SECONDS = 45.0
 _LOOK_SECONDS = 0.5
 _FEW_RETRIES = {
     "gcs_request_retries": {"max_retries": 4, "initial_delay": "500ms", "max_delay": "4s"}
 }
-# Workdirs that this process holds.
+# Workdirs locked by this process.
 _held: list[str] = []
 
 
 class WorkdirInUseError(ValueError):
-    """Another run holds the workdir."""
+    """Another run has locked the workdir."""
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Hold the lock of a workdir, so that a second run on it is refused.
 
-    On a file system the operating system holds the lock, and drops it when the process ends. On an
-    object store the lock is an object that is only written over the generation that was read, so of
-    two runs that start at once one wins. The holder renews it every ten seconds. Another run takes
-    it over when it has not been renewed for 45 seconds. No clock is compared. A restart by the
-    script that started the run (with the same `LOGITJAX_RUN`, which `launch/` sets) takes it over
-    at once. A holder that finds it taken, or cannot renew it for as long, ends with status 75.
+    On a file system the operating system holds the lock, and releases it when the process ends. On
+    an object store the lock is an object that is only written over the generation that was read, so
+    only one of two simultaneous starts succeeds. The owner renews it every ten seconds. Another run
+    takes it over if it has not been renewed for 45 seconds. No clocks are compared. A restart by
+    the script that started the run (with the same `LOGITJAX_RUN`, which `launch/` sets) takes it
+    over at once. An owner that finds it taken, or cannot renew it for as long, ends with status 75.
 
-    Folders within a locked workdir are locked too. Process 0 locks for all. `starts.json` counts
-    how often a launcher starts a run, again with each file that was not there before: a checkpoint,
-    or a part of a cache. `LOGITJAX_MAX_STARTS` (20) without one are an error.
+    Folders within a locked workdir are locked too. Process 0 locks for all. `starts.json` counts a
+    launcher's starts since the run last made a new file, such as a checkpoint or part of a cache.
+    `LOGITJAX_MAX_STARTS` (20) without a new file are an error.
 
     Raises:
-        WorkdirInUseError: On every process, if another run holds it.
-        ValueError: A launcher has started the run so often, and it has made nothing.
+        WorkdirInUseError: On every process, if another run holds the lock.
+        ValueError: A launcher has started the run that often without any new file.
 
     >>> import tempfile
     >>> with lock_workdir(tempfile.mkdtemp()):
@@ -80,17 +80,17 @@ def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def holds_still(workdir: epath.Path) -> bool:
-    """Whether the lock around a folder of an object store is still this process's.
+    """Whether this process still holds the lock of a folder on an object store.
 
-    A holder that was paused for a minute may have lost it, and may not write over what the other
-    makes. A file's lock goes with its process alone, so there it holds.
+    A process that was paused for a minute may have lost it, and must not overwrite the other run's
+    files. A file lock ends only with its process, so there this is always true.
     """
     location = os.fspath(workdir)
     outer = [stored for stored in _held if "://" in stored and location.startswith(f"{stored}/")]
     return all(_is_ours(_store(epath.Path(stored)).read("lock").result()) for stored in outer)
 
 
-# Files that tell of a run, and are nothing that it makes.
+# Files that record a run's starts and are not part of its results.
 _RECORDS = re.compile(
     r"(\.|lock$|starts\.json|config\.json|error|metrics\.jsonl|.*\.log$|corrupt_)"
 )
@@ -101,22 +101,22 @@ def _count_start(workdir: epath.Path) -> None:
     if not run:
         return
     path, most = workdir / "starts.json", int(os.environ.get("LOGITJAX_MAX_STARTS", "20"))
-    made = digest(sorted(_made_files(workdir)))
+    contents = digest(sorted(_made_files(workdir)))
     before = _read(path.read_bytes()) if path.exists() else {}
-    same = before.get("run") == run and before.get("made") == made
+    same = before.get("run") == run and before.get("made") == contents
     count = int(before.get("starts", 0)) + 1 if same else 1
     if count > most:
         raise ValueError(
             f"folder {str(workdir)!r}: expected progress in {most} starts, got none; its "
             f"error.txt may give the reason (remove {path.name} to continue)"
         )
-    write_atomic(path, json.dumps({"run": run, "made": made, "starts": count}))
+    write_atomic(path, json.dumps({"run": run, "made": contents, "starts": count}))
 
 
 def _made_files(folder: epath.Path, above: str = "") -> Iterator[str]:
     for path in folder.iterdir():
         name = f"{above}{path.name}"
-        # A save that was cut off is none.
+        # An interrupted save does not count.
         if _RECORDS.match(path.name) or "orbax-checkpoint-tmp" in path.name:
             continue
         if path.is_dir():
@@ -125,7 +125,7 @@ def _made_files(folder: epath.Path, above: str = "") -> Iterator[str]:
             yield name
 
 
-# Pods are all process 1 of a host that is called the same.
+# In pods, every process is process 1 of a host with the same name.
 _ME = uuid.uuid4().hex
 
 
@@ -159,7 +159,7 @@ def _file_lock(workdir: epath.Path) -> Iterator[None]:
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            # A disk that turns read-only later may come back; one that is so from the start is
+            # A disk that becomes read-only may recover; a disk that is read-only from the start is
             # the wrong folder.
             raise PermissionError(errno.EACCES, "is read-only", os.fspath(workdir)) from None
         try:
@@ -170,12 +170,12 @@ def _file_lock(workdir: epath.Path) -> Iterator[None]:
                 raise _refusal(workdir, _read(file.read())) from None
         except OSError as error:
             file.close()
-            # Some network file systems have no locks; that is not another run.
+            # Some network file systems have no locks; that does not mean another run.
             raise OSError(error.errno, f"cannot be locked: {error.strerror}", path) from None
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
-        # The last holder has removed this file since it was opened.
+        # The last owner has removed this file since it was opened.
         file.close()
     with file:
         file.truncate(0)
@@ -189,7 +189,7 @@ def _file_lock(workdir: epath.Path) -> Iterator[None]:
 
 
 def _store(workdir: epath.Path) -> Any:
-    """The key-value store of a prefix: its writes are made on a condition."""
+    """The key-value store under a prefix, with conditional writes."""
     import tensorstore
 
     scheme, _, rest = os.fspath(workdir).partition("://")
@@ -205,7 +205,7 @@ def _store(workdir: epath.Path) -> Any:
 @contextlib.contextmanager
 def _object_lock(workdir: epath.Path) -> Iterator[None]:
     store = _store(workdir)
-    # A run of its own where no launcher says which one this is.
+    # Counts as a separate run if no launcher identifies it.
     run = os.environ.get("LOGITJAX_RUN") or uuid.uuid4().hex
     generation = _acquire(store, run, workdir)
     stop = threading.Event()
@@ -220,12 +220,12 @@ def _object_lock(workdir: epath.Path) -> Iterator[None]:
             except Exception as error:
                 logging.warning("folder %s: its lock cannot be written: %s", workdir, error)
                 generation = before
-                # Others may take it over from now on.
+                # From now on other runs may take it over.
                 if time.monotonic() - last > _STALE_SECONDS - 2 * _BEAT_SECONDS:
                     _watch.end(f"the lock of folder {workdir} cannot be written ({error})")
                 continue
             if generation is None:
-                # An answer that was lost on its way leaves a generation of our own.
+                # A lost response leaves a generation of our own.
                 result = store.read("lock").result()
                 if _is_ours(result):
                     generation = result.stamp.generation
@@ -250,9 +250,9 @@ def _is_ours(lock: Any) -> bool:
 
 
 def _write(store: Any, run: str, generation: bytes) -> bytes | None:
-    """Writes over this generation; the new one, or None where it is another by now."""
+    """Write over this generation; return the new one, or None if another was written."""
     written = store.write("lock", _owner(run), if_equal=generation).result(timeout=_BEAT_SECONDS)
-    # What was not written comes back with no generation.
+    # A value that was not written has no generation.
     return written.generation or None
 
 
@@ -262,7 +262,7 @@ def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
         result = store.read("lock").result()
         generation = result.stamp.generation
         if result.state != "value":
-            mine = _write(store, run, generation)
+            written = _write(store, run, generation)
         else:
             owner = _read(result.value)
             if watched is None:
@@ -270,10 +270,10 @@ def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
             elif watched != generation:
                 raise _refusal(workdir, owner)
             stale = time.monotonic() - since >= _STALE_SECONDS
-            mine = None
+            written = None
             if owner.get("run") == run or stale:
                 logging.warning("taking over the lock of process %s", owner.get("pid"))
-                mine = _write(store, run, generation)
-        if mine is not None:
-            return mine
+                written = _write(store, run, generation)
+        if written is not None:
+            return written
         time.sleep(_LOOK_SECONDS)

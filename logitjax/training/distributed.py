@@ -1,4 +1,4 @@
-"""Starting one of several processes."""
+"""Start-up of one of several processes."""
 
 import atexit
 import importlib.util
@@ -14,7 +14,7 @@ from absl import logging
 from logitjax.storage import may_pass
 from logitjax.training import _watch
 
-# Ends this process with one line, at once; the others of its run end with the same status.
+# End this process with one line, at once; the others of its run end with the same status.
 leave = _watch.end
 
 _watching: list[_watch.Watch] = []
@@ -28,28 +28,28 @@ def initialize(
     cluster: str = "auto",
     heartbeat_seconds: int | None = None,
 ) -> tuple[int, int]:
-    """Joins the other processes of a run, if there are any. Call it before anything uses a device.
+    """Join the other processes of a run, if any. Call it before anything uses a device.
 
     Missing values come from ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
     ``JAX_PROCESS_ID`` (or ``JOB_COMPLETION_INDEX``, which Kubernetes sets in an indexed job). If
-    none of these is there, JAX finds the cluster: SLURM, Open MPI, Kubernetes, TPU pods. Without a
-    cluster, or where it is known that there is one process, nothing happens.
+    none of these is set, JAX detects the cluster: SLURM, Open MPI, Kubernetes, TPU pods. Without a
+    cluster, or with only one process, nothing happens.
 
-    A process with several CPU devices, also one alone, gets three threads for each
-    (``PJRT_NPROC``, unless it is set). By default XLA has as many as there are cores, and runs and
-    starts the devices' programs on the same ones: where some wait to start a program and others,
-    within the one before, for devices that no thread is left for, they wait forever.
+    A process with several CPU devices, even a single process, gets three threads for each
+    (``PJRT_NPROC``, unless it is set). By default XLA has as many threads as cores, and runs and
+    starts the devices' programs on the same ones: if some wait to start a program, and others, in
+    the previous program, wait for devices without a thread, they wait forever.
 
     Args:
         coordinator_address: ``host:port`` of process 0.
         cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``,
             ``k8s``, ``ompi``.
-        heartbeat_seconds: after how long a silent process is lost and the others, whose collectives
+        heartbeat_seconds: time until a silent process is lost and the others, whose collectives
             would wait forever, end with status 75; ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
 
-    From here on a thread watches: where no process has packed, read, saved or taken a step for
-    ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, forever with one), and where one
-    is gone or has said why it ends (`leave`), this one ends too.
+    From then on a thread watches: if no process has packed, read, saved or taken a step for
+    ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, forever with one), or if one has
+    gone or reported why it ends (`leave`), this one ends too.
 
     Returns:
         ``(process_index, process_count)``.
@@ -85,7 +85,7 @@ def initialize(
     }
     missing = [name for name, value in entries.items() if value is None]
     if num_processes == 1:
-        # Joined, it would send what its own devices tell each other over sockets.
+        # If it joined, it would send data between its own devices over sockets.
         logging.info("the only process")
     elif not missing:
         logging.info("process %s of %s, coordinator %s", *reversed(list(entries.values())))
@@ -123,10 +123,10 @@ def initialize(
 
 
 def _depart(watch: _watch.Watch) -> None:
-    """Waits for the others under the watch's eye, then ends the watch.
+    """Wait for the others while the watch runs, then stop the watch.
 
-    A thread that comes back from a call of JAX's client while the interpreter closes aborts the
-    process, and a run whose work is done would end with status 134.
+    A thread that returns from a call of JAX's client while the interpreter exits aborts the
+    process, so a finished run would end with status 134.
     """
     try:
         jax.distributed.shutdown()
@@ -146,7 +146,7 @@ def _announce_what_is_not_caught() -> None:
 
 
 def _enough_threads() -> None:
-    """For each CPU device one to run its program, one to start the next and one to spare."""
+    """Threads for each CPU device: one to run its program, one to start the next, one to spare."""
     flags = os.environ.get("XLA_FLAGS", "")
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
     devices = max(getattr(jax.config, "jax_num_cpu_devices", 1), int(forced[1]) if forced else 1)
@@ -186,7 +186,7 @@ def _detect() -> str | None:
 
 
 def _slurm_devices() -> list[int] | None:
-    """All GPUs of the node, where it runs one task; JAX would give that task the first one only."""
+    """All GPUs of the node if it runs one task; JAX would give that task only the first one."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
     if tasks == "1" and gpus.isdigit() and int(gpus) > 1:

@@ -16,18 +16,18 @@ from logitjax.transport._sorted import Coupling
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """``lower <= GW_p^p <= upper``, with what reaches the upper one.
+    """Bounds ``lower <= GW_p^p <= upper``, with a coupling that attains the upper one.
 
     Attributes:
-        lower: no coupling costs less.
-        upper: some coupling costs no more; ``coupling`` is it but for rounding, unless a plan
-            among the ``candidates`` costs less.
-        coupling: the best that was seen.
-        units: what c and d were divided by, ``[2]``; infinite or zero beyond float32.
-        costs: what each of the ``candidates`` costs at most once its marginals are the weights,
-            ``[candidates]``: ``costs / lower`` is how far it is from the optimum at most.
+        lower: lower bound of the cost of all couplings.
+        upper: some coupling costs at most this: ``coupling`` up to rounding, or a cheaper plan of
+            the ``candidates``.
+        coupling: the best one found.
+        units: divisors of c and d, ``[2]``; infinite or zero beyond float32.
+        costs: upper bound of the cost of each of the ``candidates`` once its marginals are the
+            weights, ``[candidates]``: ``costs / lower`` bounds its distance from the optimum.
         reported: the ``primal_cost`` that a solution of ott states, ``[candidates]``; else nan.
-        converged: whether it says that it converged, ``[candidates]``.
+        converged: whether a solution says that it converged, ``[candidates]``.
     """
 
     lower: Array
@@ -40,14 +40,14 @@ class Certificate:
 
     @property
     def gap(self) -> jax.Array:
-        """upper / lower; one where both are zero, infinite where the lower one alone is."""
+        """upper / lower; 1 if both are zero, infinite if only the lower one is."""
         upper, lower = jnp.asarray(self.upper), jnp.asarray(self.lower)
         apart = jnp.where(lower > 0, upper / jnp.where(lower > 0, lower, 1.0), jnp.inf)
         return jnp.where(upper > 0, apart, 1.0)
 
 
 def raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
-    """Under a transformation: infinite above and the largest number below what the type holds."""
+    """Under a transformation: infinite above and the largest number below the type's range."""
     cost, unit = exponents
     lower, upper, costs = (
         times_power_of_two(jnp.asarray(x), cost) for x in (answer.lower, answer.upper, answer.costs)
@@ -62,7 +62,7 @@ def raised(answer: Certificate, exponents: tuple[Any, Any]) -> Certificate:
 
 
 def in_float32(answer: Certificate, exponents: tuple[Any, Any], scale: Any) -> Certificate:
-    """The same claims about float32 numbers, of one pair or many: rounded away from each other."""
+    """The same claims in float32, for one pair or many: rounded away from each other."""
     info = np.finfo(np.float32)
     with np.errstate(over="ignore", under="ignore"):
         lower, upper = (
@@ -96,7 +96,7 @@ def in_float32(answer: Certificate, exponents: tuple[Any, Any], scale: Any) -> C
 
 def towards(value: Any, direction: int) -> np.ndarray:
     """The nearest float32 that is not below (1), or not above (-1), a number in float64."""
-    # Beside a float32 array a Python number would be compared as float32.
+    # Next to a float32 array a Python number would be compared as float32.
     value = np.asarray(value, np.float64)
     with np.errstate(over="ignore"):
         near = value.astype(np.float32)

@@ -4,8 +4,8 @@ All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1
 
     first <= moment <= third <= GW
 
-All but the first two form the matrix of a `FactoredGraph`. What rounding may have added is
-subtracted (`logitjax.transport._rounding`), so that the last inequality holds without exception.
+All but the first two form the matrix of a `FactoredGraph`. Possible rounding is subtracted
+(`logitjax.transport._rounding`), so that the last inequality always holds.
 """
 
 from typing import Any
@@ -58,12 +58,12 @@ def first_lower_bound(
 
     Args:
         c, d: matrices ``[n, n]`` and ``[m, m]``, or `FactoredGraph`.
-        c_weights, d_weights: node weights a, b that sum to one; uniform if left out.
+        c_weights, d_weights: node weights a, b that sum to one; by default uniform.
         p: power of the cost, 1 or 2.
 
     Raises:
-        ValueError: for another p, or weights of another shape or, where their values are known,
-            that do not sum to one.
+        ValueError: for another p, or weights of another shape or, if their values are known, that
+            do not sum to one.
 
     >>> import jax, numpy as np
     >>> print(f"{jax.jit(first_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
@@ -93,7 +93,7 @@ def moment_lower_bound(
 
         max(W_2^2(mu_C, mu_D) + W_2^2(s_C, s_D),  W_2^2(r_C, r_D)) <= GW_2^2(C, D)
 
-    Arguments are those of `first_lower_bound`, and with p = 2 it is at least that.
+    Arguments are those of `first_lower_bound`; with p = 2 it is at least as large.
 
     References:
         The bound by moments is Gelbrich's (1990) on the line; its use here is ours.
@@ -105,7 +105,7 @@ def moment_lower_bound(
         return _least(local, other, name, (c_weights, d_weights), (a, b), 2)
 
     apart = (least("mean") + least("deviation")) * (1 - gamma(0))
-    # Graphs that were rounded when they were formed are nearer to those given than to each other.
+    # Graphs rounded when they were formed are nearer to the given ones than to each other.
     return lowered(jnp.maximum(apart, least("rms")), p=2, root=_formed(c) + _formed(d))
 
 
@@ -163,7 +163,7 @@ def third_lower_bound(
 
 
 def least_assignment(costs: Square) -> tuple[Scalar, Order]:
-    """A sum that no assignment of these costs ``[n, n]`` is below, and an assignment near it.
+    """A lower bound of any assignment of these costs ``[n, n]``, and an assignment near it.
 
     The Hungarian algorithm rounds, but any column prices, here those of its assignment by shortest
     paths, give a bound: ``sum_k v_k + sum_i min_k (c_ik - v_k)``.
@@ -172,7 +172,7 @@ def least_assignment(costs: Square) -> tuple[Scalar, Order]:
     i, k = optax.assignment.hungarian_algorithm(costs)
     columns = jnp.zeros(n, jnp.int32).at[i].set(k.astype(jnp.int32))
     matched = costs[jnp.arange(n), columns]
-    # Steps smaller than this are rounding going round in a circle.
+    # Steps smaller than this are rounding that cycles.
     least_step = 4 * gamma(0) * jnp.abs(costs).max()
 
     def relax(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -1,15 +1,15 @@
 """The optimum of small Gromov-Wasserstein problems, with a proof: branch and bound on the host.
 
-Where both matrices, centred, are positive semi-definite (or both negative), the cost is concave in
-the coupling and the best coupling of uniform weights is a matching: a quadratic assignment problem.
-It is bounded by duals of its first-level linearisation, the bound of Hahn and Grant. Any `alpha[i,
-k, j]` and `beta[i, k, l]` with, for i not j and k not l, ::
+If both matrices, centred, are positive semi-definite (or both negative), the cost is concave in the
+coupling and the best coupling of uniform weights is a matching: a quadratic assignment problem. It
+is bounded by duals of its first-level linearisation, the bound of Hahn and Grant. Any `alpha[i, k,
+j]` and `beta[i, k, l]` with, for i not j and k not l, ::
 
     alpha[i, k, j] + beta[i, k, l] + alpha[j, l, i] + beta[j, l, k] <= 2 (C_ij - D_kl)^2
 
 give one: the least assignment of ``(C_ii - D_kk)^2 + sum_j alpha[i, k, j] + sum_l beta[i, k, l]``.
-What is left of a pair (i, k) beyond that assignment goes back to its alphas, every pair takes half
-of what the inequalities have left, and so on. The n^4 differences are visited, n^3 numbers held.
+The remainder of a pair (i, k) beyond that assignment returns to its alphas, every pair takes half
+of the inequalities' slack, and so on. The n^4 differences are visited, n^3 numbers stored.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from logitjax.transport._sorted import Coupling
 _MOST_NODES = 512
 # Up to this many nodes matchings are improved by exchanges in Python.
 _FEW_NODES = 64
-# Entries that are visited together: what a core's cache holds.
+# Entries visited together: as many as fit a core's cache.
 _ENTRIES = 1 << 17
-# Rounds of sharing at the root, and at the nodes of the tree, which go on where their parent ended.
+# Rounds of sharing at the root, and at the nodes of the tree, which continue their parent's.
 _ROUNDS, _MORE_ROUNDS = 100, 8
 _STARTS = 6
-# Beyond it the newest nodes are opened instead of the best ones, which lets memory go.
+# Beyond it the newest nodes are opened instead of the best ones, which frees memory.
 _MEMORY = 2 << 30
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -44,11 +44,11 @@ _EPSILON = float(np.finfo(np.float64).eps)
 def branch_and_bound(
     c: Graph, d: Graph, *, seconds: float = 60.0, tolerance: float = 1e-6
 ) -> Certificate:
-    """The Gromov-Wasserstein cost of two small graphs, p = 2, as good as proven optimal.
+    """Compute the Gromov-Wasserstein cost of two small graphs, p = 2, as good as proven optimal.
 
-    Graphs have as many nodes each, at most 512, and uniform weights. For Gram matrices, as graphs
-    of logits are, some 16 nodes take seconds; beyond 30 the time is likely to run out, and what is
-    proven until then is returned. It computes on the host in float64, and is not differentiable.
+    The graphs have equally many nodes, at most 512, and uniform weights. For Gram matrices, such as
+    graphs of logits, about 16 nodes take seconds; beyond 30 the time is likely to run out, and the
+    bounds proven until then are returned. It runs on the host in float64, without gradients.
 
     Args:
         c, d: symmetric matrices `[n, n]` or `FactoredGraph`.
@@ -56,8 +56,8 @@ def branch_and_bound(
         tolerance: Relative gap of the bounds at which it ends.
 
     Returns:
-        A `Certificate` in the units of the graphs, in float64. The optimum is proven where
-        `upper <= lower * (1 + 2 * tolerance)`.
+        A `Certificate` in the units of the graphs, in float64. The optimum is proven if `upper <=
+        lower * (1 + 2 * tolerance)`.
 
     Raises:
         ValueError: sizes differ or are too large, entries are not finite or not symmetric, or the
@@ -74,8 +74,8 @@ def branch_and_bound(
     References:
         Hahn and Grant, Lower bounds for the quadratic assignment problem based upon a dual
         formulation (1998). Matchings are optimal: Maron and Lipman, (Probably) concave graph
-        matching (2018). That duals start from sorted rows (Gilmore and Lawler) is ours: graphs of
-        ranks are proven by it alone.
+        matching (2018). Starting the duals from sorted rows (Gilmore and Lawler) is ours: it proves
+        graphs of ranks by itself.
     """
     check_equal_sizes(c, d, "branch_and_bound")
     with jax.enable_x64(True):
@@ -88,7 +88,7 @@ def branch_and_bound(
         checks.values(matrix, np.isfinite, name, "finite entries")
         if np.abs(matrix - matrix.T).max() > 1e-9 * np.abs(matrix).max():
             raise ValueError(f"{name}: expected a symmetric matrix, got another")
-    # Squares neither overflow nor vanish.
+    # Scaled so that squares neither overflow nor vanish.
     exponent = int(np.frexp(max(np.abs(x).max(), np.abs(y).max()))[1])
     root = sum(float(np.ldexp(float(graph.error), -exponent)) for graph in graphs)
     x, y = (np.ldexp((m + m.T) / 2, -exponent) for m in (x, y))
@@ -108,7 +108,7 @@ def branch_and_bound(
 
 
 def _indefinite(x: np.ndarray, y: np.ndarray) -> float:
-    """How far the root of the cost moves until centred matrices are definite, of one sign."""
+    """Bound how far the root of the cost moves until centred matrices are definite, of one sign."""
     n = len(x)
     values = []
     for matrix in (x, y):
@@ -117,23 +117,23 @@ def _indefinite(x: np.ndarray, y: np.ndarray) -> float:
     wrong = min(
         max(max(-(sign * v).min(), 0.0) for v in values) for sign in (1, -1)
     ) + 8 * n * _EPSILON * max(np.abs(v).max() for v in values)
-    # Gram matrices in float32 are off by that much, which counts in the bounds.
+    # Gram matrices in float32 are off by this much, which widens the bounds.
     if wrong > 1e-6 * n:
         raise ValueError(
             "c: expected graphs that are both positive or both negative semi-definite after "
             f"centring, like Gram matrices and squared distances, got an eigenvalue {wrong:g} off"
         )
-    # It is added to the diagonals, whose mean square is that much in L_2 of all entries.
+    # It is added to the diagonals, whose mean square is this much in L_2 of all entries.
     return 2 * wrong / np.sqrt(n)
 
 
 @dataclasses.dataclass
 class _Node:
-    """A problem that is left once some nodes are matched, at the cost `paid`, with its duals."""
+    """The remaining problem once some nodes are matched, at the cost `paid`, with its duals."""
 
     paid: float
     matched: tuple[tuple[int, int], ...]
-    # The nodes of either graph that are free, their matrices, and what a pair costs by itself.
+    # The free nodes of either graph, their matrices, and the cost of each pair by itself.
     rows: np.ndarray
     columns: np.ndarray
     x: np.ndarray
@@ -141,13 +141,13 @@ class _Node:
     nodes: np.ndarray
     alpha: np.ndarray
     beta: np.ndarray
-    # The bound, what rounding may have added to it, and what pairs cost beyond it.
+    # The bound, its possible rounding error, and the costs of pairs beyond it.
     constant: float = 0.0
     doubt: float = 0.0
     rest: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
 
     def matching(self, row: int, column: int) -> "_Node":
-        """The node with one more match, whose costs with all others become theirs."""
+        """The node with one more match, whose costs with all others are added to theirs."""
         i, k = (np.delete(np.arange(len(self.nodes)), index) for index in (row, column))
         pair = int(self.rows[row]), int(self.columns[column])
         apart = np.square(self.x[i, row][:, None] - self.y[k, column])
@@ -164,11 +164,11 @@ class _Node:
         )
 
     def pay(self) -> np.ndarray:
-        """Works out what any assignment costs; the best one."""
+        """Split off the cost that every assignment pays; return the best assignment."""
         costs = self.nodes + self.alpha.sum(2) + self.beta.sum(2)
         value, self.rest, columns = _assignment(costs)
         self.constant = self.paid + value
-        # Of m^2 inequalities each is off by some roundings, and so are the sums of 2 m duals.
+        # Each of m^2 inequalities has a few roundings, and so do the sums of 2 m duals.
         m, duals = len(costs), max(np.abs(self.alpha).max(), np.abs(self.beta).max())
         largest = np.square(self.x.max() - self.y.min()) + np.square(self.x.min() - self.y.max())
         each = 16 * (largest + duals) + 2 * m * duals + np.abs(costs).max()
@@ -176,11 +176,11 @@ class _Node:
         return columns
 
     def share(self, turn: int, deadline: float) -> None:
-        """One round, or a part of it; rows and columns take turns in coming first."""
+        """One round, or part of it; rows and columns take turns to be first."""
         m = len(self.nodes)
         self.alpha -= (self.rest / (m - 1))[:, :, None]
         self.alpha[range(m), :, range(m)] = 0
-        # Of both orders of two pairs each has one half.
+        # Each of the two orders of two pairs has one half.
         halves = [np.ascontiguousarray(x.transpose(2, 0, 1)) / 2 for x in (self.alpha, self.beta)]
         new = np.zeros_like(self.alpha), np.zeros_like(self.beta)
         width = max(1, min(m, _ENTRIES // m**2))
@@ -218,7 +218,7 @@ class _Search:
         self._improve()
         node = _start(self.x, self.y)
         self._share(node, _ROUNDS)
-        # A child is made when it is opened: its parent, row and column, and a bound.
+        # A child is created when it is opened: its parent, row and column, and a bound.
         nodes: list[tuple[float, _Node, int, int]] = []
         while True:
             if node.constant < self._target:
@@ -247,7 +247,7 @@ class _Search:
         self.doubt = max(self.doubt, node.doubt)
 
     def _children(self, node: _Node) -> list[tuple[float, _Node, int, int]]:
-        """One for each partner of the row or column whose partners differ most."""
+        """Branch on the row or column whose partners differ most, one child per partner."""
         if len(node.nodes) == 1:
             return []
         costs = np.minimum(node.rest, max(self._target - node.constant, 0.0))
@@ -271,7 +271,7 @@ class _Search:
             self.best, self.matching = cost, matching
 
     def _improve(self) -> None:
-        """Matchings to begin with: conditional gradients and exchanges, from several starts."""
+        """Initial matchings: conditional gradients and exchanges, from several starts."""
         n, rng = len(self.x), np.random.default_rng(0)
         order = np.argsort(np.argsort(self.x.sum(1)))
         starts = [np.arange(n), np.argsort(self.y.sum(1))[order]]
@@ -291,7 +291,7 @@ class _Search:
 
 
 def _start(x: np.ndarray, y: np.ndarray) -> _Node:
-    """The root: of each pair of nodes the costs of their sorted rows are paid, in closed form."""
+    """The root: each pair of nodes pays the cost of its sorted rows, in closed form."""
     n, index = len(x), np.arange(len(x))
     alpha, beta = np.zeros((n, n, n)), np.zeros((n, n, n))
     if n > 1:
@@ -299,7 +299,7 @@ def _start(x: np.ndarray, y: np.ndarray) -> _Node:
         orders = [np.take_along_axis(m, others, 1).argsort(1) for m in (x, y)]
         orders = [np.take_along_axis(others, order, 1) for order in orders]
         local, other = (np.take_along_axis(m, o, 1) for m, o in zip((x, y), orders, strict=True))
-        # Of sorted numbers the matching in order is best, and tight beside it (Monge): duals.
+        # For sorted numbers the matching in order is best, and tight next to it (Monge): duals.
         along = np.square(local[:, None] - other)
         v = np.zeros_like(along)
         np.cumsum(
@@ -312,7 +312,7 @@ def _start(x: np.ndarray, y: np.ndarray) -> _Node:
 
 
 def _assignment(costs: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Bound the cost of every assignment: the non-negative rest of the costs, and the best one."""
+    """Bound the cost of every assignment: the non-negative remainders, and the best assignment."""
     rows, columns = optimize.linear_sum_assignment(costs)
     matched, v = costs[rows, columns], np.zeros(len(costs))
     # Prices by shortest paths; any prices are valid.

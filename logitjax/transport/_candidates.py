@@ -12,12 +12,12 @@ from logitjax.transport._graph import FactoredGraph, Graph, num_nodes, rounded, 
 from logitjax.transport._rounding import Order, Weights, real
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
-# Up to this many nodes a graph of more positions than nodes is multiplied out.
+# Up to this many nodes, a graph of more positions than nodes is multiplied out.
 _DENSE_NODES = 2048
 
 
 def densest(graph: Graph, weights: Weights) -> Graph:
-    """The matrix itself where it is smaller than its factor, and small."""
+    """Return the matrix itself if it is small, and smaller than its factor."""
     if isinstance(graph, FactoredGraph):
         n = num_nodes(graph)
         if n <= min(_DENSE_NODES, graph.values.shape[0]):
@@ -31,11 +31,11 @@ def uniform_matching(matching: Order) -> Coupling:
 
 
 def best_sorted_coupling(
-    c: Graph, d: Graph, p: int, candidates: Sequence[Coupling], given: Mapping[str, Any]
+    c: Graph, d: Graph, p: int, candidates: Sequence[Coupling], rest: Mapping[str, Any]
 ) -> tuple[Coupling, Float[jax.Array, "plans"]]:
-    """The cheapest of three sorted couplings and `candidates`, and what each of them costs."""
+    """The cheapest of three sorted couplings and `candidates`, and the cost of each candidate."""
     # In this order; without a gradient.
-    weights = given["c_weights"], given["d_weights"]
+    weights = rest["c_weights"], rest["d_weights"]
     local, other = (row_statistics(densest(g, w), w) for g, w in zip((c, d), weights, strict=True))
     plans = [
         sorted_coupling(
@@ -43,13 +43,13 @@ def best_sorted_coupling(
         )
         for name in ("rms", "mean", "deviation")
     ]
-    return cheapest(c, d, [*plans, *candidates], p, given)
+    return cheapest(c, d, [*plans, *candidates], p, rest)
 
 
 def cheapest(
-    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, given: Mapping[str, Any]
+    c: Graph, d: Graph, plans: Sequence[Coupling], p: int, rest: Mapping[str, Any]
 ) -> tuple[Coupling, Float[jax.Array, "plans"]]:
-    """The plan that is proven to cost least; shorter ones are padded with entries of no mass."""
+    """The plan with the least proven cost; shorter ones are padded with entries of no mass."""
     longest = max(plan.rows.shape[-1] for plan in plans)
     dtype = real(0.0).dtype
 
@@ -62,7 +62,7 @@ def cheapest(
         )
 
     def most(plan: Coupling) -> jax.Array:
-        return coupling_cost(c, d, plan, p=p, **given).most
+        return coupling_cost(c, d, plan, p=p, **rest).most
 
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
     if all(plan.rows.shape[-1] == longest for plan in plans):

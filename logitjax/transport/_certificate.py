@@ -1,4 +1,4 @@
-"""A two-sided answer: no lower than this, no higher than that, and the coupling that shows it."""
+"""A two-sided answer: a lower bound, an upper bound, and a coupling that attains it."""
 
 import dataclasses
 import functools
@@ -58,9 +58,9 @@ def certificate(
     Both bounds are theorems about the given numbers: a bound of the rounding is subtracted from the
     lower one and added to the upper one. Called with arrays it computes in float64 (except on a
     TPU). Under ``jit``, ``vmap`` and ``grad`` it computes in float32, and the bounds of large or
-    nearly equal graphs are wider. What is closed over counts as it was; arguments of ``jit`` are
-    rounded by JAX before: for bounds of x itself give the pair ``high = np.float32(x)``,
-    ``low = np.float32(x - high)`` in place of a graph.
+    nearly equal graphs are wider. Closed-over arrays count exactly; arguments of ``jit`` are
+    rounded by JAX before: for bounds of x itself pass the pair ``high = np.float32(x)``, ``low =
+    np.float32(x - high)`` in place of a graph.
 
     The upper bound is the cost of a coupling. Nodes are matched in the order of their row means,
     row RMS and row deviations. The cheapest of these couplings and of ``candidates`` is improved by
@@ -72,21 +72,21 @@ def certificate(
             multiplied out by the cheap bounds, and whose linear term counts.
         d: matrix ``[m, m]`` or `FactoredGraph`; after a problem, a solution of it or None. A
             solution of ``LRGromovWasserstein`` keeps its problem and may stand alone.
-        c_weights, d_weights: node weights; uniform if left out. Where their values are known they
-            have to sum to one within 1e-3. They are divided by their sum.
+        c_weights, d_weights: node weights, by default uniform. If their values are known they must
+            sum to one within 1e-3. They are divided by their sum.
         p: power of the cost; 1 or 2.
         scale: ``joint`` divides both graphs by the RMS entry of d, ``separate`` each by its own,
-            ``none`` neither. The bounds are in these units. Left out, ``joint``, and ``none`` for
-            problems of ott, so that its costs compare.
+            ``none`` neither. The bounds are in these units. By default ``joint``, but ``none`` for
+            problems of ott, so that its costs are comparable.
         bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`; where a refinement
             would be allowed and both graphs are factored, so that a matching is optimal, also
             `diagonal_lower_bound`; of a linear term a dual solution, or each node's least cost
             where its factors are not multiplied out. ``third``: also `third_lower_bound` and, for
             matchings, `gilmore_lawler`, whose assignment then is a candidate, n^3.
-        refine: needs p = 2, equal sizes and uniform weights. Left out, nothing n x n is made.
-        key: of the restarts; ``jax.random.key(0)`` if left out.
+        refine: needs p = 2, equal sizes and uniform weights. Without it, nothing n x n is formed.
+        key: key of the restarts, by default ``jax.random.key(0)``.
         candidates: more couplings to start from, such as the identity of one vocabulary, and, with
-            p = 2, plans ``[n, m]`` of other solvers (POT's arrays, ott's outputs) to be judged.
+            p = 2, plans ``[n, m]`` of other solvers (POT's arrays, ott's outputs) to be evaluated.
 
     Returns:
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).
@@ -94,9 +94,9 @@ def certificate(
     Raises:
         TypeError: c or refine is of another type.
         ValueError: for unknown options, a refinement outside its conditions, or an unbalanced
-            problem; where values are known also for entries that are not finite, weights that do
-            not sum to one, plans whose marginals are far from the weights, and graphs whose cost
-            float32 cannot hold in the units asked for.
+            problem; if values are known also for entries that are not finite, weights that do not
+            sum to one, plans whose marginals are far from the weights, and graphs whose cost
+            float32 cannot represent in the requested units.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.transport import FactoredGraph, Refinement
@@ -120,8 +120,8 @@ def certificate(
         raise ValueError("d: expected a second graph, or c to be a problem of ott; got None")
     (c, c_low), (d, d_low) = (x if isinstance(x, tuple) else (x, None) for x in (c, d))
     sizes, weights = (num_nodes(c), num_nodes(d)), (c_weights, d_weights)
-    for name, given, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
-        check_weights(name, given, n)
+    for name, marginal, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
+        check_weights(name, marginal, n)
     uniform = sizes[0] == sizes[1] and all(w is None for w in weights)
     if refine is not None and not (uniform and p == 2):
         raise ValueError(
@@ -176,21 +176,21 @@ def _known(
     linear: Linear,
     options: _Options,
 ) -> Certificate:
-    """The answer where the numbers are known: in float64, of graphs scaled without any rounding."""
-    # Of nearly equal graphs float32 would certify little. TPUs have no fast float64.
+    """The answer for known numbers: in float64, of graphs scaled without any rounding."""
+    # For nearly equal graphs float32 would certify little. TPUs have no fast float64.
     wide = jax.default_backend() != "tpu"
     pairs, halves = zip(*(known_parts(*graph, wide=wide) for graph in graphs), strict=True)
     with jax.enable_x64(wide):
         arguments = pairs, halves, weights, key, candidates, linear, options
         answer, exponents = jax.device_get(_compiled()(*arguments))
     if answer.upper == 0 and linear is None:
-        # As they were given: powers of two take the last digits of what is small beside the rest.
+        # Unscaled: powers of two lose the last digits of entries that are small next to the rest.
         scaled_apart = options.scale == "separate"
         both = [
             pair[0] if scaled_apart else g for pair, (_, g, _) in zip(pairs, graphs, strict=True)
         ]
         if not _equal(both[0], both[1], answer.coupling):
-            # They differ in what no product can hold.
+            # They differ by less than any product can represent.
             answer = dataclasses.replace(answer, upper=np.float64(UNDERFLOW))
     return in_float32(answer, exponents, options.scale)
 
@@ -223,12 +223,12 @@ def _bracket(
     linear: Linear,
     options: _Options,
 ) -> tuple[Certificate, tuple[Any, Any]]:
-    """Bounds and units but for the powers of two that come with them, and their exponents."""
+    """Bounds and units without their powers of two, and their exponents."""
     with jax.default_matmul_precision("highest"):
-        (c, d), given, unit, units, exponents = scaled(
+        (c, d), rest, unit, units, exponents = scaled(
             graphs, halves, weights, linear, p=options.p, scale=options.scale
         )
-        answer = _bounds(c, d, weights, given, key, candidates, options)
+        answer = _bounds(c, d, weights, rest, key, candidates, options)
     lower, upper, coupling, costs = answer
     scale = 1 / unit**options.p
     lower, upper, costs = (x * scale for x in (lower, upper, costs))
@@ -246,7 +246,7 @@ def _bounds(
     c: Graph,
     d: Graph,
     weights: tuple[Weights, Weights],
-    given: dict[str, Any],
+    rest: dict[str, Any],
     key: jax.Array,
     candidates: tuple[Coupling | Plan, ...],
     options: _Options,
@@ -254,8 +254,8 @@ def _bounds(
     c_weights, d_weights = weights
     p, refine = options.p, options.refine
     uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
-    # Of Gram matrices a matching is optimal: its bounds hold, and its assignments are candidates.
-    # Costs that are linear in the coupling leave it so.
+    # For Gram matrices a matching is optimal: its bounds hold, and its assignments are candidates.
+    # Costs that are linear in the coupling do not change this.
     matching = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
     named = {"c_weights": c_weights, "d_weights": d_weights}
     sparse = c, d
@@ -274,39 +274,39 @@ def _bounds(
         bound, assigned = gilmore_lawler(c, d, branches=8)
         lower.append(bound)
         others.append(uniform_matching(assigned))
-    least = lowered(jnp.max(jnp.stack(lower)), p=p, root=given["error"])
-    linear = given["linear"]
+    least = lowered(jnp.max(jnp.stack(lower)), p=p, root=rest["error"])
+    linear = rest["linear"]
     if linear is not None:
         sides = node_weights(c, c_weights), node_weights(d, d_weights)
         least += linear_lower_bound(
             linear, *sides, uniform=uniform, exact=options.bounds == "third"
         )
-    # Plans that are nearly matchings are tried as such.
+    # Plans that are nearly matchings are tried as matchings.
     others += [
         x.matching() for x in candidates if isinstance(x, Plan) and uniform and x.right is None
     ]
     fixed = jax.lax.stop_gradient(sparse)
-    given = named | given
-    coupling, seen = best_sorted_coupling(*fixed, p, [*plans, *others], given)
+    rest = named | rest
+    coupling, seen = best_sorted_coupling(*fixed, p, [*plans, *others], rest)
     if refine is not None:
         n = num_nodes(c)
         x, y = (dense_matrix(g).astype(jnp.float32) for g in fixed)
         start = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
         gains = None if linear is None else (-n / 2 * dense_matrix(linear)).astype(jnp.float32)
         refined = refine_matching((x, y, gains), start, how=refine, key=key)
-        # Compared once more by the cost itself, so that no rounding can make it worse.
-        coupling, _ = cheapest(*fixed, [coupling, uniform_matching(refined)], p, given)
-    best = coupling_cost(*sparse, coupling, p=p, **given)
-    # Those of the sorted couplings come first.
+        # Compared again by the cost itself, so that rounding cannot make it worse.
+        coupling, _ = cheapest(*fixed, [coupling, uniform_matching(refined)], p, rest)
+    best = coupling_cost(*sparse, coupling, p=p, **rest)
+    # The sorted couplings come first.
     judged = iter(seen[3:])
     dense = jax.lax.stop_gradient((c, d))
     costs = [
-        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **given)
+        next(judged) if isinstance(x, Coupling) else plan_cost(*dense, x, **rest)
         for x in candidates
     ]
     upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
     for x, cost in zip(candidates, costs, strict=True):
-        # A comparison with nan, of a plan that is none, is false.
+        # A comparison with nan, from an invalid plan, is false.
         if isinstance(x, Plan):
             upper = jnp.where(cost < upper, cost, upper)
     return least, upper, coupling, jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype)

@@ -35,7 +35,7 @@ _BLOCK_ENTRIES = 1 << 22
 
 
 def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Float[Array, ""]:
-    """The cost of a coupling, which up to rounding is at least the Gromov-Wasserstein optimum.
+    """The cost of a coupling: up to rounding an upper bound of the Gromov-Wasserstein optimum.
 
     `certificate` adds a bound of the rounding. The cost is::
 
@@ -49,7 +49,7 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
 
     and O(T^2 k) for sparse ones under a permutation. Nothing cancels where the graphs agree.
 
-    The gradient at the fixed coupling is, where that is optimal, a subgradient (envelope theorem).
+    If the fixed coupling is optimal, the gradient there is a subgradient (envelope theorem).
 
     Args:
         c, d: matrices ``[n, n]`` and ``[m, m]``, or `FactoredGraph`.
@@ -57,9 +57,9 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
         p: power of the cost, 1 or 2.
 
     Raises:
-        TypeError: nodes of the coupling are no integers, or its masses not floating point.
+        TypeError: nodes of the coupling are not integers, or its masses not floating point.
         ValueError: p is neither 1 nor 2, a graph is not square, the coupling's arrays differ in
-            length, or it names a node that is not there (the cost is nan under ``jit``).
+            length, or it names a node that does not exist (the cost is nan under ``jit``).
 
     >>> import jax, numpy as np
     >>> from logitjax.transport import sorted_coupling
@@ -101,21 +101,21 @@ def coupling_cost(
     linear: Linear = None,
     error: Any = 0.0,
 ) -> Cost:
-    """The cost of a coupling, and a proven bound of the cost of the true coupling nearest to it.
+    """The cost of a coupling, and a proven bound of the cost of the nearest true coupling.
 
-    A permutation of equal sizes without weights is taken as one. Otherwise what the marginals lack
-    is moved anywhere, at the price of the largest difference of two entries.
+    A permutation of equal sizes without weights is exact. Otherwise mass missing in the marginals
+    may be moved anywhere, at the cost of the largest difference of two entries.
     """
     pairs, n, m = coupling.rows.shape[-1], num_nodes(c), num_nodes(d)
     rows, columns = jnp.asarray(coupling.rows), jnp.asarray(coupling.columns)
     mass = real(coupling.mass)
-    taken = jnp.zeros(n, mass.dtype).at[rows].add(mass)
-    given = jnp.zeros(m, mass.dtype).at[columns].add(mass)
-    # What has to be moved before the masses have the marginals of a coupling.
+    row_mass = jnp.zeros(n, mass.dtype).at[rows].add(mass)
+    column_mass = jnp.zeros(m, mass.dtype).at[columns].add(mass)
+    # Mass that must be moved before the masses have the marginals of a coupling.
     surplus = (
         jnp.maximum(1 - mass.sum(), 0.0)
-        + jnp.maximum(taken - node_weights(c, c_weights), 0.0).sum()
-        + jnp.maximum(given - node_weights(d, d_weights), 0.0).sum()
+        + jnp.maximum(row_mass - node_weights(c, c_weights), 0.0).sum()
+        + jnp.maximum(column_mass - node_weights(d, d_weights), 0.0).sum()
         + jnp.maximum(-mass, 0.0).sum() * 4
         + 4 * gamma(pairs + n + m)
     )
@@ -123,7 +123,7 @@ def coupling_cost(
         each = jnp.zeros((2, n), jnp.int32).at[0, rows].add(1).at[1, columns].add(1)
         matching = jnp.all(each == 1) & jnp.all(jnp.abs(mass - 1 / n) <= 1e-3 / n)
         mass = jnp.where(matching, 1 / n, mass)
-        # A permutation has its marginals exactly: rounding of 1 / n is no mass to move.
+        # A permutation has its marginals exactly: rounding of 1 / n is not missing mass.
         surplus = jnp.where(matching, 0.0, surplus)
     coupling = Coupling(rows, columns, mass)
     root = jnp.zeros_like(mass[0])
@@ -154,7 +154,7 @@ def coupling_cost(
             same = z.shape == w.shape and jnp.all((z == w) | (mass == 0))
             most = jnp.where(same, 0.0, most)
             root = jnp.where(same, 0.0, root)
-    # What casts have lost counts as what the products have.
+    # Errors of casts count like those of products.
     root += error
     most = jnp.where(root > 0, jnp.maximum(most, UNDERFLOW), most)
     most = (most + root) if p == 1 else jnp.square(jnp.sqrt(most) + root)
@@ -168,7 +168,7 @@ def coupling_cost(
 def formation_error(
     graph: Graph, mass: Float[jax.Array, "pairs"], nodes: Int[jax.Array, "pairs"]
 ) -> Any:
-    """How far the entries that `_entrywise_cost` computes are off, in the norm of the coupling."""
+    """Bound the errors of the entries in `_entrywise_cost`, in the norm of the coupling."""
     if isinstance(graph, FactoredGraph | ProductGraph):
         return product_error(graph, mass, nodes)
     return graph.error if isinstance(graph, RoundedMatrix) else 0.0
@@ -189,7 +189,7 @@ def _entrywise_cost(
         difference = left(here) - right(here)
         power = jnp.square(difference) if p == 2 else jnp.abs(difference)
         weight = jnp.where(index < pairs, mass[here], 0.0)
-        # Row by row: a sum of all entries in one would have a bound of rounding of their number.
+        # Row by row: a single sum of all entries would have a rounding bound of their number.
         return (total + weight @ (power @ mass), differ | jnp.any(difference != 0)), None
 
     index = jnp.arange(math.ceil(pairs / block) * block).reshape(-1, block)
@@ -198,7 +198,7 @@ def _entrywise_cost(
 
 
 def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], jax.Array]:
-    """A function from pair numbers to rows of the graph, with all pairs' nodes as columns."""
+    """A function from pair indices to rows of the graph, with all pairs' nodes as columns."""
     nodes = jnp.asarray(nodes)
     if isinstance(graph, FactoredGraph | ProductGraph) and num_nodes(graph) > 2 * rank(graph):
         left, right = (x[:, nodes] for x in dense_factors(graph))
@@ -214,7 +214,7 @@ def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], 
 def _factored_cost(
     z: Float[jax.Array, "s n"], w: Float[jax.Array, "t m"], coupling: Coupling
 ) -> tuple[Scalar, Any]:
-    """By T x T products of A = Z - W and B = Z + W, and how far rounding may have lowered it."""
+    """Form T x T products of A = Z - W and B = Z + W, with a bound of the rounding loss."""
     z, w = z[:, coupling.rows], w[:, coupling.columns]
     z, w = (jnp.pad(x, ((0, max(len(z), len(w)) - len(x)), (0, 0))) for x in (z, w))
     a, b, mass = z - w, z + w, coupling.mass
@@ -234,7 +234,7 @@ def _factored_cost(
 
 
 def _product_cost(c: ProductGraph, d: ProductGraph, coupling: Coupling) -> tuple[Scalar, Scalar]:
-    """C - D at the pairs has low rank itself: U^T V of stacked factors, ``<U M U^T, V M V^T>``."""
+    """C - D at the pairs has low rank: U^T V of stacked factors, ``<U M U^T, V M V^T>``."""
     left, right = (
         jnp.concatenate([sign * real(x)[:, coupling.rows], real(y)[:, coupling.columns]])
         for x, y, sign in ((c.left, d.left, -1), (c.right, d.right, 1))

@@ -39,7 +39,7 @@ def graph_features(
     Args:
         values: rows of Z, ``[*batch, positions, width]``.
         ids: node of each value, in ``[0, num_nodes)``; out-of-range ids are dropped.
-        where: positions that count.
+        where: valid positions.
         num_nodes: number of nodes; needed with ``ids``, otherwise it is the width.
         sequence_axis_name: mesh axis of the positions in ``shard_map``; each shard gets all nodes.
 
@@ -77,7 +77,7 @@ def graph_features(
     nodes = z.shape[-1] if ids is None or num_nodes is None else num_nodes
 
     if ids is not None:
-        # A value without a node is no part of its row's sum either.
+        # A value without a node is not part of its row's sum either.
         z = jnp.where(ids < nodes, z, 0.0)
 
     if feature == "row_rms":
@@ -94,8 +94,8 @@ def compact_nodes(
 ) -> Int[Array, "*batch positions width"]:
     """Renumber token ids to 0, 1, ... in order of id, so that T k nodes hold any vocabulary.
 
-    The number of nodes stays static (positions times width); those left over are isolated nodes
-    of feature zero. A negative id, which belongs to no node, becomes -1.
+    The number of nodes stays static (positions times width); unused ones are isolated nodes with
+    feature zero. A negative id, which belongs to no node, becomes -1.
 
     Args:
         ids: token ids, `[*batch, positions, width]`.
@@ -103,7 +103,7 @@ def compact_nodes(
             number together, and each gets the numbers of its own positions.
 
     Raises:
-        TypeError: ids are no integers.
+        TypeError: ids are not integers.
         ValueError: they have fewer than two axes.
 
     >>> import jax, jax.numpy as jnp
@@ -115,7 +115,7 @@ def compact_nodes(
     array = jnp.asarray(ids)
     axis = array.ndim - 2
     ids = gather_positions(array, axis, sequence_axis_name)
-    # Behind all others, so that those are numbered as if there were none.
+    # After all others, so that those are numbered as if there were none.
     flat = drop_negative(ids).reshape(*ids.shape[:-2], math.prod(ids.shape[-2:]))
     order = jnp.argsort(flat, axis=-1)
     ordered = jnp.take_along_axis(flat, order, axis=-1)
@@ -124,7 +124,7 @@ def compact_nodes(
     )
     # `[*batch, T k]`.
     rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
-    # Of a permutation: back to the order of `ids`.
+    # The inverse permutation, back to the order of `ids`.
     inverse = jnp.argsort(order, axis=-1)
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
     nodes = jnp.where(ids < 0, -1, nodes)
@@ -135,7 +135,7 @@ def compact_nodes(
 
 
 def drop_negative(ids: Any) -> jax.Array:
-    """Ids whose negative ones are out of range above, where scatters drop and gathers fill."""
+    """Ids with negative ones moved out of range above, where scatters drop and gathers fill."""
     ids = jnp.asarray(ids)
     return jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids)
 
@@ -166,7 +166,7 @@ def _over_batch(function: Callable[..., jax.Array], values: jax.Array, ids: jax.
 
 
 def _block(positions: int, entries: int) -> int:
-    """Positions a block, a divisor-free count: the last block is padded with zero rows."""
+    """Positions per block, without needing a divisor: the last block is padded with zero rows."""
     return max(1, min(positions, _BLOCK_ENTRIES // max(entries, 1)))
 
 
@@ -208,9 +208,9 @@ def sparse_products(
     *,
     left: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
+    """Blockwise ``(||Z W^T||_F^2, Z W^T W at ids)`` of sparse Z (values, ids) and W (others).
 
-    ``left`` stands in for Z within Z W^T (where nodes have weights). O(T_z T_w k), block by block.
+    ``left`` replaces Z within Z W^T (if nodes have weights). O(T_z T_w k), block by block.
     """
     positions, width = others.shape
     block = _block(positions, max(num_nodes, values.size))
@@ -242,7 +242,7 @@ def merged_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows of Z - W and of Z + W at common ids: ``([*batch, T, k], [*batch, T, k], ids)``.
 
-    Rows are subtracted before anything is multiplied: nearly equal ones lose no digits.
+    Rows are subtracted before multiplication, so nearly equal ones lose no digits.
     """
     positions = max(values.shape[-2], others.shape[-2])
 

@@ -1,4 +1,4 @@
-"""A graph as a matrix or as its factor, and what the bounds need of either."""
+"""A graph as a matrix or as its factor, and the properties that bounds need."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ from logitjax.transport._rounding import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FactoredGraph:
-    """The graph C = Z^T Z by its factor, so that n x n numbers are never held.
+    """The graph C = Z^T Z by its factor, so that n x n numbers are never stored.
 
     Attributes:
         values: rows of Z, ``[T, n]``; with ids ``[T, k]``.
-        ids: node of each value, int32 ``[T, k]``, each node at most once a row; None where Z is
-            dense. A value whose id is negative, or n or more, belongs to no node.
+        ids: node of each value, int32 ``[T, k]``, each node at most once per row; None if Z is
+            dense. A value whose id is negative, or at least n, belongs to no node.
         num_nodes: n, static; needed with ids.
     """
 
@@ -51,10 +51,10 @@ class FactoredGraph:
     def squared_distance(
         self, other: "FactoredGraph", sequence_axis_name: str | None = None
     ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
-        """The squared Frobenius norm of C - D of graphs of the same nodes, and its rounding.
+        """The squared Frobenius norm of C - D of graphs on the same nodes, and its rounding.
 
-        Dense factors are multiplied out; sparse ones are compared by their rows alone. So that
-        nothing cancels, with A = Z - W and B = Z + W, padded to as many rows::
+        Dense factors are multiplied out; sparse ones are compared only by their rows. So that
+        nothing cancels, with A = Z - W and B = Z + W, padded to equally many rows::
 
             |C - D|^2 = |A^T B + B^T A|^2 / 4 = (<A A^T, B B^T> + <A B^T, B A^T>) / 2
 
@@ -63,8 +63,8 @@ class FactoredGraph:
             sequence_axis_name: mesh axis that shards the rows of both, inside ``shard_map``.
 
         Returns:
-            Value and rounding, `[*batch]`: leading axes of values and ids are graphs of their own.
-            The true value is at most the sum of both. The second has no gradient.
+            Value and rounding, `[*batch]`: leading axes of values and ids are separate graphs. The
+            true value is at most the sum of both. The rounding has no gradient.
         """
         axis = sequence_axis_name
         if self.ids is None:
@@ -123,7 +123,7 @@ class RoundedMatrix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProductGraph:
-    """The matrix L^T R by its factors ``[rank, n]`` and ``[rank, m]``: ott's of low rank."""
+    """The matrix L^T R by its factors ``[rank, n]`` and ``[rank, m]``, as low-rank ones of ott."""
 
     left: Any
     right: Any
@@ -190,7 +190,7 @@ def dense_factors(graph: FactoredGraph | ProductGraph) -> tuple[jax.Array, jax.A
 
 
 def applied(graph: Graph, x: jax.Array) -> jax.Array:
-    """C x, without C where the graph has factors."""
+    """Compute C x, without C if the graph has factors."""
     if isinstance(graph, FactoredGraph | ProductGraph):
         left, right = dense_factors(graph)
         return left.T @ (right @ x)  # never n x n
@@ -198,7 +198,7 @@ def applied(graph: Graph, x: jax.Array) -> jax.Array:
 
 
 def rounded(graph: Graph, weights: Weights = None) -> RoundedMatrix:
-    """C as ``[n, n]``, with what its computation may have cost."""
+    """C as ``[n, n]``, with the possible error of its computation."""
     if isinstance(graph, RoundedMatrix):
         return graph
     if not isinstance(graph, FactoredGraph | ProductGraph):
@@ -209,7 +209,7 @@ def rounded(graph: Graph, weights: Weights = None) -> RoundedMatrix:
 def product_error(
     graph: FactoredGraph | ProductGraph, mass: jax.Array, nodes: Any = slice(None)
 ) -> jax.Array:
-    """How far C is off once it is multiplied out, in the L_2 norm of masses at nodes."""
+    """Bound the error of C once it is multiplied out, in the L_2 norm of masses at nodes."""
     # In L_1 as in L_2, | |L|^T |R| | is at most the product of norms; of Z^T Z, the trace.
     norms = [jnp.sum(mass * norm[nodes]) for norm in factor_norms(graph)]
     return jax.lax.stop_gradient(gamma(rank(graph)) * jnp.sqrt(norms[0] * norms[1]))
@@ -236,13 +236,13 @@ def norms_squared(graph: FactoredGraph) -> jax.Array:
 
 
 def largest(graph: Graph) -> Scalar:
-    """At least the largest entry of C in absolute value."""
+    """An upper bound of the largest absolute entry of C."""
     if isinstance(graph, FactoredGraph | ProductGraph):
         left, right = factor_norms(graph)
         # Cauchy-Schwarz: no entry is larger than the longest columns allow.
         return jnp.sqrt(left.max()) * jnp.sqrt(right.max()) * (1 + 2 * gamma(rank(graph)))
     matrix = dense_matrix(graph)
-    # Of a rounded Gram matrix the largest entry is on the diagonal, and off by much less than half.
+    # The largest entry of a rounded Gram matrix is on the diagonal, off by much less than half.
     return jnp.abs(matrix).max() * (1.5 if isinstance(graph, RoundedMatrix) else 1.0)
 
 
@@ -274,7 +274,7 @@ def with_parts(graph: Any, new: Sequence[Any]) -> Any:
 
 
 def half_exponent(graph: Graph) -> Int[jax.Array, ""]:
-    """The h for which the numbers that make up C / 4^h are about one at most."""
+    """The h for which the numbers that form C / 4^h are at most about one."""
     largest_part = jnp.stack([jnp.max(jnp.abs(real(x)), initial=0.0) for x in parts(graph)]).max()
     exponent = jnp.frexp(largest_part)[1]
     factored = isinstance(graph, FactoredGraph | ProductGraph)
@@ -282,13 +282,13 @@ def half_exponent(graph: Graph) -> Int[jax.Array, ""]:
 
 
 def shifted(graph: Graph, half: Int[jax.Array, ""]) -> Any:
-    """C 4^half, exactly, unless numbers become too small to matter beside the largest."""
+    """C 4^half, exactly, unless numbers become negligibly small next to the largest."""
     steps = half if isinstance(graph, FactoredGraph | ProductGraph) else 2 * half
     return with_parts(graph, [times_power_of_two(real(x), steps) for x in parts(graph)])
 
 
 class RowStatistics(NamedTuple):
-    """Of each node's row its mean, deviation, RMS and mean square, and how far each may be off."""
+    """Mean, deviation, RMS and mean square of each node's row, and their error bounds."""
 
     mean: jax.Array
     deviation: jax.Array
@@ -331,7 +331,7 @@ def row_statistics(graph: Graph, weights: Weights) -> RowStatistics:
 
 
 def moments(graph: FactoredGraph | ProductGraph, weights: Weights) -> tuple[Vector, Vector]:
-    """Of each node, mean and mean square of its row: C a and (C * C) a; uniform a if None."""
+    """Mean and mean square of each node's row: C a and (C * C) a; uniform a if None."""
     n, a = num_nodes(graph), node_weights(graph, weights)
     if isinstance(graph, ProductGraph):
         left, right = dense_factors(graph)
@@ -368,7 +368,7 @@ def check_power(p: int) -> None:
 
 
 def check_weights(name: str, weights: Weights, n: int) -> None:
-    """ValueError for another shape and, where their values are known, for no distribution."""
+    """ValueError for another shape and, if values are known, for an invalid distribution."""
     if weights is None:
         return
     if weights.shape != (n,):

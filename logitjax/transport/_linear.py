@@ -9,14 +9,14 @@ from logitjax.transport._bounds import dual_value, least_assignment
 from logitjax.transport._graph import ProductGraph, largest, rank
 from logitjax.transport._rounding import Scalar, gamma, real
 
-# A matrix of costs, by factors where it is large; None where there is no such term.
+# A matrix of costs, by factors if it is large; None if there is no such term.
 Linear = Any
 
 _ROWS = 256  # at once
 
 
 def linear_at_coupling(linear: Linear, coupling: Any, surplus: Any) -> tuple[Any, Any]:
-    """The term at a coupling, and at most that at a true one as far from it as `surplus`."""
+    """The term at a coupling, and an upper bound at a true coupling within `surplus` of it."""
     if linear is None:
         return 0.0, 0.0
     rows, columns, mass = coupling.rows, coupling.columns, coupling.mass
@@ -32,7 +32,7 @@ def linear_at_coupling(linear: Linear, coupling: Any, surplus: Any) -> tuple[Any
 
 
 def linear_at_plan(linear: Linear, left: jax.Array, right: jax.Array | None, distance: Any) -> Any:
-    """At most the term of a coupling that is `distance` from a plan, a matrix or left right^T."""
+    """An upper bound of the term of a coupling within `distance` of a plan, or of left right^T."""
     if linear is None:
         return 0.0
     count = sum(left.shape) + (0 if right is None else len(right))
@@ -50,7 +50,7 @@ def linear_at_plan(linear: Linear, left: jax.Array, right: jax.Array | None, dis
 def linear_lower_bound(
     linear: Linear, a: jax.Array, b: jax.Array, *, uniform: bool, exact: bool
 ) -> Scalar:
-    """No coupling has less of the term: an assignment, a dual solution or nearest nodes."""
+    """A lower bound of the term: an assignment, a dual solution or nearest nodes."""
     most = largest(linear)
     if isinstance(linear, ProductGraph):
         sides = (linear.left, linear.right, a), (linear.right, linear.left, b)

@@ -1,4 +1,4 @@
-"""Certificates of many pairs of graphs at once, without a program for any size."""
+"""Certificates of many pairs of graphs at once, without a program for each size."""
 
 import collections
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from logitjax.transport._graph import FactoredGraph, Graph, num_nodes, parts
 from logitjax.transport._rounding import UNDERFLOW
 from logitjax.transport._sorted import Coupling
 
-# Entries of a graph that are worked on together: what a core's cache holds.
+# Entries processed together: as many as fit a core's cache.
 _ENTRIES = 1 << 15
 
 
 def certificate_many(pairs: Sequence[tuple[Graph, Graph]], **options: Any) -> Certificate:
     """Bound many pairs of graphs: `certificate` with a leading axis of pairs.
 
-    With ``bounds='cheap'``, no ``refine`` and one or both units left alone, pairs of graphs with
-    equally many nodes are bounded together in float64 by numpy: nothing is compiled, however many
-    sizes there are. Other pairs go to `certificate` one by one, with one program a size.
+    With ``bounds='cheap'``, no ``refine`` and unscaled or jointly scaled units, pairs of graphs
+    with equally many nodes are bounded together in float64 by numpy: nothing is compiled, however
+    many sizes there are. Other pairs go to `certificate` one by one, with one program per size.
 
     Args:
-        pairs: graphs c and d of known numbers, as `certificate` takes them.
+        pairs: graphs c and d of known numbers, as for `certificate`.
         options: those of `certificate` that all pairs share; no candidates.
 
     Returns:
         A `Certificate` with a leading axis ``[pairs]``. Couplings are padded with masses of zero.
 
     Raises:
-        ValueError: there is no pair, or what `certificate` refuses.
+        ValueError: there is no pair, or an error of `certificate`.
 
     >>> c = np.eye(3)
     >>> print(certificate_many([(c, 3 * c), (c, c)], scale="none").upper)
@@ -88,7 +88,7 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
     ]
     factored = all(isinstance(graph, FactoredGraph) for graph in pairs[0])
     rms = [np.sqrt(np.square(x).mean(-1).mean(-1)) for x, _, _ in sides]
-    # A graph of zeros has no scale; half an exponent of no number is as low as this.
+    # A graph of zeros has no scale; half an exponent of no number is this low.
     halves = [np.where(r > 0, half, -5_000) for r, (_, half, _) in zip(rms, sides, strict=True)]
     common = np.maximum(*halves)
     common = np.where(common > -5_000, common, 0)
@@ -99,7 +99,7 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
     lower = _lowered(_moments(local, other, p), root, p)
     n = c.shape[1]
     if factored and p == 2 and n > 1:
-        # Of Gram matrices a matching is optimal, which sends diagonal to diagonal.
+        # For Gram matrices a matching is optimal, which sends diagonal to diagonal.
         zeros = np.zeros(c.shape[:2])
         diagonals = [(np.diagonal(x, axis1=1, axis2=2), zeros) for x in (c, d)]
         rest = [_without(f, x) for f, (x, _) in zip((local, other), diagonals, strict=True)]
@@ -109,7 +109,7 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
         lower = np.maximum(lower, _lowered(value * (1 - _gamma(0)), root, 2))
     upper, columns = _cheapest(pairs, (c, d), (local, other), root, p)
     joint = scale == "joint"
-    # The unit is the float32 number that is reported.
+    # The unit is the reported float32 number.
     unit = np.where(rms[1] > 0, rms[1], 1.0).astype(np.float32) if joint else np.ones(len(pairs))
     half = np.where(rms[1] > 0, halves[1], 0) if joint else 0
     back = unit.astype(np.float64) ** p
@@ -126,7 +126,7 @@ def _together(pairs: Sequence[tuple[Graph, Graph]], p: int, scale: str) -> tuple
 
 
 def _matrices(graphs: Sequence[Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``[pairs, n, n]`` with entries of about one, their halves of exponents and their errors."""
+    """``[pairs, n, n]`` with entries of about one, halves of their exponents and their errors."""
     values = np.stack([np.asarray(parts(graph)[0], np.float64) for graph in graphs])
     checks.values(values, np.isfinite, name, "finite entries")
     exponents = np.frexp(np.maximum(values.max((1, 2)), -values.min((1, 2))))[1]
@@ -149,7 +149,7 @@ def _shifted(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 
 
 def _gamma(count: int) -> float:
-    """As of `logitjax.transport._rounding`, in float64 whatever JAX computes in."""
+    """As in `logitjax.transport._rounding`, in float64 whatever type JAX computes in."""
     share = (count + 16) * 2.0**-53
     return share / (1 - share)
 
@@ -174,7 +174,7 @@ def _without(features: Any, diagonal: np.ndarray) -> list[tuple[np.ndarray, np.n
     # No term above is larger than k rms^2 / (k - 1), nor a diagonal entry than sqrt(k) rms.
     error = 3 * error
     squared = 8 * share * error * rms
-    # A root is off by the square's error over it, and by no more than the root of that.
+    # A root's error is the square's error divided by it, and at most the root of that error.
     roots = [
         (root, np.minimum(squared / np.maximum(root, 1e-300), np.sqrt(squared)))
         for root in (np.sqrt(variance), np.sqrt(square))
@@ -190,7 +190,7 @@ def _moments(one: Any, other: Any, p: int) -> np.ndarray:
 
 
 def _distance(f: Any, g: Any, p: int) -> np.ndarray:
-    """The sorted distance of features, less their errors and its rounding."""
+    """The sorted distance of features, minus their errors and its rounding."""
     apart = np.abs(np.sort(f[0], -1) - np.sort(g[0], -1)) ** p
     # An L_1 norm is at most the L_2 norm.
     root = sum(np.sqrt(np.mean(np.square(e), -1)) for _, e in (f, g)) * (1 + _gamma(apart.shape[1]))
@@ -218,7 +218,7 @@ def _cheapest(
         columns = np.empty_like(order)
         np.put_along_axis(columns, order, other, -1)
         first = n * (columns + n * np.arange(count)[:, None])
-        # No index is out of range, and "clip" is the fastest way not to look.
+        # No index is out of range, and "clip" is the fastest way to skip the check.
         x = np.take(d, first[:, :, None] + columns[:, None, :], mode="clip")
         np.subtract(c, x, out=x)
         rows = np.abs(x).sum(-1) if p == 1 else np.einsum("bij,bij->bi", x, x)
@@ -230,7 +230,7 @@ def _cheapest(
     for i in np.flatnonzero(most == 0):
         pair = pairs[int(i)]
         x, y = (np.asarray(parts(graph)[0]) for graph in pair)
-        # Zero is claimed of graphs alone that are equal as they were given.
+        # Zero is claimed only of graphs that are equal as given.
         rows: Any = slice(None) if isinstance(pair[0], FactoredGraph) else columns[i][:, None]
         if x.shape != y.shape or not np.array_equal(x, y[rows, columns[i]]):
             most[i] = UNDERFLOW

@@ -1,4 +1,4 @@
-"""Lower bounds that hold for matchings: of Gram matrices a permutation is an optimal coupling.
+"""Lower bounds for matchings: for Gram matrices a permutation is an optimal coupling.
 
 GW_2^2 of two positive semi-definite matrices of equal size and uniform weights is the minimum of a
 concave function, taken at a permutation. It sends diagonal to diagonal, so that diagonals, which
@@ -36,7 +36,7 @@ from logitjax.transport._rounding import (
 
 
 def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
-    """`moment_lower_bound` with the diagonals apart; no n x n numbers.
+    """`moment_lower_bound` with separate diagonals; no n x n numbers.
 
     With c the diagonal and mu, s, r mean, deviation and RMS of the rest of each row, all sorted::
 
@@ -56,15 +56,15 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
 def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]:
     """The Gilmore-Lawler bound of the quadratic assignment, branched at the heaviest node; O(n^3).
 
-    Matching node i with node k costs at least what their diagonal entries differ by, and what the
-    rest of their rows differs by when both are sorted; the best assignment by these costs bounds
-    the best matching. The node with the largest diagonal entry is then matched with each of the
+    Matching node i with node k costs at least the difference of their diagonal entries, plus that
+    of the rest of their rows when both are sorted; the best assignment by these costs bounds the
+    best matching. The node with the largest diagonal entry is then matched with each of the
     `branches` most promising nodes in turn, which makes its row exact, and with any other at the
-    price of `diagonal_lower_bound`. The least of these counts::
+    cost of `diagonal_lower_bound`. The least of these counts::
 
         min_q sum_i [(C_ii - D_qq)^2 + sum_j (sort(C_i.)_j - sort(D_q.)_j)^2] / n^2 <= GW_2^2
 
-    The matching ``[n]`` of the plain assignment, a good one to start from, comes with the bound.
+    It also returns the matching ``[n]`` of the plain assignment, a good starting point.
 
     References:
         Gilmore, Optimal and suboptimal algorithms for the quadratic assignment problem (1962);
@@ -82,7 +82,7 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
         # The least floors.
         least, partners = jax.lax.top_k(-floors, branches)
         matched = jax.lax.map(lambda k: _assign_rest(x, y, heaviest, k), partners)
-        # Every partner that was not tried costs at least as much as the last that was.
+        # Every untried partner costs at least as much as the last one tried.
         untried = jnp.inf if branches == n else -least[-1]
         branched = jnp.minimum(matched.min(), jnp.maximum(untried, plain))
         plain = jnp.maximum(plain, branched)
@@ -90,7 +90,7 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
 
 
 def _assign(x: Square, y: Square, linear: Square) -> tuple[Scalar, Order]:
-    """Least sum of assignment costs, diagonals and sorted rests apart, and who takes whom."""
+    """Least sum of assignment costs, diagonals and sorted rests separately, and the assignment."""
     n = len(x)
     rest, others = (jnp.sort(_off_diagonal(m), axis=1) for m in (x, y))
     local, other = jnp.diag(x), jnp.diag(y)
@@ -119,7 +119,7 @@ def _pinned(x: Square, y: Square) -> Vector:
     order = jnp.argsort(-other)
     a, b = -jnp.sort(-local), other[order]
     zero = jnp.zeros(1, a.dtype)
-    # The j-th largest of y is taken: those above it serve the next of x, those below stay.
+    # The j-th largest of y is removed: those above it shift to the next of x, those below stay.
     above = jnp.concatenate([zero, jnp.cumsum(jnp.square(a[1:] - b[:-1]))])
     below = jnp.concatenate([jnp.cumsum(jnp.square(a[1:] - b[1:])[::-1])[::-1], zero])
     pinned = jnp.square(a[0] - b) + above + below + _rest_distance(rest, others)
@@ -142,7 +142,7 @@ def _apart(graph: Graph) -> tuple[jax.Array, ...]:
     else:
         s = row_statistics(graph, None)
         own_error = gamma(len(graph.values)) * local
-        # The statistics are of all n entries of a row: less its diagonal one.
+        # The statistics include all n entries of a row: subtract its diagonal one.
         mean = (n * s.mean - local) / others
         small = gamma(0) * (n * jnp.abs(s.mean) + local)
         mean_error = (n * s.mean_error + own_error + small) / others
@@ -172,7 +172,7 @@ def _rest_distance(rest: list[jax.Array], others: list[jax.Array]) -> Scalar:
 
 
 def _sorted_distance(f: Vector, g: Vector, f_error: Vector, g_error: Vector) -> Scalar:
-    """At most the squared distance of the sorted true features, by the errors of the computed."""
+    """An upper bound of the squared distance of the sorted true features, by their errors."""
     n = len(f)
     raw = jnp.sum(jnp.square(jnp.sort(f) - jnp.sort(g)))
     root = jnp.sqrt(jnp.sum(jnp.square(f_error))) + jnp.sqrt(jnp.sum(jnp.square(g_error)))

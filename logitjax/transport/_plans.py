@@ -24,7 +24,7 @@ from logitjax.transport._linear import Linear, linear_at_plan
 from logitjax.transport._rounding import Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
 
-# L1 error of the marginals from which on a plan is that of another problem.
+# L1 error of the marginals above which a plan belongs to another problem.
 _FAR = 0.1
 
 
@@ -37,7 +37,7 @@ class Plan:
     right: Any = None
 
     def matching(self) -> Coupling:
-        """The matching that takes each row's heaviest entry, if it is one."""
+        """The matching of each row's heaviest entry, if it is one."""
         n = len(self.left)
         columns = jnp.argmax(self.left, axis=1).astype(jnp.int32)
         return Coupling(jnp.arange(n, dtype=jnp.int32), columns, jnp.full(n, 1.0 / n))
@@ -54,19 +54,19 @@ class Plan:
         return Plan(left, self.right * columns[:, None])
 
 
-def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Weights]) -> Any:
-    """A coupling as it is, and what has or is masses, or factors of them, as a `Plan`."""
-    if isinstance(given, Coupling):
-        return given
-    # ott's solver of dense problems keeps the solution of its last linear one.
-    factors = [getattr(getattr(given, "linear_state", given), name, None) for name in "qrg"]
+def as_candidate(candidate: Any, n: int, m: int, p: int, weights: tuple[Weights, Weights]) -> Any:
+    """Return a coupling unchanged, and anything with masses, or their factors, as a `Plan`."""
+    if isinstance(candidate, Coupling):
+        return candidate
+    # ott's solver of dense problems stores the solution of its last linear one.
+    factors = [getattr(getattr(candidate, "linear_state", candidate), name, None) for name in "qrg"]
     if all(x is not None for x in factors):
         q, r, g = (x if isinstance(x, Tracer) else np.asarray(x, np.float64) for x in factors)
         plan = Plan(q / g, r)
     else:
         for name in ("plan", "matrix"):
-            given = getattr(given, name, given)
-        plan = Plan(given if isinstance(given, jax.Array) else np.asarray(given))
+            candidate = getattr(candidate, name, candidate)
+        plan = Plan(candidate if isinstance(candidate, jax.Array) else np.asarray(candidate))
     shape = len(plan.left), plan.left.shape[-1] if plan.right is None else len(plan.right)
     if plan.left.ndim != 2 or shape != (n, m):
         raise ValueError(
@@ -78,7 +78,7 @@ def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Wei
         existing = jax.tree.map(lambda x: np.maximum(np.asarray(x, np.float64), 0.0), plan)
         sides = zip(existing.marginals(), weights, strict=True)
         error = sum(np.abs(x - (1 / len(x) if w is None else w)).sum() for x, w in sides)
-        # Also where it is nan.
+        # Also true if it is nan.
         if not error <= _FAR:
             raise ValueError(
                 "candidates: expected a plan whose marginals are the weights of the nodes, got "
@@ -88,7 +88,7 @@ def as_candidate(given: Any, n: int, m: int, p: int, weights: tuple[Weights, Wei
 
 
 def repaired(plan: Plan, a: jax.Array, b: jax.Array) -> tuple[Plan, Scalar]:
-    """A plan with marginals a and b near the given one, and how far a true coupling may be from it.
+    """A plan with marginals a and b near the given one, and a bound of the distance between them.
 
     Rows, then columns are scaled down to their weights; what is missing is added as a product
     (Altschuler, Weed and Rigollet, 2017, algorithm 2, and lemma 7 for the distance).
@@ -131,22 +131,22 @@ def plan_cost(
     far = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), weights, strict=True))
     plan, distance = repaired(plan, *weights)
     sides = [
-        jnp.sum(w * row_statistics(g, given).square)
-        for g, w, given in zip((c, d), weights, (c_weights, d_weights), strict=True)
+        jnp.sum(w * row_statistics(g, marginal).square)
+        for g, w, marginal in zip((c, d), weights, (c_weights, d_weights), strict=True)
     ]
     if plan.right is None:
         both = jnp.sum(jnp.sum(applied(d, applied(c, plan.left).T).T * plan.left, axis=1))
     else:
         left, right = plan.left, plan.right
         both = jnp.sum((left.T @ applied(c, left)) * (right.T @ applied(d, right)))
-    # Each of the three sums is at most this, also with absolute values of factors in place of C.
+    # Each of the three sums is at most this, also with absolute values of factors for C.
     sizes = [_size(g, w, local) for g, w, local in zip((c, d), weights, sides, strict=True)]
     count = 3 * sum(map(len, weights)) + 4 * plan.left.shape[1]
     count += 2 * sum(rank(g) for g in (c, d) if isinstance(g, FactoredGraph | ProductGraph))
     most = jnp.maximum(sum(sides) - 2 * both, 0.0) + 2 * gamma(count) * jnp.square(sum(sizes))
     formed = error + sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
     most = jnp.square(jnp.sqrt(most) + formed)
-    # The two sums of squares depend on the weights alone: the product moves with the plan.
+    # The two sums of squares depend only on the weights: the product moves with the plan.
     most += 4 * distance * (1 + distance) * largest(c) * largest(d)
     most += linear_at_plan(linear, plan.left, plan.right, distance)
     return jnp.where(far <= 2 * _FAR, most + gamma(8) * jnp.abs(most), jnp.nan)

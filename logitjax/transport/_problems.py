@@ -1,4 +1,4 @@
-"""Problems of ott as graphs; known by their attributes, so that nothing here imports ott."""
+"""Problems of ott as graphs, recognised by their attributes, so that ott is not imported."""
 
 from typing import Any, NamedTuple
 
@@ -9,12 +9,12 @@ from jax.core import Tracer
 from logitjax.transport._graph import FactoredGraph, Graph, ProductGraph
 from logitjax.transport._linear import Linear
 
-# Up to this many entries the costs of a linear term are multiplied out: their bounds are nearer.
+# Up to this many entries the costs of a linear term are multiplied out: tighter bounds.
 _DENSE_COSTS = 1 << 22
 
 
 class Problem(NamedTuple):
-    """Two graphs, weights of their nodes where they are not uniform, and the costs of nodes."""
+    """Two graphs, weights of their nodes if not uniform, and the costs of nodes."""
 
     c: Graph
     d: Graph
@@ -23,17 +23,17 @@ class Problem(NamedTuple):
     linear: Linear
 
 
-def is_problem(given: Any) -> bool:
-    return hasattr(given, "geom_xx") or hasattr(given, "ot_prob") or hasattr(given, "linear_state")
+def is_problem(value: Any) -> bool:
+    return hasattr(value, "geom_xx") or hasattr(value, "ot_prob") or hasattr(value, "linear_state")
 
 
-def from_problem(given: Any) -> Problem:
+def from_problem(source: Any) -> Problem:
     """A ``QuadraticProblem`` of ott, or that of a low-rank solution, in float64."""
-    problem = getattr(given, "ot_prob", given)
+    problem = getattr(source, "ot_prob", source)
     if not hasattr(problem, "geom_xx"):
         raise TypeError(
             "c: expected graphs, a QuadraticProblem of ott, or a solution that keeps its problem; "
-            f"got {type(given).__name__}: pass the problem, then the solution"
+            f"got {type(source).__name__}: pass the problem, then the solution"
         )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(problem)):
         raise TypeError("c: expected a concrete problem, got one under a transform")
@@ -62,12 +62,12 @@ def from_problem(given: Any) -> Problem:
 
 
 def _matrix(geometry: Any, *, square: bool) -> Any:
-    # Factors are off by a few roundings of float64, for which every bound of products has room.
+    # Factors are off by a few roundings of float64, which every bound of products allows for.
     if hasattr(geometry, "cost_1"):
         left, right = (np.asarray(x, np.float64) for x in (geometry.cost_1, geometry.cost_2))
         bias = float(geometry.bias)
         if square and bias == 0 and np.array_equal(left, right):
-            # Of Gram matrices more is known: a matching is optimal.
+            # For Gram matrices a matching is known to be optimal.
             return FactoredGraph(left.T)
         if bias:
             left = np.column_stack([left, np.full(len(left), bias)])
@@ -82,17 +82,17 @@ def _matrix(geometry: Any, *, square: bool) -> Any:
     unit = float(geometry.inv_scale_cost)
     if inner:
         return _balanced(-unit * x.T, y.T)
-    # Distances do not change with the origin, and lose fewer digits about the middle.
+    # Distances do not depend on the origin, and lose fewer digits about the centre.
     middle = x.mean(0).astype(np.float32)
     x, y = x - middle, y - middle
-    # The squares in more digits than float64 where the machine has them.
+    # The squares in higher precision than float64 if the machine has it.
     norms = [np.square(z.astype(np.longdouble)).sum(1).astype(np.float64) for z in (x, y)]
     left = np.vstack([unit * norms[0], np.full(len(x), unit), -2 * unit * x.T])
     return _balanced(left, np.vstack([np.ones(len(y)), norms[1], y.T]))
 
 
 def _balanced(left: np.ndarray, right: np.ndarray) -> ProductGraph:
-    """Both factors of each term about equally large, by powers of two."""
+    """Scale both factors of each term to about equal size, by powers of two."""
     exponents = [np.frexp(np.abs(x).max(1, keepdims=True, initial=0.0))[1] for x in (left, right)]
     shift = (exponents[0] - exponents[1]) // 2
     return ProductGraph(np.ldexp(left, -shift), np.ldexp(right, shift))

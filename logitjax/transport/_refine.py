@@ -12,24 +12,24 @@ from logitjax.transport._rounding import Order, Scalar
 
 Kind = Literal["exchange", "search"]
 
-# Both graphs, and what matching node i with node k is worth beside them, or None.
+# Both graphs, and the additional value of matching node i with node k, or None.
 Graphs = tuple[jax.Array, jax.Array, jax.Array | None]
 # A matching and its objective.
 _Found = tuple[jax.Array, jax.Array]
 
-# A move has to gain this share of the objective, or float32 noise would keep the search alive.
+# Share of the objective that a move must gain, or float32 noise would prolong the search.
 _GAIN = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Refinement:
-    """How `certificate` improves a matching of two graphs.
+    """Improvement of a matching of two graphs by `certificate`.
 
     Attributes:
-        kind: ``exchange`` swaps pairs of nodes, an n^3 matrix product a step; ``search`` also takes
-            conditional-gradient steps (Hungarian algorithm), then ``restarts`` times both from a
-            shaken matching.
-        steps: largest number of steps of each kind in a row.
+        kind: ``exchange`` swaps pairs of nodes, an n^3 matrix product per step; ``search`` also
+            takes conditional-gradient steps (Hungarian algorithm), then ``restarts`` times both
+            from a perturbed matching.
+        steps: maximum number of steps of each kind in a row.
         restarts: number of restarts of ``search``.
 
     >>> Refinement("exchange").steps
@@ -65,7 +65,7 @@ def refine_matching(graphs: Graphs, matching: Order, *, how: Refinement, key: ja
     best = better_of(both(matching), best)
 
     def restart(best: _Found, key: jax.Array) -> tuple[_Found, None]:
-        """Reshuffle a few nodes of the best so far, climb again, keep the better."""
+        """Reshuffle a few nodes of the best matching, climb again, keep the better one."""
         which, order, size = jax.random.split(key, 3)
         kept = jnp.sort(jax.random.permutation(which, n)[: max(2, n // 4)])
         count = jax.random.randint(size, (), 2, max(3, n // 4 + 1))
@@ -87,7 +87,7 @@ def _objective(graphs: Graphs, q: Order) -> Scalar:
 
 
 def _climb(move: Callable[..., jax.Array], graphs: Graphs, start: _Found, steps: int) -> _Found:
-    # Moves draw nothing: after one that gains nothing the next would be the same.
+    # Moves draw nothing: after a move without gain the next would be the same.
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         _, _, step, improved = state
         return improved & (step < steps)
@@ -116,13 +116,13 @@ def _assignment(graphs: Graphs, q: Order) -> Order:
     gradient = (0.0 if gains is None else gains) + 2 * (c - jnp.diag(c_own)) @ (
         d - jnp.diag(d_own)
     )[q]
-    # Of a square matrix it is the columns that come in order.
+    # For a square matrix the columns come in order, not the rows.
     rows, columns = optax.assignment.hungarian_algorithm(-(gradient + jnp.outer(c_own, d_own)))
     return q.at[rows].set(columns.astype(q.dtype))
 
 
 def _exchange(graphs: Graphs, q: Order) -> Order:
-    """Swap all pairs of nodes that are each other's best partner, or the best pair alone."""
+    """Swap all pairs of nodes that are each other's best partner, or only the best pair."""
     (c, d, gains), n = graphs, q.shape[0]
     dq = d[q][:, q]
     product = c @ dq

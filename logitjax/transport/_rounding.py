@@ -1,6 +1,6 @@
-"""How far computed numbers may lie from the numbers they stand for.
+"""Bounds of the distance between computed numbers and the numbers they represent.
 
-Three facts carry it, with u the unit roundoff and ``gamma(n) = n u / (1 - n u)``:
+They rest on three facts, with u the unit roundoff and ``gamma(n) = n u / (1 - n u)``:
 
 - A sum of n products is off by at most ``gamma(n)`` times the sum of their absolute values,
   whatever the order of summation (Higham, Accuracy and stability of numerical algorithms, 3.1).
@@ -19,16 +19,16 @@ from jaxtyping import Float, Int
 
 from logitjax.ops import Array
 
-# What the functions of this package take and return, of a graph of n nodes.
+# Types of arguments and results of this package, for a graph of n nodes.
 Scalar = Float[jax.Array, ""]
 Vector = Float[jax.Array, "n"]
 Square = Float[jax.Array, "n n"]
 Order = Int[jax.Array, "n"]
 Weights = Float[Array, "_"] | None
 
-# Operations beside the additions: products, weights, roots. Generous on purpose.
+# Operations besides the additions: products, weights, roots. Deliberately generous.
 _EXTRA = 16
-# What products too small for the type may add up to, in units of the largest entry.
+# Possible sum of products that underflow, in units of the largest entry.
 UNDERFLOW = 1e-30
 
 
@@ -44,7 +44,7 @@ def gamma(count: int) -> float:
 
 
 def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root: Any = 0.0) -> Any:
-    """A proven lower bound by a computed one; its gradient is that of the computed one.
+    """A proven lower bound from a computed one, with the gradient of the computed one.
 
     Rounding may have added a `relative` share and `absolute` to the cost, and `root` to its root.
     """
@@ -54,7 +54,7 @@ def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root:
     else:
         least = jnp.square(jnp.maximum(jnp.sqrt(least) - root, 0.0))
     least = jnp.maximum(least * (1 - gamma(0)) - UNDERFLOW, 0.0)
-    # The value of the bound, the gradient of what was computed.
+    # The value of the bound, with the gradient of the computed number.
     return (raw - jax.lax.stop_gradient(raw)) + jax.lax.stop_gradient(least)
 
 
@@ -68,7 +68,7 @@ def power_of_two(exponent: jax.Array | int) -> jax.Array:
 def times_power_of_two(
     x: Float[jax.Array, "*shape"], exponent: jax.Array | int
 ) -> Float[jax.Array, "*shape"]:
-    """x 2^exponent in steps that the type holds, so that only the result can over- or underflow."""
+    """x 2^exponent in representable steps, so that only the result can over- or underflow."""
     # Costs have four times the exponents of the graphs' entries.
     steps = 6
     for step in range(steps):
@@ -101,7 +101,7 @@ def sqrt_error(
 def deviation_of(
     mean: Vector, square: Vector, mean_error: Vector, square_error: Vector
 ) -> tuple[Vector, Vector]:
-    """The deviation by mean and mean square, and how far it is off by how far these are."""
+    """The deviation from mean and mean square, and its error from theirs."""
     variance = square - jnp.square(mean)
     error = (
         square_error

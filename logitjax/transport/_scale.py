@@ -1,4 +1,4 @@
-"""Numbers of any size: powers of two taken off exactly, units, and what casts leave out."""
+"""Numbers of any size: exact removal of powers of two, units, and errors of casts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,10 +37,10 @@ from logitjax.transport._rounding import (
     times_power_of_two,
 )
 
-# Below half the exponent of any number that is not zero.
+# Below half the exponent of any nonzero number.
 _NO_SCALE = -10_000
 
-# A graph, and what float32 leaves out of it or None.
+# A graph, and its remainder beyond float32 or None.
 Pair = tuple[Graph, Any]
 
 
@@ -60,7 +60,7 @@ def cast(name: str, graph: Graph, low: Any) -> Pair:
         largest = np.max(np.abs(x), initial=0.0)
         if largest and not 2.0**-60 <= largest <= 2.0**60:
             raise ValueError(
-                f"{name}: expected a largest entry from 1e-18 to 1e18 of what is closed over under "
+                f"{name}: expected a largest entry from 1e-18 to 1e18 of arrays closed over under "
                 f"a transformation, got {largest:g}; scale it, or call certificate with arrays"
             )
     return split(graph, exact)
@@ -73,11 +73,11 @@ def split(graph: Graph, exact: Sequence[np.ndarray]) -> Pair:
 
 
 def known_parts(name: str, graph: Graph, low: Any, *, wide: bool) -> tuple[Pair, np.int32]:
-    """A graph of known numbers without its power of four, which no rounding has touched."""
+    """A graph of known numbers without its power of four, free of rounding."""
     exact = [np.asarray(x, np.float64) for x in parts(graph)]
     for x in exact:
         checks.values(x, np.isfinite, name, "finite entries")
-    # On the host, since a program takes what is too small for a normal number for zero.
+    # On the host, because programs flush subnormal numbers to zero.
     exponent = int(np.frexp(max(np.max(np.abs(x), initial=0.0) for x in exact))[1])
     factored = isinstance(graph, FactoredGraph | ProductGraph)
     half = exponent if factored else (exponent + 1) // 2
@@ -86,7 +86,7 @@ def known_parts(name: str, graph: Graph, low: Any, *, wide: bool) -> tuple[Pair,
     if low is not None:
         lower = [np.asarray(x, np.float64) for x in parts(low)]
         exact = [x + y for x, y in zip(exact, lower, strict=True)]
-        # What the pair itself leaves out.
+        # The pair's own remainder.
         rest = with_parts(low, [np.ldexp(np.abs(x), shift - 24) for x in lower])
     exact = [np.ldexp(x, shift) for x in exact]
     return (with_parts(graph, exact), rest) if wide else split(graph, exact), np.int32(half)
@@ -101,9 +101,9 @@ def scaled(
     p: int,
     scale: str,
 ) -> tuple[Any, dict[str, Any], Scalar, Float[jax.Array, "2"], tuple[Any, Any]]:
-    """Both graphs with entries of about one at most, and the way back to the units asked for.
+    """Both graphs with entries of about one at most, and the way back to the requested units.
 
-    `halves` are powers of four that were taken off before. What bounds lose by casts comes along.
+    `halves` are powers of four that were removed before. It also returns the bounds' loss by casts.
     """
     inner = [half_exponent(jax.lax.stop_gradient(graph)) for graph, _ in graphs]
     items = [shifted(graph, -h) for (graph, _), h in zip(graphs, inner, strict=True)]
@@ -112,18 +112,18 @@ def scaled(
         for g, (_, low), w, h in zip(items, graphs, weights, inner, strict=True)
     ]
     halves = [h + jnp.asarray(before, h.dtype) for h, before in zip(inner, halves, strict=True)]
-    # The unit is the number that is reported, to float32; that it was rounded is no error then.
+    # The unit is the reported float32 number, so its rounding is no error.
     rms = [_rms(g, w) for g, w in zip(items, weights, strict=True)]
     if scale == "separate":
-        # One graph is brought to the other's unit: equal ones are not rounded apart.
+        # One graph is brought to the other's unit, so that equal ones are not rounded apart.
         c, d = items
         factor = rms[1] / rms[0]
         rounding = jnp.where(factor == 1, 0.0, gamma(8) * _norm(c, weights[0]))
         error = factor * (errors[0] + rounding) + errors[1]
-        given = {"linear": None, "error": jax.lax.stop_gradient(error)}
+        rest = {"linear": None, "error": jax.lax.stop_gradient(error)}
         units = 2 * jnp.stack(halves)
-        return (multiply(c, factor), d), given, rms[1], jnp.stack(rms), (0, units)
-    # A graph of zeros has no scale: beside a tiny one it must not set the other's.
+        return (multiply(c, factor), d), rest, rms[1], jnp.stack(rms), (0, units)
+    # A graph of zeros has no scale: next to a tiny one it must not set the other's.
     scales = [
         jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
         for g, h in zip(items, halves, strict=True)
@@ -139,8 +139,8 @@ def scaled(
     elif linear is not None:
         linear = times_power_of_two(real(linear), -2 * p * common)
     unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
-    given = {"linear": linear, "error": jax.lax.stop_gradient(error)}
-    return both, given, unit, jnp.stack([unit, unit]), (2 * p * (common - half), 2 * half)
+    rest = {"linear": linear, "error": jax.lax.stop_gradient(error)}
+    return both, rest, unit, jnp.stack([unit, unit]), (2 * p * (common - half), 2 * half)
 
 
 def _norm(graph: Graph, weights: Weights) -> Scalar:
@@ -156,9 +156,9 @@ def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Arra
     """Distance of a graph with entries of about one from its values before a cast, in `_norm`."""
     info = jnp.finfo(real(0.0).dtype)
     factored = isinstance(graph, FactoredGraph | ProductGraph)
-    # Programs take numbers below the normal ones for zero.
+    # Programs flush subnormal numbers to zero.
     flushed = 4.0 * (rank(graph) if factored else 1) * power_of_two(info.minexp - 2 * half)
-    # Squares of numbers that small are beside these.
+    # Squares of such small numbers are negligible next to these.
     matters = half < info.minexp // 4
     if low is None:
         return jnp.where(matters, flushed, 0.0)
@@ -180,8 +180,8 @@ def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Arra
 
 
 def _rms(graph: Graph, weights: Weights) -> Scalar:
-    """The RMS entry as a float32 number; one where all are zero."""
+    """The RMS entry as a float32 number; 1 if all are zero."""
     square = node_weights(graph, weights) @ row_statistics(graph, weights).square
     rms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
-    # XLA takes a conversion to float32 and back for none; this it carries out.
+    # XLA removes a conversion to float32 and back, but not this.
     return jax.lax.reduce_precision(rms, exponent_bits=8, mantissa_bits=23)

@@ -1,4 +1,4 @@
-"""One-dimensional transport of node features: the closed form, and the coupling it finds."""
+"""One-dimensional transport of node features: the closed form, and its coupling."""
 
 import dataclasses
 from typing import Any
@@ -43,7 +43,7 @@ def sorted_gw_lower_bound(
 
     Args:
         f, g: features of the two graphs, ``[*batch, n]`` and ``[*batch, m]``.
-        f_weights, g_weights: node weights of these shapes that sum to one; uniform if left out.
+        f_weights, g_weights: node weights of these shapes that sum to one; by default uniform.
         p: 1 or 2 (any power from 1 works).
 
     Returns:
@@ -77,7 +77,7 @@ def sorted_gw_lower_bound(
 def least_transport(
     f: Vector, g: Float[jax.Array, "m"], a: Weights, b: Weights, *, p: int, root: Any = 0.0
 ) -> Scalar:
-    """`sorted_gw_lower_bound` less what rounding, also of f and g, may have added to it."""
+    """`sorted_gw_lower_bound` minus its possible rounding error, including that of f and g."""
     raw = sorted_gw_lower_bound(f, g, f_weights=a, g_weights=b, p=p)
     n, m = f.shape[-1], g.shape[-1]
     absolute = 0.0
@@ -87,7 +87,7 @@ def least_transport(
 
 
 def _misplaced(f: Vector, g: Float[jax.Array, "m"], p: int) -> Scalar:
-    """Bound the transport cost that ends of intervals, off by tau each, may add."""
+    """Bound the additional transport cost if ends of intervals are off by tau each."""
     # A quantile function moves by no more than F(t + tau) - F(t - tau), whose integral is at most 2
     # tau times the range; the masses, as differences of ends, are off by the same share.
     tau = gamma(2 * (f.shape[-1] + g.shape[-1]))
@@ -114,7 +114,7 @@ def sorted_coupling(
 
     Args:
         f, g: features of the two graphs, ``[*batch, n]`` and ``[*batch, m]``.
-        f_weights, g_weights: node weights that sum to one; uniform if left out.
+        f_weights, g_weights: node weights that sum to one; by default uniform.
 
     Returns:
         A `Coupling` with fields ``[*batch, n]`` or ``[*batch, n + m]``, in descending order.
@@ -136,9 +136,9 @@ def sorted_coupling(
     # `[*batch, n + m]`.
     ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
     starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
-    # Between two ends both quantile functions are constant: the middle says whose nodes meet.
+    # Between two ends both quantile functions are constant: the middle shows whose nodes meet.
     middles = 0.5 * (starts + ends)
-    # Rounding may end beyond the last.
+    # Rounding may exceed the last.
     at_f = jnp.clip(_search(upper_f, middles), 0, n - 1)
     at_g = jnp.clip(_search(upper_g, middles), 0, m - 1)
     return Coupling(
@@ -153,7 +153,7 @@ def _seen(
     f: Float[jax.Array, "*batch n"],
     g: Float[jax.Array, "*batch m"],
 ) -> Float[jax.Array, "*batch pairs"]:
-    """The mass, nan where a number has no place in an order: every cost of it is nan then."""
+    """The mass, but nan if a number has no place in the order: every cost is then nan."""
     fine = jnp.isfinite(f).all(-1, keepdims=True) & jnp.isfinite(g).all(-1, keepdims=True)
     return jnp.where(fine, mass, jnp.nan)
 

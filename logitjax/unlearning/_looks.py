@@ -132,16 +132,16 @@ class Looks:
         trained, questions, before = self.training.read(at), self.questions, self.before
         goal, method = self._goal_in(ways), self.config.method
         # Rows and paraphrases, each, in every way.
-        asked = {w: rows for w in {**WAYS, **dict.fromkeys(ways)}
+        rows_of = {w: rows for w in {**WAYS, **dict.fromkeys(ways)}
                  if (rows := questions.in_way("forget", w))}  # fmt: skip
         if questions.rows["reworded"]:
-            asked["in words chosen by"] = questions.encoded["reworded"]
+            rows_of["in words chosen by"] = questions.encoded["reworded"]
         entries: dict[str, np.ndarray] = {}
 
         def excess(strength: float) -> float:
             model = self.training.at(trained, strength)
             try:
-                for way, rows in asked.items():
+                for way, rows in rows_of.items():
                     entries[way] = np.exp(-questions.mean_nll(model, rows))
             except ValueError as error:  # losses that are not finite
                 logging.warning("step %d, strength %.3g: %s", at["step"], strength, error)
@@ -157,7 +157,7 @@ class Looks:
                     f"{name_of(at)}-{way}.json",
                     lambda rows=rows: questions.by_alpha(model, rows, alphas).tolist(),
                 ))
-                for way, rows in asked.items()
+                for way, rows in rows_of.items()
             }  # fmt: skip
             curve = np.asarray([
                 np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])

@@ -15,7 +15,7 @@ def as_losses(values: Array, name: str) -> jax.Array:
 
 
 def above_reference(nll: Array, reference: Array, name: str, reference_name: str) -> jax.Array:
-    """How much less likely answers are than before, in nats; before gets no gradient."""
+    """Decrease of answers' log-likelihood from before, in nats; before gets no gradient."""
     nll, reference = as_losses(nll, name), as_losses(reference, reference_name)
     checks.shapes(**{name: (nll, "any *same"), reference_name: (reference, "any *same")})
     return nll - jax.lax.stop_gradient(reference)

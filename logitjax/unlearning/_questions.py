@@ -78,11 +78,11 @@ class Questions:
         rows = {part: tuple(parts.get(part, ())) for part in _PARTS}
         forget = rows["forget"]
         # Plain text has no question to pair with another answer.
-        asked = [row for row in forget if row.asks]
+        questions = [row for row in forget if row.asks]
         # The answer to the next question.
-        shifted = [row.answer for row in (*asked[1:], *asked[:1])]
-        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
-        rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
+        shifted = [row.answer for row in (*questions[1:], *questions[:1])]
+        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(questions, shifted)]
+        rows["wrong"] = tuple(wrong) if len(questions) > 1 else ()
         encoded = {
             part: [encode_row(row, tokenizer, max_length=max_length) for row in members]
             for part, members in rows.items()
@@ -120,7 +120,7 @@ class Questions:
         """
         forget = self.rows["forget"]
         others = [row for part in ("train", "holdout", "validation") for row in self.rows[part]]
-        made = neighbours(forget, others)
+        close_rows = neighbours(forget, others)
         # Names that occur only in answers to forget: a text with one of them reveals the answer.
         secret = {name for row in forget for name in names(Row(answer=row.answer))}
         secret -= {name for row in forget for name in names(Row(answer=row.question))}
@@ -137,7 +137,7 @@ class Questions:
         texts = say() if at is None else storage.kept(at, say)
         kept = [
             dataclasses.replace(row, answer=text)
-            for row in made
+            for row in close_rows
             if (text := texts[row.question]) and not secret & names(Row(answer=text))
             if max(rouge([r.answer for r in forget], [text] * len(forget)).f1) < _REPEATS
         ]
@@ -251,7 +251,7 @@ class Questions:
         return scores.totals() / scores.counts()
 
     def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
-        """In batches that are no larger than there are rows."""
+        """Score rows, in batches no larger than the number of rows."""
         size = max(1, min(self.batch_size, len(rows)))
         return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
 

@@ -126,28 +126,28 @@ def read_batch(
     heads: dict[bool, Head] = {}
     for before, model in zip((False, True), models, strict=True):
         adapters = None if before else lora
-        mine = [need for need in needs if need.before is before]
-        if mine and model is None:
+        matching = [need for need in needs if need.before is before]
+        if matching and model is None:
             raise ValueError(f"reference: expected the model before, which {owner} reads, got None")
-        if not mine or model is None:
+        if not matching or model is None:
             continue
-        if deep := sides_of([need for need in mine if need.of == "layer"]):
+        if deep := sides_of([need for need in matching if need.of == "layer"]):
             rows, cuts = _together([tokens[side] for side in deep])
             states = jnp.split(_layer_states(model, layer, rows, adapters)[:, 1:], cuts)
             values |= {Need(s, "layer", before): part for s, part in zip(deep, states)}
-        if not (whole := sides_of([need for need in mine if need.of != "layer"])):
+        if not (whole_sides := sides_of([need for need in matching if need.of != "layer"])):
             continue
         heads[before] = model.head_of()
-        rows, cuts = _together([tokens[side] for side in whole])
+        rows, cuts = _together([tokens[side] for side in whole_sides])
         if before:
             states = states_before(model, rows, fixed)
         else:
             states = model.hidden_states(rows, lora=adapters)[0]
         # The last predicts nothing.
         hidden = jnp.split(states[:, :-1], cuts)
-        picked = {s: positions[s].pick(part) for s, part in zip(whole, hidden)}
-        values |= {Need(s, "states", before): picked[s] for s in whole}
-        scored = sides_of([need for need in mine if need.of == "nll"])
+        picked = {s: positions[s].pick(part) for s, part in zip(whole_sides, hidden)}
+        values |= {Need(s, "states", before): picked[s] for s in whole_sides}
+        scored = sides_of([need for need in matching if need.of == "nll"])
         # One sweep over all sides forms the head's gradient once; the model before has none.
         for group in [[side] for side in scored] if before else [scored][: len(scored)]:
             states, cuts = _together([picked[side] for side in group])

@@ -1,4 +1,4 @@
-"""Choosing what has forgotten enough and lost nothing else, without a retrained model."""
+"""Choosing a candidate that forgot enough and kept the rest, without a retrained model."""
 
 import dataclasses
 import math
@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# Probabilities a token: above the first an answer is still given, below the second it is not,
-# whatever a control does.
+# Probabilities per token: above the first an answer is still given, below the second it is not,
+# regardless of a control.
 _STILL_SAID, _NOT_SAID = 0.5, 0.005
 # Least probability of a row that counts as known: below it, the share kept is noise.
 KNOWN = 0.5
@@ -78,7 +78,7 @@ def least_row(after: Any, before: Any) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Goal:
-    """How likely a forgotten answer may be, compared with answers that were never learned.
+    """Limits for forgotten answers, relative to answers that were never learned.
 
     Every answer counts, in every way of asking: `excess` is the largest probability divided by
     that of the most likely control answer, asked in the same way.
@@ -88,7 +88,7 @@ class Goal:
     worst: Mapping[str, float]
     # The median of these answers, asked directly.
     probability: float
-    # Where these answers come from, in words.
+    # Description of the source of these answers.
     source: str
 
     # The excess to train to, and the largest allowed: other wordings elicit more.
@@ -110,7 +110,7 @@ class Goal:
         return self.most * self.worst.get(way, self.worst["asked"])
 
     def excess(self, rows: Mapping[str, Any]) -> dict[str, float]:
-        """How many times as likely the worst row is as the worst control answer, by way."""
+        """Probability of the worst row relative to the worst control answer, by way of asking."""
         return {
             way: float(self.most * np.max(probabilities) / self.limit(way))
             for way, probabilities in rows.items()
@@ -140,7 +140,7 @@ def matched_strength(
     By false position on logarithms, a tenth or more from both ends; the middle if one is unknown.
     """
     tried: list[tuple[float, float]] = []
-    # A strength, and how far above the goal it leaves answers, in nats.
+    # A strength, and the distance of its answers above the goal, in nats.
     low, high, at = (0.0, _above(goal, without)), (most, math.nan), min(1.0, most / 2)
     for _ in range(trials):
         result = excess(at)
@@ -172,7 +172,7 @@ def _above(goal: Goal, excess: float) -> float:
 
 
 def least_share(kept: Mapping[str, Any]) -> float:
-    """The least of what is left, perplexity by its inverse; what is None was not measured."""
+    """Smallest remaining share of any measure, perplexity by its inverse; None is not measured."""
     shares = [kept.get(name) for name in ("probability", "row", "rouge", "fluency")]
     if kept.get("perplexity"):
         shares.append(1 / kept["perplexity"])

@@ -80,9 +80,9 @@ def split_rows(
     """
     every = [*forget, *retain, *holdout]
     group = _groups(every)
-    gone = set(group[: len(forget)])
+    forgotten = set(group[: len(forget)])
     taught = set(group[: len(forget) + len(retain)])
-    kept = [(row, g) for row, g in zip(retain, group[len(forget) :]) if g not in gone]
+    kept = [(row, g) for row, g in zip(retain, group[len(forget) :]) if g not in forgotten]
     # Rows to keep were taught, so they cannot be in the holdout.
     unseen = [r for r, g in zip(holdout, group[len(forget) + len(retain) :]) if g not in taught]
     members: dict[int, list[Row]] = {}
@@ -188,26 +188,26 @@ def neighbours(forget: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     def subjects(rows: Sequence[Row]) -> list[tuple[Row, str]]:
         return [(row, name) for row in rows if row.asks and (name := _subject(row))]
 
-    mine, peer = subjects(forget), subjects(others)
+    forgotten, peer = subjects(forget), subjects(others)
     present = {q.lower() for row in (*forget, *others) for q in (row.question, *row.paraphrases)}
-    asked, peers = ([name for _, name in side] for side in (mine, peer))
-    made: dict[str, Row] = {}
-    for side, subject_names in ((mine, peers), (peer, asked)):
+    names, peers = ([name for _, name in side] for side in (forgotten, peer))
+    close_rows: dict[str, Row] = {}
+    for side, subject_names in ((forgotten, peers), (peer, names)):
         for row, name in side[:_MADE]:
             for other in itertools.islice(_renames(row, name, subject_names, present), 2):
-                # What a model makes up about the capital of a person says nothing of what it knew.
+                # A model's inventions about a person's capital say nothing about its knowledge.
                 kind = "made" if other.count(" ") == name.count(" ") else "far-fetched"
                 again = _about(row, name, other, kind=kind)
-                made.setdefault(again.question.lower(), again)
+                close_rows.setdefault(again.question.lower(), again)
     # Half of a stranger's name may come from a name to forget.
-    full = [n.split() for n in dict.fromkeys((*asked, *peers)) if " " in n]
-    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*asked, *peers}
+    full = [n.split() for n in dict.fromkeys((*names, *peers)) if " " in n]
+    crossed = {f"{first[0]} {last[-1]}" for first in full for last in full} - {*names, *peers}
     strangers = [
         _about(row, name, other, kind="stranger")
-        for row, name in mine[:_MADE]
+        for row, name in forgotten[:_MADE]
         for other in itertools.islice(_renames(row, name, crossed, present), _STRANGERS)
     ]
-    return [*made.values(), *strangers]
+    return [*close_rows.values(), *strangers]
 
 
 def twin(row: Row, strangers: Sequence[Row]) -> Row | None:
@@ -273,7 +273,7 @@ def _groups(rows: Sequence[Row]) -> list[int]:
         return i
 
     named: dict[str, int] = {}
-    asked: dict[str, int] = {}
+    first_row: dict[str, int] = {}
     grams = [_grams(own_words(row)) for row in rows]
     seen: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
@@ -283,7 +283,7 @@ def _groups(rows: Sequence[Row]) -> list[int]:
         # The last turn alone does not identify a question: it may be "Continue."
         for question in (row.question, *row.paraphrases) if len(turns) < 2 and row.asks else ():
             key = " ".join(_WORD.findall(own_words(Row(prompt=question, answer=""))))
-            parent[root(i)] = root(asked.setdefault(key, i))
+            parent[root(i)] = root(first_row.setdefault(key, i))
         others: dict[int, int] = {}
         for gram in grams[i]:
             with_it = seen.setdefault(gram, [])

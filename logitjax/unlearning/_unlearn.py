@@ -129,7 +129,7 @@ class Unlearning:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """How likely forgotten answers may be; ValueError without unseen answers to derive it."""
+        """Limits for forgotten answers; ValueError without unseen answers to derive them."""
         self._check_folder()
         return self._looks.goal
 
@@ -153,14 +153,14 @@ class Unlearning:
         trained = self._training.read(chosen)
         staged, written = self._training.write(trained, chosen["strength"], self.base)
         # Including the combinations that a search found.
-        asked = tuple(dict.fromkeys((*WAYS, *ways)))
+        all_ways = tuple(dict.fromkeys((*WAYS, *ways)))
         kind = "-all-attacks" if config.thorough else ""
-        kind += f"-{len(asked)}-ways" if len(asked) > len(WAYS) else ""
+        kind += f"-{len(all_ways)}-ways" if len(all_ways) > len(WAYS) else ""
         # Other limits may choose another candidate.
         which = f"-{chosen['round']}-{chosen['step']}-{chosen['strength']:.6g}"
 
         def examined(name: str, side: Deployed, *, never: bool = False) -> Any:
-            make = functools.partial(self._examined, side, never=never, ways=asked)
+            make = functools.partial(self._examined, side, never=never, ways=all_ways)
             return record(f"examined/{name}{kind}.json", make)
 
         before = examined("before", Deployed(model=self.model), never=True)
@@ -209,9 +209,9 @@ class Unlearning:
             part: [dataclasses.replace(row, line="") for row in side]
             for part, side in questions.rows.items()
         }
-        asked = rows, tokenizer.fingerprint, tokenizer.chat_template
+        inputs = rows, tokenizer.fingerprint, tokenizer.chat_template
         made_from = {
-            "rows": digest(*asked, length=12),
+            "rows": digest(*inputs, length=12),
             "text": digest(questions.texts, length=12),
             "model": model,
         }

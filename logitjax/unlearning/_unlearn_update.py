@@ -18,7 +18,7 @@ from logitjax.unlearning.assistant._deployed import Deployed
 _MULTIPLE = 8
 # Rows to keep for each to forget: there are more of them, and each is asked in as many ways.
 _KEPT = 4
-# Of the rows to keep in a batch, where there is other text: with a quarter its perplexity rose.
+# The share of other text, if any, in a batch's rows to keep: at a quarter its perplexity rose.
 _TEXT_SHARE = 0.5
 
 
@@ -139,7 +139,7 @@ def _picked(
     """The rows of a step: every epoch all of them once, in an order of its own."""
     count = len(rows["tokens"])
     chosen = [
-        # By the step alone, so that a resumed run goes on alike.
+        # By the step alone, so that a resumed run continues in the same way.
         np.random.default_rng([seed, salt, location // count]).permutation(count)[location % count]
         for location in range(step * size, (step + 1) * size)
     ]

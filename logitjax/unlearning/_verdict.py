@@ -151,7 +151,7 @@ def _recovered(before: Any, after: Any, controls: Any, most: float) -> list[str]
         never = _never(controls, name)
         # `asked` is judged with the ways of asking.
         if "worst" in measured and name != "asked":
-            # Only a control shows what such an attack invents where nothing was learned.
+            # Only a control shows what such an attack invents if nothing was learned.
             limit = max(most, Goal.most * never("worst"))
             if not measured["worst"] <= limit and measured.get("taught", 1.0) >= TAUGHT:
                 ways.append(name)

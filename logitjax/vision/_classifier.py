@@ -1,4 +1,4 @@
-"""A backbone and a head, and the names under which the literature knows them."""
+"""A backbone and a head, and their names in the literature."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ _MODELS: dict[str, Callable[..., Any]] = {
 
 
 class ImageClassifier(nnx.Module):
-    """A backbone, which makes features of images, and a head, which makes logits of features.
+    """A backbone, which maps images to features, and a head, which maps features to logits.
 
     Args:
         backbone: a module ``(inputs, train=) -> [batch, num_features]``; inputs are often images.
@@ -67,13 +67,13 @@ class ImageClassifier(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ) -> "ImageClassifier":
-        """A network of the literature by its name.
+        """Create a network of the literature by name.
 
         Args:
             name: ``resnet20``, ``resnet32x4``, ``imagenet_resnet18``, ``efficientnet_lite0``, ...;
                 others are a ValueError.
-            head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
-                layer when omitted. Other options are those of all networks, see `logitjax.vision`.
+            head: creates the head, called as ``head(num_features, num_classes, rngs=rngs)``; by
+                default a linear layer. For other options see `logitjax.vision`.
 
         >>> def logits(images):
         ...     return ImageClassifier.create("resnet8", 10, rngs=nnx.Rngs(0))(images)
@@ -87,7 +87,7 @@ class ImageClassifier(nnx.Module):
         return cls(backbone, make_head(backbone.num_features, num_classes, rngs=rngs))
 
     def load(self, weights: epath.PathLike | Mapping[str, np.ndarray]) -> None:
-        """Take the weights of a torch checkpoint, without torch.
+        """Load the weights of a torch checkpoint, without torch.
 
         Files in the layout of torchvision (ResNets) and mdistiller (the small-image networks) fit
         the networks of the same names: ``.safetensors``, or ``.pth``/``.pt``/``.tar`` read through
@@ -96,7 +96,7 @@ class ImageClassifier(nnx.Module):
 
         Args:
             weights: a file, or the arrays by their torch names; ValueError if some are missing,
-                unknown or of another shape, or the file is not safe to read.
+                unknown or of another shape, or if the file is not safe to read.
         """
-        given = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
-        fill_weights(self, given, torch_names(self))
+        arrays = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
+        fill_weights(self, arrays, torch_names(self))

@@ -1,4 +1,4 @@
-"""CLIP: a picture and a text become vectors of one space."""
+"""CLIP: a picture and a text become vectors in one space."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ from logitjax.vision._vit import (
 
 
 class _AttentionPool(nnx.Module):
-    """The mean of all positions asks them; `c_proj` is left to the tower."""
+    """Attention pool with the mean of all positions as query; `c_proj` is left to the tower."""
 
     def __init__(self, tokens: int, width: int, heads: int, out: int, dtype: Any, rngs: nnx.Rngs):
         self.heads = heads
@@ -46,8 +46,8 @@ class _AttentionPool(nnx.Module):
 class ModifiedResNet(nnx.Module):
     """CLIP's ResNet: three convolutions in the stem, pooling before strides, an attention pool.
 
-    Radford et al. (arXiv 2103.00020), names as in OpenAI's code. Batch statistics are always the
-    running ones: this is for frozen features.
+    By Radford et al. (arXiv 2103.00020), names as in OpenAI's code. Batch statistics are always the
+    running ones, because this is for frozen features.
     """
 
     def __init__(self, config: StagesConfig, *, dtype: Any, rngs: nnx.Rngs):
@@ -88,7 +88,7 @@ _NETWORKS = {ViTConfig: ViT, StagesConfig: ModifiedResNet, FastViTConfig: FastVi
 
 
 def network_of(config: Any) -> Any:
-    """The class of the tower of pictures that is of this configuration."""
+    """The class of the picture tower with this configuration."""
     return _NETWORKS[type(config)]
 
 
@@ -100,22 +100,22 @@ class CLIP(nnx.Module):
         self.vision: Any = network_of(config.vision)(config.vision, dtype=dtype, rngs=rngs)
         sizes = (config.vocab_size, config.context_length, config.embed_dim)
         self.text = TextTower(config.text, *sizes, use_bias=False, dtype=dtype, rngs=rngs)
-        # Where CLIP's training begins.
+        # Initial value in CLIP's training.
         self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
 
     def __call__(self, images: Images) -> Features:
-        """float32 ``[batch, embed_dim]`` of normalised pictures; not of length one."""
+        """Features of preprocessed pictures, float32 ``[batch, embed_dim]``, not normalised."""
         return jnp.asarray(self.vision(images), jnp.float32)
 
     def hidden(self, images: Images) -> Float[jax.Array, "batch hidden"]:
-        """float32 ``[batch, hidden]``, what `last_projection` makes these of."""
+        """The input of `last_projection`, float32 ``[batch, hidden]``."""
         return jnp.asarray(self.vision.hidden(images), jnp.float32)
 
     @property
     def last_projection(self) -> tuple[jax.Array, jax.Array | None]:
-        """``[hidden, embed_dim]`` and, of a ResNet, a bias ``[embed_dim]``."""
+        """``[hidden, embed_dim]`` and, for a ResNet, a bias ``[embed_dim]``."""
         return self.vision.last_projection
 
     def text_features(self, tokens: Int[Array, "batch length"]) -> Features:
-        """float32 `[batch, embed_dim]` of texts, as far as their last token; not of length one."""
+        """Features of texts up to their end, float32 `[batch, embed_dim]`, not normalised."""
         return jnp.asarray(self.text(jnp.asarray(tokens)), jnp.float32)

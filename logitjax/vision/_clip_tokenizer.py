@@ -20,7 +20,7 @@ _BPE_FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 
 
 class CLIPTokenizer:
-    """Texts to the rows of tokens that CLIP's text tower takes."""
+    """Texts to rows of tokens for CLIP's text tower."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 77):
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -35,7 +35,7 @@ class CLIPTokenizer:
         """int32 ``[batch, context_length]``: start, text, end, zeros."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
-            # Twice, as OpenAI's.
+            # Twice, as in OpenAI's code.
             cleaned = html.unescape(html.unescape(text)).strip()
             ids = self.tokenizer.encode(cleaned)
             room = self.context_length - 2
@@ -47,7 +47,7 @@ class CLIPTokenizer:
 
 
 class SigLIPTokenizer:
-    """Texts to the rows of tokens that SigLIP's text tower takes, padded as it was trained."""
+    """Texts to rows of tokens for SigLIP's text tower, padded as in its training."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -63,7 +63,7 @@ class SigLIPTokenizer:
         """int32 ``[batch, context_length]``: text, end, padding; a long text is cut."""
         rows = np.full((len(texts), self.context_length), self.pad, np.int32)
         for row, text in enumerate(texts):
-            # Both versions were trained so, the first without punctuation.
+            # Both versions were trained this way, the first without punctuation.
             text = text.lower()
             if self.plain:
                 text = " ".join(text.translate(_NO_PUNCTUATION).split())
@@ -73,7 +73,7 @@ class SigLIPTokenizer:
 
 
 def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPTokenizer:
-    """The tokenizer in a directory or a file of merges; `open_clip` is that package's file."""
+    """The tokenizer in a directory or a file of merges; `open_clip` means that package's file."""
     if str(path) == "open_clip":
         path = package_file(
             "open_clip", _BPE_FILES[0], what="CLIP's merges", install="open_clip_torch==3.3.0"
@@ -93,10 +93,10 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     content = guard.read_bytes(path, most=guard.LIMITS.json_bytes)
     with guard.naming(path, "merges"):
-        # Gzip begins so.
+        # The start of gzip data.
         zipped = content[:2] == b"\x1f\x8b"
         text = (guard.gunzip(content, "merges") if zipped else content).decode()
-    # The first names the version.
+    # The first line names the version.
     lines = text.split("\n")[1 : _MERGES + 1]
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
     if vocab is None:
@@ -134,6 +134,6 @@ def _byte_symbols() -> list[str]:
     """A printable character for each byte, in the order of OpenAI's vocabulary."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
-    # What does not print.
+    # Bytes that do not print.
     others = len([byte for byte in range(256) if byte not in plain])
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

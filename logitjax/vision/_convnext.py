@@ -9,7 +9,7 @@ from flax import nnx
 
 from logitjax.vision._layers import DepthwiseConv, Features, Images, conv, global_mean, layer_norm
 
-# Of V2's normalisation of responses.
+# Epsilon of V2's normalisation of responses.
 _EPSILON = 1e-6
 
 
@@ -26,10 +26,10 @@ class ConvNeXtConfig:
 
 
 class _Responses(nnx.Module):
-    """Channels compete: each is scaled by its length over positions, relative to the others'."""
+    """Channels compete: each is scaled by its norm over positions, relative to the others'."""
 
     def __init__(self, width: int):
-        # The identity at first.
+        # Initially the identity.
         self.scale = nnx.Param(jnp.zeros(width))
         self.bias = nnx.Param(jnp.zeros(width))
 
@@ -97,7 +97,7 @@ class ConvNeXt(nnx.Module):
         patch, first = config.patch_size, config.widths[0]
         self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
         self.patch_norm = layer_norm(first, config.epsilon, rngs)
-        # The stem shrinks for the first.
+        # The stem downsamples for the first stage.
         inside = [None, *config.widths[:-1]]
         self.stages = nnx.List(
             [

@@ -20,7 +20,7 @@ from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer
 from logitjax.vision._layers import Features, Images
 from logitjax.vision._preprocessing import Preprocessing
 
-# Prompts that are encoded at once.
+# Number of prompts encoded at once.
 _PROMPTS = 256
 # What `Encoder.save_changes` writes.
 CHANGES = "changes of an encoder"
@@ -29,13 +29,13 @@ CHANGES = "changes of an encoder"
 class Encoder:
     """A network with fixed weights, and the size and colours that its pictures need.
 
-    Every method is compiled once for a shape of its input; inside ``jit`` it becomes part of that.
+    Every method is compiled once per input shape; inside ``jit`` it becomes part of that program.
     Pictures must have the size ``preprocessing.size`` unless the network takes any.
 
     Attributes:
-        name: as its user calls it.
+        name: the user's name for it.
         preprocessing: size and colours; normalisation happens inside.
-        num_classes: number of classes of the class head; 0 where there is none.
+        num_classes: number of classes of the class head; 0 if there is none.
         tokenizer: tokenizer of the text tower, or None.
         dtype: the name of its compute type.
         changes: weights that differ from those of the encoder it began as, as of `changed`; and
@@ -58,9 +58,9 @@ class Encoder:
         self.name, self.model, self.preprocessing = name, model, preprocessing
         self.num_features, self.num_classes = num_features, num_classes
         self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
-        # Weights stay arguments, no constants.
+        # Weights are arguments, not constants.
         self._graph, self._state = nnx.split(model)
-        # Pictures or texts.
+        # Inputs: pictures or texts.
         self._compiled = jax.jit(self._run, static_argnums=0)
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ class Encoder:
     def projection(self) -> tuple[np.ndarray, np.ndarray | None] | None:
         """The last linear map before the features: ``[hidden, features]`` and a bias.
 
-        CLIP has one. None if there is none, as in SigLIP, whose last part is an MLP.
+        CLIP has one. None if there is none, as in SigLIP, which ends in an MLP.
         """
         last = getattr(self.model, "last_projection", None)
         if last is None:
@@ -142,12 +142,12 @@ class Encoder:
         return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
-        """The same encoder with its weights placed in this sharding, once and not on every call.
+        """The encoder with its weights placed in this sharding, once instead of on every call.
 
-        It shares what was compiled. For pictures that are spread over devices weights should be
-        replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
+        It shares compiled programs. For pictures split over devices, weights should be replicated
+        on these: ``NamedSharding(mesh, PartitionSpec())``.
         """
-        # What is compiled goes along.
+        # Compiled programs are shared.
         other = copy.copy(self)
         other._state = jax.device_put(self._state, sharding)
         return other
@@ -168,7 +168,7 @@ class Encoder:
     def encode(
         self, images: Num[Array, "batch height width channels"]
     ) -> tuple[Float[jax.Array, "batch features"], Float[jax.Array, "batch classes"] | None]:
-        """Features and, where there is a class head, logits, from one pass.
+        """Features and, with a class head, logits, from one pass.
 
         Float32 ``[batch, num_features]``, not normalised, and ``[batch, num_classes]`` or None.
 
@@ -176,7 +176,7 @@ class Encoder:
             images: ``[batch, height, width, 3]``, uint8 or floats between 0 and 1.
 
         Raises:
-            TypeError: pixels that are no numbers.
+            TypeError: pixels that are not numbers.
             ValueError: another shape, or pixels out of range (under ``jit``: features of nan).
         """
         self.preprocessing.check(images)
@@ -191,7 +191,7 @@ class Encoder:
     def logits(
         self, images: Num[Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch classes"]:
-        """Logits of the class head, as of `encode`; ValueError if there is no class head."""
+        """Logits of the class head, as from `encode`; ValueError if there is no class head."""
         logits = self.encode(images)[1]
         if logits is None:
             raise ValueError(f"encoder {self.name!r} has no class head")
@@ -209,9 +209,9 @@ class Encoder:
     def text_features(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[jax.Array, "batch features"]:
-        """Features of texts, in the space of the pictures' and not normalised either.
+        """Features of texts, in the space of the pictures' features and not normalised either.
 
-        Tokens are those of `tokenize`, the result is float32; ValueError without a text tower.
+        Tokens are from `tokenize`, the result is float32; ValueError without a text tower.
         """
         if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
@@ -220,7 +220,7 @@ class Encoder:
     def zero_shot(
         self, class_names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> Float[jax.Array, "features classes"]:
-        """The weights that class names give a linear head on CLIP's image features.
+        """The weights of a linear head on CLIP's image features, from class names.
 
         Every prompt's feature is scaled to length one, then the mean over a class's prompts, as in
         Radford et al. (arXiv 2103.00020), section 3.1.4::
@@ -228,8 +228,8 @@ class Encoder:
             w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
 
         Args:
-            class_names: as they shall stand in a sentence; ImageNet's numbers are a ValueError.
-            templates: with ``{}`` where the name goes.
+            class_names: in the form used in a sentence; ImageNet's numbers are a ValueError.
+            templates: prompts with ``{}`` for the name.
         """
         array = self.prompt_features(class_names, templates)
         array = array / jnp.linalg.norm(array, axis=-1, keepdims=True)
@@ -238,14 +238,14 @@ class Encoder:
 
     @functools.cached_property
     def text_projection(self) -> np.ndarray | None:
-        """`[width, features]`, the text tower's last linear map, if it is one without a bias."""
+        """`[width, features]`, the text tower's last linear map, if it has one without a bias."""
         head = getattr(getattr(self.model, "text", None), "head", None)
         return None if head is None or head.bias is not None else np.asarray(head.kernel[...])
 
     def prompt_features(
         self, class_names: Sequence[str], templates: Sequence[str], *, projected: bool = True
     ) -> Float[jax.Array, "classes templates features"]:
-        """Features of every prompt, of any length; with `projected=False` before `text_projection`.
+        """Features of every prompt, unnormalised; with `projected=False` before `text_projection`.
 
         Arguments and errors are those of `zero_shot`.
         """
@@ -256,7 +256,7 @@ class Encoder:
         parts = []
         for start in range(0, len(prompts), _PROMPTS):
             tokens = self.tokenize(prompts[start : start + _PROMPTS])
-            # Repeats rows: one shape is compiled.
+            # Repeats rows, so that only one shape is compiled.
             padded = np.resize(tokens, (min(_PROMPTS, len(prompts)), tokens.shape[1]))
             if projected:
                 parts.append(self.text_features(padded)[: len(tokens)])
@@ -278,7 +278,7 @@ class Encoder:
 
 
 class _BeforeProjection(nnx.Module):
-    """A network as far as its last projection."""
+    """A network up to its last projection."""
 
     def __init__(self, network: Any):
         self.config, self.network = network.config, network

@@ -1,4 +1,4 @@
-"""FastViT, MobileCLIP's tower of pictures: convolutions of many branches, each loaded as one."""
+"""FastViT, MobileCLIP's picture tower: multi-branch convolutions, each loaded as a single one."""
 
 import dataclasses
 import re
@@ -20,15 +20,15 @@ _HEAD = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastViTConfig:
-    """Channels and blocks of the stages, by stage what else is there, and the last projection.
+    """Channels and blocks of the stages, their optional parts, and the last projection.
 
     Attributes:
         shrinks: Channels of squeeze and excitation before a stage; 0 for none.
-        attention: Whether blocks have attention and a stage positions, or convolutions instead.
+        attention: Whether a stage has attention and positions instead of convolutions.
         hidden: Channels inside the MLP.
         layer_norm: Whether attention comes after a layer norm, as in MobileCLIP2-S3 and S4; batch
-            norms are a part of the projection that follows.
-        activated: Whether a stage begins with a GELU more, as MobileCLIP's do.
+            norms are folded into the following projection.
+        activated: Whether a stage starts with an additional GELU, as MobileCLIP's do.
     """
 
     widths: tuple[int, ...]
@@ -45,7 +45,7 @@ class FastViTConfig:
 
 
 class _Excite(nnx.Module):
-    """Squeeze and excitation: every channel by a factor that follows from the means of all."""
+    """Squeeze and excitation: every channel times a factor computed from all means."""
 
     def __init__(self, width: int, inner: int, **options: Any):
         self.fc1, self.fc2 = (
@@ -59,7 +59,7 @@ class _Excite(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Attention or a convolution that mixes positions, then an MLP after a wide one."""
+    """Attention or a convolution that mixes positions, then a wide one and an MLP."""
 
     def __init__(self, width: int, hidden: int, attention: bool, norm: bool, **options: Any):
         self.attention = attention
@@ -89,7 +89,7 @@ class _Stage(nnx.Module):
         width, attention = config.widths[number], config.attention[number]
         self.activated = config.activated
         wide: dict[str, Any] = {"kernel": 7, "use_bias": True, **options}
-        # The stem shrinks for the first.
+        # The stem downsamples for the first stage.
         self.large: Any = DepthwiseConv(width, stride=2, **wide) if number else None
         self.mix: Any = nnx.Linear(width, width, **options) if number else None
         shrink = config.shrinks[number]
@@ -160,7 +160,7 @@ _NAMES = (
     (r"^head\.fc\.", "fc."),
 )
 _LINEAR = re.compile(r"(\.|^)(up|down|mix|stem\.2|se\.fc\d)\.weight$")
-# Factors of channels, and the projection that they become a part of.
+# Factors of channels, and the projection into which they are folded.
 _SCALES = (("layer_scale", "mlp.fc2"), ("layer_scale_1", "token_mixer.proj"))
 _SCALES += (("layer_scale_2", "mlp.fc2"),)
 
@@ -171,7 +171,7 @@ def _ending(weights: Weights, suffix: str) -> list[str]:
 
 
 def affine(weights: dict[str, np.ndarray], norm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Factor and offset of a batch norm, which is taken out of the weights."""
+    """Factor and offset of a batch norm, which is removed from the weights."""
     scale, bias, mean, var = (
         weights.pop(f"{norm}.{leaf}") for leaf in ("weight", "bias", "running_mean", "running_var")
     )
@@ -190,7 +190,7 @@ def without_norms(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _sum(parts: list[np.ndarray]) -> np.ndarray:
-    """The sum of kernels `[out, in, size, size]`, smaller ones in the middle; or of biases."""
+    """The sum of centred kernels `[out, in, size, size]` of different sizes, or of biases."""
     if parts[0].ndim == 1:
         return np.sum(parts, 0)
     size = max(part.shape[-1] for part in parts)
@@ -200,14 +200,14 @@ def _sum(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _beside_itself(kernel: np.ndarray) -> np.ndarray:
-    """A filter of each channel, with the channel as it was added."""
+    """A filter of each channel plus the identity."""
     kernel = kernel.copy()
     kernel[:, 0, kernel.shape[2] // 2, kernel.shape[3] // 2] += 1
     return kernel
 
 
 def fastvit_names(weights: Weights) -> dict[str, np.ndarray]:
-    """timm's FastViT in the names of `FastViT`: branches, batch norms and scales become kernels."""
+    """timm's FastViT in the names of `FastViT`: branches, norms and scales folded into kernels."""
     folded = without_norms(weights)
     for block in _ending(folded, ".identity.running_var"):
         factor, folded[f"{block}.identity.bias"] = affine(folded, f"{block}.identity")

@@ -1,4 +1,4 @@
-"""Layers that the image classifiers share: convolutions and batch normalisation as torch's."""
+"""Layers shared by the image classifiers: torch's convolutions and batch normalisation."""
 
 import math
 from typing import Any
@@ -14,14 +14,14 @@ from logitjax.ops import mesh as on_mesh
 Images = Float[Array, "batch height width channels"]
 Features = Float[jax.Array, "batch features"]
 
-# He's initialisation over the outputs, as all these networks use it.
+# He's initialisation over the outputs, as in all these networks.
 _he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _convolve(
     images: jax.Array, kernel: jax.Array, strides: Any, *args: Any, **options: Any
 ) -> jax.Array:
-    """XLA's convolution, which on meshes with Explicit axes asks where its result lies."""
+    """XLA's convolution, which needs the result's sharding on meshes with Explicit axes."""
     if kernel.shape[:2] == (1, 1) and set(strides) == {1}:
         # On CPUs the plain product is up to ten times faster than XLA's convolution.
         return jnp.matmul(images, kernel[0, 0], precision=options.get("precision"))
@@ -63,7 +63,7 @@ def conv(
 
 
 class DepthwiseConv(nnx.Module):
-    """One filter a channel, as shifted multiplications; or several, side by side."""
+    """One filter per channel, as shifted multiplications; or several, side by side."""
 
     # XLA's grouped convolution is slower on CPUs.
 
@@ -90,7 +90,7 @@ class DepthwiseConv(nnx.Module):
         kernel = jnp.asarray(self.kernel[...], x.dtype)
         size, step = kernel.shape[0], self.stride
         if kernel.shape[-1] > x.shape[-1]:
-            # Filters of a channel are neighbours.
+            # Filters of a channel are adjacent.
             x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], -1)
         height, width = ((n - 1) // step + 1 for n in x.shape[1:3])  # rounded up
 
@@ -119,9 +119,9 @@ def batch_norm(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.BatchNorm:
-    """Statistics of the global batch: by themselves under `jit`, else over `axis_name`."""
+    """Statistics of the global batch: directly under `jit`, otherwise over `axis_name`."""
     return nnx.BatchNorm(
-        # torch's momentum of 0.1 is the share of the new.
+        # torch's momentum of 0.1 is the share of the new value.
         features,
         momentum=0.9,
         epsilon=epsilon,
@@ -132,7 +132,7 @@ def batch_norm(
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """In float32, whatever its neighbours compute in."""
+    """Normalisation in float32, whatever type its neighbours compute in."""
     # E[x^2] - E[x]^2 cancels.
     options: dict[str, Any] = {"use_fast_variance": False, "dtype": jnp.float32}
     return nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs, **options)
@@ -150,6 +150,6 @@ def avg_pool(x: jax.Array, size: int) -> jax.Array:
 def global_mean(x: Float[Array, "batch height width features"]) -> jax.Array:
     """Mean over all positions, in float32."""
     if x.dtype != jnp.float32:
-        # jaxlib 0.12 on CPUs fuses a sum of two bfloat16 convolutions into this mean wrongly: NaN.
+        # jaxlib 0.12 on CPUs wrongly fuses a sum of two bfloat16 convolutions into this mean: NaN.
         x = jax.lax.optimization_barrier(x)
     return jnp.asarray(x, jnp.float32).mean((1, 2))

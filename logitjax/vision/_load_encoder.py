@@ -53,7 +53,7 @@ _PACKAGES |= {"alexnet": _LPIPS, "vgg16": _LPIPS}
 _DEPTHWISE = re.compile(
     r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
 )
-# What open_clip calls a tower of timm.
+# open_clip's names for a tower of timm.
 _TRUNK = "visual.trunk."
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
@@ -71,7 +71,7 @@ class _Checkpoint:
     dtype: Any
 
     def shapes(self, kind: Any, config: Any) -> Any:
-        # Initial weights take long to compile, and are not used.
+        # Initial weights are slow to compile and are not used.
         return nnx.eval_shape(lambda: kind(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
 
 
@@ -98,11 +98,11 @@ def load_encoder(
     which docs/vision.md lists.
 
     Args:
-        spec: one of these; ValueError if nothing is there, or no encoder's weights.
-        size: size of the pictures, where it shall not be the one the network was trained with.
-            Position embeddings are for one size, except those of DINO and timm.
+        spec: one of these; ValueError if nothing is found, or no encoder's weights.
+        size: size of the pictures, if not the one of the network's training. Position embeddings
+            have one size, except those of DINO and timm.
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
-            where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
+            if the checkpoint has none; for SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
         base: encoder that a tuned one began as, where it has moved since.
     """
@@ -183,16 +183,16 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(result)
         if "embedder.embedder.convolution.weight" in bare:
-            made = processor_preprocessing(path, _IMAGENET)
+            prep = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
                 raise ValueError("downsample_in_bottleneck: expected false, got true")
             return _resnet(spec, towers.renamed(weights, towers.RESNET), made, dtype)
         if str(settings.get("architecture")).startswith(("resnetaa", "resnetblur")):
             raise ValueError("anti-aliased strides are not supported")
-        made = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
-        encoder = _without_text(spec, weights, made, dtype)
+        prep = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
+        encoder = _without_text(spec, weights, prep, dtype)
     except ValueError as error:
-        # Whose relative it is: the first weight that does not fit says little.
+        # Names the family first: the first weight that does not fit says little.
         called = _architecture(settings)
         raise ValueError(f"{path}: {called} {error}") from None
     if encoder is None:
@@ -213,7 +213,7 @@ def _settings(path: epath.Path) -> dict[str, Any]:
 
 
 def _names(settings: Mapping[str, Any]) -> list[str]:
-    """Return what a configuration calls its network, the most telling first."""
+    """Names of the network in a configuration, the most specific first."""
     vision = settings.get("model_cfg", {}).get("vision_cfg", {})
     named = (
         *(settings.get("architectures") or ())[:1],
@@ -225,14 +225,14 @@ def _names(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _architecture(settings: Mapping[str, Any]) -> str:
-    """Return a configuration's name of its network, for an error."""
+    """The name of a network in a configuration, for an error."""
     return f"{(*_names(settings), 'a network without a configuration')[0]}:"
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
     if not path.is_dir():
         return read_state_dict(path)
-    # timm keeps its own form of the vision tower beside it.
+    # timm stores its own form of the vision tower as well.
     both = path / "open_clip_model.safetensors"
     if both.exists():
         return read_state_dict(both)
@@ -245,25 +245,25 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{path}: neither .safetensors nor {', '.join(_PICKLES)} there")
 
 
-def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder | None:
+def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) -> Encoder | None:
     if any(key.startswith("base_encoder.") for key in weights):
         # Of pre-training the projection is left behind, as the paper does.
         weights = towers.below(weights, "base_encoder.")
         weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if "layer1.0.conv1.weight" in weights:
-        return _resnet(name, weights, made, dtype)
+        return _resnet(name, weights, prep, dtype)
     if "_conv_stem.weight" in weights:
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
-        # Tells the two apart.
+        # Distinguishes the two.
         kernel = layers["features.0.weight"].shape[-1]
         return _conv_features("alexnet" if kernel == 11 else "vgg16", layers, dtype, name=name)
     return None
 
 
 def _filled(model: Any, weights: Weights) -> Any:
-    """A module whose weights are called as ours are, with its leaves filled in."""
+    """A module whose weights have our names, with its leaves filled in."""
     fill_weights(model, weights, {torch_name(path): path for path in weight_paths(model)})
     return model
 
@@ -295,15 +295,15 @@ def _clip(given: _Checkpoint) -> Encoder:
     return _encoder(given, model, made, words)
 
 
-def _encoder(given: _Checkpoint, model: Any, made: Preprocessing, tokenizer: Any) -> Encoder:
+def _encoder(ckpt: _Checkpoint, model: Any, prep: Preprocessing, tokenizer: Any) -> Encoder:
     features = model.config.embed_dim
     return Encoder(
-        given.spec, model, made, num_features=features, tokenizer=tokenizer, dtype=given.dtype
+        ckpt.spec, model, prep, num_features=features, tokenizer=tokenizer, dtype=ckpt.dtype
     )
 
 
-def _siglip(given: _Checkpoint) -> Encoder:
-    weights, settings, path = given.weights, given.settings, given.path
+def _siglip(ckpt: _Checkpoint) -> Encoder:
+    weights, settings, path = ckpt.weights, ckpt.settings, ckpt.path
     vision, text = (
         towers.transformer_names(towers.below(weights, part))
         for part in ("vision_model.", "text_model.")
@@ -376,14 +376,14 @@ def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Enc
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
-    # The port's names begin so.
+    # Prefix of the port's names.
     plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
     model = nnx.eval_shape(lambda: EfficientNetLite0(dtype=dtype, rngs=nnx.Rngs(0)))
     return _with_head(name, model, plain, _LITE, dtype)
 
 
 def _random(name: str, dtype: Any) -> Encoder:
-    """Untrained weights of He's size, made without compiling anything."""
+    """Untrained weights with He's scale, created without compilation."""
     network = name.partition(":")[2]
     model = nnx.eval_shape(
         lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0))
@@ -392,13 +392,13 @@ def _random(name: str, dtype: Any) -> Encoder:
     weights = {}
     for key, value in blank(model, names).items():
         if value.ndim > 1:
-            # By fan-in: all but the first axis in torch's layout, OIHW.
+            # By fan-in: all axes except the first in torch's layout, OIHW.
             value = rng.normal(size=value.shape) * np.sqrt(2 / np.prod(value.shape[1:]))
         elif key.endswith(("weight", "running_var")):
             value = np.ones_like(value)
         weights[key] = value
     fill_weights(model, weights, names)
-    # Of a network by name.
+    # For a network by name.
     features = model.backbone.num_features
     return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
 
@@ -422,7 +422,7 @@ def _conv_features(
 
 
 def _from_flax(tree: Mapping[str, Any]) -> Weights:
-    """Convolutions of a flax tree in their order, in torch's layout; linear layers are left out."""
+    """Convolutions of a flax tree in order, in torch's layout, without linear layers."""
     (net,) = (value for key, value in tree.items() if not key.startswith("NetLin"))
     weights = {}
     for key, leaves in net.items():

@@ -29,7 +29,7 @@ _STAGES = (
 
 
 class _Block(nnx.Module):
-    """Expand, filter each channel, project; a shortcut where the shape stays."""
+    """Expand, filter each channel, project; a shortcut if the shape stays."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class _Block(nnx.Module):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         wide = in_features * expand
         self.residual = stride == 1 and in_features == features
-        # Else a 1x1 convolution of the same width.
+        # Otherwise a 1x1 convolution of the same width.
         self.expand = expand > 1
         if self.expand:
             self.expand_conv = conv(in_features, wide, 1, **conv_options)
@@ -83,7 +83,7 @@ class EfficientNetLite0(nnx.Module):
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
-                # a stage shrinks once.
+                # A stage downsamples once.
                 step = stride if block == 0 else 1
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features

@@ -1,9 +1,9 @@
-"""Encoders that people have and that are not built here, recognised so that an error names them."""
+"""Known encoders that are not supported, recognised so that an error can name them."""
 
 import re
 from collections.abc import Iterable
 
-# Family, what its configuration calls it, and names that only its weights have.
+# Family, its names in configurations, and names that only its weights have.
 _FAMILIES = (
     ("SwinV2", r"swinv2", r"\.(cpb_mlp|continuous_position_bias_mlp)\."),
     ("Swin", r"swin(?!v2)", r"layers\.\d+\.blocks\..*relative_position_bias_table$"),
@@ -18,7 +18,7 @@ _FAMILIES = (
 
 
 def refused(called: Iterable[str], weights: Iterable[str]) -> str | None:
-    """The family of a network that is known and not built; None for others."""
+    """The family of a known but unsupported network; None for others."""
     kinds, names = [name.lower() for name in called], list(weights)
     for family, kind, weight in _FAMILIES:
         if any(re.search(kind, name) for name in kinds) or any(re.search(weight, n) for n in names):

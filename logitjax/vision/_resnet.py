@@ -20,7 +20,7 @@ from logitjax.vision._layers import (
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions and a shortcut, projected where shape changes (option B)."""
+    """Two 3x3 convolutions and a shortcut, projected if the shape changes (option B)."""
 
     def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
@@ -40,8 +40,8 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
 
-    The 3x3 one has the stride, as in torchvision, more channels (`widen`) or `groups` of them.
-    CLIP's are `pooled`: means in place of strides.
+    The 3x3 one has the stride, as in torchvision, and more channels (`widen`) or `groups` of them.
+    CLIP's are `pooled`: averages instead of strides.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Bottleneck(nnx.Module):
         narrow = features // 4 * widen
         self.conv1 = conv(in_features, narrow, 1, **conv_options)
         self.bn1 = batch_norm(narrow, **options)
-        # Where CLIP takes means.
+        # Where CLIP averages.
         step = 1 if pooled else stride
         self.conv2 = conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
         self.bn2 = batch_norm(narrow, **options)
@@ -79,7 +79,7 @@ class Bottleneck(nnx.Module):
 def _shortcut(
     in_features: int, features: int, stride: int, options: dict[str, Any], pooled: bool = False
 ) -> Any:
-    """A projection and its norm where a block changes the shape, else nothing."""
+    """A projection and its norm if a block changes the shape, otherwise nothing."""
     if stride == 1 and in_features == features:
         return None
     conv_options = {key: options[key] for key in ("dtype", "rngs")}
@@ -122,7 +122,7 @@ def four_stages(
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
-    He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.
+    By He et al. (arXiv 1512.03385), with 1x1 projections; widths and names as in mdistiller.
     """
 
     classifier_name = "fc"
@@ -158,9 +158,9 @@ class CifarResNet(nnx.Module):
 class ResNet(nnx.Module):
     """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
 
-    (2, 2, 2, 2) blocks are ResNet-18, (3, 4, 6, 3) ResNet-34 or, of bottlenecks, ResNet-50; with
-    `widen` 2 and 32 `groups` ResNeXt-50 32x4d. The small stem, 3x3 without a stride or a pooling,
-    is what the released dual-head code trains as its ImageNet student.
+    (2, 2, 2, 2) blocks are ResNet-18, (3, 4, 6, 3) ResNet-34 or, with bottlenecks, ResNet-50; with
+    `widen` 2 and 32 `groups` ResNeXt-50 32x4d. The small stem, 3x3 without stride or pooling, is
+    that of the released dual-head code's ImageNet student.
     """
 
     classifier_name = "fc"
@@ -182,7 +182,7 @@ class ResNet(nnx.Module):
         block: Any = BasicBlock
         if bottleneck:
             block = functools.partial(Bottleneck, widen=widen, groups=groups)
-        # What a bottleneck widens its output by.
+        # Factor by which a bottleneck widens its output.
         more = 4 if bottleneck else 1
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)

@@ -1,4 +1,4 @@
-"""Towers as timm saves them: names of their weights, sizes, and their pictures."""
+"""Towers in timm's format: names of their weights, sizes, and preprocessing."""
 
 import dataclasses
 import math
@@ -42,17 +42,17 @@ _NAMES = (
     (r"^attn_pool\.proj\.", "pool.out."),
     (r"^attn_pool\.", "pool."),
 )
-# Families of its names that are made of the blocks we have. Those that follow keep their weights by
-# the same names and do something else with them: norms after the branches, other rotations.
+# Families of its names made of our blocks. Those that follow store their weights under the same
+# names but use them differently: norms after the branches, other rotations.
 _KNOWN = re.compile(r"(deit3?|flexivit|vit|eva|eva02)_")
 _OTHERS = re.compile(r"_(rpn|rope|pe_(lang|spatial)|lingbot|sapiens2)(_|$)")
-# Heads that are not of 64 channels, by the width.
+# Heads without 64 channels, by width.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 _SIXTEEN = re.compile(r"giantopt|base_patch16_gap|pe_core_gigantic")
 _GELU_TANH = re.compile(
     r"vit_((base_patch32|giantopt_patch16|so400m_patch16)_siglip|large_patch16_siglip_(gap_)?512)"
 )
-# What `model_args` may say: of these, the rest shows in the weights.
+# Allowed keys of `model_args`: the weights show the rest.
 _ARGUMENTS = {
     *("num_heads", "img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_classes"),
     *("class_token", "reg_tokens", "no_embed_class", "init_values", "pre_norm", "fc_norm"),
@@ -63,7 +63,7 @@ _POOLING: dict[str, Pooling] = {"token": "class", "avg": "mean", "map": "probe"}
 
 
 def is_tower(weights: Weights) -> bool:
-    """Whether these are the weights of a transformer or a FastViT of timm."""
+    """Whether these are the weights of a transformer or a FastViT from timm."""
     return any(
         re.match(r"patch_embed\.(proj|backbone\.0)\.|stages\.0\..*token_mixer", n) for n in weights
     )
@@ -74,7 +74,7 @@ def timm_tower(
 ) -> tuple[dict[str, np.ndarray], ViTConfig | FastViTConfig]:
     """A tower of timm in the names of `ViT` or `FastViT`, and its sizes."""
     if "model_cfg" in settings:
-        # As open_clip says it, which projects with what is a class head otherwise.
+        # As in open_clip, which uses what is otherwise a class head as projection.
         vision = settings["model_cfg"]["vision_cfg"]
         if vision.get("timm_proj"):
             raise ValueError(f"timm_proj: expected none, got {vision['timm_proj']!r}")
@@ -109,7 +109,7 @@ def timm_tower(
         {
             "num_attention_heads": arguments.get("num_heads", heads),
             "hidden_act": activation,
-            # Of CLIPs all but EVA's.
+            # All CLIPs except EVA's.
             "layer_norm_eps": 1e-5
             if dino or core or re.search(r"^(?!eva).*_clip_", architecture)
             else 1e-6,
@@ -121,9 +121,9 @@ def timm_tower(
     if pool == "avg" and "fc_norm.weight" in weights:
         changes["pooling"] = "mean_then_norm"
     if not dino:
-        # timm resizes positions where weights are loaded for pictures of another size.
+        # timm resizes positions when it loads weights for pictures of another size.
         changes["positions"] = "antialias"
-    # Angles of both are for the grid that they were first trained on.
+    # Angles of both refer to the grid of the original training.
     grid = (arguments.get("ref_feat_shape") or (config.grid if core else 16,) * 2)[0]
     blocks = dataclasses.replace(config.blocks, post_norm="enormous" in architecture)
     if core:
@@ -160,9 +160,9 @@ def _vit_names(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _pairs_apart(named: dict[str, np.ndarray], heads: int) -> None:
-    """Channels of queries and keys, which turn in pairs of neighbours, by the halves of a head.
+    """Reorder channels of queries and keys, rotated in neighbouring pairs, into halves of a head.
 
-    Attention is the same for any order of the channels that queries and keys share.
+    Attention is the same for any channel order shared by queries and keys.
     """
     for name in [n for n in named if re.match(r"blocks\.\d+\.qkv\.", n)]:
         q, k, v = np.split(named[name], 3)
@@ -171,7 +171,7 @@ def _pairs_apart(named: dict[str, np.ndarray], heads: int) -> None:
 
 
 def _tokens(named: dict[str, np.ndarray]) -> None:
-    """Tokens and positions as `ViT` has them: a position for the class token, none for others."""
+    """Tokens and positions in `ViT`'s form: a position for the class token, none for others."""
     flatten_tokens(named)
     if "positions" not in named:
         return
@@ -196,6 +196,6 @@ def timm_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
         raise ValueError(f"input_size: expected squares in colour, got {message['input_size']}")
     if mode not in ("center", "squash") or (mode == "squash" and share != 1):
         raise ValueError(f"crop_mode: expected center, or squash of all, got {mode!r} of {share}")
-    # As timm rounds.
+    # Rounded as in timm.
     default = Preprocessing(size=height, resize=math.floor(height / share))
     return Preprocessing.of_names(message, default, fit="squash" if mode == "squash" else "crop")

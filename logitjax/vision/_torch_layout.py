@@ -1,4 +1,4 @@
-"""Weights between our trees and the names torch checkpoints give them."""
+"""Conversion of weights between our trees and the names of torch checkpoints."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 
 
 def torch_names(model: Any) -> dict[str, tuple[Any, ...]]:
-    """A classifier's weights by their names in a torch state dict, as paths; linear heads alone."""
+    """A classifier's weights by their names in a torch state dict, as paths; linear heads only."""
     names = {}
     for path in weight_paths(model):
         if path[0] == "backbone":
@@ -42,7 +42,7 @@ def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
 
 
 def torch_name(path: tuple[Any, ...]) -> str:
-    """Return torch's name of the weight at a path of a module that is named as torch's is."""
+    """Return torch's name of the weight at a path of a module with torch's names."""
     return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
 
 
@@ -56,7 +56,7 @@ def _turned(value: np.ndarray, leaf: str, axes: tuple[int, ...]) -> np.ndarray:
 def fill_weights(
     model: nnx.Module, weights: Mapping[str, np.ndarray], names: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit."""
+    """Assign torch's arrays, converted to our layout, by ``names``; all of them must fit."""
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
     if missing := sorted(set(names) - set(weights)):
         raise ValueError(f"weights lack {len(missing)} entries, the first is {missing[0]!r}")
@@ -75,7 +75,7 @@ def fill_weights(
 
 
 def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndarray]:
-    """Zeros in the shapes torch gives the weights of a model, whose leaves may be shapes alone."""
+    """Zeros in torch's shapes of the weights of a model, whose leaves may be only shapes."""
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     zeros = {name: np.zeros(flat[path].shape, np.float32) for name, path in names.items()}
     return {name: _turned(value, str(names[name][-1]), _OIHW) for name, value in zeros.items()}

@@ -21,7 +21,7 @@ from logitjax.vision._vit import (
 
 Weights = Mapping[str, np.ndarray]
 
-# What models of transformers are called that wrap a tower.
+# Names of wrapper models of transformers.
 PREFIX = re.compile(r"^(vision_model|vit|dinov2|dinov2_with_registers|resnet|convnext(v2)?)\.")
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 _ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
@@ -63,7 +63,7 @@ _TRANSFORMER = (
     (r"\.mlp\.fc2\.", ".down."),
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "fc."),
-    # DINOv3, which the hub has without the prefix.
+    # DINOv3, without the prefix on the hub.
     (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch.\1"),
     (r"^(model\.)?layer\.", "blocks."),
     (r"\.attention\.([qkv])_proj\.", r".\1."),
@@ -73,7 +73,7 @@ _TRANSFORMER = (
 _CONVNEXT = (
     (r"^embeddings\.patch_embeddings\.", "patch."),
     (r"^embeddings\.layernorm\.", "patch_norm."),
-    # DINOv3, which the hub has without the prefix.
+    # DINOv3, without the prefix on the hub.
     (r"^model\.", ""),
     (r"^stages\.0\.downsample_layers\.0\.", "patch."),
     (r"^stages\.0\.downsample_layers\.1\.", "patch_norm."),
@@ -117,12 +117,12 @@ RESNET = (
     (r"\.layer\.(\d)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
     (r"^classifier\.1\.", "fc."),
 )
-# Masks, and positions' own numbers.
+# Masks, and position ids.
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|mask_token)$|^pooler\.")
 
 
 def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
-    """Weights by what pairs of patterns and replacements make of their names, one after another."""
+    """Weights renamed by pairs of patterns and replacements, one after another."""
     named = {}
     for name, value in weights.items():
         name = PREFIX.sub("", name)
@@ -140,10 +140,10 @@ def below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
 
 
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
-    """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, its projections joined."""
+    """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, with joined projections."""
     named = renamed(weights, _TRANSFORMER)
     join_projections(named, biased="positions" in named)
-    # SwiGLU's halves in one.
+    # Joins SwiGLU's halves.
     for name in [n for n in named if ".mlp.weights_in." in n]:
         gate, up = np.split(named.pop(name), 2)
         named[name.replace("mlp.weights_in", "gate")] = gate
@@ -155,12 +155,12 @@ def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def join_projections(named: dict[str, np.ndarray], *, biased: bool = False) -> None:
-    """Queries, keys and values as one, in place; a bias that DINOv3 or EVA do not have is 0."""
+    """Join queries, keys and values in place; a bias missing in DINOv3 or EVA is 0."""
     for name in [] if biased else [n for n in named if re.search(r"\.(q|k|v|qkv)\.weight$", n)]:
         bias = name.replace(".weight", ".bias")
         first = bias.replace(".qkv.", ".q.")
         if first != bias and first in named:
-            # EVA keeps those of queries and values apart from the weights of all.
+            # EVA stores the biases of queries and values separately from the joint weights.
             bias = bias.replace(".qkv.", ".k.")
         named.setdefault(bias, np.zeros_like(named.get(first, named[name][:, 0])))
     for name in [n for n in named if re.search(r"\.q\.(weight|bias)$", n)]:
@@ -172,7 +172,7 @@ def join_projections(named: dict[str, np.ndarray], *, biased: bool = False) -> N
 
 
 def flatten_tokens(named: dict[str, np.ndarray]) -> None:
-    """Tokens and tables, perhaps `[1, tokens, width]`, as vectors and `[tokens, width]`."""
+    """Tokens and tables, possibly `[1, tokens, width]`, as vectors and `[tokens, width]`."""
     for name in ("class_token", "pool.probe"):
         if name in named:
             named[name] = named[name].reshape(-1)
@@ -193,7 +193,7 @@ def convnext_names(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def count_of(named: Weights, prefix: str) -> int:
-    """How many numbers follow a prefix, such as those of blocks."""
+    """Count of the numbers that follow a prefix, such as those of blocks."""
     result = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in named)
     return len({match[1] for match in result if match})
 
@@ -203,7 +203,7 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
     width = named["norm.weight"].shape[0]
     activation = settings.get("hidden_act")
     gated = "blocks.0.gate.weight" in named
-    # DINOv2, which does not read what its file says.
+    # DINOv2, which ignores the value in its file.
     if gated and "positions" in named:
         activation = "silu"
     if activation is not None and activation not in _ACTIVATIONS:
@@ -226,7 +226,7 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
     )
 
 
-# What the families take where no settings say: activation and epsilon.
+# Defaults of the families without settings: activation and epsilon.
 _CLIP = BlockConfig(width=1, layers=1, heads=1, hidden=1, activation="quick_gelu", epsilon=1e-5)
 _SIGLIP = dataclasses.replace(_CLIP, activation="gelu_tanh", epsilon=1e-6)
 _DINO = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-6)
@@ -280,7 +280,7 @@ def two_towers(
     read: Mapping[str, Any],
     tower: Any = None,
 ) -> TowersConfig:
-    """Sizes of both towers in our names, by the settings of each; `tower` of one that is known."""
+    """Sizes of both towers in our names, from the settings of each; `tower` is a known one."""
     clip = tower is not None or "pre_norm.weight" in vision
     texts = dataclasses.replace(_CLIP, causal=read.get("causal", True)) if clip else _SIGLIP
     try:

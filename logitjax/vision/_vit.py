@@ -1,4 +1,4 @@
-"""Vision transformers of several families, and SigLIP's two towers, which are made of the same."""
+"""Vision transformers of several families, and SigLIP's two towers, which share their blocks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,13 +28,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """A stack of transformer blocks, the norm before attention and MLP.
+    """A stack of transformer blocks with pre-norm attention and MLP.
 
-    `hidden` are the channels inside the MLP. A `gated` one has a second projection of its input, as
+    `hidden` are the channels inside the MLP. A `gated` MLP has a second projection of its input, as
     in SwiGLU; a `layer_scale` is a factor for each channel after both halves of a block; in a
-    `causal` one a position sees those before it alone. EVA-02 has further norms before the last
-    projection of attention (`attention_norm`) and MLP (`mlp_norm`), its largest the two of a block
-    after its halves (`post_norm`).
+    `causal` stack a position sees only earlier ones. EVA-02 has further norms before the last
+    projection of attention (`attention_norm`) and MLP (`mlp_norm`); in its largest model the two
+    norms of a block come after its halves (`post_norm`).
     """
 
     width: int
@@ -57,12 +57,12 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Angles of rows and columns that queries and keys of patches are turned by, for any size.
+    """Rotation angles for the rows and columns of patches in queries and keys, for any size.
 
-    Patch `n` of `N` along a side is at `start + (n + offset) reach / N`, of which wave `m` turns by
-    `theta^(-4 m / width)` times as much, `width` being that of a head. The first fourth of the
-    channels of a head takes the waves of y and the next those of x, or with `across_first` the
-    other way round; the other half repeats both. The defaults are DINOv3's.
+    Patch `n` of `N` along a side is at `start + (n + offset) reach / N`, and wave `m` rotates by
+    `theta^(-4 m / width)` times that, `width` being a head's. The first quarter of the channels of
+    a head takes the waves of y and the next those of x, or with `across_first` in reverse; the
+    other half repeats both. The defaults are DINOv3's.
     """
 
     theta: float = 100.0
@@ -88,22 +88,21 @@ class ViTConfig:
     """A vision transformer.
 
     Attributes:
-        grid: Patches of a side that there are positions for; 0 for no such table.
-        stem: Strides of convolutions before that of the patches, as in MobileCLIP-B; they are a
-            part of `patch_size`.
-        registers: Tokens without a position after the class token.
+        grid: Number of patches of a side with learned positions; 0 for no such table.
+        stem: Strides of convolutions before that of the patches, as in MobileCLIP-B; they are
+            included in `patch_size`.
+        registers: Number of tokens without a position after the class token.
         pre_norm: Whether a norm comes before the blocks, as in CLIP.
-        pooling: What the feature is: the output of the class token (`class`), what a learned probe
-            asks of all patches (`probe`, as in SigLIP) or of the class token too (`probe_all`, as
-            in PE), or the mean of the patches, after the last norm (`mean`) or before it
-            (`mean_then_norm`).
+        pooling: The feature: the output of the class token (`class`), the result of a learned probe
+            that attends to all patches (`probe`, as in SigLIP) or to the class token too
+            (`probe_all`, as in PE), or the mean of the patches, after the last norm (`mean`) or
+            before it (`mean_then_norm`).
         probe: Heads and MLP of the probe; None for those of the blocks.
-        embed_dim: Features after a last projection; 0 for none.
-        embed_bias: Whether this projection has a bias, as timm's have.
-        positions: How positions fit pictures of another size: `fixed` not at all, `bicubic` as
-            torch resizes, `antialias` the same with a filter as wide as the scale; `none` without a
-            table.
-        rotary: Angles of patches, perhaps beside the table.
+        embed_dim: Number of features after a last projection; 0 for none.
+        embed_bias: Whether this projection has a bias, as in timm.
+        positions: Resizing of positions for pictures of another size: `fixed` for none, `bicubic`
+            like torch, `antialias` also with a filter as wide as the scale; `none` without a table.
+        rotary: Rotation angles of patches, possibly in addition to the table.
     """
 
     blocks: BlockConfig
@@ -128,7 +127,7 @@ class ViTConfig:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures that there are positions for."""
+        """Height and width of the pictures that the positions fit."""
         return self.grid * self.patch_size
 
     @property
@@ -153,7 +152,7 @@ def attend(
     *,
     causal: bool = False,
 ) -> jax.Array:
-    """Attention of several heads; `angles` are what queries and keys of patches are turned by."""
+    """Multi-head attention; `angles` rotate queries and keys of patches."""
 
     def split(x: jax.Array, angles: np.ndarray | None = None) -> jax.Array:
         x = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
@@ -164,12 +163,12 @@ def attend(
 
 
 def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
-    """`[batch, tokens, heads, width]`, of which the last tokens are patches, with these turned."""
+    """Rotate the last tokens of `[batch, tokens, heads, width]`, which are patches, by these."""
     patches = x[:, -len(angles) :].astype(jnp.float32)
     first, second = jnp.split(patches, 2, -1)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # over heads
     patches = patches * cos + jnp.concatenate([-second, first], -1) * sin
-    # Class token and registers stay.
+    # Class token and registers are not rotated.
     return jnp.concatenate([x[:, : -len(angles)], patches.astype(x.dtype)], 1)
 
 
@@ -200,8 +199,8 @@ class Block(nnx.Module):
 
     def _attention(self, x: jax.Array, angles: np.ndarray | None) -> jax.Array:
         q, k, v = jnp.split(self.qkv(x), 3, -1)
-        seen = attend(q, k, v, self.config.heads, angles, causal=self.config.causal)
-        return self.out(_normed(seen, self.attention_norm))
+        attended = attend(q, k, v, self.config.heads, angles, causal=self.config.causal)
+        return self.out(_normed(attended, self.attention_norm))
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
@@ -219,7 +218,7 @@ def _scaled(x: jax.Array, scale: Any) -> jax.Array:
 
 
 class _Probe(nnx.Module):
-    """A learned query asks all patches; then an MLP."""
+    """A learned query attends to all patches; an MLP follows."""
 
     def __init__(self, config: BlockConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
@@ -233,7 +232,7 @@ class _Probe(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
-        # The whole projection of both: the query is one of 3 (N + 1) rows that are needed.
+        # The full projection of both: the query is one of 3 (N + 1) required rows.
         q = jnp.split(self.qkv(probe), 3, -1)[0]
         _, k, v = jnp.split(self.qkv(x), 3, -1)
         x = self.out(attend(q, k, v, self.config.heads))[:, 0]
@@ -341,7 +340,7 @@ class ViT(Projected):
             size = (rows * self.config.patch_size, columns * self.config.patch_size)
             raise ValueError(f"images: expected {expected} x {expected} pixels, got {size}")
         antialias = self.config.positions == "antialias"
-        # The class token's position has no place in the picture.
+        # The class token's position is not in the picture.
         first, rest = table[: -(grid**2)], table[-(grid**2) :].reshape(grid, grid, -1)
         down, across = (resize_matrix(grid, n, antialias=antialias) for n in (rows, columns))
         rest = jnp.einsum("ig,jh,ghd->ijd", down, across, rest, precision="highest")
@@ -349,16 +348,16 @@ class ViT(Projected):
 
 
 def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
-    """`[target, source]` weights of torch's bicubic interpolation along an axis.
+    """Weights `[target, source]` of torch's bicubic interpolation along an axis.
 
     Without `antialias` a = -.75 and the edge is repeated; with it a = -.5, the kernel is as wide as
-    the target's step, and its part inside counts.
+    the target's step, and only its part inside the picture counts.
     """
     a, step = (-0.5 if antialias else -0.75), source / target
     wide = max(step, 1.0) if antialias else 1.0
     # torch's align_corners=False.
     centre = (np.arange(target) + 0.5) * step - 0.5
-    # Twice the kernel's reach beyond both edges, which hold what is repeated.
+    # Twice the kernel's reach beyond both edges, filled by repetition.
     places = np.arange(-2, source + 2) if not antialias else np.arange(source)
     x = np.abs(places - centre[:, None]) / wide
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -378,7 +377,7 @@ def kernel_and_bias(linear: nnx.Linear) -> tuple[jax.Array, jax.Array | None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagesConfig:
-    """CLIP's ResNet: blocks of its stages, channels of its stem, heads of its attention pool."""
+    """CLIP's ResNet: blocks per stage, channels of the stem, heads of the attention pool."""
 
     blocks: tuple[int, ...]
     width: int
@@ -398,7 +397,7 @@ class StagesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """CLIP, or SigLIP of a fixed size; texts and pictures have as many features.
+    """CLIP, or SigLIP of a fixed size; texts and pictures have equally many features.
 
     `vision` is a `ViTConfig`, a `StagesConfig` or a `FastViTConfig`.
     """
@@ -411,7 +410,8 @@ class TowersConfig:
 
 
 class TextTower(nnx.Module):
-    """Texts to features: CLIP's, where a text ends, or with a bias SigLIP's, at the end of all."""
+    """Texts to features: CLIP's at the end of a text or, with a bias, SigLIP's at the end of the
+    row."""
 
     def __init__(
         self,
@@ -437,12 +437,12 @@ class TextTower(nnx.Module):
         return self.head(self.hidden(tokens))
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
-        """float32 `[batch, width]`, what `head` projects."""
+        """The input of `head`, float32 `[batch, width]`."""
         x = self.tokens.embedding[...][tokens] + self.positions[...][: tokens.shape[1]]
         x = x if self.dtype is None else x.astype(self.dtype)
         for block in self.blocks:
             x = block(x)
-        # CLIP's end has the largest id, so `argmax` is its first place. SigLIP sees the padding.
+        # CLIP's end token has the largest id, so `argmax` finds it first. SigLIP sees the padding.
         end = jnp.argmax(tokens, -1) if self.ends else jnp.full(len(tokens), x.shape[1] - 1)
         return self.norm(jnp.take_along_axis(x, end[:, None, None], 1)[:, 0])
 
@@ -463,7 +463,7 @@ class SigLIP(nnx.Module):
     def text_features(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[jax.Array, "batch features"]:
-        """float32 `[batch, embed_dim]` of texts; not of length one."""
+        """Features of texts, float32 `[batch, embed_dim]`, not normalised."""
         tokens = jnp.asarray(tokens)
         if tokens.shape[1] != self.config.context_length:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Heads whose tokens share codes, and heads that re-score what a cheap head finds.
+"""Heads whose tokens share codes, and heads that re-score the candidates of a cheap head.
 
-- `fit_assignment` chooses which tokens share a code, `perplexity_floor` bounds what that can reach.
+- `fit_assignment` chooses the tokens that share a code, `perplexity_floor` bounds the result.
 - `vq_nll`, `vq_logits`, `VQTables`: the vector-quantised head as functions of arrays, `VQHead` as a
   module.
 - `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.

@@ -1,4 +1,4 @@
-"""Which tokens share a code: mappings from the rows of a full head, and their best perplexity."""
+"""Assignments of tokens to shared codes from the rows of a full head, and their best perplexity."""
 
 import dataclasses
 from typing import Any, Literal
@@ -21,7 +21,7 @@ Method = Literal["random", "kmeans", "weighted_kmeans"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VQFit:
-    """A vector-quantised head fitted to a full one: cluster of each token, mean rows, biases."""
+    """A vector-quantised head fitted to a full one: each token's cluster, mean rows, biases."""
 
     assignment: jax.Array
     codebook: jax.Array
@@ -43,18 +43,18 @@ def fit_assignment(
     """Fit mapping, codebook and biases to the rows of a full head.
 
     To second order, sharing a code costs half the variance of the error in the tokens' logits,
-    under the head's own probabilities. So ``'weighted_kmeans'`` clusters rows in the covariance
-    metric of the hidden states, weighted by the root of ``unigram``. ::
+    under the head's own probabilities. Therefore ``'weighted_kmeans'`` clusters rows in the
+    covariance metric of the hidden states, weighted by the square root of ``unigram``. ::
 
         sum_v sqrt(u_v) (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
-    The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, plain rows,
-    unweighted, of VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights, metric
-    and `reassign`, by the full head's distribution on hidden states, are ours. Memory is the rows
-    plus 2,048 x codes, whatever the vocabulary.
+    The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, on plain
+    unweighted rows, from VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights,
+    metric and `reassign`, by the full head's distribution on hidden states, are ours. Memory is the
+    rows plus 2,048 x codes, for any vocabulary.
 
     Args:
-        rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
+        rows: ``[vocab, hidden]``, rows of the full head, bfloat16 allowed.
         unigram: ``[vocab]``, probabilities or counts.
         hidden_mean, hidden_cov: mean and covariance of the hidden states.
         num_codes: clusters K, at most vocab.
@@ -64,7 +64,7 @@ def fit_assignment(
     Raises:
         TypeError: arrays of another kind.
         ValueError: unknown method, ``num_codes`` out of range, shapes that do not fit, or (outside
-            of ``jit``) probabilities that are none.
+            ``jit``) invalid probabilities.
 
     >>> rows = np.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
     >>> fit = fit_assignment(rows, np.ones(4), np.zeros(2), np.eye(2), 2)
@@ -91,7 +91,7 @@ def fit_assignment(
     return _fitted(rows, unigram, hidden_mean, hidden_cov, row_bias, key, *options)
 
 
-# One program, of which outside of `jit` each operation would be one.
+# One program; outside `jit` each operation would be one.
 @jax.jit(static_argnames=("num_codes", "method", "iterations"))
 def _fitted(
     rows: jax.Array,
@@ -106,7 +106,7 @@ def _fitted(
 ) -> VQFit:
     vocab = rows.shape[0]
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
-    # Tokens never seen need a code too.
+    # Unseen tokens need a code too.
     weights = jnp.maximum(weights, 0.01 / vocab)
     if method == "random":
         order = jax.random.permutation(key, vocab)
@@ -123,7 +123,7 @@ def _fitted(
             key=key,
             iterations=iterations,
         )
-        # A covariance decides the clusters alone: one that is no number would not be seen.
+        # The covariance only affects the clusters: a nan in it would go unnoticed.
         rows = jnp.where(plain | jnp.isfinite(hidden_cov).all(), rows, jnp.nan)
     codebook, _ = weighted_means(rows, weights, assignment, num_codes)
     bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias)
@@ -131,7 +131,7 @@ def _fitted(
 
 
 def check_unigram(unigram: Any) -> None:
-    """Refuses what are neither probabilities nor counts, as far as they can be looked at."""
+    """Refuse values that are neither probabilities nor counts, if they can be read."""
     fine = "numbers of 0 or more"
     checks.values(unigram, lambda x: (x >= 0) & (x < np.inf), "unigram", fine)
 
@@ -161,9 +161,9 @@ def reassign(
     *,
     min_count: float = 1.0,
 ) -> tuple[Int[jax.Array, " vocab"], Float[jax.Array, " vocab"], Int[jax.Array, ""]]:
-    """Moves each token to the code under which its targets are most likely.
+    """Move each token to the code under which its targets are most likely.
 
-    One round of coordinate ascent on the likelihood, first order in the mass of a token (ours)::
+    One round of coordinate ascent on the likelihood, to first order in a token's mass (ours)::
 
         m(v) <- argmax_k  hbar_v . C_k - A_k,      A_k = log sum_n exp(z_nk - log Z_n)
         b_v  <- log counts_v - A_{m(v)}
@@ -192,10 +192,10 @@ def _best_codes(
 
     stacked = jnp.concatenate([jnp.asarray(sums), counts[:, None]], axis=1)
     best, _ = over_rows(block, stacked, _BLOCK)
-    # Few positions say little of a token.
+    # A few positions say little about a token.
     enough = counts >= min_count
     new = jnp.where(enough, best, assignment)
-    # b_v = log counts_v - A: the mass that the head gives the token is then what was counted.
+    # b_v = log counts_v - A: the mass that the head gives the token is then its count.
     fitted = jnp.log(jnp.maximum(counts, 1e-9)) - mass[new]
     return new, jnp.where(enough, fitted, bias), (new != assignment).sum()
 
@@ -207,7 +207,7 @@ def matched_bias(
     counts: Float[Array, " vocab"],
     hidden: Float[Array, "count hidden"],
 ) -> Float[jax.Array, " vocab"]:
-    """Biases under which every token gets the mass that it should, to first order."""
+    """Biases that give every token its expected mass, to first order."""
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden)
     return _matched(jnp.asarray(counts, jnp.float32), mass, assignment)
@@ -215,7 +215,7 @@ def matched_bias(
 
 @jax.jit
 def _matched(counts: Array, mass: Array, assignment: Array) -> jax.Array:
-    # A token that was never seen counts as one of a million.
+    # An unseen token counts as one in a million.
     return jnp.log(jnp.maximum(counts, 1e-6)) - mass[assignment]
 
 
@@ -241,15 +241,15 @@ def _add_mass(total: Array, codebook: Array, log_mass: Array, hidden: Array) -> 
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityFloor:
-    """The bound that no mapping exceeds; see `perplexity_floor`.
+    """The bound that no mapping can exceed; see `perplexity_floor`.
 
     Attributes:
-        perplexity: a head without bias cannot have a perplexity below this.
-        excess_nats: it loses at least this many nats a token to a full head.
-        ratio: ``exp(excess_nats)``, the least factor on perplexity.
+        perplexity: minimum perplexity of a head without bias.
+        excess_nats: minimum number of nats per token that it loses to a full head.
+        ratio: ``exp(excess_nats)``, the minimum factor on perplexity.
         singleton_mass: probability of tokens that have a code to themselves.
-        codes_used: clusters that are not empty.
-        largest: size of the largest.
+        codes_used: number of clusters that are not empty.
+        largest: size of the largest cluster.
     """
 
     perplexity: float
@@ -263,9 +263,9 @@ class PerplexityFloor:
 def perplexity_floor(
     assignment: Int[Array, " vocab"], unigram: Float[Array, " vocab"]
 ) -> PerplexityFloor:
-    """The least perplexity that any training can reach if all tokens of a cluster share one logit.
+    """The lowest perplexity that training can reach if all tokens of a cluster share one logit.
 
-    A bias per token removes both bounds. What is then still lost is what the context says about the
+    A bias per token removes both bounds. The remaining loss is the context's information about the
     token within its cluster. These bounds, ours, follow exactly from the logits of VQ-Logits,
     arXiv:2505.10202. ::
 
@@ -274,7 +274,7 @@ def perplexity_floor(
 
     Raises:
         TypeError: arrays of another kind.
-        ValueError: shapes that do not fit, negative clusters, or probabilities that are none.
+        ValueError: shapes that do not fit, negative clusters, or invalid probabilities.
 
     >>> floor = perplexity_floor(jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 2.0]))
     >>> round(floor.perplexity, 3), floor.ratio, floor.singleton_mass
@@ -289,12 +289,12 @@ def perplexity_floor(
     mass = np.bincount(assignment, prob)
     log_size = np.log(sizes[assignment])
     present = prob > 0
-    # log u(v | k) + log n_k: the KL divergence of a cluster from a uniform one, token by token.
+    # log u(v | k) + log n_k: the KL divergence of a cluster from uniform, token by token.
     within = np.log(prob[present] / mass[assignment[present]])
     excess = float((prob[present] * (within + log_size[present])).sum())
     return PerplexityFloor(
         perplexity=float(np.exp((prob * log_size).sum())),
-        # Rounding may end below 0.
+        # Rounding may fall below 0.
         excess_nats=max(excess, 0.0),
         ratio=float(np.exp(max(excess, 0.0))),
         singleton_mass=float(mass[sizes == 1].sum()) if (sizes == 1).any() else 0.0,

@@ -1,4 +1,4 @@
-"""From a model with a full head to the same model with a vector-quantised one."""
+"""Conversion of a model with a full head to the same model with a vector-quantised one."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ class Conversion:
     model: Any
     head: Any
     history: dict[str, list[float]]
-    # What it was tuned on, and what the old head says there.
+    # The positions it was tuned on, and the old head's outputs there.
     cache: HiddenCache
     targets: HeadTargets
 
@@ -96,18 +96,19 @@ class ConvertConfig:
     ) -> tuple[Any, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
-        Gives the head and the tuning's history (``loss``: KL divergence from ``head``, ``moved``).
+        Returns the head and the tuning's history (``loss``: KL divergence from ``head``,
+        ``moved``).
 
         Args:
             targets: from `HiddenCache.head_targets`, for the same positions.
-            start: a fit to tune, instead of a new one; not of a `ScreenedHead`.
-            rows: ``[vocab, hidden]`` that re-score; None takes the model's embedding.
+            start: a fit to tune instead of a new one; not for a `ScreenedHead`.
+            rows: ``[vocab, hidden]`` for re-scoring; None uses the model's embedding.
             mesh: as for `Tuning.run`.
             workdir: as of `Tuning`.
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
         kmeans: Any = dict(
-            # What the old head expects.
+            # The old head's expectations.
             unigram=jnp.asarray(targets.counts),
             key=jax.random.key(self.seed),
             iterations=self.kmeans_iterations,
@@ -138,7 +139,7 @@ class ConvertConfig:
             bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
         history: dict[str, list[float]] = {"loss": [], "moved": []}
         if self.steps:
-            # Without biases the likelihood of a token would be that of its cluster.
+            # Without biases a token's likelihood would be its cluster's.
             moving = self.use_bias and self.reassign_every
             codebook, bias, assignment, history = tune_vq_head(
                 codebook,
@@ -171,7 +172,7 @@ class ConvertConfig:
     ) -> Conversion:
         """Replace a decoder's head with a vector-quantised approximation.
 
-        Hidden states, and the old head's distribution on them, are computed once and kept in
+        Hidden states, and the old head's distribution on them, are computed once and stored in
         ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned
         to the old head's distribution, with tokens reassigned in between. The head is written to
         ``workdir/head``. A killed call continues with the hidden states and steps that it has, and
@@ -180,20 +181,19 @@ class ConvertConfig:
         linear. K-means over rows is the "pre-trained initialisation" of VQ-Logits,
         arXiv:2505.10202; what is done beyond it is ours, see docs/vq_logits.md.
 
-        The `Conversion`'s model shares the old one's parameters. Where the old logits were
-        soft-capped the new head imitates the capped ones, and the new model caps nothing.
+        The `Conversion`'s model shares the old one's parameters. If the old logits were
+        soft-capped, the new head imitates the capped ones, and the new model has no cap.
 
         Args:
             model: a `logitjax.models.Decoder` with a linear or tied head.
             batches, source: as for `HiddenCache.of`: packed batches of one tokenizer, their name.
-            workdir: a directory or an object store: what is kept there is memory-mapped from a
-                local disk, and read whole from a store.
+            workdir: a directory, memory-mapped if local, or an object store, read in full.
             mesh: tuning splits its positions over it; every process of a run calls this with the
                 same arguments, and process 0 writes.
         """
         root = epath.Path(workdir)
         old = model.head_of()
-        # a screen has no clusters.
+        # A screen has no clusters.
         size = "screen" if self.screen else "num_codes"
         checks.between(getattr(self, size), 1, old.rows.shape[0], size)
         if self.screen and old.soft_cap is not None:
@@ -226,10 +226,10 @@ def _product_codes(
     """Codes of the old rows; codebooks and biases are tuned to the old head on the sample."""
     rows = jnp.asarray(head.rows, jnp.float32)
     width = rows.shape[1]
-    # Groups of three dimensions, of four where three do not divide: what was measured.
+    # Groups of three dimensions, or four if three do not divide, as measured.
     groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
     fit = ProductCodes.fit(rows, hidden_cov=statistics.cov, groups=groups, num_codes=16, **kmeans)
-    # What the codes lose at the mean state.
+    # The codes' error at the mean state.
     bias = (rows - fit.kernel()) @ statistics.mean
     bias = bias if head.bias is None else bias + head.bias
 
@@ -241,9 +241,9 @@ def _product_codes(
 
 
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
-    """Reads what the ``save`` of a head of `logitjax.vq` wrote.
+    """Read a head of `logitjax.vq` that its ``save`` wrote.
 
-    FileNotFoundError if no head is in the directory; ValueError names a damaged file.
+    FileNotFoundError if there is no head in the directory; ValueError names a damaged file.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a head"):

@@ -17,18 +17,18 @@ from logitjax.vq._loss import cluster_log_mass, code_scores, on_batch, token_bia
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VQTables:
-    """Look-up tables of decoding, made once per bias and temperature by `VQTables.of`.
+    """Look-up tables for decoding, made once per bias and temperature by `VQTables.of`.
 
     Attributes:
-        best: ``[codes, width]`` tokens of a cluster by falling bias, -1 where there are no more.
-            Rows are ordered by their first token, so that equal logits come out lowest token first.
-        best_bias: ``[codes, width]``, their biases; ``-inf`` for none.
+        best: ``[codes, width]`` tokens of a cluster by decreasing bias, padded with -1. Rows are
+            ordered by their first token, so that of equal logits the lowest token comes first.
+        best_bias: ``[codes, width]``, their biases, padded with ``-inf``.
         code: ``[codes]``, the cluster of each of these rows.
         members: ``[vocab]`` tokens, cluster by cluster.
-        starts: ``[codes + 1]``, where in ``members`` each cluster starts.
+        starts: ``[codes + 1]``, the start of each cluster in ``members``.
         cumulative: ``[vocab]``, running sum of ``exp(bias) / B`` within a cluster, in that order.
         log_mass: ``[codes]``, ``log B``.
-        temperature: what the biases were divided by.
+        temperature: the divisor of the biases.
     """
 
     best: jax.Array
@@ -51,20 +51,20 @@ class VQTables:
         temperature: float | Array = 1.0,
         vocab_where: Bool[Array, " vocab"] | None = None,
     ) -> "VQTables":
-        """Sorts every cluster by bias, in O(V log V).
+        """Sort every cluster by bias, in O(V log V).
 
         The temperature divides the biases here, and the scores in `top_k` and `sample`.
 
         Args:
             bias: ``[vocab]``, or None for the head as published.
             assignment: ``[vocab]``, cluster of each entry.
-            width: the largest ``k`` that `top_k` will be asked for.
+            width: the largest ``k`` for `top_k`.
             vocab_where: ``[vocab]``, True for the entries that exist.
 
         Raises:
             TypeError: arrays of another kind.
-            ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a
-                token is in a cluster that there is not.
+            ValueError: ``width`` is not positive, shapes do not fit, or (outside ``jit``) a token
+                is in a cluster that does not exist.
 
         >>> tables = VQTables.of(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
         >>> print(tables.best.tolist(), tables.code.tolist())
@@ -82,14 +82,14 @@ class VQTables:
         """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
 
         Inside a cluster the order is that of the biases, whatever the hidden state. Each of the k
-        best clusters has a token that beats all tokens of clusters ranked lower. So k tokens from
-        each of k clusters are enough. Of equal logits the lowest token comes first.
-        Gives ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over
-        the whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
+        best clusters has a token that beats all tokens of lower-ranked clusters, so k tokens from
+        each of k clusters are enough. Of equal logits the lowest token comes first. Returns
+        ``[*batch, k]`` logits (divided by the temperature) and tokens, and ``log_z`` over the whole
+        vocabulary: ``values - log_z[..., None]`` are log-probabilities.
 
         Args:
             codebook: ``[codes, hidden]``.
-            k: how many, 1 to the width of the tables; others are a ValueError.
+            k: number of tokens, from 1 to the width of the tables, otherwise ValueError.
 
         >>> tables = VQTables.of(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
         >>> tables.top_k(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), 2).indices
@@ -109,7 +109,7 @@ class VQTables:
             values = values + tables.best_bias[rows, :k]  # [*batch, k clusters, k tokens]
             values = values.reshape(*rows.shape[:-1], rows.shape[-1] * k)
             tokens = tables.best[rows, :k].reshape(values.shape)
-            # Two keys: among equal logits the lowest token, wherever its cluster came.
+            # Two keys: among equal logits the lowest token, whatever its cluster's rank.
             negative, tokens = lax.sort((-values, tokens), num_keys=2)
             return -negative[..., :k], tokens[..., :k], log_z
 
@@ -125,8 +125,8 @@ class VQTables:
         """Tokens drawn from the exact distribution, at the tables' temperature.
 
         It draws the cluster, ``k ~ softmax(z + log B)``, then a token within it, ``v ~ exp(b_v) /
-        B_k``, by inverting a cumulative table of that cluster alone, in O(K d + log V). One table
-        over all V would be too coarse in float32. Arguments are those of `top_k`.
+        B_k``, by inverting a cumulative table of that cluster only, in O(K d + log V). A single
+        table over all V would be too coarse in float32. Arguments are those of `top_k`.
 
         >>> tables = VQTables.of(jnp.array([0.0, -jnp.inf, 2.0]), jnp.array([1, 1, 0]), 2)
         >>> tables.sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]))
@@ -146,7 +146,7 @@ class VQTables:
             def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 low, high = bounds
                 middle = (low + high) // 2
-                # A search that has ended, low == high, stays put.
+                # A finished search, low == high, stays put.
                 beyond = (tables.cumulative[middle] > uniform) | (low >= high)
                 return jnp.where(beyond, low, middle + 1), jnp.where(beyond, middle, high)
 
@@ -164,7 +164,7 @@ class VQTables:
         )
 
 
-# One program, of which outside of `jit` each operation would be one.
+# One program; outside `jit` each operation would be one.
 @functools.partial(jax.jit, static_argnames=("num_codes", "width"))
 def _sorted(
     bias: Any, assignment: Any, temperature: Any, vocab_where: Any, num_codes: int, width: int
@@ -173,7 +173,7 @@ def _sorted(
     vocab = assignment.shape[0]
     width = min(width, vocab)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
-    # By code, then falling bias.
+    # By code, then decreasing bias.
     members = jnp.lexsort((jnp.arange(vocab), -added, assignment)).astype(jnp.int32)
     starts = jnp.searchsorted(assignment[members], jnp.arange(num_codes + 1)).astype(jnp.int32)
     places = starts[:-1, None] + jnp.arange(width)
@@ -182,7 +182,7 @@ def _sorted(
     best_bias = jnp.where(exists, added[best], -jnp.inf)
     code = jnp.argsort(jnp.where(best[:, 0] < 0, vocab, best[:, 0])).astype(jnp.int32)
     log_mass = cluster_log_mass(added, assignment, num_codes)
-    # Of an empty cluster.
+    # For an empty cluster.
     finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)
     shares = jnp.exp(added - finite[assignment])[members]
     return VQTables(
@@ -198,7 +198,7 @@ def _sorted(
 
 
 def _segmented_sum(values: jax.Array, segments: jax.Array) -> jax.Array:
-    """Running sums that start again with each segment."""
+    """Cumulative sums that restart with each segment."""
     fresh = jnp.concatenate([jnp.ones((1,), bool), segments[1:] != segments[:-1]])
 
     def combine(left: tuple, right: tuple) -> tuple:

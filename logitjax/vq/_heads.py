@@ -18,13 +18,13 @@ from logitjax.vq._loss import vq_logits, vq_nll
 class VQHead(VocabularyHead):
     """One code for several tokens, and a bias for each: O(K) training and decoding.
 
-    As a decoder's ``head`` it gives all V logits, so everything works with it. `nll`, `top_k` and
-    `sample` give the same results without making them. Sharding: split ``codebook`` along its first
-    axis over the tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
+    As a decoder's ``head`` it returns all V logits, so everything works with it. `nll`, `top_k` and
+    `sample` give the same results without forming them. Sharding: split ``codebook`` along its
+    first axis over the tensor axis of the mesh or replicate it; replicate the others.
 
     Args:
         num_codes: K.
-        assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
+        assignment: ``[vocab]``, e.g. of `fit_assignment`; by default balanced and random.
         use_bias: False is the head as published.
 
     >>> make = lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0))
@@ -62,13 +62,13 @@ class VQHead(VocabularyHead):
         # Logits of variance 1.
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
-        # float32 whatever the rest is: a bias of -11.3 is a log-probability.
+        # float32 regardless of the other types: a bias of -11.3 is a log-probability.
         self.bias = nnx.Param(self.initial_bias(unigram, vocab_size)) if use_bias else None
         self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
 
     @classmethod
     def from_fit(cls, fit: VQFit, **options: Any) -> Any:
-        """The head that `fit_assignment` found."""
+        """The head with the result of `fit_assignment`."""
         codes, hidden = fit.codebook.shape
         head = cls(
             hidden,
@@ -82,7 +82,7 @@ class VQHead(VocabularyHead):
         return head
 
     def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
-        """Overwrites parameters and assignment, e.g. after a reassignment."""
+        """Overwrite parameters and assignment, e.g. after a reassignment."""
         self.codebook[...] = jnp.asarray(codebook, self.codebook.dtype)
         if self.bias is not None and bias is not None:
             self.bias[...] = jnp.asarray(bias, self.bias.dtype)
@@ -112,12 +112,12 @@ class VQHead(VocabularyHead):
     def nll(
         self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
     ) -> jax.Array:
-        """Cross-entropy, not reduced; options as of `vq_nll`."""
+        """Cross-entropy, not reduced; options as for `vq_nll`."""
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_nll(hidden, *self._arrays(), labels, **options)
 
     def tables(self, *, width: int = 64, **options: Any) -> VQTables:
-        """Tables that spare `top_k` and `sample` a sort a call; options as of `VQTables.of`."""
+        """Tables that save `top_k` and `sample` a sort per call; options as for `VQTables.of`."""
         _, bias, assignment = self._arrays()
         return VQTables.of(bias, assignment, self.num_codes, width=width, **options)
 
@@ -149,15 +149,15 @@ class VQHead(VocabularyHead):
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         codebook, bias, assignment = self._arrays()
-        # V rows: for losses of a full head.
+        # V rows, for losses of a full head.
         return Head(codebook[assignment], bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """Return its `HeadCost`: decoding reads the codebook and three numbers a cluster."""
+        """Return its `HeadCost`: decoding reads the codebook and three numbers per cluster."""
         (codes, hidden), vocab = self.codebook.shape, self.vocab_size
         itemsize = self.codebook.dtype.itemsize
         parameters = codes * hidden + (0 if self.bias is None else vocab)
-        # Members and sums, four numbers a code.
+        # Members and sums, four numbers per code.
         tables = 2 * vocab * 4 + codes * 16
         return HeadCost(
             parameters=parameters,

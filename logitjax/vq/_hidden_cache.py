@@ -1,4 +1,4 @@
-"""Hidden states on disk: computed once, so that everything about a head is quick afterwards."""
+"""Hidden states on disk, computed once so that all later work on a head is fast."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def _mean_and_covariance(total: Array, square: Array, shift: Array, count: Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadQuality:
-    """Quality of a head at positions whose next token is known.
+    """Quality of a head at positions with a known next token.
 
     Attributes:
         perplexity: Exponential of the mean cross-entropy.
@@ -83,7 +83,7 @@ class HiddenCache:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the labels and a sample of the hidden states."""
+        """Digest of the labels and a sample of the hidden states."""
         return sampled_digest((self.hidden, self.labels))
 
     @classmethod
@@ -96,21 +96,21 @@ class HiddenCache:
         max_tokens: int,
         source: str = "",
     ) -> "HiddenCache":
-        """Run a decoder over packed batches once, and keep the hidden states that its head reads.
+        """Run a decoder over packed batches once, and store the hidden states that its head reads.
 
-        If the directory already holds the cache of this model and ``source``, it is read instead. A
-        killed run continues after the batches it has finished. Positions whose next token is not to
-        be predicted are left out. ValueError if the directory holds, in full or in part, that of
-        another ``max_tokens``, model or ``source``.
+        If the directory already contains the cache of this model and ``source``, it is read
+        instead. A killed run continues after its finished batches. Positions without a next token
+        to predict are skipped. ValueError if the directory contains, in full or in part, the cache
+        of another ``max_tokens``, model or ``source``.
 
         Args:
             model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
             batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
                 ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``.
-                The same ones on every call.
-            directory: becomes the cache; memory-mapped if local, read whole from an object store.
-            max_tokens: stop at so many positions.
-            source: names the batches, e.g. a `PackedDataset`'s fingerprint; others are refused.
+                The same batches on every call.
+            directory: folder of the cache; memory-mapped if local, read in full if remote.
+            max_tokens: maximum number of positions.
+            source: name of the batches, e.g. a `PackedDataset`'s fingerprint; others are refused.
         """
         root = epath.Path(directory)
         graphdef, state = nnx.split(model)
@@ -121,7 +121,7 @@ class HiddenCache:
         if manifest.exists():
             manifest.check(made_from)
             return cls.open(root)
-        # One row a batch, until all are there.
+        # One row per batch, until all exist.
         parts = RowCache(root / "parts", _Codec(), made_from=made_from, kind=_KIND)
 
         @jax.jit
@@ -164,7 +164,7 @@ class HiddenCache:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "HiddenCache":
-        """A finished cache, without the model that it was made with."""
+        """A finished cache, without the model that made it."""
         root = epath.Path(directory)
         sums = Manifest(root, _KIND).read().get("crc32", {})
         # Gigabytes, read where they lie.
@@ -184,10 +184,10 @@ class HiddenCache:
     def head_targets(
         self, directory: str | os.PathLike[str], head: Head, *, top: int = 64
     ) -> HeadTargets:
-        """A full head's distribution at these positions, kept in a directory for the next time.
+        """A full head's distribution at these positions, stored in a directory for reuse.
 
-        Of each position the `top` largest probabilities are kept. ValueError if the directory holds
-        those of other positions, another head or other options; it names all that differs.
+        For each position the `top` largest probabilities are stored. ValueError if the directory
+        belongs to other positions, another head or other options; it names all differences.
         """
         root = epath.Path(directory)
         made_from = {
@@ -211,17 +211,17 @@ class HiddenCache:
         return targets
 
     def measure(self, model: Any) -> HeadQuality:
-        """Perplexity of a decoder's head, the only part that is run, on these positions."""
+        """Perplexity of a decoder's head, the only part that runs, on these positions."""
         graphdef, state = nnx.split(model)
 
         @jax.jit
         def run(state: Any, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # One position a row, as decoding has it.
+            # One position per row, as in decoding.
             logits = nnx.merge(graphdef, state).logits(hidden[:, None])[:, 0].astype(jnp.float32)
             chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
             return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1)
 
-        # Memory is of so many rows of V.
+        # Memory for this many rows of V.
         losses, tokens, block_size = [], [], 256
         for start in range(0, len(self), block_size):
             hidden = np.asarray(self.hidden[start : start + block_size], np.float32)
@@ -241,12 +241,12 @@ class HiddenCache:
 
 
 def sampled_digest(arrays: Any) -> str:
-    """Tells hidden states and heads apart without reading gigabytes."""
+    """Digest that distinguishes hidden states and heads without reading gigabytes."""
     return digest(arrays, sample=4096)
 
 
 class _Codec:
-    """A batch's positions, as many as its mask leaves: their count and width, labels, states."""
+    """A batch's masked positions: their count and width, labels, hidden states."""
 
     # Differs from batch to batch.
     bytes_per_row = 0

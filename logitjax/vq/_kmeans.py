@@ -1,4 +1,4 @@
-"""Weighted k-means in a metric, by blocks of rows: never points x centres at once."""
+"""Weighted k-means in a metric, in blocks of rows: never points x centres at once."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jaxtyping import Float, Key
 
 from logitjax.ops import Array
 
-# Batches of centres that the start draws; more read the points more often for little.
+# Batches of centres drawn by the start; more batches read the points more often for little.
 _SEEDING_ROUNDS = 16
 
 
@@ -27,10 +27,10 @@ def fit_kmeans(
 ) -> tuple[jax.Array, jax.Array]:
     """Lloyd's algorithm for ``sum_i w_i |x_i - c|^2_M`` from a blocked k-means++ start.
 
-    Gives the centre of each point, int32, and the centres. The start draws centres in 16 batches,
+    Returns the centre of each point, int32, and the centres. The start draws centres in 16 batches,
     each point with odds of weight times squared distance to the centres so far (k-means|| without
-    oversampling). A centre that loses its points moves to one of the worst served points.
-    Arthur and Vassilvitskii, k-means++, 2007; Bahmani et al., Scalable k-means++, 2012.
+    oversampling). A centre that loses its points moves to one of the worst served points. Arthur
+    and Vassilvitskii, k-means++, 2007; Bahmani et al., Scalable k-means++, 2012.
     """
     points, weights = jnp.asarray(points), jnp.asarray(weights, jnp.float32)
     count = points.shape[0]
@@ -60,14 +60,14 @@ def fit_kmeans(
 def nearest(
     points: Array, centres: Array, metric: Array | None, *, block_size: int = 2048
 ) -> tuple[jax.Array, jax.Array]:
-    """The nearest centre of each point, and the squared distance less the point's own square."""
+    """The nearest centre of each point, and the squared distance minus the point's own square."""
     centres = jnp.asarray(centres, jnp.float32)
     # Centres are fewer than points.
     mapped = centres if metric is None else centres @ metric
     offset = (mapped * centres).sum(-1)
 
     def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # |c|^2 - 2 x.c, less the point's square.
+        # |c|^2 - 2 x.c, without the point's square.
         cost = offset - 2.0 * rows.astype(jnp.float32) @ mapped.T
         return cost.argmin(-1).astype(jnp.int32), cost.min(-1)
 
@@ -75,7 +75,7 @@ def nearest(
 
 
 def over_rows(block: Callable[[jax.Array], Any], rows: jax.Array, block_size: int) -> Any:
-    """`block` over slices of the rows, joined again; the last slice is taken from the end."""
+    """`block` over slices of the rows, concatenated; the last slice is taken from the end."""
     count = rows.shape[0]
     block_size = min(block_size, count)
     blocks = count // block_size
@@ -83,7 +83,7 @@ def over_rows(block: Callable[[jax.Array], Any], rows: jax.Array, block_size: in
     def one(start: jax.Array) -> Any:
         return block(lax.dynamic_slice_in_dim(rows, start, block_size))
 
-    # Slices in the loop, not a reshape before it, which would copy all rows.
+    # Slices in the loop instead of a reshape before it, which would copy all rows.
     out = lax.map(one, jnp.arange(blocks) * block_size)
     out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
     if blocks * block_size == count:
@@ -164,7 +164,7 @@ def _lloyd(
     centres, _ = lax.scan(update, centres, None, length=iterations)
     assignment, _ = nearest(points, centres, metric, block_size=block_size)
     means, mass = weighted_means(points, weights, assignment, num_centres, block_size=block_size)
-    # An empty one stays.
+    # An empty centre stays.
     return assignment, jnp.where(mass[:, None] > 0, means, centres)
 
 
@@ -176,7 +176,7 @@ def weighted_means(
     *,
     block_size: int = 2048,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted means of the points of each centre (zero where it has none), and the weights."""
+    """Weighted means of the points of each centre (zero if it has none), and the weights."""
     count, dim = points.shape
     block_size = min(block_size, count)
     sums = jnp.zeros((num_centres, dim), jnp.float32)
@@ -185,7 +185,7 @@ def weighted_means(
         rows, weight, location = (
             lax.dynamic_slice_in_dim(x, start, block_size) for x in (points, weights, assignment)
         )
-        # Slices stop at the end, so the last one may overlap: what was counted weighs nothing.
+        # Slices stop at the end, so the last may overlap: rows counted before have weight zero.
         fresh = jnp.maximum(start - (count - block_size), 0) <= jnp.arange(block_size)
         rows = rows.astype(jnp.float32) * jnp.where(fresh, weight, 0.0)[:, None]
         return sums.at[location].add(rows), None

@@ -17,14 +17,13 @@ def cluster_log_mass(
 ) -> Float[jax.Array, " codes"]:
     """``log B_k = log sum_{v: m(v) = k} exp(b_v)``: all that a normaliser needs of tokens."""
     bias = _float32(bias)
-    # A log-sum-exp by cluster. Less its largest bias nothing overflows, and the peak cancels in the
-    # gradient.
+    # A log-sum-exp by cluster, less its largest bias against overflow; the peak has no gradient.
     peak = lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_segments=num_codes))
     peak = neginf_to_zero(peak)
     total = jax.ops.segment_sum(
         jnp.exp(bias - peak[assignment]), assignment, num_segments=num_codes
     )
-    # Not `total > 0`: the mass of a nan is none of the others'.
+    # Not `total > 0`: a nan must not be replaced.
     empty = total == 0
     return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + peak)
 
@@ -37,7 +36,7 @@ def code_scores(
     codebook = jnp.asarray(codebook, hidden.dtype)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     if hidden.size == codebook.shape[1]:
-        # One position: a product with a vector, which on CPU is nearly twice as fast.
+        # One position: a matrix-vector product, nearly twice as fast on CPU.
         scores = jnp.matmul(codebook, hidden.reshape(-1), preferred_element_type=wide)
         return scores.reshape(*hidden.shape[:-1], -1)
     contract = (((hidden.ndim - 1,), (1,)), ((), ()))
@@ -70,7 +69,7 @@ def vq_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits ``[*batch, vocab]``, float32, for checks and for code that needs logits.
 
-    It takes a full head's memory; `vq_nll` and `VQTables` give the same numbers without it. ::
+    It needs a full head's memory; `vq_nll` and `VQTables` give the same numbers without it. ::
 
         logit_v = (h . C_{m(v)} + b_v) / T
 
@@ -105,9 +104,9 @@ def vq_nll(
 ) -> Float[jax.Array, "*batch"]:
     """Cross-entropy of a vector-quantised head, exact, in O(N K d) and N x K memory.
 
-    Equal to the cross-entropy of `vq_logits`, in value and gradient, without making them. The
+    Equal to the cross-entropy of `vq_logits`, in value and gradient, without forming them. The
     paper (VQ-Logits, arXiv:2505.10202) scatters to V logits; our normaliser is over clusters.
-    Gives float32 ``[*batch]``, not reduced; nan where the label is outside the vocabulary. ::
+    Returns float32 ``[*batch]``, not reduced; nan if the label is outside the vocabulary. ::
 
         z_k = h . C_k
         log Z = logsumexp_k (z_k + log B_k),   log B_k = logsumexp_{v in k} b_v
@@ -124,7 +123,7 @@ def vq_nll(
 
     Raises:
         TypeError: arrays of another kind.
-        ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
+        ValueError: shapes that do not fit, or (outside ``jit``) a cluster that does not exist.
 
     >>> import numpy as np
     >>> assignment, labels = np.array([0, 1, 1, 0]), np.array([0, 3])
@@ -138,16 +137,16 @@ def vq_nll(
     def run(
         hidden: Array, labels: Array, codebook: Array, added: Array, assignment: Array
     ) -> tuple[jax.Array]:
-        # A state that is no number has no loss; with a cotangent of zero its gradients, which sum
-        # over positions, would be zero times nan.
+        # A hidden state of nan has no loss; with a cotangent of zero its gradients, which sum over
+        # positions, would be zero times nan.
         fine = jnp.isfinite(hidden).all(-1, keepdims=True)
         hidden = jnp.where(fine, hidden, 0)
         scores = code_scores(hidden, codebook) / temperature
         mass = cluster_log_mass(added, assignment, codebook.shape[0])
-        # K terms stand for V: sum_v exp(s_m(v) + b_v) = sum_k exp(s_k) sum_{v in k} exp(b_v).
+        # K terms replace V: sum_v exp(s_m(v) + b_v) = sum_k exp(s_k) sum_{v in k} exp(b_v).
         log_z = logsumexp(scores + mass)
         chosen = jnp.take_along_axis(scores, assignment[labels][..., None], axis=-1)[..., 0]
-        # The label's score is its code's and its bias.
+        # The label's score is its code's score plus its bias.
         nll = log_z - chosen - added[labels]
         nll = nll + z_loss * log_z**2 if z_loss else nll
         fine = fine[..., 0] & (labels >= 0) & (labels < len(added))
@@ -167,7 +166,7 @@ def on_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: Any) -> 
 
 
 def check_head(hidden: Any, codebook: Any, bias: Any, assignment: Any, labels: Any = None) -> None:
-    """Refuses a head whose parts do not fit, and tokens in a cluster that there is not."""
+    """Refuse a head whose parts do not fit, and tokens in a cluster that does not exist."""
     checks.shapes(
         hidden=(hidden, "float *batch hidden"),
         codebook=(codebook, "float codes hidden"),

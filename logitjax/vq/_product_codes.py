@@ -16,9 +16,9 @@ from logitjax.ops import Array, checks
 from logitjax.ops import mesh as on_mesh
 from logitjax.vq._kmeans import fit_kmeans
 
-#: Positions up to which tables are sums of products of numbers.
+#: Number of positions up to which tables are sums of scalar products.
 _FEW = 4
-#: Packed codes: tokens of a block, and codes a group at most.
+#: Packed codes: tokens per block, and maximum codes per group.
 _BLOCK = 32
 _CODES = 16
 
@@ -54,14 +54,14 @@ class ProductCodes:
     ) -> "ProductCodes":
         """Codes for the rows of a head, by k-means in each group of dimensions.
 
-        Each group uses its own block of the covariance: correlations between groups are left out.
-        The codes are uint8 or uint16, without a bias. By Jegou et al., Product quantization for
-        nearest neighbor search, 2011.
+        Each group uses its own block of the covariance, without correlations between groups. The
+        codes are uint8 or uint16, without a bias. By Jegou et al., Product quantization for nearest
+        neighbor search, 2011.
 
         Args:
-            rows, unigram, hidden_cov, key, iterations: as of `fit_assignment`.
+            rows, unigram, hidden_cov, key, iterations: as for `fit_assignment`.
             groups: number of parts of the hidden dimensions; ValueError if it does not divide them.
-            num_codes: number of codes in a group; with at most 256 a code is one byte.
+            num_codes: number of codes per group; with at most 256 a code is one byte.
 
         >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
         >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
@@ -88,15 +88,15 @@ class ProductCodes:
                 )
             )
         codes, centres = zip(*items, strict=True)
-        # Bytes are what decoding reads.
+        # Decoding reads bytes.
         small = jnp.uint8 if num_codes <= 256 else jnp.uint16
         return cls(jnp.stack(centres), jnp.stack(codes, axis=1).astype(small))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
-        """The rows that the codes stand for, `[vocab, hidden]`: every loss of a full head applies.
+        """The rows that the codes represent, `[vocab, hidden]`, for any loss of a full head.
 
-        Training through it costs what a full head costs; O(K) normalisation is lost, because a grid
-        of codes is not a product of clusters.
+        Training through it costs as much as a full head; O(K) normalisation is impossible, because
+        a grid of codes is not a product of clusters.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1], [1, 0]]))
         >>> print(jax.jit(ProductCodes.kernel)(codes))
@@ -108,9 +108,9 @@ class ProductCodes:
         return rows.reshape(codes.shape[0], -1)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
-        """All V logits in O(K d + V groups) per token: one small table a group, then look-ups.
+        """All V logits in O(K d + V groups) per token: a small table per group, then look-ups.
 
-        Gives ``[*batch, vocab]``, float32. ::
+        Returns ``[*batch, vocab]``, float32. ::
 
             logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
 
@@ -140,7 +140,7 @@ class ProductCodes:
         return total if self.bias is None else total + jnp.asarray(self.bias)
 
     def _check(self, hidden: Any) -> None:
-        """Refuses parts that do not fit one another or hidden states, and codes there are not."""
+        """Refuse parts that do not fit together or fit hidden states, and missing codes."""
         checks.shapes(
             codebooks=(self.codebooks, "float groups codes part"),
             codes=(self.codes, "int vocab groups"),
@@ -156,7 +156,7 @@ class ProductCodes:
         checks.ids(self.codes, count, "codes")
 
     def packed(self) -> "PackedCodes":
-        """The same with two codes a byte, for at most 16 of them, and tables rounded to bytes."""
+        """Pack two codes per byte, for at most 16 codes, and round tables to bytes."""
         bias = jnp.zeros(len(self.codes)) if self.bias is None else self.bias
         return PackedCodes(jnp.asarray(self.codebooks), pack_codes(self.codes), bias)
 
@@ -164,16 +164,16 @@ class ProductCodes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedCodes:
-    """`ProductCodes` of at most 16 codes a group, packed as by `pack_codes`."""
+    """`ProductCodes` of at most 16 codes per group, packed as by `pack_codes`."""
 
     codebooks: Any
     codes: Any
     bias: Any
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
-        """Logits with tables rounded to bytes, whose sums a CPU takes 32 at a time.
+        """Logits with tables rounded to bytes, of which a CPU sums 32 at a time.
 
-        A logit is at most ``groups * s / 2`` from that of `ProductCodes`: enough to screen. ::
+        A logit is within ``groups * s / 2`` of that of `ProductCodes`: enough to screen. ::
 
             t_gk = h_g . C^g_k,  low_g = min_k t_gk,  s = max_gk (t_gk - low_g) / 255
             logit_v = s sum_g round((t_g,m_g(v) - low_g) / s) + sum_g low_g + b_v
@@ -200,16 +200,16 @@ class PackedCodes:
 
 
 def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "blocks pairs 32"]:
-    """Two codes a byte, in the order in which 32 tokens are looked up at once.
+    """Pack two codes per byte, in the order in which 32 tokens are looked up at once.
 
-    Byte ``16 s + j`` of block b (32 tokens) and pair p (two groups) holds group ``2 p + s`` of the
-    tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half); 0 completes both. The idea:
-    Andre et al., Product quantization fast scan, 2015.
+    Byte ``16 s + j`` of block b (32 tokens) and pair p (two groups) contains group ``2 p + s`` of
+    the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half), padded with 0. Idea: Andre
+    et al., Product quantization fast scan, 2015.
     """
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise TypeError(f"codes: expected integers, got {codes.dtype}")
-    # While it is traced.
+    # While being traced.
     with contextlib.suppress(jax.errors.ConcretizationTypeError):
         least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
         if least < 0 or most >= _CODES:
@@ -247,7 +247,7 @@ def product_tables(hidden: jax.Array, codebooks: jax.Array) -> jax.Array:
     cut = hidden.reshape(*hidden.shape[:-1], groups, part)
     codebooks = codebooks.astype(hidden.dtype)
     if hidden.size <= _FEW * groups * part and part <= 8:
-        # As many tiny products as there are groups cost more to start than to do.
+        # As many tiny products as groups cost more to launch than to compute.
         terms = (cut[..., i, None].astype(wide) * codebooks[..., i] for i in range(part))
         return functools.reduce(jnp.add, terms)
     return jnp.einsum("...gp,gkp->...gk", cut, codebooks, preferred_element_type=wide)
@@ -260,7 +260,7 @@ def _logits(
     tables = product_tables(hidden, codebooks)
     low = tables.min(-1, keepdims=True)  # [n, groups, 1]
     step = (tables - low).max((-2, -1), keepdims=True) / 255
-    # Tables that say nothing are all zeros.
+    # Constant tables are all zeros.
     rounded = jnp.round((tables - low) / jnp.where(step > 0, step, 1)).astype(jnp.uint8)
     groups, num_codes = tables.shape[1:]
     # An odd group adds 0.
@@ -278,7 +278,7 @@ def _logits_jvp(primals: Any, tangents: Any) -> Any:
         return ProductCodes(codebooks, codes, bias).logits(hidden)
 
     moving = (hidden, codebooks, bias)
-    # Codes do not move.
+    # Codes are not trained.
     changes = (tangents[0], tangents[1], tangents[3])
     return _logits(*primals), jax.jvp(unrounded, moving, changes)[1]
 

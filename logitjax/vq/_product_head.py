@@ -17,10 +17,10 @@ class ProductHead(VocabularyHead):
     """`ProductCodes` as a module, to be injected into a decoder. The codes are not trained.
 
     Args:
-        groups: into how many parts the hidden dimensions are cut.
-        num_codes: codes a group.
-        codes: ``[vocab, groups]``, e.g. of `ProductCodes.fit`; random when omitted.
-        packed: keep two codes a byte, for at most 16 of them, and round tables to bytes.
+        groups: number of parts of the hidden dimensions.
+        num_codes: number of codes per group.
+        codes: ``[vocab, groups]``, e.g. of `ProductCodes.fit`; by default random.
+        packed: store two codes per byte, for at most 16 codes, and round tables to bytes.
 
     >>> make = lambda: ProductHead(8, 20, groups=4, num_codes=5, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
@@ -46,7 +46,7 @@ class ProductHead(VocabularyHead):
             raise ValueError(
                 f"groups: expected a divisor of hidden_size={hidden_size}, got {groups}"
             )
-        # a byte where it will do.
+        # One byte if it suffices.
         small = jnp.uint8 if num_codes <= 256 else jnp.uint16
         if codes is None:
             codes = jax.random.randint(rngs.params(), (vocab_size, groups), 0, num_codes)
@@ -64,7 +64,7 @@ class ProductHead(VocabularyHead):
 
     @classmethod
     def from_fit(cls, fit: ProductCodes, **options: Any) -> "ProductHead":
-        """The head that `ProductCodes.fit` found."""
+        """The head with the result of `ProductCodes.fit`."""
         groups, num_codes, part = fit.codebooks.shape
         head = cls(
             groups * part,
@@ -97,14 +97,14 @@ class ProductHead(VocabularyHead):
         return Head(value.kernel(), value.bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """Return its `HeadCost`: a look-up a group and token, in training a full head."""
+        """Return its `HeadCost`: a look-up per group and token; in training, a full head."""
         groups, codes, part = self.codebooks.shape
         vocab, hidden = self.bias.shape[0], groups * part
         itemsize = self.codebooks.dtype.itemsize
         parameters = codes * hidden + vocab
         assignment = vocab * groups * (1 if codes <= 256 else 2)  # in bytes
         if self.packed:
-            # Of whole blocks of 32 tokens, and pairs of groups.
+            # In whole blocks of 32 tokens, and pairs of groups.
             assignment = -(-vocab // 32) * 32 * -(-groups // 2)
         return HeadCost(
             parameters=parameters,

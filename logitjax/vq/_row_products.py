@@ -1,4 +1,4 @@
-"""Products with chosen rows: what re-scoring a few tokens of a vocabulary takes."""
+"""Products with chosen rows, for re-scoring a few tokens of a vocabulary."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ _PART = 256
 def row_products(
     vectors: Float[Array, "n width"], rows: Float[Array, "vocab width"], ids: Int[Array, "n chosen"]
 ) -> Float[jax.Array, "n chosen"]:
-    """``out[n, m] = vectors[n] . rows[ids[n, m]]``, on a CPU from where the rows lie."""
+    """Compute ``out[n, m] = vectors[n] . rows[ids[n, m]]``, on a CPU without copying rows."""
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.asarray(ids)
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
-    # The kernel reads without a check.
+    # The kernel does not check its arguments.
     ids = jnp.clip(ids, 0, rows.shape[0] - 1)
 
     def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
@@ -55,7 +55,7 @@ def _gathered(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
         return jnp.matmul(at(ids), vector, preferred_element_type=wide)
 
     def by_parts(vector: jax.Array, ids: jax.Array) -> jax.Array:
-        """A part's rows stay in the cache between being gathered and being read."""
+        """A part's rows stay in the cache between gathering and reading."""
         parts = jnp.array_split(ids, max(1, -(-ids.size // _PART)))
         return jnp.concatenate([at_once(vector, part) for part in parts])
 

@@ -1,4 +1,4 @@
-"""Screened heads: a cheap head looks at all tokens, exact rows re-score the best of them."""
+"""Screened heads: a cheap head scores all tokens, exact rows re-score the best of them."""
 
 import dataclasses
 import math
@@ -22,13 +22,13 @@ from logitjax.vq._row_products import row_products
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Screen:
-    """A cheap head that looks at all tokens, and better rows for the best of them.
+    """A cheap head that scores all tokens, and better rows for the best of them.
 
     Attributes:
         cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
             `ProductCodes.logits`.
         rescore: a `Head` with better rows, or its kernel alone.
-        num_candidates: tokens that are re-scored.
+        num_candidates: number of tokens to re-score.
     """
 
     cheap: Callable[[jax.Array], jax.Array]
@@ -38,17 +38,17 @@ class Screen:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """Logits of a cheap head, the largest of them replaced by those of better rows.
 
-        The better logits divide the candidates' mass; the cheap head says how large that mass is.
-        The cheap logits are only known up to a number that depends on the
-        context, which a head tuned to imitate another's probabilities may well learn. ::
+        The better logits divide the candidates' mass; the cheap head determines how large that mass
+        is. The cheap logits are only known up to a number that depends on the context, which a head
+        tuned to imitate another's probabilities may well learn. ::
 
             s = cheap(h),  c = the num_candidates largest of it
             l_v = rescore(h, v)       v in c
                   s_v + shift(h)      otherwise
             shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
-        It is float32 ``[*batch, vocab]``; ValueError if ``num_candidates`` is not in 1..vocab.
-        Shim et al., SVD-softmax, 2017, screen by a low rank; here any cheap head may screen.
+        The result is float32 ``[*batch, vocab]``; ValueError if ``num_candidates`` is not in
+        1..vocab. Shim et al., SVD-softmax, 2017, screen by a low rank; here any cheap head may.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
@@ -93,11 +93,11 @@ class Screen:
     ) -> TopK:
         """The k best candidates by their better logits.
 
-        They are the full head's wherever its k best tokens are among the candidates.
-        Gives the `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+        They are the full head's if its k best tokens are among the candidates. Returns the `TopK`:
+        ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
         Args:
-            k: how many, at most ``num_candidates``; ValueError for others, and as of `logits`.
+            k: number of tokens, at most ``num_candidates``; otherwise ValueError.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
@@ -115,7 +115,7 @@ class Screen:
         scores, tokens, better = self._look(flat)
         values, places = top_k(better, k)
         chosen = gather_at(tokens, places)
-        # It would take a pass over V.
+        # It would need a pass over V.
         log_z = jnp.zeros(len(flat), jnp.float32)
         if with_log_z:
             log_z = logsumexp(_joined(scores, tokens, better))
@@ -137,12 +137,12 @@ class Screen:
 class ScreenedHead(VocabularyHead):
     """A cheap head screens, rows of the (tied) embedding re-score.
 
-    A model whose embedding is in memory gets its own logits back, for a tenth of the rows read.
+    A model with its embedding in memory gets its own logits back, for a tenth of the rows read.
 
     Args:
-        screen: any head that makes V cheap logits: a `ProductHead`, a `VQHead`.
-        num_candidates: tokens that are re-scored.
-        rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
+        screen: any head with V cheap logits: a `ProductHead`, a `VQHead`.
+        num_candidates: number of tokens to re-score.
+        rows: ``[vocab, hidden]``, the head's own rows; None uses the embedding.
         row_bias: ``[vocab]``, their biases.
 
     >>> from logitjax.vq import VQHead
@@ -176,7 +176,7 @@ class ScreenedHead(VocabularyHead):
         rows = embedding if self.rows is None else self.rows[...]
         if rows is None:
             raise ValueError(
-                "embedding: expected one, for this ScreenedHead has no rows of its own, got None"
+                "embedding: expected rows, because this ScreenedHead has none of its own, got None"
             )
         bias = None if self.row_bias is None else self.row_bias[...]
         # `[vocab, hidden]`.
@@ -202,13 +202,13 @@ class ScreenedHead(VocabularyHead):
         if rows is None:
             raise ValueError("embedding: expected the rows that re-score, got None")
         vocab, hidden = rows.shape
-        # The embedding is there anyway.
+        # The embedding is in memory anyway.
         local = 0 if self.rows is None else vocab
         return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, kept=local)
 
 
 def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:
-    """The better logits at their tokens, and the cheap ones elsewhere, moved to their scale."""
+    """The better logits at their tokens; the cheap ones elsewhere, shifted to their scale."""
 
     def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
         rows = jnp.arange(scores.shape[0])[:, None]
@@ -240,7 +240,7 @@ def in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -
             jnp.pad(x, [(0, blocks * block_size - count)] + [(0, 0)] * (x.ndim - 1)) for x in flat
         ]
         cut = tuple(x.reshape(blocks, block_size, *x.shape[1:]) for x in padded)
-        # Rows gathered are not kept.
+        # Gathered rows are not kept.
         out = lax.map(jax.checkpoint(block), cut)
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

@@ -1,4 +1,4 @@
-"""An old head's outputs on cached hidden states, kept in a form that tunes a new one cheaply."""
+"""An old head's outputs on cached hidden states, in a form that makes tuning a new head cheap."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ from logitjax.ops import Array, logsumexp, top_k
 class HeadTargets:
     """Expectations of a full head over cached hidden states.
 
-    A VQ head's cross-entropy against the full one is linear in codebook and biases but for its own
-    normaliser: tuning needs sums, and large probabilities to keep the noise of mini-batches low.
+    A VQ head's cross-entropy against the full one is linear in codebook and biases except for its
+    own normaliser: tuning needs sums, and large probabilities to reduce the noise of mini-batches.
 
     Attributes:
         sums, counts: ``[vocab, hidden]`` and ``[vocab]``, ``sum_n p(v | h_n) h_n`` and without h.
@@ -39,7 +39,7 @@ class HeadTargets:
     nll: np.ndarray
 
     def with_top(self, top: int, hidden: Float[Array, "count hidden"]) -> "HeadTargets":
-        """The same expectations with fewer top tokens a position."""
+        """The same expectations with fewer top tokens per position."""
         probs, tokens = self.top_probs[:, :top], self.top_tokens[:, :top]
         sums, counts = _rest(self.sums, self.counts, probs, tokens, hidden)
         return dataclasses.replace(
@@ -55,7 +55,7 @@ def head_targets(
     top: int = 64,
     block_size: int = 512,
 ) -> HeadTargets:
-    """Run the full head once over cached hidden states; O(N V d), the only time it is needed."""
+    """Run the full head once over cached hidden states; O(N V d), the only use of it."""
     rows = jnp.asarray(head.rows, jnp.float32)
     vocab, width = rows.shape
     top = min(top, vocab)
@@ -69,7 +69,7 @@ def head_targets(
         if head.soft_cap is not None:
             logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
         log_z = logsumexp(logits)
-        # Padding counts for nothing.
+        # Padding does not count.
         probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]
         values, tokens = top_k(logits, top)
         # 0 times -inf is nan.
@@ -110,12 +110,12 @@ def head_targets(
 def _rest(
     sums: np.ndarray, counts: np.ndarray, probs: np.ndarray, tokens: np.ndarray, hidden: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of expected sums and counts what lies outside the top tokens of each position."""
+    """The part of expected sums and counts outside the top tokens of each position."""
     count, top = probs.shape
     places = np.repeat(np.arange(count), top)
     kept = scipy.sparse.csr_matrix(
         (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(len(counts), count)
     )
-    # sparse: few of V a position.
+    # Sparse: few of V per position.
     rest = sums - kept @ np.asarray(hidden, np.float32)
     return rest, counts - np.asarray(kept.sum(1))[:, 0]

@@ -22,7 +22,7 @@ from logitjax.vq._targets import HeadTargets
 
 HeadLoss = Callable[..., jax.Array]
 
-#: A head is small: every device holds it whole.
+#: A head is small, so every device holds a full copy.
 _REPLICATED = ShardingRules()
 
 
@@ -53,13 +53,13 @@ class Tuning:
     def update(
         self, mesh: Mesh, loss_fn: HeadLoss | None = None
     ) -> tuple[optax.GradientTransformation, training.TrainStep]:
-        """The optimizer, and the compiled step that `run` takes.
+        """The optimizer, and the compiled step for `run`.
 
-        `loss_fn` is that of `ConvertConfig` when omitted, and else as of `run`. Batches of the step
-        are tuples of arrays, as it takes them after `constants`.
+        `loss_fn` is by default that of `ConvertConfig`, otherwise as for `run`. Batches of the step
+        are tuples of arrays, its arguments after `constants`.
         """
         of_position = vq_distillation_loss if loss_fn is None else loss_fn
-        # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
+        # The larger epsilon keeps rare codes and tokens from drifting with the noise.
         schedule = training.Schedule(
             self.learning_rate,
             warmup=max(1, int(self.warmup * self.steps)),
@@ -91,8 +91,8 @@ class Tuning:
             params: Pytree of trained arrays.
             arrays: `[count, ...]` each, sampled together: hidden states, labels, ...
             constants: Pytree that is not trained: assignments, tables.
-            between: `(step, params, constants)`, called after so many steps; returns None, or
-                others to continue with, as reassignment does. The moments of the optimizer stay.
+            between: `(step, params, constants)`, called after each step number; returns None, or
+                replacements to continue with, as reassignment does. The optimizer's moments stay.
             mesh: Its data and fsdp axes share the positions of a step (ValueError if they do not
                 divide them); parameters and constants are on every device. Every process has all
                 `arrays` and gets all results.
@@ -170,16 +170,16 @@ class Tuning:
         *,
         constants: Any = None,
     ) -> tuple[Any, list[float]]:
-        """Tunes a head that is rows in the end to an old head, at O(V d) a position.
+        """Tune a head that amounts to rows against an old head, at O(V d) per position.
 
-        The losses it gives back are KL divergences from the old head's whole distribution.
+        The returned losses are KL divergences from the old head's whole distribution.
 
         Args:
             head_of: `(params, constants)` to a `Head` with biases.
-            hidden, targets: Positions, and what the old head says there.
-            params, constants, mesh: As of `run`.
+            hidden, targets: Positions, and the old head's outputs there.
+            params, constants, mesh: As for `run`.
         """
-        # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
+        # Fewer of the top tokens, because their rows are gathered, unlike in VQ heads.
         targets = targets.with_top(16, hidden)
         rest = (targets.rest_sums / len(hidden), targets.rest_counts / len(hidden))
 
@@ -189,7 +189,7 @@ class Tuning:
             bias = head.bias
             nll = linear_cross_entropy(hidden, head, tokens[:, 0])
             logits = jnp.einsum("nd,nkd->nk", hidden, head.rows[tokens]) + bias[tokens]
-            # Expected logits of all other tokens are linear in rows and biases: two sums hold them.
+            # Expected logits of all other tokens are linear in rows and biases: two sums suffice.
             far = (head.rows * rest_sums).sum() + (bias * rest_counts).sum()
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 
@@ -207,7 +207,7 @@ def vq_distillation_loss(
 ) -> jax.Array:
     """Cross-entropy of a VQ head against the old head's whole distribution, from `HeadTargets`.
 
-    ``R`` and ``r`` sum over all N positions what lies outside the top tokens: the mean is exact. ::
+    ``R`` and ``r`` sum the part outside the top tokens over all N positions: the mean is exact. ::
 
         log Z_q(h_n) - sum_{v in top(n)} p_n(v) (z_{n,m(v)} + b_v)
                      - 1/N (sum_k C_k . R_k + sum_v r_v b_v)
@@ -234,7 +234,7 @@ def tune_vq_head(
     min_count: float = 1.0,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array | None, Array, dict[str, list[float]]]:
-    """Tunes codebook and biases to the old head, and now and then the mapping (`reassign`)."""
+    """Tune codebook and biases to the old head and, at intervals, the mapping (`reassign`)."""
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)

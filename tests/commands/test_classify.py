@@ -59,11 +59,11 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
     command.run(config, out)
     report = (out / "report.md").read_text()
     for line in (
-        "2 skipped, as they cannot be read",
+        "2 skipped because they cannot be read",
         "1 rotated by their EXIF tag",
-        "1 put on a white background, as they are transparent",
-        "2 only the first of each is kept, as the pixels are equal",
-        "1 skipped, as equal pixels occur in several classes",
+        "1 put on a white background because they are transparent",
+        "2 only the first of each is kept because their pixels are equal",
+        "1 skipped because equal pixels occur in several classes",
         "32 a class have the same pictures as 4.",
         "Level with it on these pictures",
         "By class, from the worst (at most 20):",

@@ -458,4 +458,4 @@ def test_a_family_of_ones_own_is_known_before_the_command_runs(monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         cli.main(Config, PRESETS, run, program="toy", arguments=["--family=nowhere:VALUE"])
     assert stop.value.code == 2
-    assert "error: family nowhere:VALUE: expected what can be imported" in capsys.readouterr().err
+    assert "error: family nowhere:VALUE: expected an importable module" in capsys.readouterr().err

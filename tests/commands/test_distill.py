@@ -304,7 +304,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
     [
         (dict(drop_layers=2), "drop_layers: expected fewer than the 2 layers of 'tiny', got 2"),
         (dict(keep_layers=(0, 5)), r"keep_layers: expected layers 0 to 1 of .tiny., got \[0, 5\]"),
-        (dict(loss=("kl",)), "teacher: expected one for the loss 'kl', got none"),
+        (dict(loss=("kl",)), "teacher: expected a teacher for the loss 'kl', got none"),
         (dict(freeze="below"), "freeze: expected drop_layers and listed layers"),
         (dict(loss=("nll",)), "loss: expected one of alm"),
         (dict(loss=("sft",), freeze="nothing"), "freeze: .* matches no"),

@@ -149,7 +149,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("base: expected one, got 2", dict(fusion="contrastive", base=("tiny", "tiny"))),
         ("expert: expected one, ", dict(fusion="logit_difference", expert=("tiny", "tiny"))),
         (
-            "base: expected one or 3, as many as experts, got 2",
+            "base: expected one or 3, the number of experts, got 2",
             dict(fusion="proxy", expert=("tiny",) * 3, base=("tiny",) * 2),
         ),
         ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
@@ -163,7 +163,7 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         assert message in refused(model=directory, **values)
     for message, values in (
         ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
-        ("line 2: no JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
+        ("line 2: not JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
         ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
         ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
         ("draft: expected expert, base, prompt or a model 'nowhere'", dict(draft="nowhere")),

@@ -12,8 +12,8 @@ from logitjax.commands.line_up import LineUp
 @pytest.mark.parametrize(
     ("choices", "line"),
     [
-        ("free", "answers give the logits away, whatever is hidden of their values"),
-        ("plain", "a token of probability p is read from some 1/p answers"),
+        ("free", "answers reveal the logits, whichever of their values are hidden"),
+        ("plain", "a token of probability p is revealed by about 1/p answers"),
         ("metered", "at most 200 nats of a context, of this run: a restart forgets"),
     ],
 )

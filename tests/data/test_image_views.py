@@ -81,7 +81,7 @@ def test_wrong_options_are_named():
     for options, message in [
         (dict(count=2), "1 for plain views, got 2"),
         (dict(kind="random", count=0), "count: expected at least 1"),
-        (dict(scale=(0.9, 0.5)), "scale: expected two rising shares"),
+        (dict(scale=(0.9, 0.5)), "scale: expected two ascending shares"),
     ]:
         with pytest.raises(ValueError, match=message):
             data.ImageViews(**(make | options))

@@ -116,7 +116,7 @@ def test_anybodys_model_steps_too():
         return large + 0.7 * (expert - base)
 
     assert out.rows()[1] == slow_greedy(after, PROMPTS[1], 4)
-    with pytest.raises(ValueError, match="given cache has 3 rows"):
+    with pytest.raises(ValueError, match="rows, got 3"):
         generate(triple, PROMPTS[:2], max_new_tokens=2)
 
 

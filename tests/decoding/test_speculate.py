@@ -305,7 +305,7 @@ def test_who_cannot_draft_is_named():
     model = bags(1)
     for arguments, message in (
         (dict(draft="base"), "1 experts and 0 bases"),
-        (dict(draft=0), "place from 1 to 1"),
+        (dict(draft=0), "index from 1 to 1"),
         (dict(lengths=(3, 2)), "ascending"),
     ):
         with pytest.raises(ValueError, match=message):

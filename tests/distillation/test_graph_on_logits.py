@@ -123,7 +123,7 @@ def test_statistics_give_the_same_as_logits_and_may_hold_more():
         student_where=student_where,
     )
     np.testing.assert_allclose(whole, cached, rtol=1e-5)
-    with pytest.raises(ValueError, match="hold the top 3 logits, 4 are needed"):
+    with pytest.raises(ValueError, match="at most the 3 stored logits, got 4"):
         graph_on_logits(graph_statistics(student, 3), teacher, config=config)
 
 

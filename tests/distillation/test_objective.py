@@ -215,7 +215,7 @@ def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
     ("terms", "message"),
     [
         (["nll"], "loss: expected one of alm, chunk_reward, .*got 'nll'"),
-        (["kl:much"], "loss kl:much: expected what can be imported"),
+        (["kl:much"], "loss kl:much: expected an importable module"),
         (["kl(heat=2)"], "loss kl: expected one of temperature, .*got 'heat'"),
         (["kl", "kl:2"], "loss: expected each loss once"),
         (["sft:-1"], "loss: expected no negative weights"),

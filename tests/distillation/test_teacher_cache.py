@@ -155,7 +155,7 @@ def test_padding_rows_are_zeros_and_absent_rows_an_error(tmp_path):
     got = cache.read([-1, 5])
     assert all(not got[name][0].any() for name in got)
     assert cache.missing([-1, 2, 3, 4]).tolist() == [3, 4]
-    with pytest.raises(ValueError, match="lacks 1 of the rows asked for, such as 7"):
+    with pytest.raises(ValueError, match="lacks 1 of the requested rows, such as 7"):
         cache.read([2, 7])
 
 

@@ -130,9 +130,9 @@ def test_errors_name_the_culprit():
     cached = top_k_of(teacher, 6)
     with pytest.raises(ValueError, match="teacher: expected at least top_k=10 entries, got 6"):
         universal_logit_distance(student, cached)
-    with pytest.raises(ValueError, match="top_k: expected a number, for teacher is a TopK"):
+    with pytest.raises(ValueError, match="top_k: expected a number, as teacher is a TopK"):
         universal_logit_distance(student, cached, top_k=None)
-    with pytest.raises(ValueError, match="vocab_where: expected None, for student is a TopK"):
+    with pytest.raises(ValueError, match="vocab_where: expected None, as student is a TopK"):
         universal_logit_distance(cached, student, top_k=4, vocab_where=np.ones(23, bool))
     with pytest.raises(ValueError, match=r"batch axes of student, \(2, 3\), got \(2, 2\)"):
         universal_logit_distance(student, teacher[:, :2], top_k=4)

@@ -291,7 +291,7 @@ def test_shapes_are_checked():
         DynamicFusion()(LARGE, EXPERT[:, :-1], BASE)
     with pytest.raises(ValueError, match="one base or one for each of 3 experts, got 2"):
         DynamicFusion()(LARGE, np.stack([EXPERT] * 3), np.stack([BASE] * 2))
-    with pytest.raises(ValueError, match="which this strategy needs, got none"):
+    with pytest.raises(ValueError, match="that this strategy needs, got none"):
         DynamicFusion()(LARGE, np.zeros((0, *LARGE.shape), np.float32), BASE)
 
 

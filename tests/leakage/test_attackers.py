@@ -28,7 +28,7 @@ def test_the_drawn_token_s_own_value_gives_any_other_through_a_bias():
     for policy, reason in (
         (LogitPolicy(top_k=5, bias="sampling"), "only the top k can be seen"),
         (LogitPolicy(top_k=5, sampled=True), "only what is drawn can be seen"),
-        (LogitPolicy(returns="token"), "takes a logit bias"),
+        (LogitPolicy(returns="token"), "accepts a logit bias"),
     ):
         with pytest.raises(ValueError, match=reason):
             recover_log_probs(oracle_of(LOGITS[None], policy), [0], 60)
@@ -173,7 +173,7 @@ def test_searches_say_what_they_did_not_find():
     np.testing.assert_allclose(searched.middle[:3], [0.0, -3.0, -33.0], atol=0.01)
     assert np.isneginf(searched.lower[3])
     assert np.isnan(searched.middle[3])
-    with pytest.raises(ValueError, match="takes a logit bias"):
+    with pytest.raises(ValueError, match="accepts a logit bias"):
         search_logits(oracle_of(logits, LogitPolicy(returns="token")), [0], [1])
     with pytest.raises(ValueError, match="span: expected more than"):
         search_logits(oracle, [0], [1], span=101.0)

@@ -93,7 +93,7 @@ def test_noise_of_biased_queries_is_the_prompt_s_too():
 def test_a_budget_is_kept_and_nothing_is_answered_past_it():
     oracle = oracle_of(LOGITS, LogitPolicy(bias="reported"), budget=3)
     oracle.ask([[0], [1]])
-    with pytest.raises(BudgetExhaustedError, match="2 queries would pass the budget: 2 of 3"):
+    with pytest.raises(BudgetExhaustedError, match="2 queries would exceed the budget: 2 of 3"):
         oracle.ask_biased([0], [[0], [1]], [[1.0], [1.0]])
     assert oracle.queries == 2
     oracle.ask([[1]])

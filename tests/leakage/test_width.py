@@ -84,11 +84,11 @@ def test_pure_noise_has_no_width():
         width = estimate_output_subspace(rows, centre=False).width
         refused += width.estimate is None and width.lower == 0 and width.upper is None
     assert refused >= 19
-    assert width.reason == f"nothing but white noise of {width.noise:.3g} is seen"
+    assert width.reason == f"only white noise of {width.noise:.3g} is seen"
     assert str(width) == "not known"
     for nothing in (np.zeros((5, 40)), np.full((5, 40), -3.7)):
         width = estimate_output_subspace(nothing.astype(np.float32)).width
-        assert width.reason == "nothing but rounding is seen"
+        assert width.reason == "only rounding is seen"
     assert estimate_output_subspace(_rows(1)).width.lower <= 1
 
 
@@ -107,7 +107,7 @@ def test_tokens_without_a_value_are_left_out(value):
     whole = subspace.complete(tokens, rows[:2, tokens])
     assert np.isnan(whole[:, [7, 11]]).all()
     np.testing.assert_allclose(whole[:, where], rows[:2, where], atol=1e-3)
-    with pytest.raises(ValueError, match="tokens: expected some that the basis knows"):
+    with pytest.raises(ValueError, match="tokens: expected tokens of the basis"):
         subspace.complete(np.array([7, *tokens]), rows[:2, [7, *tokens]])
     rows[0, 200:] = value
     with pytest.raises(ValueError, match="expected finite values in most tokens, got 402 of 600"):

@@ -115,7 +115,7 @@ def test_a_support_as_one_list_is_laid_out_before_jit():
     assert [sorted(x[x >= 0]) for x in padded.reshape(-1, 9)] == [
         sorted(x[x >= 0]) for x in SUPPORT.reshape(-1, 9)
     ]
-    with pytest.raises(ValueError, match="row_splits: expected 2 rising numbers from 0 to 2"):
+    with pytest.raises(ValueError, match="row_splits: expected 2 ascending numbers from 0 to 2"):
         losses.pad_support(np.arange(2), np.array([0, 1]), (1,))
 
 

@@ -126,7 +126,7 @@ def test_templates_cannot_reach_what_is_not_theirs(characters):
         with pytest.raises(ValueError, match=reason) as error:
             characters.render_chat(TWO_TURNS)
         assert "\n" not in str(error.value)
-    with pytest.raises(TypeError, match=r"messages\[0\]\.content: expected what JSON can say"):
+    with pytest.raises(TypeError, match=r"messages\[0\]\.content: expected a JSON value"):
         characters.render_chat([{"role": "user", "content": object()}])
 
 

@@ -69,11 +69,11 @@ def test_a_layer_type_is_needed_where_no_window_is():
     ("name", "change", "message"),
     [
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is"),
-        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not known"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is unknown for"),
         ("gemma3", {"rope_scaling": {"type": "yarn"}}, "its kind under the name rope_type"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx="),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not known of gpt2"),
-        ("smollm2", {"sliding_window": 5}, "sliding_window=5 is not known of llama"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is unknown for gpt2"),
+        ("smollm2", {"sliding_window": 5}, "sliding_window=5 is unknown for llama"),
         ("smollm2", {"residual_multiplier": 0.2}, "remove the key if it does not"),
         ("smollm2", {"quantization_config": {"bits": 4}}, "use the unquantized checkpoint"),
         ("smollm2", {"quantization_config": {"quant_method": "mxfp4"}}, r"\('mxfp4'\) are"),
@@ -96,7 +96,7 @@ def test_a_layer_type_is_needed_where_no_window_is():
         ("qwen2", {"hidden_act": "relu"}, "hidden_act: expected one of silu"),
         ("gemma3", {"rope_parameters": {"rope_theta": 3.0}}, "an object for each kind of layer"),
         ("gpt2", {"eos_token_id": ["a"]}, "eos_token_id: expected ids of tokens"),
-        ("phi4_mini", {"interpolate_factor": 2}, "interpolate_factor=2 is not known of phi3"),
+        ("phi4_mini", {"interpolate_factor": 2}, "interpolate_factor=2 is unknown for phi3"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(name, change, message):

@@ -49,7 +49,7 @@ def test_a_budget_counts_what_is_under_way_and_gets_back_what_was_not_used():
     eve = Key(name="eve")
     kept = accounts.reserve(eve, queries=1, tokens=1, nats=3.0)
     assert accounts.spent(eve).nats == 3.0
-    accounts.settle(kept, tokens=1, record={}, told={"context": 0.5, "another": 0.75})
+    accounts.settle(kept, tokens=1, record={}, contexts={"context": 0.5, "another": 0.75})
     assert accounts.spent(eve).nats == 1.25
     # Another key's budget is its own.
     other = Key(name="ben", queries=1)

@@ -126,7 +126,7 @@ def test_policies_that_a_server_cannot_keep_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig(**(told | options))
-    assert "give the logits away" in ServerConfig(**(told | {"choices": "free"})).notice
+    assert "reveal the logits" in ServerConfig(**(told | {"choices": "free"})).notice
 
 
 PLAIN = ServerConfig(model="m", policy=LogitPolicy(returns="token"), choices="plain")

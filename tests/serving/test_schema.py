@@ -216,7 +216,10 @@ def test_a_field_that_nobody_knows_is_named():
         ({"max_token": 3}, "'max_token' is not a field of this API"),
         ({"\ud800" * 99: 1}, "is not a field of this API"),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_regex is not supported, use structured"),
-        ({"response_format": {"type": "text", "x": 1}}, "response_format: 'x' is not a field"),
+        (
+            {"response_format": {"type": "text", "x": 1}},
+            "response_format: 'x' is not one of its fields",
+        ),
         ({"tool_choice": "required"}, "tool_choice is not supported"),
     ):
         with pytest.raises(BadRequestError, match=message):
@@ -245,7 +248,7 @@ def test_a_structure_is_one_value_however_it_is_asked_for():
     with pytest.raises(BadRequestError, match=r"^structured_outputs: nested too deeply"):
         schema.parse({"prompt": "a", "structured_outputs": {"json": deep}}, LIMITS, chat=False)
     for name, value in (("min_tokens", 1), ("ignore_eos", True), ("allowed_token_ids", [1])):
-        with pytest.raises(BadRequestError, match=f"^{name} does not go with a structure"):
+        with pytest.raises(BadRequestError, match=f"^{name} cannot be combined with a structure"):
             schema.parse({"prompt": "a", name: value} | same[0], LIMITS, chat=False)
     for more in (same[0] | same[2], {"structured_outputs": {}}):
         with pytest.raises(BadRequestError, match="expected one structure, got"):

@@ -360,7 +360,7 @@ def test_a_row_comes_back_over_http(tmp_path):
         assert row.coverage == 1.0
         assert np.abs(row.log_probs - truth).max() < 5e-6
         assert oracle.queries == policy.row_queries(1000) == 251
-        with pytest.raises(ValueError, match="would pass the budget"):
+        with pytest.raises(ValueError, match="would exceed the budget"):
             oracle.ask([[1]])
         oracle.close()
 

@@ -88,7 +88,7 @@ def _got(server):
 
 def test_a_gated_repository_needs_its_token_and_says_so_in_one_line(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with pytest.raises(ValueError, match="access must be asked for on its page") as error:
+    with pytest.raises(ValueError, match="request access on its page") as error:
         storage.hub_snapshot("org/gated")
     assert "\n" not in str(error.value)
     assert TOKEN not in str(error.value)

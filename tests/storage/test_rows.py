@@ -103,9 +103,9 @@ def test_errors_name_the_cache_and_what_is_wrong(tmp_path):
         RowCache(tmp_path, CODEC, kind="squares")
     cache = RowCache(tmp_path, CODEC, made_from=MADE, kind="squares")
     cache.fill([1], compute, batch_size=1)
-    with pytest.raises(ValueError, match=r"squares .* lacks 2 of the rows asked for, such as 4"):
+    with pytest.raises(ValueError, match=r"squares .* lacks 2 of the requested rows, such as 4"):
         cache.read([1, 6, 4])
-    with pytest.raises(ValueError, match=r"squares .* lacks 1 of the rows asked for, such as -1"):
+    with pytest.raises(ValueError, match=r"squares .* lacks 1 of the requested rows, such as -1"):
         cache.read([-1])
     with pytest.raises(ValueError, match=r"x: expected \[batch, 2, 3\], got \(1, 3, 2\)"):
         cache.fill([2], lambda rows: compute(rows) | {"x": np.zeros((1, 3, 2))}, batch_size=1)

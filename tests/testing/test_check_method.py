@@ -143,7 +143,7 @@ OTHERS = ("value", "needs", "loss", "differences", "masks", "counts", "adapters"
         (Lenient(), "needs: forget: expected an error where there is none, got a loss"),
         (Forgetful(), "loss: ValueError: Forgetful: expected Need(side='forget', of='nll', before"),
         (Whole(), "loss: TypeError: "),
-        (Still(), "loss: gradient: expected one of what is trained, got 0"),
+        (Still(), "loss: gradient: expected one for the trained arrays, got 0"),
         (Doubled(), "differences: slope: expected "),
         (Unmasked(), "masks: loss with other tokens of forget: expected "),
         (Counted(), "counts: loss: expected "),

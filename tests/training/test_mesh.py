@@ -30,7 +30,7 @@ def test_mesh(spec, shape):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("data:3", "it needs 3 devices, there are 8"),
+        ("data:3", "it needs 3 devices, but there are 8"),
         ("data:-1,tensor:3", "3 does not divide the 8 devices"),
         ("data:-1,fsdp:-1", "only one axis"),
         ("dta:8", "'dta:8'"),
@@ -150,8 +150,8 @@ def test_slices_need_an_axis_of_their_own_and_no_other_size():
     chips = [FakeTpu(number, 2) for number in range(8)]
     for spec, message in {
         "data:-1,fsdp:2": "expected dcn_data:2 too, for 2 slices, got none",
-        "dcn_data:4,data:-1": "expected dcn_data:2, one a slice, got 4",
-        "dcn_data:2,fsdp:3": "it needs 6 devices, there are 8",
+        "dcn_data:4,data:-1": "expected dcn_data:2, one per slice, got 4",
+        "dcn_data:2,fsdp:3": "it needs 6 devices, but there are 8",
     }.items():
         with pytest.raises(ValueError, match=f"^mesh {spec!r}: {message}"):
             training.make_mesh(spec, devices=chips)

@@ -1,8 +1,8 @@
-"""Learning from own samples: a student writes, its teachers read, and it learns there.
+"""On-policy distillation: a student learns from its own samples, which its teachers read.
 
-- `OnPolicy` says how much of a batch the student writes, and by which law.
-- `Rollouts` writes: rows are a function of the seed, the step and the weights. `rollout_program`
-  is what it runs, compiled.
+- `OnPolicy` sets how much of a batch the student writes, and how it samples.
+- `Rollouts` samples rows, a function of the seed, the step and the weights, with the compiled
+  `rollout_program`.
 """
 
 from logitjax.distillation.on_policy._options import OnPolicy as OnPolicy

@@ -9,23 +9,23 @@ from logitjax import decoding, training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnPolicy:
-    """How much of each batch the student writes itself.
+    """Options of on-policy distillation: how much of each batch the student writes, and how.
 
-    A row that it writes begins as a row of the text does: with what comes before the first answer
-    of a conversation, or with the beginning of a document.
+    A row that it writes begins like a row of the text: with everything before the first answer of a
+    conversation, or with the beginning of a document.
 
     Attributes:
         share: Share of the rows of a batch that the student writes; the others are rows of the
             text.
-        generate_every: Number of updates per round of sampling. All but the first learn from
-            samples of an older student.
+        generate_every: Number of updates per round of sampling. All but the first of them learn
+            from samples of an older student.
         prompt_tokens: Maximum number of tokens of a prompt; half of a row if 0. Conversations with
             a longer one remain text.
         new_tokens: Maximum number of new tokens; the rest of a row if 0.
         temperature: Sampling temperature.
         sample_top_k: Number of most likely tokens to sample from; all if 0.
         sample_top_p: Total probability of the most likely tokens to sample from.
-        truncated: Whether samples cut off at the maximum length are learned (`'keep'`) or not
+        truncated: Whether samples cut off at the maximum length are learned from (`'keep'`) or not
             (`'drop'`); `'auto'` drops answers in conversations, which should have an end.
     """
 
@@ -48,23 +48,23 @@ class OnPolicy:
             raise ValueError(
                 f"truncated: expected 'auto', 'keep' or 'drop', got {self.truncated!r}"
             )
-        # Which refuses what is no law.
+        # Building it validates the options.
         _ = self.sampling
 
     @property
     def sampling(self) -> decoding.Sampling:
-        """The law that tokens are drawn from."""
+        """The sampling options of the decoder."""
         return decoding.Sampling(
             temperature=self.temperature, top_k=self.sample_top_k, top_p=self.sample_top_p
         )
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
-        """Most tokens of a prompt and of its continuation; ValueError if that exceeds a row."""
+        """Maximum lengths of a prompt and of its continuation; ValueError if they exceed a row."""
         prompt = self.prompt_tokens or seq_len // 2
         new = self.new_tokens or seq_len - prompt
         if new < 1 or prompt + new > seq_len:
             raise ValueError(
-                f"new_tokens: expected at most {seq_len - prompt}, what prompts of {prompt} tokens "
+                f"new_tokens: expected at most {seq_len - prompt}, as prompts of {prompt} tokens "
                 f"leave of seq_len={seq_len}, got {new}"
             )
         return prompt, new
@@ -86,7 +86,7 @@ class OnPolicy:
         return rows
 
     def expected(self, batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, Any]:
-        """Stands for what will be written in this process's rows, before anything is: zeros."""
+        """Return zeros of the shapes that this process's rows will have once they are written."""
         if not self.share:
             return {}
         log_probs = np.full((batch_size, seq_len - 1), np.nan, np.float32)

@@ -14,7 +14,7 @@ from logitjax.distillation.on_policy._options import OnPolicy
 from logitjax.distillation.on_policy._reread import Rereader
 from logitjax.distillation.training._student import Student
 
-# A run of so many tokens that a row has had before counts as repeated.
+# A run of this many tokens counts as repeated if the row has contained it before.
 _GRAM = 4
 _SMALLEST_PROMPT = 16
 
@@ -30,8 +30,8 @@ def rollout_program(
 ) -> Any:
     """Compile `(trained, frozen, tokens, positions, seeds)` to the student's samples.
 
-    The arrays lie as in the train state: no weight is copied, no adapter merged. `traced` is called
-    once a shape. The result has `tokens`, `valid`, `log_probs` `[rows, new]`, `stopped` `[rows]`.
+    Arrays stay as in the train state: no weight is copied, no adapter merged. `traced` is called
+    once per shape. The result has `tokens`, `valid`, `log_probs` `[rows, new]`, `stopped` `[rows]`.
     """
     shape = nnx.eval_shape(lambda: student.model(student.trained, student.frozen))
 
@@ -52,7 +52,7 @@ def rollout_program(
             takes_last_only=True,
         )
         options: Any = dict(new_tokens=new_tokens, sampling=on_policy.sampling, stop_ids=stop_ids)
-        # As in a train step: the model finds the mesh that its activations are split over.
+        # As in a train step, so that the model finds the mesh to split its activations over.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             entries, stopped = decoding.rollout(
                 model, tokens, positions, seeds, mesh=mesh, **options
@@ -64,17 +64,17 @@ def rollout_program(
 
 
 class Rollouts:
-    """Writes the rows of each update: a function of the seed, the step and the weights alone.
+    """Write the rows of each update, as a function of the seed, the step and the weights alone.
 
     Samples written at once for several updates are kept in a file until no checkpoint needs them,
-    because the weights that wrote them are gone by then. `programs` counts compiled programs, one
-    for each size of prompts.
+    because the weights that wrote them have changed by then. `programs` counts compiled programs,
+    one for each prompt width.
 
     Args:
-        packed: Rows of the text; training rows provide the prompts.
+        packed: Rows of text; those for training provide the prompts.
         batch_size: Number of rows of a global batch.
         seed: Seed of the order of rows, and of sampling.
-        directory: Folder for the samples to keep.
+        directory: Folder for kept samples.
 
     Raises:
         ValueError: Sizes that do not fit into a row or a batch, or a teacher's tokenizer that
@@ -99,11 +99,11 @@ class Rollouts:
         self._chosen = on_policy.rows(batch_size)
         self._longest, new_tokens = on_policy.lengths(self._rows.seq_len)
         self._drop = on_policy.truncated in ("drop", "auto" if packed.chat else "")
-        ours = packed.tokenizers[self._name]
-        others = {name: t for name, t in packed.tokenizers.items() if name != self._name}
-        self._rereaders = {n: Rereader(ours, t, chat=packed.chat) for n, t in others.items()}
+        tokenizer = packed.tokenizers[self._name]
+        teachers = {name: t for name, t in packed.tokenizers.items() if name != self._name}
+        self._rereaders = {n: Rereader(tokenizer, t, chat=packed.chat) for n, t in teachers.items()}
         config = nnx.eval_shape(lambda: student.model(student.trained, student.frozen)).config
-        end = ours.eos_id
+        end = tokenizer.eos_id
         self._program = rollout_program(
             student,
             on_policy,
@@ -120,19 +120,19 @@ class Rollouts:
     def mix(
         self, step: int, batch: Mapping[str, Any], trained: Any, frozen: Any, *, oldest: int = 0
     ) -> tuple[dict[str, Any], np.ndarray, dict[str, tuple[float, float]]]:
-        """This process's rows of a batch with those that the student writes in their places.
+        """Replace the rows of this process's batch that the student writes.
 
         Args:
             step: Number of the update, counted from 0.
-            batch: The rows of the text.
-            oldest: Step of the oldest checkpoint from which the run may go on.
+            batch: Rows of the text.
+            oldest: Step of the oldest checkpoint from which the run may continue.
 
         Returns:
-            The batch; `log_probs` `[rows, seq_len - 1]` of labels under the law that drew them,
-            nan where the student wrote none; metrics as pairs of a sum and a count.
+            The batch; `log_probs` `[rows, seq_len - 1]` of labels under the distribution they were
+            sampled from, nan where the student wrote none; metrics as pairs of a sum and a count.
         """
         every, count = self._options.generate_every, len(self._chosen)
-        # The update that these rows were written at.
+        # The update for which these rows were written.
         first = step - step % every
         if self._first != first:
             self._first, self._written = first, self._fetched(first, step, trained, frozen, oldest)
@@ -143,7 +143,7 @@ class Rollouts:
         shape = columns[self._name]["tokens"].shape
         log_probs = np.full((shape[0], shape[1] - 1), np.nan, np.float32)
         for number, location in enumerate(self._chosen - self._layout.rows(self._batch_size).start):
-            # Rows of other processes are theirs; without a prompt that fits, the text's row stays.
+            # Skip rows of other processes; a row without a prompt that fits keeps its text.
             if not 0 <= location < len(log_probs) or not rows["start"][number]:
                 continue
             text = {name: rows[name][number] for name in columns[self._name]}
@@ -164,9 +164,9 @@ class Rollouts:
     def _fetched(self, first: int, step: int, trained: Any, frozen: Any, oldest: int) -> Any:
         path, every = self._directory / f"{first}.npz", self._options.generate_every
         if step > first:
-            # The run was killed between two updates that share what was written.
+            # The run was killed between two updates that share samples.
             if not path.exists():
-                raise ValueError(f"rollouts: expected {path}, which a run left, got none")
+                raise ValueError(f"rollouts: expected {path} of the earlier run, got no file")
             self._seconds = 0.0
             return storage.weights.read_npz(path)
         begin = time.perf_counter()
@@ -181,20 +181,20 @@ class Rollouts:
         return arrays
 
     def _write(self, first: int, trained: Any, frozen: Any) -> dict[str, np.ndarray]:
-        """Rows of all updates from `first` on that share their samples."""
+        """Write the rows of all updates from `first` on that share samples."""
         prompts, seeds = [], []
         for step in range(first, first + self._options.generate_every):
             numbers = self._rows.indices(step, seed=self._seed, batch_size=self._batch_size)
             columns = self._rows.rows(numbers[self._chosen])[self._name]
             prompts += [self._prompt(columns, row) for row in range(len(self._chosen))]
             key = jax.random.fold_in(jax.random.key(self._seed), step)
-            # By its place in the whole batch, so that devices and processes do not matter.
+            # By the row's index in the global batch, so that devices and processes do not matter.
             drawn = np.asarray(jax.random.bits(key, (self._batch_size,), jnp.uint32))
             seeds.append(drawn[self._chosen])
         longest = max(map(len, prompts))
         # Widths are powers of two, so that few programs are compiled.
         width = min(self._longest, max(_SMALLEST_PROMPT, 1 << (longest - 1).bit_length()))
-        # Rows that make up the number that devices can share are written, and thrown away.
+        # Pad to a number of rows that the devices can share; these rows are discarded.
         total = -(-len(prompts) // self._layout.pieces) * self._layout.pieces
         tokens = np.zeros((total, width), np.int32)
         positions = np.full((total, width), -1, np.int32)
@@ -209,7 +209,7 @@ class Rollouts:
         return self._as_rows(prompts, jax.tree.map(np.asarray, message))
 
     def _prompt(self, columns: Mapping[str, np.ndarray], row: int) -> np.ndarray:
-        """How a row begins; empty where that is too long."""
+        """Return the beginning of a row; empty if it is too long."""
         tokens = columns["tokens"][row][columns["segment_ids"][row] == 1]
         answer = int(np.argmax(columns["loss_mask"][row][: len(tokens)]))
         if answer > 1:
@@ -233,7 +233,7 @@ class Rollouts:
             tokens[row, :start] = prompts[row]
             tokens[row, start:stop] = drawn["tokens"][row, :new]
             segments[row, :stop], positions[row, :stop] = 1, np.arange(stop)
-            # From the first token that is written to the stop token, which has to be learned too.
+            # From the first sampled token to the stop token, which has to be learned too.
             learnt[row, start:stop] = drawn["stopped"][row] or not self._drop
             log_probs[row, start - 1 : stop - 1] = drawn["log_probs"][row, :new]
         columns = dict(tokens=tokens, segment_ids=segments, positions=positions, loss_mask=learnt)
@@ -243,7 +243,7 @@ class Rollouts:
 
 
 def _metrics(rows: Mapping[str, np.ndarray], seconds: float) -> dict[str, tuple[float, float]]:
-    """Metrics of a collapse on a student's own text, as sums and counts."""
+    """Compute metrics that reveal a collapse on the student's own text, as sums and counts."""
     here = np.flatnonzero(rows["start"])
     spans = [(rows["start"][row], rows["start"][row] + rows["length"][row]) for row in here]
     written = [rows["tokens"][row, a:b].tolist() for row, (a, b) in zip(here, spans, strict=True)]
@@ -251,7 +251,7 @@ def _metrics(rows: Mapping[str, np.ndarray], seconds: float) -> dict[str, tuple[
     total, repeated = sum(map(len, written)), sum(len(row) - len(set(row)) for row in grams)
     pairs = {
         "length": (total, len(here)),
-        # The mean of -log q over what q wrote estimates its entropy without a bias.
+        # The mean of -log q over samples of q is an unbiased estimate of its entropy.
         "entropy": (-rows["log_probs"][here].sum(), total),
         "stopped": (rows["stopped"][here].sum(), len(here)),
         "learned": (rows["loss_mask"][here].any(1).sum(), len(here)),

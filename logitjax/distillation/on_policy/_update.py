@@ -19,7 +19,7 @@ def on_policy_update(
     oldest: Callable[[], int],
     reported: Callable[[], dict[str, tuple[float, float]]],
 ) -> Callable[[training.TrainState, Mapping[str, Any]], Any]:
-    """`(state, rows) -> (state, output)` for `train_loop`, with the seconds of each part."""
+    """Build `(state, rows) -> (state, output)` for `train_loop`, which times each part."""
 
     def update(state: training.TrainState, rows: Mapping[str, Any]) -> Any:
         number = int(state.step)
@@ -32,7 +32,7 @@ def on_policy_update(
         batch = taught(mixed) | {"columns": {"log_probs": log_probs}}
         clocks.append(time.perf_counter())
         state, output = step(state, batch, constants=frozen)
-        # Each part is waited for: the next one works on the same devices.
+        # Wait for each part, because the next one uses the same devices.
         jax.block_until_ready(output.metrics)
         clocks.append(time.perf_counter())
         tokens = float(np.size(batch["pivot"]["tokens"]))

@@ -1,7 +1,7 @@
-"""Losses that a student learns from, a frozen value each.
+"""Losses that a student learns from, as frozen values.
 
-`TERMS` maps the names of flags to them. Others come from entry points of the group
-`logitjax.terms`, or by `package.module:Name`; docs/add_a_term.md shows one.
+`TERMS` maps their names in flags to them. Entry points of the group `logitjax.terms` and
+`package.module:Name` add others; docs/add_a_term.md shows an example.
 """
 
 from logitjax.distillation._term import Term

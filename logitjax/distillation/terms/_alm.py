@@ -39,6 +39,6 @@ class ALM(Term):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         tau = self.temperature
         value = likelihood_matching(read.statistic, teacher.chunks, temperature=tau)
-        # Log-probabilities divided by tau have gradients divided by it, hence the factor. Infinity
-        # gives the limit of the product by itself.
+        # Dividing log-probabilities by tau divides gradients, hence the factor. For infinite tau
+        # the value is already the limit of the product.
         return (tau if math.isfinite(tau) else 1.0) * value

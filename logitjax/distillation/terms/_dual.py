@@ -12,14 +12,14 @@ from logitjax.losses import Head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dual(Term):
-    """Binary KL norm of dual-head distillation, on a second head that starts as a copy."""
+    """BinaryKL-Norm of dual-head distillation, on a second head that starts as a copy."""
 
     name = "dual"
     teacher = TeacherNeeds(top_k=1, rest=False, same_vocabulary=True)
     pointwise = False
 
     def init(self, key: jax.Array, head: Head) -> Any:
-        # a copy: both heads train.
+        # A copy, because both heads train.
         return {"head": {"kernel": jnp.array(head.rows.T)}}
 
     def own_head(self, params: Any) -> Head:

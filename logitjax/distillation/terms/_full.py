@@ -47,20 +47,20 @@ class _Full(Term):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullKL(_Full):
-    """KL over the whole vocabulary, of a live teacher's hidden states and head.
+    """KL over the whole vocabulary, from a live teacher's hidden states and head.
 
     ::
 
         forward KL(teacher || student) + (1 - forward) KL(student || teacher)
 
     Attributes:
-        forward: Share of KL(teacher || student); 1 for it alone, 0 for the reverse.
+        forward: Share of KL(teacher || student): 1 for the forward KL alone, 0 for the reverse.
         entropy_above: The forward part counts only where the teacher's entropy, in nats, is above
-            this, where the reverse would lose modes. Twice this with halves is EOPD (arXiv
-            2603.07079).
-        entropy_quantile: The same, where it is above this quantile of a row's labels.
+            this value, because the reverse KL would lose modes there. Twice this term with
+            `forward=0.5` is EOPD (arXiv 2603.07079).
+        entropy_quantile: The same, for entropies above this quantile over a row's labels.
         temperature: Divides the logits of both; its square multiplies the value.
-        rows: Where it counts: on `'all'` rows, on `'text'`, or on the student's `'own'`.
+        rows: Rows that count: `'all'`, `'text'`, or the student's `'own'`.
     """
 
     forward: float = 1.0
@@ -75,7 +75,7 @@ class FullKL(_Full):
 
     @property
     def pointwise(self) -> bool:  # type: ignore[override]
-        # A quantile is known when the whole row has been read.
+        # A quantile requires the whole row.
         return self.entropy_quantile == 0
 
     _is_gated = property(lambda self: max(self.entropy_above, self.entropy_quantile) > 0)
@@ -92,7 +92,7 @@ class FullKL(_Full):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         value = 0.0
         if self.forward < 1:
-            # Its place among the statistics: the second one, if a forward part was read before it.
+            # The second statistic if there is a forward part, otherwise the first.
             value = (1 - self.forward) * read.statistic[self.forward > 0]
         if self.forward > 0:
             part = self.forward * read.statistic[0]
@@ -107,7 +107,7 @@ class FullKL(_Full):
 
 
 def _row_quantile(values: jax.Array, where: jax.Array, share: float) -> jax.Array:
-    """`[*rows, 1]`: of the values along the last axis that count."""
+    """Quantile `[*rows, 1]` of the values along the last axis that count."""
     counted = jnp.where(where, values, jnp.nan)
     return on_mesh.over_batch(
         lambda x: (jnp.nanquantile(x, share, axis=-1, keepdims=True),), (values.ndim,), counted
@@ -119,9 +119,9 @@ class MixedKL(FullKL):
     """Forward and reverse KL over the whole vocabulary, for a student's own samples.
 
     Attributes:
-        forward: Share of KL(teacher || student), as are all options those of `FullKL`. Reverse KL
-            alone sharpens the student; on long samples a substantial share of the forward one keeps
-            its entropy.
+        forward: Share of KL(teacher || student); options are those of `FullKL`. Reverse KL alone
+            sharpens the student; on long samples a substantial share of forward KL preserves its
+            entropy.
     """
 
     forward: float = 0.5
@@ -130,12 +130,12 @@ class MixedKL(FullKL):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullJSD(_Full):
-    """Generalised Jensen-Shannon divergence over the whole vocabulary, of a live teacher.
+    """Generalised Jensen-Shannon divergence over the whole vocabulary, from a live teacher.
 
     Attributes:
         beta: Share of the teacher in the mixture; 0 for KL(teacher || student), 1 for the reverse,
             as in TRL.
-        normalize: Divide by `beta (1 - beta)`, so that the value goes over to these two ends; as
+        normalize: Divide by `beta (1 - beta)`, so that both ends are limits of the value; as
             defined it falls to 0 towards either.
         temperature: Divides the logits of both; its square multiplies the value.
         rows: Where it counts, see `FullKL`.
@@ -153,7 +153,8 @@ class FullJSD(_Full):
     def statistic(self) -> sweep.Statistic:
         beta = self.beta
         if beta in (0, 1):
-            # The mixture is one of the two laws here, and its formula would be 0 times infinity.
+            # Here the mixture is one of the two distributions, and its formula would be 0 times
+            # infinity.
             return sweep.KLStatistic(reverse=beta == 1)
         # beta (1 - beta) divides both weights (beta, 1 - beta).
         weights = (1 / (1 - beta), 1 / beta) if self.normalize else (beta, 1 - beta)
@@ -162,7 +163,7 @@ class FullJSD(_Full):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkewKL(_Full):
-    """Skew KL divergence over the whole vocabulary (DistiLLM), of a live teacher.
+    """Skew KL divergence over the whole vocabulary (DistiLLM), from a live teacher.
 
     ::
 
@@ -171,8 +172,8 @@ class SkewKL(_Full):
 
     Attributes:
         alpha: Share of the first distribution in the mixture, which bounds the value.
-        direction: `'forward'` for text of the teacher's, `'reverse'` for the student's own.
-        fixed_mixture: Whether the gradient of the reverse one takes the mixture for a constant, as
+        direction: `'forward'` for text written by the teacher, `'reverse'` for the student's own.
+        fixed_mixture: Whether the gradient of the reverse KL treats the mixture as a constant, as
             DistiLLM-2 (arXiv 2503.07067) does on the student's own rows.
         temperature: Divides the logits of both; its square multiplies the value.
         rows: Where it counts, see `FullKL`.
@@ -190,13 +191,13 @@ class SkewKL(_Full):
         if self.direction not in ("forward", "reverse"):
             raise ValueError(f"direction: expected 'forward' or 'reverse', got {self.direction!r}")
         if self.fixed_mixture and self.direction == "forward":
-            # There the student is in the mixture alone, and nothing would move.
+            # The student appears in the mixture only, so its gradient would be zero.
             raise ValueError("fixed_mixture: expected False for the forward direction, got True")
 
     @property
     def statistic(self) -> sweep.Statistic:
         if self.direction == "forward":
-            # The mixture has alpha of the teacher; of its two parts only one is weighed.
+            # The mixture has alpha of the teacher; only one of its two parts has a weight.
             return sweep.MixtureStatistic(beta=self.alpha, weights=(1.0, 0.0))
         options: Any = {"weights": (0.0, 1.0), "fixed": self.fixed_mixture}
         return sweep.MixtureStatistic(beta=1 - self.alpha, **options)

@@ -10,22 +10,21 @@ from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 class GLD(Term, GraphConfig):
     """Graph-on-logits distillation (InfiGFusion); any tokenizer.
 
-    The paper leaves these options open. Settings under which the loss is identically zero are
-    refused.
+    The paper leaves these options open. Settings that make the loss identically zero are refused.
 
     Attributes:
         k: logits kept at each position.
         node: `rank`: node r is the r-th largest logit, so vocabularies need no alignment (the
             paper's figure). `token`: a node is a vocabulary entry (the paper's abstract).
-        feature: the number that stands for a node, see `transport.graph_features`.
+        feature: the number that represents a node, see `transport.graph_features`.
         logits: `standardized`: z-scored over the vocabulary, then top-k; `softmax`: over the
-            vocabulary, then top-k; `raw` logits scale the loss with their square.
-        compare: `closed_form`: L1 of the sorted features. `sorted_coupling`: the squared
-            difference of the two graphs under the matching that sorting finds. It is close to the
-            Gromov-Wasserstein optimum while the models differ. Near convergence it is not: of
-            token graphs that differ by noise of .001 it is about 200 times what matching each
-            token with itself costs. Where both models share a vocabulary, `transport.certificate`
-            takes that matching among its candidates.
+            vocabulary, then top-k; `raw`: the loss grows with the square of the logits.
+        compare: `closed_form`: L1 of the sorted features. `sorted_coupling`: the squared difference
+            of the two graphs under the matching that sorting finds. It is close to the
+            Gromov-Wasserstein optimum while the models differ, but not near convergence: for token
+            graphs that differ by noise of .001 it is about 200 times the cost of matching each
+            token with itself. If both models share a vocabulary, `transport.certificate` includes
+            that matching among its candidates.
     """
 
     name = "gld"
@@ -39,7 +38,7 @@ class GLD(Term, GraphConfig):
         return StudentNeeds(top_k=self.k)
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
-        # A graph a row, which counts as much as its labels.
+        # One graph per row, weighted by the number of its labels.
         return batch["where"].sum(-1)
 
     def labels_seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ class _Matched(Term):
 
     def student(self, teacher: Any) -> StudentNeeds:
         ids, _ = teacher.vocabularies.matches.ids(teacher.top.indices)
-        # The student's own likeliest tokens are sorted beside the teacher's.
+        # The student's most likely tokens are sorted too, like the teacher's.
         return StudentNeeds(ids=ids, top_k=teacher.top.values.shape[-1])
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
@@ -26,13 +26,13 @@ class _Matched(Term):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The divergence of the matched part."""
+        """Options of the divergence of the matched part."""
         return {"kind": "kl"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hybrid(_Matched):
-    """JSD of common tokens and the sorted distance of others (GOLD).
+    """JSD of common tokens plus the sorted distance of the others (GOLD).
 
     Attributes:
         beta: Share of the teacher in the mixture.
@@ -48,6 +48,6 @@ class Hybrid(_Matched):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HybridKL(_Matched):
-    """KL of common tokens and the sorted distance of others (X-Token)."""
+    """KL of common tokens plus the sorted distance of the others (X-Token)."""
 
     name = "hkl"

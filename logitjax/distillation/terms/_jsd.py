@@ -14,7 +14,7 @@ class JSD(SparseDivergence):
 
     Attributes:
         beta: Share of the teacher in the mixture; 0 for KL(teacher || student), 1 for the reverse.
-        normalize: Divide by `beta (1 - beta)` between the ends, see `FullJSD`.
+        normalize: Divide by `beta (1 - beta)`, see `FullJSD`.
     """
 
     beta: float = 0.5
@@ -22,8 +22,8 @@ class JSD(SparseDivergence):
     name = "jsd"
 
     def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
-        ours = with_rest(student.gathered, student.log_z)
-        return self.renormalised(ours, with_rest(teacher.top.values, teacher.top.log_z))
+        log_probs = with_rest(student.gathered, student.log_z)
+        return self.renormalised(log_probs, with_rest(teacher.top.values, teacher.top.log_z))
 
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
         # 0 at the ends: plain KL.

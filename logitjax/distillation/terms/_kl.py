@@ -12,7 +12,7 @@ from logitjax.distillation.terms._sparse import SparseDivergence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KL(SparseDivergence):
-    """KL(teacher || student); with draws of the tail its estimate is unbiased."""
+    """KL(teacher || student); samples of the tail make its estimate unbiased."""
 
     name = "kl"
     teacher = TeacherNeeds(top_k=1, rest=False, tail=True, same_vocabulary=True)
@@ -26,7 +26,7 @@ class KL(SparseDivergence):
         return StudentNeeds(ids=ids)
 
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
-        # Draws were made at temperature 1, and estimate nothing else.
+        # Samples were drawn at temperature 1 and are of no use at another.
         if teacher.tail is not None and self.temperature == 1.0:
             options: dict[str, Any] = dict(direction=self.direction, tail=teacher.tail)
             return losses.sparse_kl_divergence(read.top, teacher.top, **options)
@@ -41,7 +41,7 @@ class KL(SparseDivergence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReverseKL(KL):
-    """KL(student || teacher); with draws of the tail its estimate is unbiased."""
+    """KL(student || teacher); samples of the tail make its estimate unbiased."""
 
     name = "rkl"
     direction = "reverse"

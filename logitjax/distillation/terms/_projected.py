@@ -9,14 +9,14 @@ from logitjax.distillation.tokenizers._projected_kl import MOST_MEMBERS, bucket_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectedKL(Term):
-    """KL over the teacher's vocabulary, by the projection of a subclass's rule."""
+    """KL over the teacher's vocabulary, with the projection that a subclass's rule names."""
 
     rule: ClassVar[str]
 
     def student(self, teacher: Any) -> StudentNeeds:
         projection = teacher.vocabularies.projections[self.rule]
         if self._is_wide(teacher):
-            # A vocabulary that is seen from a much smaller one: sums over whole rows.
+            # The student's vocabulary is much larger: sum over whole rows.
             statistic, tokens, blocks = bucket_sums(teacher.top, projection)
             return StudentNeeds(statistic=statistic, tokens=tokens, blocks=blocks)
         merged = projection.merged(teacher.top)
@@ -32,14 +32,14 @@ class ProjectedKL(Term):
         return losses.sparse_kl_divergence(*project_top_k(read.top, *read.beside))
 
     def _is_wide(self, teacher: Any) -> bool:
-        """Whether too many of the student's logits stand for the teacher's top ones."""
+        """Whether too many of the student's tokens map to the teacher's top ones."""
         projection = teacher.vocabularies.projections[self.rule]
         return projection.capacity(teacher.top.values.shape[-1]) > MOST_MEMBERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstPiece(ProjectedKL):
-    """KL where each token of the student is the first piece that the teacher cuts it into."""
+    """KL where each student token counts as the first piece the teacher splits it into."""
 
     name = "first_piece"
     rule = "first_piece"
@@ -48,7 +48,7 @@ class FirstPiece(ProjectedKL):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PKL(ProjectedKL):
-    """KL where each token of the student is spread over its pieces (X-Token)."""
+    """KL where each student token is spread over its pieces (X-Token)."""
 
     name = "pkl"
     rule = "spread"

@@ -7,7 +7,7 @@ from logitjax.distillation._term import StudentNeeds, Term
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFT(Term):
-    """Cross-entropy of the text."""
+    """Cross-entropy on the text (supervised fine-tuning)."""
 
     name = "sft"
 

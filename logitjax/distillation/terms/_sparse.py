@@ -11,11 +11,11 @@ from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseDivergence(Term):
-    """A divergence over a teacher's top logits, with all others as one bucket.
+    """A divergence over a teacher's top logits, with all other tokens in one bucket.
 
-    At a temperature other than 1, or of a teacher that keeps no normaliser, the mass of the others
-    is not known. The top logits alone are then compared, both sides renormalised; the value is
-    multiplied by the square of the student's temperature.
+    At a temperature other than 1, or if the teacher keeps no normaliser, the mass of the others is
+    unknown. Then only the top logits are compared, both sides renormalised, and the value is
+    multiplied by the square of the temperature.
 
     Attributes:
         temperature: Divides the logits of both.
@@ -34,17 +34,17 @@ class SparseDivergence(Term):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         warm, top = self.temperature, teacher.top
         k = top.values.shape[-1]
-        # A normaliser at temperature 1 says nothing of another temperature's.
+        # The normaliser at temperature 1 does not give that at another temperature.
         if warm == 1.0 and top.log_z is not None:
             return self.whole(losses.Readout(read.log_z, gathered=read.gathered[..., :k]), teacher)
         pair = (read.gathered[..., :k] / warm, top.values / warm)
-        # Gradients of the logits shrink by 1 / T^2 (Hinton et al.); this keeps their size.
+        # Gradients of the logits shrink by 1 / T^2 (Hinton et al.); this preserves their scale.
         return warm**2 * self.renormalised(*pair)
 
     @abc.abstractmethod
     def whole(self, student: losses.Readout, teacher: Any) -> jax.Array:
-        """The divergence with a bucket for all other tokens."""
+        """Return the divergence with a bucket for all other tokens."""
 
     @abc.abstractmethod
     def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        """The divergence of two softmaxes over the top tokens alone."""
+        """Return the divergence of two softmaxes over the top tokens alone."""

@@ -11,7 +11,7 @@ class ULD(Term):
     """Universal logit distance of sorted probabilities; any tokenizer.
 
     Attributes:
-        k: Number of top logits that are compared.
+        k: Number of top logits to compare.
     """
 
     k: int = 10

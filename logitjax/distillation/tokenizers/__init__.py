@@ -1,1 +1,1 @@
-"""Other tokenizers: alignment of texts, projections between vocabularies, likelihood matching."""
+"""Distillation across tokenizers: alignment, projection of vocabularies, likelihood matching."""

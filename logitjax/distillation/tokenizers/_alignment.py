@@ -4,28 +4,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-# More bytes than any text, and more turns than any document, in a packed row has.
+# More bytes than any text and more turns than any document in a packed row.
 _TEXT_STRIDE = 1 << 28
 _TURN_STRIDE = 1 << 16
-# More special tokens than follow one another; the first of its numbers is text itself.
+# More special tokens than follow one another; the first of these numbers is for text.
 _SPECIALS = 1 << 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """How the labels of two tokenizers align on the same text: ours and the other's.
+    """Alignment of the labels of two tokenizers on the same text: ours and theirs.
 
-    Position t predicts token t + 1, its label. A chunk is the shortest stretch of text
-    with a token boundary of both tokenizers at either end, or a special token that both have in one
-    place. All its tokens are labels that count, on both sides.
+    Position t predicts token t + 1, its label. A chunk is the shortest stretch of text with a token
+    boundary of both tokenizers at either end, or a special token that both have in the same place.
+    All its tokens are labels that count, on both sides.
 
     Attributes:
-        ours, theirs: int32 `[rows, length - 1]`, chunk of each label, from 0 in a row; -1: none.
-        our_sizes, their_sizes: int32 `[rows, length - 1]`, labels in each chunk; 0 beyond the last.
+        ours, theirs: int32 `[rows, length - 1]`, chunk of each label, from 0 in each row; -1: none.
+        our_sizes, their_sizes: int32 `[rows, length - 1]`, labels per chunk; 0 beyond the last.
         starts: bool `[rows, length - 1]`, our positions whose label begins where one of theirs
-            does: both models have read the same text. Where the row ends inside a chunk, its start
-            is still here.
-        places: int `[rows, length - 1]`, the other's positions there; 0 elsewhere.
+            does, so that both models have read the same text; also for a chunk that the end of a
+            row cuts short.
+        places: int `[rows, length - 1]`, their positions of these labels; 0 elsewhere.
     """
 
     ours: np.ndarray
@@ -37,12 +37,12 @@ class Chunks:
 
     @property
     def counts(self) -> np.ndarray:
-        """Chunks of each row, `[rows]`."""
+        """Number of chunks in each row, `[rows]`."""
         return (self.our_sizes > 0).sum(-1)
 
     @property
     def one_to_one(self) -> np.ndarray:
-        """Our positions whose label is a chunk alone, and one token on the other side too."""
+        """Our positions whose label alone is a chunk, of one token on the other side too."""
         single = (self.our_sizes == 1) & (self.their_sizes == 1)
         return (self.ours >= 0) & np.take_along_axis(single, np.maximum(self.ours, 0), axis=1)
 
@@ -57,12 +57,12 @@ def align_chunks(
     their_prefix: int = 0,
     by: Literal["document", "turn"] = "document",
 ) -> Chunks:
-    """Cut packed rows of two tokenizers where both end a token.
+    """Cut packed rows of two tokenizers wherever both end a token.
 
-    Bytes are counted from the ids, never from text that is encoded again: sampled ids are often not
-    what their text encodes to. A chunk that the end of a row cuts short is left out, and so is one
-    that holds a token which is not to be predicted. Special tokens are of no bytes; they pair with
-    special tokens of the same place, in their order, so that stopping is taught.
+    Bytes are counted from the ids and never from text that is encoded again, because sampled ids
+    often differ from what their text encodes to. Chunks that the end of a row cuts short are left
+    out, and so are chunks with a token that is not a label. Special tokens have no bytes; they pair
+    with special tokens at the same byte, in order, so that stopping is learned.
 
     ::
 
@@ -72,10 +72,10 @@ def align_chunks(
     Args:
         student, teacher: each tokenizer's columns of the same packed rows (`tokens`, `segment_ids`,
             `positions`, `loss_mask`, each `[rows, length]`).
-        our_lengths, their_lengths: `[vocab]`, bytes of text of each token; 0 for special tokens.
+        our_lengths, their_lengths: `[vocab]`, bytes of text per token; 0 for special tokens.
         our_prefix, their_prefix: bytes that a tokenizer writes before a text (Llama 2's space).
-        by: where counting of bytes restarts: at each document, or at each learned part of it, as in
-            conversations, which two chat templates spell differently.
+        by: where the count of bytes restarts: at each document, or at each learned part of it, as
+            in conversations, which two chat templates spell differently.
 
     >>> columns = lambda tokens: {
     ...     "tokens": np.array([[0, *tokens]]), "segment_ids": np.ones((1, 5), int),
@@ -91,27 +91,27 @@ def align_chunks(
         Minixhofer et al., ALM (arXiv 2503.20083), whose chunks these are; TRL's GOLD trainer cuts
         by bytes as well.
     """
-    mine = _Side.of(student, our_lengths, our_prefix, by)
-    other = _Side.of(teacher, their_lengths, their_prefix, by)
-    shape, their_shape = mine.learnt[:, 1:].shape, other.learnt[:, 1:].shape
+    our_side = _Side.of(student, our_lengths, our_prefix, by)
+    their_side = _Side.of(teacher, their_lengths, their_prefix, by)
+    shape, their_shape = our_side.learnt[:, 1:].shape, their_side.learnt[:, 1:].shape
     chunk, their_chunk = np.full(shape, -1, np.int32), np.full(their_shape, -1, np.int32)
     sizes, their_sizes = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     starts, places = np.zeros(shape, bool), np.zeros(shape, np.int64)
     for row in range(len(chunk)):
-        a, b = mine.ends(row), other.ends(row)
+        a, b = our_side.ends(row), their_side.ends(row)
         # Both end a token there.
         cuts = np.intersect1d(a, b)
-        one, two = mine.chunks(row, a, cuts), other.chunks(row, b, cuts)
-        whole = mine.whole(row, one, len(cuts)) & other.whole(row, two, len(cuts))
-        # The last number is that of tokens outside of every chunk.
-        number = np.append(np.where(whole, np.cumsum(whole) - 1, -1), -1)
+        one, two = our_side.chunks(row, a, cuts), their_side.chunks(row, b, cuts)
+        complete = our_side.complete(row, one, len(cuts)) & their_side.complete(row, two, len(cuts))
+        # The last number is for tokens outside all chunks.
+        number = np.append(np.where(complete, np.cumsum(complete) - 1, -1), -1)
         chunk[row], their_chunk[row] = number[one][1:], number[two][1:]
-        count = int(whole.sum())
+        count = int(complete.sum())
         sizes[row, :count] = np.bincount(chunk[row][chunk[row] >= 0], minlength=count)
         their_sizes[row, :count] = np.bincount(
             their_chunk[row][their_chunk[row] >= 0], minlength=count
         )
-        starts[row], places[row] = _shared_starts(mine, other, row)
+        starts[row], places[row] = _shared_starts(our_side, their_side, row)
     return Chunks(
         ours=chunk,
         theirs=their_chunk,
@@ -122,10 +122,10 @@ def align_chunks(
     )
 
 
-def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray, np.ndarray]:
-    expected, keys = mine.learnt[row, 1:], mine.begins[row, 1:]
-    places = np.flatnonzero(other.learnt[row, 1:])
-    existing = other.begins[row, 1:][places]
+def _shared_starts(student: "_Side", teacher: "_Side", row: int) -> tuple[np.ndarray, np.ndarray]:
+    expected, keys = student.learnt[row, 1:], student.begins[row, 1:]
+    places = np.flatnonzero(teacher.learnt[row, 1:])
+    existing = teacher.begins[row, 1:][places]
     if not len(existing):
         return np.zeros_like(expected), np.zeros(len(expected), np.int64)
     slot = np.minimum(np.searchsorted(existing, keys), len(existing) - 1)
@@ -135,9 +135,9 @@ def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """One tokenizer's rows as numbers that ascend: a token begins at its text and the byte of it.
+    """One tokenizer's rows as ascending numbers: a token begins at its text and byte.
 
-    A special one ends where it begins. `counted` tokens are part of a text that both sides have.
+    A special token ends where it begins. `counted` tokens are part of a text that both sides have.
     """
 
     begins: np.ndarray
@@ -153,7 +153,7 @@ class _Side:
         learnt, counted = np.asarray(columns["loss_mask"]), texts > 0
         sizes = lengths[np.clip(tokens, 0, len(lengths) - 1)]
         first = np.asarray(columns["positions"]) == 0
-        # What a tokenizer writes before a text, such as a space, is none of its bytes.
+        # A prefix that a tokenizer writes, such as a space, is not counted.
         if prefix:
             text = counted & (sizes > 0)
             before = np.cumsum(text, axis=1) - text
@@ -166,7 +166,7 @@ class _Side:
             first, counted = turns, learnt
         begin = texts * _TEXT_STRIDE + begin - _since(begin, first)
         special = sizes == 0
-        # Which of the special tokens at one byte: their run so far, which text interrupts.
+        # Rank among special tokens at the same byte: the length of their run so far.
         run = np.cumsum(special, axis=1)
         rank = run - _since(run - special, first | np.pad(~special, ((0, 0), (1, 0)))[:, :-1])
         rank = np.minimum(rank, _SPECIALS - 1)
@@ -177,32 +177,32 @@ class _Side:
         return cls(begins, finish, special, learnt, counted)
 
     def ends(self, row: int) -> np.ndarray:
-        """Where the row's tokens end that may end a chunk."""
+        """Ends of the row's tokens that may end a chunk."""
         special = self.special[row]
         return self.finish[row][np.where(special, self.learnt[row], self.counted[row])]
 
     def chunks(self, row: int, ends: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-        """The cut at the end of each token's chunk; `len(cuts)` for none."""
+        """Index of the cut that ends each token's chunk; `len(cuts)` for none."""
         out = np.full(self.finish.shape[1], len(cuts))
         if not len(cuts):
             return out
         special = self.special[row]
-        mine = np.where(special, self.learnt[row], self.counted[row])
+        eligible = np.where(special, self.learnt[row], self.counted[row])
         slot = np.searchsorted(cuts, ends)
         existing = cuts[np.minimum(slot, len(cuts) - 1)]
         stride = _TEXT_STRIDE * _SPECIALS
-        # The next cut may be another text's; a special token is a chunk alone.
-        same = np.where(special[mine], existing == ends, existing // stride == ends // stride)
-        out[mine] = np.where((slot < len(cuts)) & same, slot, len(cuts))
+        # The next cut may belong to another text; a special token is a chunk of its own.
+        same = np.where(special[eligible], existing == ends, existing // stride == ends // stride)
+        out[eligible] = np.where((slot < len(cuts)) & same, slot, len(cuts))
         return out
 
-    def whole(self, row: int, chunks: np.ndarray, count: int) -> np.ndarray:
-        """Which chunks hold nothing but tokens that are to be predicted."""
+    def complete(self, row: int, chunks: np.ndarray, count: int) -> np.ndarray:
+        """Whether each chunk consists of labels only."""
         # The first token of a row has no position that predicts it.
         existing = self.learnt[row] & (np.arange(len(chunks)) > 0)
         return np.bincount(chunks[~existing], minlength=count + 1)[:count] == 0
 
 
 def _since(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The value at the last place that was a first one; values never fall."""
+    """Value at the latest position where `first` is True; values must not decrease."""
     return np.maximum.accumulate(np.where(first, values, 0), axis=1)

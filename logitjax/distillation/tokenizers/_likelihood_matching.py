@@ -16,28 +16,28 @@ from logitjax.ops import Array, AxisName, Number, checks, gather_at
 from logitjax.ops import mesh as on_mesh
 
 _LEAST = 1e-30
-# So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
+# Keeps chunks from being certain: the divergence's gradient has 1 - q in its denominator.
 _OFFSET = 1e-6
-# Probability of a word's beginning from which a chunk may end (tokenkit).
+# Minimum probability that a word begins for a chunk to end there (tokenkit).
 _LEAST_BOUNDARY = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSet:
-    """A set of tokens, bool `[vocab]`, as a static argument that is equal only to itself."""
+    """Set of tokens, bool `[vocab]`, as a static argument that is equal only to itself."""
 
     members: np.ndarray
 
 
 def boundary_tokens(tokenizer: Tokenizer) -> TokenSet:
-    """Tokens that begin a word: those that start with a space or a line break, and special ones."""
+    """Tokens that begin a word: those with a leading space or line break, and special tokens."""
     return TokenSet(
         np.array([not text or text[:1] in b" \n\r\t" for text in tokenizer.token_bytes()])
     )
 
 
 class Likelihood(NamedTuple):
-    """Log-probabilities `[*batch]` of the label, and that a boundary token comes at its place."""
+    """Log-probabilities `[*batch]` of the label, and of any boundary token in its place."""
 
     label: Any
     boundary: Any
@@ -52,7 +52,7 @@ def linear_likelihood(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Likelihood:
-    """Log-probabilities of labels and of beginnings of words, in one sweep; differentiable."""
+    """Log-probabilities of labels and of word beginnings, from one sweep; differentiable."""
     return sweep.run(
         LikelihoodStatistic(boundary),
         hidden,
@@ -71,7 +71,7 @@ class _Sums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodStatistic(sweep.Statistic):
-    """The label's logit, and the mass of a set of tokens."""
+    """The label's logit and the mass of a set of tokens."""
 
     boundary: TokenSet
 
@@ -92,7 +92,7 @@ class LikelihoodStatistic(sweep.Statistic):
         sums, label = state
         total, mass = sums.sums
         out = _Sums(sums.log_sum, label, mass / jnp.maximum(total, _LEAST))
-        # The sums are the residuals as well: no logit is kept for the backward pass.
+        # The sums are also the residuals, so no logit is kept for the backward pass.
         return out, out
 
     def gradient(self, residuals: Any, cotangents: Any, block: sweep.LogitBlock) -> jax.Array:
@@ -118,14 +118,14 @@ def chunk_log_likelihood(
     chunk_ids: Int[Array, "*batch positions"],
     num_chunks: int,
 ) -> Float[jax.Array, "*batch chunks"]:
-    """The sum over each chunk's labels, whose ids are -1 for none; 0 for chunks without any."""
+    """Sum log-probabilities over each chunk's labels (id -1: no chunk); 0 for empty chunks."""
     logprobs, ids = jnp.asarray(logprobs), jnp.asarray(chunk_ids)
 
     def sums(logprobs: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
         out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
         stored = ids >= 0
-        # Labels of no chunk are added to a last one, which is cut off.
+        # Labels outside all chunks are added to an extra one, which is cut off.
         selected = jnp.where(stored, ids, num_chunks)
         return (out.at[(*rows[:-1], selected)].add(jnp.where(stored, logprobs, 0.0))[..., :-1],)
 
@@ -135,7 +135,7 @@ def chunk_log_likelihood(
 def binarized_kl(
     student: Float[Array, "*batch"], teacher: Float[Array, "*batch"], temperature: Number
 ) -> Float[jax.Array, "*batch"]:
-    """KL between two probabilities of one event: that this chunk comes, or not.
+    """KL between two probabilities of one event: that this chunk comes next.
 
     ::
 
@@ -149,20 +149,20 @@ def binarized_kl(
     """
     checks.positive(temperature, "temperature")
     # Sums of rounded log-probabilities may come out above 0, where 1 - q is negative.
-    ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
-    other = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
+    log_q = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
+    log_p = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
     if isinstance(temperature, float) and math.isinf(temperature):
-        a, b = -other, -ours
+        a, b = -log_p, -log_q
         return a * jnp.log(a / b) + b - a
-    ours, other = ours / temperature, other / temperature
-    not_p, not_q = _log1mexp(other), _log1mexp(ours)
-    return jnp.exp(other) * (other - ours) + jnp.exp(not_p) * (not_p - not_q)
+    log_q, log_p = log_q / temperature, log_p / temperature
+    not_p, not_q = _log1mexp(log_p), _log1mexp(log_q)
+    return jnp.exp(log_p) * (log_p - log_q) + jnp.exp(not_p) * (not_p - not_q)
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
-    """`log(1 - exp(x))` of negative numbers, exact near both ends."""
+    """`log(1 - exp(x))` for negative x, accurate near both ends."""
     far = x < -math.log(2.0)
-    # The branch that is not taken must not have a nan for a derivative.
+    # The derivative of the branch that is not taken must not be nan.
     return jnp.where(
         far,
         jnp.log1p(-jnp.exp(jnp.where(far, x, -1.0))),
@@ -176,11 +176,11 @@ class ChunkScores:
     """A teacher's log-probabilities of chunks of text, at the student's positions.
 
     Attributes:
-        ids: int32 `[rows, length - 1]`, the chunk of each of our labels; -1 for none.
-        ends: int32 `[rows, length - 1]`, for each chunk our position after its last label, which
-            predicts what follows; -1 where that is not used.
+        ids: int32 `[rows, length - 1]`, the chunk of each of the student's labels; -1 for none.
+        ends: int32 `[rows, length - 1]`, for each chunk the student's position after its last
+            label, which predicts what follows; -1 if that is not used.
         scores: float32 `[rows, length - 1]`, the teacher's log-probability of each chunk.
-        where: bool `[rows, length - 1]`, the chunks that there are.
+        where: bool `[rows, length - 1]`, the chunks that exist.
     """
 
     ids: Any
@@ -192,20 +192,20 @@ class ChunkScores:
 def chunk_scores(
     chunks: Chunks, likelihoods: Mapping[str, np.ndarray], *, special: np.ndarray
 ) -> ChunkScores:
-    """Sum a teacher's numbers over chunks, on the host.
+    """Sum a teacher's log-probabilities over chunks, on the host.
 
-    A sequence of tokens also claims that no longer token covers its end. So, as tokenkit
-    recommends, chunks are joined until the teacher finds it probable enough that a word begins
-    after them, and the log-probability of that is added, on both sides.
+    A sequence of tokens implies that no longer token covers its end. So, as tokenkit recommends,
+    chunks are joined until the teacher finds it probable enough that a word begins after them, and
+    the log-probability of that is added on both sides.
 
-    `likelihoods` is `label` and `boundary`, log-probabilities at the teacher's positions, and
-    `special` marks labels that are special tokens, `[rows, their length - 1]` each.
+    `likelihoods` has `label` and `boundary`, log-probabilities at the teacher's positions, and
+    `special` marks labels that are special tokens, `[rows, teacher's length - 1]` each.
     """
     array = np.asarray(chunks.theirs)
     rows, places = np.nonzero(array >= 0)
     shape = chunks.ours.shape
     scores, ids = np.zeros(shape, np.float32), np.asarray(chunks.ours).copy()
-    # `+=` with repeated indices would keep the last of each chunk alone.
+    # `+=` with repeated indices would only add the last of each chunk.
     np.add.at(scores, (rows, array[rows, places]), np.asarray(likelihoods["label"])[rows, places])
     where = np.arange(shape[1]) < chunks.counts[:, None]
     ends = np.full(shape, -1, np.int32)
@@ -216,22 +216,22 @@ def chunk_scores(
     # What follows a chunk is predicted from the position after its last label.
     after = np.clip(last["theirs"] + 1, 0, array.shape[1] - 1)
     boundary = np.take_along_axis(np.asarray(likelihoods["boundary"]), after, axis=1)
-    asked = where & ~closing
+    with_boundary = where & ~closing
     existing = (last["theirs"] + 1 < array.shape[1]) & (last["ours"] + 1 < shape[1])
     cut = where & (closing | (existing & (boundary > np.log(_LEAST_BOUNDARY))))
-    # Text before a special token ends there, and so does what is not followed by more of it.
+    # A chunk also ends before a special token, and where its text is not continued.
     more = np.pad(where, ((0, 0), (0, 1)))[:, 1:]
     first = np.pad(_extreme(np.minimum, ids, shape, 1 << 30), ((0, 0), (0, 1)))[:, 1:]
     before = np.pad(closing, ((0, 0), (0, 1)))[:, 1:]
     cut |= where & existing & more & (before | (first != last["ours"] + 1))
     joined = np.cumsum(cut, axis=1) - cut
-    whole = joined < cut.sum(1, keepdims=True)
-    joined = np.where(where & whole, joined, -1)
+    complete = joined < cut.sum(1, keepdims=True)
+    joined = np.where(where & complete, joined, -1)
     ids = np.where(ids >= 0, np.take_along_axis(joined, np.maximum(ids, 0), axis=1), -1)
     out = np.zeros(shape, np.float32)
     row, old = np.nonzero(joined >= 0)
     np.add.at(out, (row, joined[row, old]), scores[row, old])
-    row, old = np.nonzero(cut & asked)
+    row, old = np.nonzero(cut & with_boundary)
     out[row, joined[row, old]] += boundary[row, old]
     ends[row, joined[row, old]] = last["ours"][row, old] + 1
     return ChunkScores(
@@ -243,7 +243,7 @@ def chunk_scores(
 
 
 def _extreme(extreme: np.ufunc, ids: np.ndarray, shape: tuple[int, ...], none: int) -> np.ndarray:
-    """The first (`np.minimum`) or last position of each chunk."""
+    """First (`np.minimum`) or last (`np.maximum`) position of each chunk."""
     out = np.full(shape, none)
     row, location = np.nonzero(ids >= 0)
     extreme.at(out, (row, ids[row, location]), location)
@@ -253,14 +253,14 @@ def _extreme(extreme: np.ufunc, ids: np.ndarray, shape: tuple[int, ...], none: i
 def likelihood_matching(
     student: Likelihood, chunks: ChunkScores, *, temperature: Number = 100.0
 ) -> Float[jax.Array, "*batch chunks"]:
-    """The divergence of each chunk, 0 where there is none."""
+    """Divergence of each chunk; 0 for chunks that do not exist."""
     value = binarized_kl(chunk_likelihood(student, chunks), chunks.scores, temperature)
     return jnp.where(chunks.where, value, 0.0)
 
 
 def chunk_likelihood(student: Likelihood, chunks: ChunkScores) -> Float[jax.Array, "*batch chunks"]:
-    """The student's log-probability of each chunk, with the end of a word where scores have it."""
-    ours = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
+    """The student's log-probability of each chunk, with a word's end wherever scores include it."""
+    log_likelihood = chunk_log_likelihood(student.label, chunks.ids, chunks.ids.shape[-1])
     ends = jnp.asarray(chunks.ends)
     after = gather_at(student.boundary, jnp.maximum(ends, 0))
-    return ours + jnp.where(ends >= 0, after, 0.0)
+    return log_likelihood + jnp.where(ends >= 0, after, 0.0)

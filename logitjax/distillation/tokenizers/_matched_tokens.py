@@ -16,25 +16,25 @@ _LEAST_MASS = 2.0**-24
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Matches:
-    """One-to-one matches: our token of each teacher token (-1: none), and a mask of matches."""
+    """One-to-one matches: student token of each teacher token (-1: none), and a mask of matches."""
 
     ours: Any
     matched: Any
 
     @classmethod
     def of(cls, projection: TokenProjection) -> "Matches":
-        """The matches of a projection by `exact`. Of several tokens the lowest id counts."""
+        """Matches of a projection with the rule `exact`; the lowest id of several counts."""
         only = projection.only
-        ours = np.full(projection.size, -1, np.int32)
-        # So that the lowest id writes last.
+        student_ids = np.full(projection.size, -1, np.int32)
+        # In reverse, so that the lowest id is written last.
         for id_ in np.flatnonzero(only >= 0)[::-1]:
-            ours[only[id_]] = id_
+            student_ids[only[id_]] = id_
         matched = np.zeros(len(only), bool)
-        matched[ours[ours >= 0]] = True
-        return cls(ours=ours, matched=matched)
+        matched[student_ids[student_ids >= 0]] = True
+        return cls(ours=student_ids, matched=matched)
 
     def ids(self, teacher_ids: Any) -> tuple[jax.Array, jax.Array]:
-        """Our ids for teacher ids, and a mask of those that exist."""
+        """Return student ids for teacher ids, and a mask of those that exist."""
         result = _entries(self.ours, teacher_ids, -1)
         return jnp.maximum(result, 0), result >= 0
 
@@ -48,10 +48,10 @@ def hybrid_logit_distance(
     kind: Literal["jsd", "kl"] = "jsd",
     beta: float = 0.5,
 ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
-    """GOLD's hybrid, or X-Token's H-KL, from top logits: the matched part and the sorted one.
+    """GOLD's hybrid loss or X-Token's H-KL, from top logits: the matched and the sorted part.
 
-    The matched part compares the tokens of the teacher's top k that the student has, and ONE bucket
-    for all others::
+    The matched part compares the tokens of the teacher's top k that the student has, and a single
+    bucket for all others::
 
         matched  JSD_beta(p, q)  or  KL(p || q),  over matched tokens and the bucket
         sorted   sum_r |p_(r) - q_(r)|  over the unmatched of either side's top k, largest first
@@ -78,8 +78,8 @@ def hybrid_logit_distance(
     p = jnp.where(
         present, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None])
     )  # unmatched ones
-    mine = _entries(matches.matched, student_top.indices, False)
-    q = jnp.where(mine, 0.0, jnp.exp(student_top.values - student_top.log_z[..., None]))
+    is_matched = _entries(matches.matched, student_top.indices, False)
+    q = jnp.where(is_matched, 0.0, jnp.exp(student_top.values - student_top.log_z[..., None]))
     size = max(p.shape[-1], q.shape[-1])
     p, q = (
         jnp.pad(
@@ -92,7 +92,7 @@ def hybrid_logit_distance(
 
 
 def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
-    """Entries of a table at ids. A head may have more columns than its tokenizer has tokens."""
+    """Look up ids in a table, and `beyond` for padded columns of the head."""
 
     def entries(ids: jax.Array) -> tuple[jax.Array]:
         result = jnp.asarray(table)[jnp.minimum(ids, len(table) - 1)]
@@ -103,7 +103,7 @@ def _entries(table: np.ndarray, ids: Any, beyond: Any) -> jax.Array:
 
 
 def with_rest(logits: jax.Array, log_z: jax.Array) -> jax.Array:
-    """Log-probabilities of the kept tokens and, last, of all others together."""
+    """Log-probabilities of the kept tokens and, as the last entry, of all others together."""
     existing = logits - log_z[..., None]
     # The smallest mass that 1 - sum(p) resolves in float32.
     rest = jnp.maximum(1.0 - jnp.exp(existing).sum(-1, keepdims=True), _LEAST_MASS)

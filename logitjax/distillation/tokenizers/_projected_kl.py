@@ -11,8 +11,8 @@ from logitjax.losses import Blocks, sweep
 from logitjax.ops import AxisName, TopK
 from logitjax.ops import mesh as on_mesh
 
-# Logits of so many of our tokens a position are gathered; where there may be more, sums over the
-# whole vocabulary are cheaper.
+# Up to so many student logits per position are gathered; beyond that, sums over the whole
+# vocabulary are cheaper.
 MOST_MEMBERS = 4096
 _LEAST = 1e-37
 
@@ -20,20 +20,20 @@ _LEAST = 1e-37
 def project_top_k(
     student: losses.Readout, teacher: TopK, members: Members
 ) -> tuple[losses.Readout, TopK]:
-    """Student and teacher over the teacher's top k, `[*batch, k]`, for `sparse_kl_divergence`.
+    """Project both models on the teacher's top k, `[*batch, k]`, for `sparse_kl_divergence`.
 
     ::
 
         q'_i = sum_{s: slot(s) = i} w_s q_s,   p'_i of `TokenProjection.merged`
 
     The student's read-out is at `members.ids`, `[*batch, m]`. One bucket holds everything outside
-    the top k and tokens without a match: for those both are `-inf`. With the rule `first_piece`,
-    this is sound wherever both models have read the same text: `q'_j` and `p'_j` are the
-    probabilities that the next text begins with the token j of both.
+    the top k, and tokens without a match, for which both sides are `-inf`. With the rule
+    `first_piece`, this is sound wherever both models have read the same text: `q'_j` and `p'_j` are
+    the probabilities that the text goes on with token j, which both have.
 
     References:
-        X-Token (arXiv 2605.21699), its P-KL: there W spreads each token over its pieces, a chunk's
-        teacher is a mean of logarithms, and both are renormalised over 8192 columns.
+        P-KL of X-Token (arXiv 2605.21699), where W spreads each token over its pieces, the teacher
+        of a chunk is a mean of logarithms, and both are renormalised over 8192 columns.
     """
     k = teacher.values.shape[-1]
     log_q = jnp.where(members.slots < k, student.gathered - student.log_z[..., None], -jnp.inf)
@@ -58,26 +58,26 @@ def _in_theirs(masses: jax.Array, covered: jax.Array, teacher: TopK) -> tuple[lo
 
 
 def bucket_sums(teacher: TopK, projection: TokenProjection) -> tuple[sweep.Statistic, Any, Blocks]:
-    """The statistic of sums over whole rows, its tokens and blocks: a byte a token and position."""
+    """Statistic of sums over whole rows, its tokens and blocks; takes a byte per entry."""
     teacher = projection.merged(teacher)
     statistic = _BucketSums(projection=projection, k=teacher.indices.shape[-1])
     tokens = {"teacher": teacher, "slots": _slots(teacher.indices, projection.size)}
-    # Whole rows of logits would be most of the memory that this saves.
+    # Whole rows of logits would take most of the memory that this saves.
     return statistic, tokens, Blocks(engine="scan")
 
 
 def _slots(ids: jax.Array, size: int) -> jax.Array:
-    """Which of the k `ids` each of their tokens is, `[*batch, size + 1]`; k if none."""
+    """Index of each teacher token among the k `ids`, `[*batch, size + 1]`; k for none."""
     k = ids.shape[-1]
     small = jnp.uint8 if k < 1 << 8 else jnp.int32
     table = jnp.full((*ids.shape[:-1], size + 1), k, small)
     numbers = lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
-    # What a model has beyond its tokenizer is nobody's.
+    # Logits beyond the tokenizer belong to no token.
     return table.at[_rows(ids)].set(numbers.astype(small), mode="drop").at[..., size].set(k)
 
 
 def _rows(ids: jax.Array) -> tuple[jax.Array, ...]:
-    """Indices of `ids` along the last axis of an array with the same others."""
+    """Index arrays that select `ids` along the last axis of an array with the same other axes."""
     batch = (lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim - 1))
     return (*batch, ids)
 
@@ -89,7 +89,7 @@ class _Masses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BucketSums(sweep.Statistic):
-    """The student's mass at each of the teacher's top k, from sums over all of its tokens."""
+    """The student's mass at each of the teacher's top k, summed over all of its tokens."""
 
     projection: TokenProjection
     k: int
@@ -109,7 +109,7 @@ class _BucketSums(sweep.Statistic):
             columns = jnp.moveaxis(mass * weights, -1, 0)
             table = jax.ops.segment_sum(columns, location, num_segments=len(ids))
             at = jnp.minimum(jnp.searchsorted(ordered, expected), len(ids) - 1)
-            # Most are in other blocks: these read one line of memory, not each its own.
+            # Most ids are in other blocks; index 0 keeps their reads within one cache line.
             here = ordered[at] == expected
             at = jnp.where(here, at, 0)
             result += jnp.where(here, table[(at, *_rows(at)[:-1])], 0.0)
@@ -141,15 +141,15 @@ class _BucketSums(sweep.Statistic):
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
         teacher = tokens["teacher"]
         size = self.projection.size
-        # A model may have more logits than its tokenizer has tokens.
+        # A model may have more logits than its tokenizer tokens.
         stored = jnp.asarray(self.projection.sizes > 0)[jnp.minimum(teacher.indices, size - 1)]
         stored = stored & (teacher.indices < size)
         return losses.sparse_kl_divergence(*_in_theirs(outputs.masses, stored, teacher))
 
     def _columns(self, block: sweep.LogitBlock) -> list[tuple[jax.Array, jax.Array]]:
-        """For each entry of a row of W: their tokens and weights at the block's columns."""
+        """Teacher tokens and weights of the block's columns, for each entry of a row of W."""
         size = self.projection.size
-        # The head may have more columns than the tokenizer has tokens.
+        # The head may have more columns than the tokenizer tokens.
         at = jnp.minimum(block.columns, len(self.projection.ids) - 1)
         present = block.columns < len(self.projection.ids)
         out = []

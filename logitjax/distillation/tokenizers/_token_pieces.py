@@ -11,7 +11,7 @@ from logitjax.storage import digest
 
 Rule = Literal["first_piece", "exact", "spread"]
 
-# X-Token's weights of a token's pieces, and how many a token keeps.
+# X-Token's weights of a token's pieces, and the number of pieces kept per token.
 _DECAY = (0.9, 0.09, 0.009, 0.0009)
 _KEPT = 4
 _FORMAT = 2
@@ -30,7 +30,7 @@ def token_projection(
     ::
 
         first_piece   the first piece in both vocabularies, of their tokens and ours, weight 1
-        exact         the teacher's token of the same bytes, else none
+        exact         the teacher's token with the same bytes, else none
         spread        X-Token: our pieces of their tokens and their pieces of ours, decaying weights
 
     With `first_piece`, a token of both vocabularies stands for itself. A token of one vocabulary is
@@ -39,12 +39,12 @@ def token_projection(
     `TokenProjection.merged` adds up, are then the probabilities of the same beginning of text.
 
     Special tokens of one role (end of text, end of a turn) stand for each other; other special
-    tokens have no match by `first_piece` and `exact`. Our tokens that end inside a character that
-    the teacher spells as a whole have no first piece either.
+    tokens have no match by `first_piece` and `exact`. Neither have our tokens that end inside a
+    character that is a single token of the teacher.
 
     Args:
         student, teacher: the tokenizers.
-        directory: keeps the results, a file for each pair and rule.
+        directory: folder that keeps the results, a file for each pair and rule.
 
     Raises:
         ValueError: an unknown rule.
@@ -57,9 +57,9 @@ def token_projection(
 
     References:
         X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`. `first_piece` is ours:
-        in X-Token, later pieces of a token do not continue the text that was read, and their mass
-        pulls at other tokens. A token of both stands for itself alone there, so a longer token of
-        the teacher (" Gains") pulls at the student's way to begin it (" G").
+        in X-Token, later pieces of a token do not continue the text that was read, so their mass
+        distorts other tokens. There a common token stands only for itself, so a longer token of the
+        teacher (" Gains") lowers the student's way to begin it (" G").
     """
     if rule not in get_args(Rule):
         raise ValueError(f"rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
@@ -72,7 +72,7 @@ def token_projection(
     if rule == "first_piece":
         merges = _common_pieces(ids[:, 0], student, teacher)
         ids = np.where(ids < 0, -1, merges[ids])
-    made = TokenProjection(
+    projection = TokenProjection(
         ids=ids.astype(np.int32),
         weights=(weights * (ids >= 0)).astype(np.float32),
         size=teacher.vocab_size,
@@ -80,8 +80,8 @@ def token_projection(
         merges=merges,
     )
     if path is not None:
-        made.save(path, fingerprint)
-    return made
+        projection.save(path, fingerprint)
+    return projection
 
 
 def prefix_bytes(tokenizer: Tokenizer) -> int:
@@ -91,7 +91,7 @@ def prefix_bytes(tokenizer: Tokenizer) -> int:
 
 
 def special_pairs(student: Tokenizer, teacher: Tokenizer) -> dict[int, int]:
-    """Special tokens of one role: those that end texts, and those that end a turn."""
+    """Pair special tokens by role: begin a text, end a text, end a turn."""
     pairs: dict[int, int] = {}
     for role in ("bos_id", "eos_id"):
         a, b = getattr(student, role), getattr(teacher, role)
@@ -102,7 +102,7 @@ def special_pairs(student: Tokenizer, teacher: Tokenizer) -> dict[int, int]:
 
 
 def turn_ends(tokenizer: Tokenizer) -> list[int]:
-    """Special tokens that an answer ends with under the chat template."""
+    """Special tokens at the end of an answer under the chat template."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         ids, learnt = tokenizer.encode_chat(messages)
@@ -113,14 +113,14 @@ def turn_ends(tokenizer: Tokenizer) -> list[int]:
 
 
 class _Cutter:
-    """Cuts bytes into a tokenizer's pieces, as it would cut them where a text goes on."""
+    """Split bytes into a tokenizer's pieces, as it would split them in the middle of a text."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._plain = tokenizer, prefix_bytes(tokenizer) == 0
         self.bytes = tokenizer.token_bytes()
         self.ids: dict[bytes, int] = {}
         for id_, text in enumerate(self.bytes):
-            # SentencePiece spells a comma twice. What stands for a stray byte is never read.
+            # SentencePiece has a comma twice; prefer a token that is not a byte token.
             if text and (
                 text not in self.ids or _BYTE.fullmatch(tokenizer.token(self.ids[text]) or "")
             ):
@@ -131,7 +131,7 @@ class _Cutter:
         )
 
     def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
-        """The pieces of each text; none where a text is only part of a character."""
+        """Split each text into pieces; a text that is only part of a character has none."""
         out: list[list[int]] = [[]] * len(texts)
         words: dict[int, str] = {}
         for location, text in enumerate(texts):
@@ -145,12 +145,12 @@ class _Cutter:
             list(words.values()), add_special_tokens=False
         )
         for location, result in zip(words, encoded, strict=True):
-            # A text that spells a special token has no pieces of text.
+            # Special tokens are not pieces of text.
             out[location] = [i for i in result.ids if self.bytes[i]]
         return out
 
     def _greedy(self, text: bytes) -> list[int]:
-        """The longest piece first, for what cannot be handed over as a text."""
+        """Split bytes that cannot be encoded as text, longest piece first."""
         out, location = [], 0
         while location < len(text):
             for size in range(min(self._longest, len(text) - location), 0, -1):
@@ -167,27 +167,27 @@ class _Cutter:
 def _first_piece(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     texts, cut = student.token_bytes(), _Cutter(teacher)
     pieces = cut(texts)
-    # A token that they have is what they read, whatever their merges would make of it alone.
+    # A token that the teacher has too counts as itself, even if its merges would split it.
     items = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
     return _single(items, student, teacher)
 
 
 def _common_pieces(first: np.ndarray, student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
-    """The common token that begins each teacher token; `first` maps our tokens to it."""
+    """Find the common token that begins each teacher token; `first` has those of our tokens."""
     cut, existing = _Cutter(student), _Cutter(teacher).ids
     texts = teacher.token_bytes()
     array = np.array([existing.get(text, -1) for text in texts])
     unknown = [i for i, text in enumerate(texts) if text and text not in cut.ids]
     pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
-    # Of a token that only they have, their token for the first piece that we cut it into.
+    # A token that only the teacher has counts as its first piece under our tokenizer.
     for i, ids in pieces.items():
         piece = first[ids[0]] if ids else -1
-        # What a normaliser makes of a text is no beginning of it, and may lead back to it.
+        # A normalised text is not a prefix of the original and may lead back to it.
         begins = piece >= 0 and len(texts[piece]) < len(texts[i])
         array[i] = piece if begins and texts[i].startswith(texts[piece]) else -1
     passing = np.zeros(len(texts) + 1, bool)
     passing[unknown] = True
-    # Each round is a shorter text.
+    # Terminates, because each round maps to a shorter text.
     while (moving := passing[array]).any():
         array[moving] = array[array[moving]]
     for b in special_pairs(student, teacher).values():
@@ -216,7 +216,7 @@ def _spread(student: Tokenizer, teacher: Tokenizer) -> tuple[np.ndarray, np.ndar
     for id_, pieces in enumerate(back(cut.bytes)):
         for ours_id, weight in _decayed(pieces):
             rows[ours_id][id_] = rows[ours_id].get(id_, 0.0) + weight
-    # A token of both stands for itself alone, as a special one for that of its role.
+    # A common token stands only for itself, and a special token for that of the same role.
     for location, text in enumerate(back.bytes):
         if text in cut.ids:
             rows[location] = {cut.ids[text]: 1.0}

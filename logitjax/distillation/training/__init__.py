@@ -1,1 +1,1 @@
-"""Training a student: its text, what teachers say of it, the loop, and the model to hand on."""
+"""Training of a student: its text, teachers' output on it, the loop, and the finished model."""

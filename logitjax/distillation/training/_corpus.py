@@ -27,13 +27,13 @@ from logitjax.distillation.training._teachers import (
     server_reader,
 )
 
-# Teachers that are no model on this machine.
+# Teachers that do not run on this machine.
 _NO_MODELS = ("cache", "api")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The text, the teachers that read it, and how much of their output is kept.
+    """Text, teachers that read it, and how much of their output is kept.
 
     Attributes:
         data: Text to learn from, such as jsonl:PATH or hf:ORG/NAME (see `data.load_examples`).
@@ -47,15 +47,15 @@ class Reading:
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
-        served_rank: Rank of the code in which a live server sends hidden states; 0 requests the
-            states themselves.
+        served_rank: Rank of the low-rank code in which a live server sends hidden states; 0
+            requests the states themselves.
         terms: Terms that will use the corpus, which reads and keeps what they declare of teachers.
         teacher_reads: Whether teachers read the text once before training, into a `'cache'` on
-            disk, or during training (`'live'`): then they stay in memory, nothing is cached, and
-            terms may use their hidden states.
+            disk, or during training (`'live'`), in which case they stay in memory, nothing is
+            cached, and terms may use their hidden states.
         teacher_devices: Devices that a teacher is split over: those of each process (`'local'`),
-            which then reads its share of the rows by itself, or those of all processes (`'all'`),
-            for a teacher too large for one host.
+            which then reads its own share of the rows, or those of all processes (`'all'`), for a
+            teacher too large for one host.
         fit_to: Further models whose tokenizers the rows must fit. Runs with other teachers then
             learn from the same rows, so that their scores can be compared.
     """
@@ -77,7 +77,7 @@ class Reading:
     fit_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # A position predicts the token after it, so a row of one token has no label.
+        # A position predicts the next token, so a row of one token has no label.
         limits = {"seq_len": 2, "top_k": 1, "tail_samples": 0, "batch_size": 1, "served_rank": 0}
         for name, least in limits.items():
             if getattr(self, name) < least:
@@ -88,7 +88,7 @@ class Reading:
             )
         taught = next((str(term) for term in self.terms if term.teacher is not None), None)
         if taught and not self.teachers:
-            raise ValueError(f"teacher: expected one for the loss {taught!r}, got none")
+            raise ValueError(f"teacher: expected a teacher for the loss {taught!r}, got none")
         for spec in self.teachers:
             if self.teacher_reads == "live" and spec.startswith("cache:"):
                 raise ValueError(f"teacher_reads: expected 'cache' for {spec!r}, got 'live'")
@@ -100,7 +100,7 @@ class Reading:
 
     @property
     def likelihoods(self) -> bool:
-        """Whether teachers keep likelihoods."""
+        """Whether likelihoods are kept."""
         return any(needs.chunks for needs in self.needs)
 
     @property
@@ -109,7 +109,7 @@ class Reading:
         return tuple(f"source{i}" for i in range(len(self.teachers)))
 
     def check(self, tokenizer: models.Tokenizer, objectives: Sequence[Objective]) -> None:
-        """Refuse, before any reading, losses that a teacher cannot serve; ValueError names both."""
+        """Raise a ValueError, before any reading, if a teacher cannot serve a loss; names both."""
         specs = self.teachers
         prints = [_tokenizer_of(spec, tokenizer).fingerprint for spec in specs]
         for objective in objectives:
@@ -121,10 +121,10 @@ class Reading:
                     _check_needs(self, loss, term.teacher, spec, other_tokenizer=other)
 
     def pack(self, tokenizer: models.Tokenizer, directory: epath.Path) -> PackedSplits:
-        """The rows under the tokenizers of the student and of every teacher.
+        """Pack the text into rows under the tokenizers of the student and of every teacher.
 
         Raises:
-            ValueError: Rows longer than a teacher can read, or what `data.pack_splits` refuses.
+            ValueError: Rows are longer than a teacher can read, or `data.pack_splits` refuses them.
         """
         tokenizers = {"pivot": tokenizer}
         for name, spec in zip(self.names, self.teachers, strict=True):
@@ -136,7 +136,7 @@ class Reading:
                         f"seq_len: expected at most {longest}, the length that teacher {spec!r} "
                         f"reads, got {self.seq_len}"
                     )
-        # They decide how rows are cut, and are never read.
+        # These only decide how rows are cut.
         for i, spec in enumerate(self.fit_to):
             tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
         return data.pack_splits(
@@ -150,21 +150,21 @@ class Reading:
         directory: epath.Path,
         loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
     ) -> "Corpus":
-        """The teachers' output on the rows that some run visits, from their caches or read now.
+        """Load the teachers' output on the rows that runs visit, from caches or by reading now.
 
         Args:
-            rows: The rows of each split that are visited, see `Course.visited_rows`.
-            directory: Where the teachers' caches go.
-            loaded: Teachers that are loaded already, by their spec.
+            rows: Visited rows of each split, see `Course.visited_rows`.
+            directory: Folder of the teachers' caches.
+            loaded: Teachers that are already loaded, by their spec.
 
         Raises:
-            ValueError: A cache of something else, or a server that does not answer.
+            ValueError: A cache was made from other inputs, or a server does not answer.
         """
         named = dict(zip(self.names, self.teachers, strict=True))
         if self.teacher_reads == "live":
             live = _live_sources(self, packed, directory, loaded or {})
             return Corpus(packed=packed, sources=live, specs=self.teachers)
-        # What is refused, or does not answer, is said before models read for hours.
+        # Caches and servers first, so that their errors appear before models read for hours.
         order = {"cache": 0, "api": 1}
         soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
         caches = {
@@ -172,7 +172,7 @@ class Reading:
             for name in soonest
         }
         sources = {}
-        # In the order of the user, which weights and batches follow.
+        # In the user's order, which weights and batches follow.
         for name in named:
             columns = packed.names[name]
             vocabularies = _vocabularies(self, packed, columns, directory)
@@ -180,7 +180,7 @@ class Reading:
         return Corpus(packed=packed, sources=sources, specs=self.teachers)
 
     def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
-        """Return a teacher's output on the rows of these numbers, as it is kept."""
+        """Return a teacher's output on rows with these numbers, as it is kept."""
         return _kept(self).of_model(graphdef, params, columns, rows)
 
 
@@ -189,9 +189,9 @@ class Corpus:
     """Packed rows of every split, and the teachers that have read them.
 
     Attributes:
-        packed: The rows, under every model's tokenizer; the student's is called `pivot`.
+        packed: Rows under every model's tokenizer; the student's is called `pivot`.
         sources: Each teacher's output, by its name.
-        specs: What users call the teachers, in the same order.
+        specs: Names by which users specify the teachers, in the same order.
     """
 
     packed: PackedSplits
@@ -209,7 +209,7 @@ class Corpus:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Constants of a step beside a batch: heads of live teachers read by hidden states."""
+        """Constants of a step: heads of live teachers that give hidden states."""
         readers = {name: source.reader for name, source in self.sources.items()}
         heads = {
             name: r.head for name, r in readers.items() if r is not None and r.head is not None
@@ -222,15 +222,15 @@ class Corpus:
         return self.packed.tokenizers[name].byte_lengths()
 
     def tokenizer_table(self, rows: int = 64) -> list[dict[str, Any]]:
-        """For teachers of other tokenizers: projections, and how much of training `rows` meets."""
-        ours, out = self.packed.names["pivot"], []
-        # From the split that is trained on, since a share of labels is what the losses will see.
+        """Tabulate, for teachers with other tokenizers, projections and the alignment of `rows`."""
+        pivot, out = self.packed.names["pivot"], []
+        # From the training split, to show the share of labels that losses will use.
         split = self.packed.splits["train"]
         batch = split.rows(np.arange(min(rows, len(split))))
         # The first token of a row is no label.
-        total = batch[ours]["loss_mask"][:, 1:].sum()
+        total = batch[pivot]["loss_mask"][:, 1:].sum()
         for name, source in self.sources.items():
-            if source.columns == ours:
+            if source.columns == pivot:
                 continue
             chunks = source.chunks(batch)
             # One token on both sides.
@@ -247,7 +247,7 @@ class Corpus:
         return out
 
     def batch(self, split: str, rows: Mapping[str, Any], *, taught: bool) -> dict[str, Any]:
-        """The student's columns of some rows, with the teachers' output if requested."""
+        """Return the student's columns of some rows, with the teachers' output if requested."""
         batch: dict[str, Any] = {"pivot": dict(self.packed.columns(rows, "pivot"))}
         if taught:
             batch["sources"] = {
@@ -258,7 +258,7 @@ class Corpus:
         return batch
 
     def _routes(self, split: str) -> np.ndarray:
-        """`[teachers of the data, sources]`: which source a row's teacher is."""
+        """One-hot `[teachers of the data, sources]`: the source that is a row's teacher."""
         named = list(self.packed.splits[split].routes)
         unknown = [name for name in named if name not in self.specs]
         if unknown:
@@ -270,7 +270,7 @@ class Corpus:
     def scored(
         self, split: str, mesh: Mesh, *, batch_size: int, rows: int
     ) -> Iterator[dict[str, Any]]:
-        """This process's held-out batches, as `Student.score` takes them."""
+        """Yield this process's held-out batches for `Student.score`."""
         index, count = training.BatchLayout(mesh).share
         first = next(iter(self.sources.values()), None)
         batches = self.packed.splits[split].iterate_once(
@@ -284,7 +284,7 @@ class Corpus:
             if first is not None and first.columns == self.packed.names["pivot"]:
                 statistics = first.view(split, stored).statistics
                 assert statistics is not None
-                # Scores use no draws: with the mass of the rest as one bucket they have no noise.
+                # With the mass of the rest as one bucket instead of samples, scores have no noise.
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
             yield batch
 
@@ -304,16 +304,16 @@ def _check_needs(
         )
     if needs.same_vocabulary and other_tokenizer:
         raise ValueError(
-            f"loss {loss!r} needs one vocabulary, but teacher {spec!r} has another tokenizer than "
-            "the student; use first_piece, or alm, or uld"
+            f"loss {loss!r} needs one vocabulary, but teacher {spec!r} has a different tokenizer "
+            "than the student; use first_piece, alm or uld"
         )
-    asked = spec.startswith("api:") and reading.teacher_reads == "cache"
-    if needs.moments and asked:
+    from_server = spec.startswith("api:") and reading.teacher_reads == "cache"
+    if needs.moments and from_server:
         raise ValueError(
             f"loss {loss!r} needs the mean and deviation of all logits, which teacher {spec!r} "
             "does not report; use kl or uld"
         )
-    if needs.chunks and asked:
+    if needs.chunks and from_server:
         raise ValueError(
             f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} does "
             "not report; use first_piece or kl"
@@ -349,7 +349,7 @@ def _caches(
     *,
     name: str,
 ) -> dict[str, TeacherCache]:
-    """One teacher's output by split, from its caches or read now."""
+    """Get a teacher's output by split, from its caches or by reading now."""
     spec, columns = reading.teachers[reading.names.index(name)], packed.names[name]
     kind, _, location = spec.partition(":")
     if kind == "cache":
@@ -363,7 +363,7 @@ def _caches(
             packed=packed,
             rows=rows,
             k=reading.top_k,
-            # a server draws no tail.
+            # A server does not sample the tail.
             tail_samples=0 if kind == "api" else reading.tail_samples,
             likelihoods=reading.likelihoods,
             batch_size=reading.batch_size,
@@ -371,8 +371,8 @@ def _caches(
         )
     if reading.likelihoods and not all(c.identity.likelihoods for c in caches.values()):
         raise ValueError(
-            f"teacher {spec!r}: expected a cache with likelihoods, as a loss of chunks needs, got "
-            "one without: write it with --likelihoods"
+            f"teacher {spec!r}: expected a cache with likelihoods, for a loss of chunks, got one "
+            "without: write it with --likelihoods"
         )
     return caches
 
@@ -380,30 +380,31 @@ def _caches(
 def _vocabularies(
     reading: Reading, packed: PackedSplits, columns: str, directory: epath.Path
 ) -> Vocabularies:
-    ours, other = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
+    student, teacher = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
     rules: Any = [needs.projection for needs in reading.needs if needs.projection]
     return Vocabularies(
         projections={
-            rule: token_projection(ours, other, rule=rule, directory=directory) for rule in rules
+            rule: token_projection(student, teacher, rule=rule, directory=directory)
+            for rule in rules
         },
-        boundary=boundary_tokens(ours) if reading.likelihoods else None,
+        boundary=boundary_tokens(student) if reading.likelihoods else None,
     )
 
 
 def _identity(spec: str) -> TeacherIdentity:
-    # The same in all splits.
+    # All splits have the same identity.
     return TeacherCache(epath.Path(spec.partition(":")[2]) / data.SPLITS[0]).identity
 
 
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
     kind, _, location = spec.partition(":")
     if kind == "api":
-        # a server is asked by ids, so it reads the student's tokens.
+        # Requests to a server have ids, so it reads the student's tokens.
         return students
     if kind == "cache":
         if not location:
             raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
-        # What the cache names as its model.
+        # The cache records its model.
         return _tokenizer_of(_identity(spec).model, students)
     return models.load_tokenizer(spec)
 
@@ -441,6 +442,6 @@ def _reader(
 
 
 def _devices_of(reading: Reading) -> Mesh:
-    # Over local devices alone a process reads its rows without waiting for the others.
+    # With local devices alone a process need not wait for the others.
     devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
     return training.make_mesh("fsdp:-1", devices=devices)

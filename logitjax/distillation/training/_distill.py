@@ -26,19 +26,19 @@ from logitjax.distillation.training._student import Student
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """How long and how fast a student is trained.
+    """Schedule of a training: steps, batch size, learning rate and evaluation.
 
     Attributes:
         steps: Number of optimiser steps.
         batch_size: Number of rows in a step, summed over processes.
         accumulate: Number of microbatches in a step.
-        learning_rate: Peak learning rate. It rises linearly, then falls to a tenth by a cosine.
+        learning_rate: Peak learning rate. It rises linearly, then falls to a tenth along a cosine.
         warmup: Share of the steps during which the learning rate rises.
         weight_decay: Weight decay of AdamW.
-        eval_rows: Number of rows to score, of the validation and of the test text each.
-        eval_batch: Number of rows that are scored at once; `batch_size` if 0.
+        eval_rows: Number of rows to score in each of the validation and the test text.
+        eval_batch: Number of rows to score at once; `batch_size` if 0.
         seed: Seed of the order of rows and of new parameters.
-        track: Where else to send metrics: TensorBoard files, Weights & Biases (offline unless
+        track: Further destinations of metrics: TensorBoard files, Weights & Biases (offline unless
             `WANDB_MODE` is online), or curves in the terminal.
         loop: How often to save, log and evaluate.
     """
@@ -65,7 +65,7 @@ class Course:
             raise ValueError(f"warmup: expected a share of the steps, got {self.warmup}")
 
     def check(self, mesh: Mesh) -> None:
-        """Refuse batches a mesh cannot share; a ValueError names `batch_size` or `eval_batch`."""
+        """Raise a ValueError if `batch_size` or `eval_batch` cannot be split over the mesh."""
         pieces = training.BatchLayout(mesh).pieces
         if self.batch_size % (self.accumulate * pieces):
             raise ValueError(
@@ -84,11 +84,11 @@ class Course:
         seeds: Sequence[int] | None = None,
         splits: Sequence[str] = data.SPLITS[1:],
     ) -> dict[str, np.ndarray]:
-        """The rows of each split for which a run needs the teachers' output, ascending.
+        """Return the rows of each split for which runs need the teachers' output, ascending.
 
         Args:
-            seeds: Seeds of the runs, by default the course's; none where no teacher is heard.
-            splits: The held-out splits that are scored.
+            seeds: Seeds of the runs, by default the course's; empty if training uses no teacher.
+            splits: Held-out splits to score.
         """
         train = packed.splits["train"]
         visited = [
@@ -109,7 +109,7 @@ class Course:
         *,
         mesh: Mesh,
     ) -> tuple[optax.GradientTransformation, training.TrainStep]:
-        """The optimiser and the compiled step; frozen parameters are constants of the step."""
+        """Build the optimiser and the compiled step, which takes frozen parameters as constants."""
         schedule = training.Schedule(
             self.learning_rate, warmup=int(self.warmup * self.steps), total_steps=self.steps
         )
@@ -121,7 +121,7 @@ class Course:
             mesh=mesh,
             accumulate=self.accumulate,
             schedule=schedule,
-            # Of one microbatch the loss counts itself.
+            # With one microbatch the loss itself counts.
             counts=loss.counts if self.accumulate > 1 else None,
         )
         return tx, step
@@ -133,9 +133,10 @@ class Trained:
 
     Attributes:
         curve: Pairs of a step and its validation perplexity; empty if `eval_every` is 0.
-        parts: For `loss` and each of its terms, pairs of a step and the mean since the last one.
-        tokens_per_second: Predicted tokens a second of training, the median over log lines.
-        seen: For each loss across tokenizers, pairs of a step and the share of the labels it uses.
+        parts: For `loss` and each of its terms, pairs of a step and the mean since the previous
+            pair.
+        tokens_per_second: Predicted tokens per second of training, the median over log lines.
+        seen: For each loss across tokenizers, pairs of a step and the share of labels it uses.
     """
 
     params: Any
@@ -146,9 +147,9 @@ class Trained:
 
 
 class Scorer:
-    """Held-out scores and samples of a student; one compiled program serves all its parameters.
+    """Held-out scores and samples of a student, from one program for any of its parameters.
 
-    Of `corpus` the held-out rows are used; `course` tells how many, and how many at once.
+    It uses the held-out rows of `corpus`; `course` sets how many, and how many at once.
     """
 
     def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
@@ -158,10 +159,10 @@ class Scorer:
         self._frozen = models.DECODER_RULES.place(student.frozen, mesh)
 
     def scores(self, params: Any, split: str) -> dict[str, float]:
-        """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
+        """Compute perplexity, accuracy, bits per byte, and agreement and KL with the first teacher.
 
         Agreement and KL need a teacher of the same vocabulary. `tokens_per_second` counts tokens
-        read, in the fastest batch after the first, which compiles. Scores without labels are nan.
+        read in the fastest batch after the first, which compiles. Scores without labels are nan.
         """
         storage.progress.mark(f"scoring {split} text", log=True)
         batches = self._corpus.scored(
@@ -173,17 +174,17 @@ class Scorer:
             begin = time.perf_counter()
             sums = jax.device_get(self._step(params, batch, self._frozen))
             tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()  # equal shares
-            # The sums are on the host by now, so the work is done and not only begun.
+            # The sums are on the host by now, so the work is complete.
             speeds.append(tokens / (time.perf_counter() - begin))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
-        # Of no label nothing is known: a zero would be the best of all losses.
+        # nan without labels: a zero would be the best possible loss.
         means = {
             n: float(total / count) if count else math.nan for n, (total, count) in totals.items()
         }
-        # Of the mean over labels.
+        # That of the mean loss over labels.
         means["perplexity"] = float(np.exp(means["loss"]))
-        # A student that is its teacher is at zero, which rounding makes negative.
+        # A student equal to its teacher is at zero, which rounding may make negative.
         if "teacher_kl" in means:
             means["teacher_kl"] = max(means["teacher_kl"], 0.0)
         if len(speeds) > 1:
@@ -191,14 +192,14 @@ class Scorer:
         return means
 
     def sample(self, params: Any, *, length: int = 32) -> tuple[str, str]:
-        """The beginning of a held-out text, and the student's greedy continuation."""
+        """Return the beginning of a held-out text and the student's greedy continuation."""
         packed = self._corpus.packed
         name = packed.names["pivot"]
         tokenizer = packed.tokenizers[name]
         columns = packed.splits["test"].rows([0])[name]
         tokens, learnt = columns["tokens"][0], columns["loss_mask"][0]
         first = int(np.argmax(learnt)) if learnt.any() else 1
-        # A conversation is cut where its first answer begins, other text after some words.
+        # Cut a conversation where its first answer begins, other text after a few words.
         stop = first if packed.chat else min(first + 8, int((columns["segment_ids"] == 1).sum()))
         prompt = tokens[: max(stop, 1)].tolist()
         model = models.with_layout(self._student.finished(processes.local_copy(params)), "listed")
@@ -219,7 +220,7 @@ def train_student(
     scorer: Scorer | None = None,
     on_policy: OnPolicy = OnPolicy(),  # noqa: B008
 ) -> Trained:
-    """Train a student; continue bit for bit from the newest checkpoint, or read a finished run.
+    """Train a student, continuing bit for bit from the newest checkpoint, or read a finished run.
 
     Args:
         directory: Folder of checkpoints and of `metrics.jsonl`.
@@ -230,9 +231,9 @@ def train_student(
     tx, step = course.update(student, objective, sources, mesh=mesh)
     scorer = scorer or Scorer(student, corpus, course, mesh=mesh)
     frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
-    # Made whole before a checkpoint is read, which then only fills its arrays.
-    made: Any = {"mesh": mesh, "rules": models.DECODER_RULES, "seed": course.seed}
-    start = functools.partial(training.TrainState.create, student.trained, tx, **made)
+    # Complete before a checkpoint is read, which then only fills its arrays.
+    state_options: Any = {"mesh": mesh, "rules": models.DECODER_RULES, "seed": course.seed}
+    start = functools.partial(training.TrainState.create, student.trained, tx, **state_options)
     rows = corpus.packed.splits["train"]
     index, count = training.BatchLayout(mesh).share
     order: Any = {"seed": course.seed, "batch_size": course.batch_size}
@@ -267,7 +268,7 @@ def train_student(
         state = training.train_loop(
             start,
             update,
-            # The update asks teachers about what is written.
+            # The update lets the teachers read what is written.
             text if on_policy.share else batch,
             total_steps=course.steps,
             workdir=directory,
@@ -295,24 +296,24 @@ def train_student(
     )
 
 
-# Rows in which a term has to find something to learn from.
+# Number of rows in which a term must find something to learn from.
 _ROWS_LOOKED_AT = 64
 
 
 def _check_seen(
     loss: LossFunction, batch: Callable[[int], Any], frozen: Any, course: Course, *, mesh: Mesh
 ) -> None:
-    """Refuse a term that sees none of the text, which would train on zeros without a word."""
+    """Raise a ValueError if a term uses none of the text and would silently train on zeros."""
     first = batch(0)
-    # Shapes tell if any term counts.
+    # Shapes tell whether any term counts positions.
     if not jax.eval_shape(loss.counts, first, frozen)["seen"]:
         return
 
     def count(params: Any, batch: Any, rng: Any, frozen: Any) -> Any:
-        seen = loss.counts(batch, frozen)["seen"]
-        return 0.0, 1, {name: (total, 1) for name, total in seen.items()}
+        totals = loss.counts(batch, frozen)["seen"]
+        return 0.0, 1, {name: (total, 1) for name, total in totals.items()}
 
-    # The first rows are those that training sees first, so the check costs no other data.
+    # Training uses these rows first, so the check needs no other data.
     batches = [
         first,
         *map(batch, range(1, min(course.steps, _ROWS_LOOKED_AT // course.batch_size))),
@@ -334,7 +335,7 @@ def _identity(objective: Objective, course: Course) -> str:
 
 
 def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:
-    # A mean over no label was written as null.
+    # A mean over no labels is written as null.
     items = [line for line in lines if line.get(name) is not None]
     return tuple((int(line["step"]), float(line[name])) for line in items)
 
@@ -344,9 +345,9 @@ class Distilled:
     """A finished student.
 
     Attributes:
-        model: The model to hand on, adapters merged.
+        model: The finished model, adapters merged.
         before, after: Scores on test rows before and after training.
-        samples: A `prompt`, and the student's continuation `before` and `after` training.
+        samples: A `prompt`, and the student's continuations `before` and `after` training.
     """
 
     model: models.Decoder
@@ -366,25 +367,25 @@ def distill(
     workdir: epath.Path,
     on_policy: OnPolicy = OnPolicy(),  # noqa: B008
 ) -> Distilled:
-    """Train a student on text and on its teachers' output, and score it before and after.
+    """Train a student on text and its teachers' output, and score it before and after.
 
-    The call may be killed and repeated: it continues where it was. A folder of another student,
-    text, teacher, objective or course is refused.
+    If interrupted, the same call continues where it was. A folder of another student, text,
+    teacher, objective or course is an error.
 
     Args:
-        student: The decoder and what of it is trained, see `Student.of`.
+        student: The decoder and the parts of it to train, see `Student.of`.
         corpus: Text and teachers, see `Reading.load`.
-        workdir: Folder of everything that is kept.
+        workdir: Folder for all files of the run.
         on_policy: How much of each batch the student writes; its teachers have to read live.
 
     Raises:
-        ValueError: The folder was begun with something else (names all that differs), or the
-            devices cannot share a batch.
+        ValueError: The folder was begun with other inputs (lists all differences), or a batch
+            cannot be split over the devices.
     """
     course.check(mesh)
     made_from = _made_from(student, corpus, objective, course)
     if on_policy.share:
-        # Only where it is used: folders of runs without it stay valid.
+        # Only if used, so that folders of runs without it remain valid.
         made_from["on_policy"] = dataclasses.asdict(on_policy)
     _check_folder(made_from, workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
@@ -418,10 +419,9 @@ def distill(
 def _made_from(
     student: Student, corpus: Corpus, objective: Objective, course: Course
 ) -> dict[str, Any]:
-    """All that decides what a training gives."""
+    """Everything that determines the result of a training."""
     chosen = dataclasses.asdict(course)
-    # When a run saves, logs and scores, and in what pieces it computes, changes nothing of what it
-    # learns.
+    # When a run saves, logs and scores, and in what pieces it computes, does not change the result.
     for field in dataclasses.fields(course):
         if field.name == "loop" or field.metadata.get("execution"):
             del chosen[field.name]
@@ -430,7 +430,7 @@ def _made_from(
     return {
         "student": student.fingerprint,
         "text": storage.digest(text, length=12),
-        "teachers": {name: storage.digest(made, length=12) for name, made in teachers.items()},
+        "teachers": {name: storage.digest(inputs, length=12) for name, inputs in teachers.items()},
         "objective": {
             "terms": [f"{term!r}:{weight:g}" for term, weight in objective.terms],
             "teachers": objective.teachers,

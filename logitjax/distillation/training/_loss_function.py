@@ -11,10 +11,10 @@ class LossFunction:
     """An objective as `loss(trained, batch, rng, frozen, counts=None) -> (sum, count, metrics)`.
 
     Args:
-        student: The student, whose `trained` and `frozen` the function takes. The heads of live
-            teachers are `frozen["teachers"]`, by their name.
-        sources: Names under which `batch["sources"]` holds the `Teacher` of each, and how its
-            vocabulary lies over the student's.
+        student: The student, whose `trained` and `frozen` the function takes. `frozen["teachers"]`
+            has the heads of live teachers, by name.
+        sources: Names of the `Teacher` values in `batch["sources"]`, and the relation of each
+            vocabulary to the student's.
     """
 
     def __init__(self, objective: Objective, student: Student, sources: Mapping[str, Vocabularies]):
@@ -29,7 +29,7 @@ class LossFunction:
         return self._objective.value(
             hidden_states(model, batch["pivot"], self._student.adapters(trained)),
             model.head_of(),
-            # on-policy rows bring `log_probs`.
+            # On-policy rows have `log_probs`.
             {"labels": labels} | batch.get("columns", {}),
             self._teachers(batch, frozen),
             trained.get("terms"),
@@ -39,7 +39,7 @@ class LossFunction:
         )
 
     def counts(self, batch: Mapping[str, Any], frozen: Any) -> Any:
-        """Count what the terms see of a whole batch, of which the loss may get a part."""
+        """Count the positions that terms use in a whole batch, of which the loss may get parts."""
         labels, where = targets(batch["pivot"])
         columns = {"labels": labels} | batch.get("columns", {})
         return self._objective.counts(columns, self._teachers(batch, frozen), where=where)
@@ -47,7 +47,7 @@ class LossFunction:
     def _teachers(self, batch: Mapping[str, Any], frozen: Any) -> list[Teacher]:
         if self._objective.taught is None:
             return []
-        # Of live teachers alone.
+        # Only live teachers have heads.
         heads = frozen.get("teachers", {})
         return [
             dataclasses.replace(

@@ -12,7 +12,7 @@ from logitjax import models
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """Parts to be cut from a model before it is healed, and the text that decides which.
+    """Amounts to cut from a model before training heals it, and of text to choose them by.
 
     Attributes:
         drop_layers: Number of layers to drop.
@@ -42,12 +42,12 @@ class Pruning:
             raise ValueError("drop_layers, drop_share, keep_layers: expected one, got several")
 
     def dropped(self, layers: int) -> int:
-        """How many of so many layers go; a share takes at least one."""
+        """Number of layers to drop out of `layers`; a share drops at least one."""
         return max(1, round(self.drop_share * layers)) if self.drop_share else self.drop_layers
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is cut."""
+        """Whether anything is pruned."""
         drops = self.drop_layers or self.drop_share
         return bool(drops or self.keep_layers or self.kv_heads or self.mlp_channels)
 
@@ -58,8 +58,8 @@ class LayerPruning:
 
     Attributes:
         kept: Layers to keep, ascending; what `models.keep_layers` takes.
-        dropped: The others, a run.
-        scores: Score of each run by its first layer, see `prune_layers`; that of a low one may go.
+        dropped: The others, which are consecutive.
+        scores: Score of each run of layers by its first one, see `prune_layers`; low ones may go.
     """
 
     kept: tuple[int, ...]
@@ -68,7 +68,7 @@ class LayerPruning:
 
     @property
     def below(self) -> str:
-        """Paths below the cut, for `freeze` of `Student.of`; for listed layers.
+        """Pattern of paths below the cut, for `freeze` of `Student.of`; for listed layers.
 
         >>> LayerPruning(kept=(0, 1, 4), dropped=(2, 3), scores=()).below
         'embedding|layers/(0|1)/'
@@ -81,13 +81,13 @@ def prune_layers(
 ) -> LayerPruning:
     """Choose the run of layers that a decoder can best do without on the given text.
 
-    With x_i the residual stream before layer i, averaged over positions t, the run with the least
-    `1 - mean_t cos(x_i, x_{i+count})` is dropped. It costs one forward pass.
+    With x_i the residual stream before layer i, the run with the smallest `1 - mean_t cos(x_i,
+    x_{i+count})` over positions t is dropped. It costs one forward pass.
 
     Args:
         batches: Calibration text: packed columns `tokens`, `segment_ids`, `positions` and
-            `loss_mask`, each `[rows, length]`. Some thousand tokens will do.
-        count: How many layers to drop, fewer than there are.
+            `loss_mask`, each `[rows, length]`. A few thousand tokens are enough.
+        count: Number of layers to drop, fewer than the model has.
 
     Raises:
         ValueError: Too few layers, or no batch.
@@ -105,7 +105,7 @@ def prune_layers(
     layers = model.config.num_layers
     if not 0 <= count < layers:
         raise ValueError(
-            f"count: expected 0 to {layers - 1}, for the model has {layers} layers, got {count}"
+            f"count: expected 0 to {layers - 1}, as the model has {layers} layers, got {count}"
         )
     listed, batches = models.with_layout(model, "listed"), list(batches)
     if not batches:
@@ -124,9 +124,9 @@ def prune_width(
     kv_heads: int | None = None,
     mlp_channels: int | None = None,
 ) -> models.Decoder:
-    """A narrower decoder that keeps, in each layer, the heads and channels most active on the text.
+    """Narrow a decoder to the heads and channels of each layer that are most active on a text.
 
-    Activations are averaged over a row's positions, and rows are joined by the root of squares::
+    Activations are averaged over a row's positions; rows are combined by the root of squares::
 
         channel   sqrt(sum_rows (mean_t |a_t|)^2)
         head      the same of |output_t|, the norm over the query heads of one key-value head
@@ -134,16 +134,16 @@ def prune_width(
     A key-value head is dropped with all query heads that share it, so queries stay grouped.
 
     Args:
-        model: The decoder; it stays as it is.
+        model: The decoder, which is not modified.
         batches: Calibration text, as for `prune_layers`.
         kv_heads: Key-value heads to keep in each layer; all if None.
         mlp_channels: Channels of each feed-forward layer to keep; all if None.
 
     Returns:
-        A decoder of its own in the same layout.
+        A new decoder in the same layout.
 
     Raises:
-        ValueError: More than there are, or none.
+        ValueError: More to keep than there are, or none.
 
     >>> tokens = np.arange(8)[None]
     >>> batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": tokens,
@@ -164,7 +164,7 @@ def prune_width(
     ):
         if not 1 <= expected <= most:
             raise ValueError(f"{name}: expected 1 to {most}, got {expected}")
-    # Rotary angles belong to entries of a head, so whole heads go and never parts of one.
+    # Rotary angles belong to entries of a head, so heads are dropped whole.
     group = config.num_heads // config.num_kv_heads
     heads, activity = _activity(listed, batches)
     small = dataclasses.replace(
@@ -179,7 +179,7 @@ def prune_width(
     for layer, by_head, by_channel in zip(members, heads, activity, strict=True):
         # `[kv_heads * head_dim]`.
         narrow = _entries(_best(by_head, kv_heads), config.head_dim)
-        # Its queries beside it.
+        # Its query heads.
         wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
         inner = _best(by_channel, channels)
         layer |= _narrowed(layer, narrow, wide, inner)
@@ -188,7 +188,7 @@ def prune_width(
     abstract = nnx.eval_shape(
         lambda: models.Decoder(small, rngs=nnx.Rngs(0), head=nnx.Module(), **options)
     )
-    # The head has no heads or channels of the layers, so the model keeps the one it has.
+    # The output head is not pruned.
     params.pop("head", None)
     out = nnx.merge(nnx.graphdef(abstract), params)
     out.head = model.head
@@ -197,7 +197,7 @@ def prune_width(
 
 @jax.jit
 def _narrowed(layer: Any, narrow: jax.Array, wide: jax.Array, inner: jax.Array) -> Any:
-    """The maps of a layer with chosen entries: of a key-value head, of its queries, of channels."""
+    """Select entries of a layer's maps: of key-value heads, of their queries, of channels."""
     columns = {"query": wide, "key": narrow, "value": narrow, "gate": inner, "up": inner}
     rows = {"output": wide, "down": inner}
     out = {}
@@ -212,20 +212,20 @@ def _narrowed(layer: Any, narrow: jax.Array, wide: jax.Array, inner: jax.Array) 
 
 
 def _entries(blocks: np.ndarray, size: int) -> np.ndarray:
-    """Indices of all entries of some blocks of one size."""
+    """Indices of all entries of the given blocks of equal size."""
     return (blocks[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """The highest scores' places, ascending; the first of equal ones."""
-    # Ascending: what is kept stays in the order that it had in the model.
+    """Indices of the highest scores, ascending; the first among equal ones."""
+    # Ascending, so that the order in the model is kept.
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def _stream_change(
     model: models.Decoder, batches: Iterable[Mapping[str, Any]], gap: int
 ) -> np.ndarray:
-    """`[layers - gap + 1]`: how far the stream turns from before a layer to `gap` layers on."""
+    """Cosine distance of the stream before a layer to `gap` layers on, `[layers - gap + 1]`."""
 
     def changes(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> jax.Array:
         streams = seen.blocks
@@ -238,10 +238,10 @@ def _stream_change(
 
 
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Along the last axis, in float32; 0 for a zero vector."""
+    """Cosine along the last axis, in float32; 0 for a zero vector."""
     x, y = (jnp.asarray(v, jnp.float32) for v in (x, y))
-    # Scaled first: the squares of a large stream must not overflow. What is not zero then has a
-    # size of at least one.
+    # Scale first, so that squares of a large stream do not overflow. A vector that is not zero then
+    # has a norm of at least one.
     x, y = (v / jnp.maximum(jnp.abs(v).max(-1, keepdims=True), 1e-30) for v in (x, y))
     size = jnp.sqrt(jnp.square(x).sum(-1) * jnp.square(y).sum(-1))
     return (x * y).sum(-1) / jnp.maximum(size, 1.0)
@@ -250,7 +250,7 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 def _activity(
     model: models.Decoder, batches: Iterable[Mapping[str, Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Root of the squares of the rows: `[layers, kv_heads]` and `[layers, channels]`."""
+    """Activity on the text, `[layers, kv_heads]` and `[layers, channels]`."""
     config = model.config
 
     def squares(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> Any:
@@ -274,13 +274,13 @@ def _activity(
 
 
 class _Seen:
-    """Activations of one pass: streams before each block, inputs of the maps that end one."""
+    """Activations of one pass: streams before each block, and inputs of each block's last maps."""
 
     def __init__(self) -> None:
         self.blocks: list[jax.Array] = []
         self.heads: list[jax.Array] = []
         self.channels: list[jax.Array] = []
-        # The stream behind the last block so far.
+        # The stream after the last block so far.
         self.after: Any = None
 
 
@@ -305,16 +305,16 @@ class _WatchedLinear(nnx.Linear):
 
 
 def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled `batch -> measure(seen, hidden, where)` of a listed model."""
-    # The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
-    # in Python holds what passes through them while they are traced.
+    """Compile `batch -> measure(seen, hidden, where)` for a listed model."""
+    # So that the model needs no hooks, blocks are wrapped and unrolled, and Python lists collect
+    # activations while the blocks are traced.
     apply_fn, params = models.from_nnx(model)
 
     @jax.jit
     def run(params: Any, batch: Any) -> Any:
         seen = _Seen()
         trunk = nnx.merge(apply_fn.graphdef, params, apply_fn.rest)
-        # Under `remat` a block is traced apart, and what the list holds would leak from that trace.
+        # Under `remat` a block has its own trace, from which the lists would leak tracers.
         trunk.remat = "none"
         for segment in trunk.segments:
             for i, block in enumerate(segment.layers):
@@ -331,12 +331,12 @@ def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..
 
 
 def _sums(measure: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -> Any:
-    """Sums over batches, in float64."""
+    """Sum over batches, in float64."""
     columns = ("tokens", "segment_ids", "positions", "loss_mask")
     total: Any = None
     for batch in batches:
         result = jax.tree.map(
-            # A few million squares in float32 lose the digits that tell two layers apart.
+            # Summed in float32, millions of squares lose the digits in which layers differ.
             lambda leaf: np.asarray(leaf, np.float64),
             measure({n: batch[n] for n in columns}),
         )

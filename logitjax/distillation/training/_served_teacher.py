@@ -13,18 +13,18 @@ from absl import logging
 from logitjax import losses, storage
 from logitjax.distillation.training._teachers import Kept, Reader, packed_documents
 
-# Seconds between two attempts to reach a server that went away, at first and at most.
+# Seconds between attempts to reach an unavailable server: first and maximum pause.
 _PAUSES = (1.0, 30.0)
-# Seconds for one answer.
+# Seconds to wait for an answer.
 _TIMEOUT = 600.0
 _AWAY = (OSError, http.client.HTTPException)
 
 
 class ServedTeacher:
-    """`logitjax serve --hidden_states` as a teacher that reads beside the student.
+    """A live teacher behind `logitjax serve --hidden_states`.
 
-    One binary answer a batch has the hidden states of the positions that are learned, in bfloat16.
-    A server that goes away is waited for; if it comes back with other weights, that is an error.
+    A binary answer per batch has the bfloat16 hidden states of the positions that are learned. If
+    the server becomes unavailable, the teacher waits; returning with other weights is an error.
     `rank` is the number of columns of a low-rank code in place of hidden states, 0 for none.
     """
 
@@ -52,7 +52,7 @@ class ServedTeacher:
         return f"teacher api:{self._url.geturl()}"
 
     def reader(self, kept: Kept) -> Reader:
-        """As `model_reader`; all but the hidden states is worked out here."""
+        """Like `model_reader`; everything but the hidden states is computed here."""
         derived = jax.jit(kept.of_states)
 
         def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
@@ -71,29 +71,29 @@ class ServedTeacher:
         )
 
     def metrics(self) -> dict[str, tuple[float, float]]:
-        """Bytes of a position, and the relative error of a code, since they were asked for last."""
+        """Return bytes per position and relative error of the code, since the last call."""
         totals, self._totals = self._totals, {}
         return totals
 
     def hidden_states(self, columns: Mapping[str, Any]) -> np.ndarray:
-        """bfloat16 `[rows, length - 1, width]` where something is learned, zeros elsewhere."""
+        """Return bfloat16 `[rows, length - 1, width]`, zeros where nothing is learned."""
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
         learnt = np.asarray(columns["loss_mask"])[:, 1:]
         out = np.zeros((*learnt.shape, self.head.kernel.shape[1 - self.head.axis]), jnp.bfloat16)
         documents = packed_documents(segments, np.argwhere(learnt))
         if not documents:
             return out
-        # `learnt` is shifted by one: its position t tells of token t + 1.
+        # `learnt` is shifted by one: entry t is for token t + 1.
         starts = [1 + int(np.argmax(learnt[row, a:b])) for row, a, b in documents]
         texts = [tokens[row, a:b].tolist() for row, a, b in documents]
         body = {"documents": texts, "starts": starts, "rank": self._rank}
         tensors, about = self._ask(json.dumps(body))
         floats = [tensors[name] for name in ("hidden", "code", "basis") if name in tensors]
         states = floats[0]
-        # A code is `[positions, rank]` and `[rank, width]`; bf16 products would lose what it kept.
+        # A code is `[positions, rank]` and `[rank, width]`; bf16 products would lose its precision.
         if len(floats) > 1:
             states = (floats[0].astype(np.float32) @ floats[1].astype(np.float32)).astype(out.dtype)
-        # The answer has the positions of all documents one after the other, without padding.
+        # The answer has the positions of all documents in sequence, without padding.
         location = 0
         for (row, a, b), start in zip(documents, starts, strict=True):
             size = b - a - start
@@ -107,14 +107,14 @@ class ServedTeacher:
         return out
 
     def _ask(self, body: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """The answer, however long its server is away."""
+        """Return the answer, waiting as long as the server is unavailable."""
         pause, begin = _PAUSES[0], None
         while True:
             try:
                 answer = self._attempt("POST", body)
                 if begin is None:
                     return answer
-                # Another server may answer at the address by now, and would teach something else.
+                # The server at this address may have other weights by now.
                 about = self._attempt("GET", None)[1]
             except _AWAY as error:
                 if begin is None:
@@ -135,7 +135,7 @@ class ServedTeacher:
     def _attempt(
         self, method: str, body: str | None
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """One answer; an error of `_AWAY` where there is none for now."""
+        """Try once to get an answer; an error of `_AWAY` if the server is unavailable."""
         fresh = self._connection is None
         if self._connection is None:
             secure = self._url.scheme == "https"
@@ -150,9 +150,9 @@ class ServedTeacher:
             self._connection = None
             if fresh:
                 raise
-            # A server closes connections that nobody used for a while.
+            # Servers close idle connections.
             return self._attempt(method, body)
-        # Busy, or a proxy without it.
+        # Busy, or a proxy without a server.
         if answer.status in (429, 502, 503, 504):
             raise ConnectionError(f"status {answer.status}")
         if answer.status != 200:
@@ -164,6 +164,6 @@ class ServedTeacher:
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])["__metadata__"]
         tensors = storage.require("safetensors.numpy", extra="models").load(content)
-        # numpy has no bfloat16, so its bits travel as uint16.
+        # numpy has no bfloat16, so its bits are sent as uint16.
         bits = {n: x.view(jnp.bfloat16) for n, x in tensors.items() if x.dtype == np.uint16}
         return tensors | bits, about

@@ -16,7 +16,7 @@ from logitjax.distillation.training._teachers import Reader
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One teacher's output on the rows that matter, from its caches on disk or read live."""
+    """A teacher's output on the rows of a run, from its caches on disk or read live."""
 
     columns: str
     packed: data.PackedSplits
@@ -26,26 +26,26 @@ class Source:
 
     @property
     def identity(self) -> Any:
-        """Describe everything that its output is made from."""
+        """Everything that determines the output."""
         if self.reader is not None:
             return {"live": (self.reader.tokenizer, self.reader.weights, self.reader.kept)}
         return {split: cache.identity for split, cache in self.caches.items()}
 
     @functools.cached_property
     def _spelling(self) -> Mapping[str, tuple[np.ndarray, int]]:
-        """Bytes of text that each token stands for, and those before a text, by columns."""
+        """Bytes per token, and bytes that precede a text, by columns."""
         tokenizers = self.packed.tokenizers
         return {n: (t.byte_lengths(), prefix_bytes(t)) for n, t in tokenizers.items()}
 
     def chunks(self, batch: Mapping[str, Any]) -> Chunks:
-        """How the student's tokens of a batch lie over the teacher's."""
-        ours, other = self.packed.names["pivot"], self.columns
+        """Align the student's tokens of a batch with the teacher's."""
+        student, teacher = self.packed.names["pivot"], self.columns
         (our_lengths, our_prefix), (their_lengths, their_prefix) = (
-            self._spelling[name] for name in (ours, other)
+            self._spelling[name] for name in (student, teacher)
         )
         return align_chunks(
-            batch[ours],
-            batch[other],
+            batch[student],
+            batch[teacher],
             our_lengths=our_lengths,
             their_lengths=their_lengths,
             our_prefix=our_prefix,
@@ -54,7 +54,7 @@ class Source:
         )
 
     def view(self, split: str, batch: Mapping[str, Any]) -> Teacher:
-        """Return the teacher's output at the student's positions, and those positions."""
+        """Return the teacher's output at the student's positions."""
         if self.reader is None:
             record, vocab_size = (
                 self.caches[split].read(batch["row"]),
@@ -72,7 +72,7 @@ class Source:
         if self.columns != self.packed.names["pivot"]:
             assert chunks is not None
             where, single = chunks.starts, chunks.one_to_one
-            # From the teacher's positions to ours: `[rows, positions, ...]` gathered at `places`.
+            # From the teacher's positions to the student's: `[rows, positions, ...]` at `places`.
             rows = np.arange(len(where))[:, None]
             record = {name: array[rows, chunks.places] for name, array in record.items()}
         drawn = {n: record.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in record}
@@ -81,7 +81,7 @@ class Source:
         if likelihoods and chunks is not None and self.vocabularies.boundary is not None:
             labels = batch[self.columns]["tokens"][:, 1:]
             lengths, _ = self._spelling[self.columns]
-            # They spell no bytes.
+            # Special tokens have no bytes.
             special = lengths[np.minimum(labels, len(lengths) - 1)] == 0
             scores = chunk_scores(chunks, likelihoods, special=special)
         hidden = record.pop("hidden", None)

@@ -24,8 +24,8 @@ class Student:
     Attributes:
         graphdef: The decoder without its arrays.
         trained: Contents of a train state: `model`, arrays by path; `lora`, adapters; `mix`, the
-            unknown factor of a head whose columns are known; `terms`, arrays of terms.
-        frozen: The rest: `model`, and `basis`, the known columns of a head.
+            unknown factor of a head with known column space; `terms`, arrays of terms.
+        frozen: The rest: `model`, and `basis`, the known column space of a head.
         scale: Factor of the adapters.
     """
 
@@ -45,21 +45,21 @@ class Student:
         objective: Objective | None = None,
         seed: int = 0,
     ) -> "Student":
-        """A student from a decoder, with its trained and frozen parts.
+        """Split a decoder into trained and frozen parts.
 
         Args:
-            model: The decoder; its arrays are used as they are.
-            freeze: Regular expression; parameters whose path contains a match are frozen, such as
-                `embedding|layers/[0-9]/`.
+            model: The decoder, whose arrays are not copied.
+            freeze: Regular expression, such as `embedding|layers/[0-9]/`; parameters whose path
+                contains a match are frozen.
             lora_rank: Train adapters of this rank instead of the model; 0 for none.
-            head_basis: `[vocab, width]`, columns that span those of the head to imitate, as an
-                audit recovers them. The head becomes their product with a trained matrix.
-            objective: Terms that may have their own arrays, which are trained with the student.
+            head_basis: `[vocab, width]`, a basis of the column space of the head to imitate, as an
+                audit recovers it. The head becomes its product with a trained matrix.
+            objective: The objective, whose terms may have arrays to train with the student.
             seed: Seed of the adapters and of terms' arrays.
 
         Raises:
-            ValueError: `freeze` is no regular expression, matches nothing or everything, or comes
-                with adapters; or a head of another vocabulary.
+            ValueError: `freeze` is not a regular expression, matches nothing or everything, or is
+                combined with adapters; or `head_basis` has another vocabulary.
 
         >>> student = Student.of(models.load_model("tiny"), freeze="embedding|layers/0/mlp")
         >>> "embedding" in student.frozen["model"], "embedding" in student.trained["model"]
@@ -81,7 +81,7 @@ class Student:
         paths = traverse_util.flatten_dict(params)
         flat = {"/".join(map(str, path)): leaf for path, leaf in paths.items()}
         if head_basis is not None:
-            # Frozen `basis` and trained `mix` stand for it.
+            # Frozen `basis` and trained `mix` replace it.
             del flat["head/kernel"]
         stays = set(flat) if lora_rank else _matching(flat, freeze)
         frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
@@ -98,23 +98,23 @@ class Student:
         return cls(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
 
     def model(self, trained: Any, frozen: Any = None) -> models.Decoder:
-        """The decoder itself, without adapters."""
+        """Return the decoder, without adapters."""
         frozen = self.frozen if frozen is None else frozen
         flat = {**frozen["model"], **trained["model"]}
         if "mix" in trained:
             # Kernel `[width, vocab]`.
             flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T
-        # Members of a list have numbers for names.
+        # Members of a list are named by numbers.
         paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
         nested = traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
         return nnx.merge(self.graphdef, nested)
 
     def adapters(self, trained: Any) -> models.Lora | None:
-        """The adapters, if only they are trained."""
+        """Return the adapters, if only they are trained."""
         return models.Lora(trained["lora"], self.scale) if "lora" in trained else None
 
     def finished(self, trained: Any) -> models.Decoder:
-        """The model to hand on: adapters merged, arrays of terms left out."""
+        """Return the finished model: adapters merged, without arrays of terms."""
         model = self.model(trained)
         lora = self.adapters(trained)
         return model if lora is None else lora.merged_into(model)
@@ -122,12 +122,12 @@ class Student:
     def score(
         self, trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any
     ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
-        """Held-out scores of a batch, for `training.EvalStep`: a sum, a count and metrics.
+        """Compute held-out scores of a batch, for `training.EvalStep`: a sum, a count and metrics.
 
-        The sum is of negative log-likelihoods. The metrics have `accuracy`; `bits_per_byte` if
-        `batch["bytes"]` has the bytes of each label; and with `batch["teacher"]`, for a teacher of
-        the same vocabulary, `agreement` of the most likely tokens and `teacher_kl`, the divergence
-        from its top logits and, if it is known, the mass of all others.
+        The sum is of negative log-likelihoods. The metrics are `accuracy`; `bits_per_byte` if
+        `batch["bytes"]` has the bytes of each label; and with `batch["teacher"]`, a teacher of the
+        same vocabulary, `agreement` of the most likely tokens and `teacher_kl`, the divergence over
+        its top logits and, if known, the mass of all others.
         """
         # Nothing is drawn.
         del rng
@@ -143,11 +143,11 @@ class Student:
         )
         nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
         count = where.sum()
-        # The likeliest token comes from the same sweep, which costs no second pass over the head.
+        # The same sweep finds the most likely token, without a second pass over the head.
         best = readout.statistics.indices[..., 0]
         metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
         if "bytes" in batch:
-            # Over bytes and not tokens, so that models with other tokenizers can be compared.
+            # Per byte and not per token, so that models with different tokenizers can be compared.
             size = jnp.where(where, batch["bytes"], 0).sum()
             metrics["bits_per_byte"] = (nll / math.log(2.0), size)
         if teacher is not None:
@@ -163,17 +163,17 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve digits that identify the weights; all processes must ask for them.
+        """Twelve digits that identify the weights; to be read by all processes at once.
 
-        For arrays computed at creation (adapters, `mix`, arrays of terms) only shapes count:
-        another machine may round them differently.
+        Only shapes count for arrays computed at creation (adapters, `mix`, arrays of terms), which
+        another machine may round differently.
         """
-        made = {name: value for name, value in self.trained.items() if name != "model"}
+        extras = {name: value for name, value in self.trained.items() if name != "model"}
         return digest(
             weights_digest({**self.frozen["model"], **self.trained["model"]}),
             sorted(self.frozen["model"]),
             self.frozen.get("basis"),
-            [leaf.shape for leaf in jax.tree.leaves(made)],
+            [leaf.shape for leaf in jax.tree.leaves(extras)],
             self.scale,
             length=12,
         )
@@ -186,14 +186,14 @@ class Student:
 
 
 def weights_digest(arrays: Any) -> str:
-    """Twelve digits that tell trained arrays apart; of global ones all processes must ask."""
+    """Twelve digits that identify trained arrays; for global ones, call it in all processes."""
     return digest(jax.device_get(processes.local_copy(_thinned(arrays))), length=12)
 
 
 @jax.jit
 def _thinned(arrays: Any) -> Any:
-    # On the devices: a whole array of a large model may not fit one of them, or take long to fetch.
-    # Training changes every array, so a few evenly spaced numbers of each are enough.
+    # On the devices, because a whole array of a large model may not fit one of them or be slow to
+    # fetch. Training changes every array, so a few evenly spaced numbers are enough.
     def thin(leaf: Any) -> Any:
         return leaf[tuple(slice(None, None, max(1, size // 8)) for size in leaf.shape)]
 
@@ -201,7 +201,7 @@ def _thinned(arrays: Any) -> Any:
 
 
 def _matching(names: Iterable[str], freeze: str | None) -> set[str]:
-    """The names that a regular expression matches: some, but not all."""
+    """Names that a regular expression matches; ValueError unless it matches some but not all."""
     if not freeze:
         return set()
     try:
@@ -219,26 +219,26 @@ def _matching(names: Iterable[str], freeze: str | None) -> set[str]:
 
 
 def targets(columns: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The label `tokens[t + 1]` of each position t of packed columns, and where it counts."""
+    """Labels `tokens[t + 1]` of the positions t of packed columns, and where they count."""
     return columns["tokens"][:, 1:], columns["loss_mask"][:, 1:]
 
 
 def hidden_states(
     model: models.Decoder, columns: Mapping[str, Any], lora: models.Lora | None = None
 ) -> jax.Array:
-    """Hidden states at every position of packed columns that has a successor."""
+    """Compute hidden states at every position of packed columns that has a successor."""
     hidden, _ = model.hidden_states(
         columns["tokens"],
         positions=columns["positions"],
         segment_ids=columns["segment_ids"],
         lora=lora,
     )
-    # The last has no label.
+    # The last position has no label.
     return hidden[:, :-1]
 
 
 def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Array, jax.Array]:
-    """The model with a head of its own in the span of the basis, nearest to the one it had."""
+    """Replace the head by the nearest one in the span of the basis."""
     rows = np.asarray(model.head_of().rows, np.float32)
     basis = np.asarray(basis, np.float32)
     if len(basis) != len(rows):
@@ -246,9 +246,9 @@ def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Ar
             f"head_basis: expected a row for each of the student's {len(rows)} tokens, got "
             f"{len(basis)}"
         )
-    # Columns of one size; the recovered ones carry the singular values of what was asked.
+    # Normalise columns; recovered ones are scaled by the singular values of the answers.
     basis = basis / np.maximum(np.linalg.norm(basis, axis=0, keepdims=True), 1e-30)
-    # Not by normal equations, which would square the condition of the basis.
+    # Not by normal equations, which would square the condition number of the basis.
     mix = np.linalg.lstsq(basis, rows, rcond=None)[0].astype(np.float32)
     out = nnx.merge(*nnx.split(model))
     head = heads.LinearHead(

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
-# float32 on disk, unlike the lists.
+# Stored in float32, unlike the lists.
 _MOMENTS = ("log_z", "mean", "std")
 _LIKELIHOODS = ("label", "boundary")
 KIND = "teacher cache"
@@ -20,19 +20,19 @@ Statistics = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """Everything that a cache was made from. Losses may use a cache only if all of it matches.
+    """Everything that a cache is made from. Losses may use a cache only if all of it matches.
 
     Attributes:
-        model: the teacher, as its user names it.
+        model: the teacher, as the user specified it.
         tokenizer, data: fingerprints of the teacher's tokenizer and of the packed rows.
-        vocab_size, positions, k: entries of its vocabulary, positions a row, logits a position.
-        dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
-        tail_samples: tokens a position drawn outside the top k, for unbiased divergences; 0: none.
-        likelihoods: whether it keeps the log-probability of each label and that of a word's
-            beginning in its place, 8 bytes a position, for `alm`.
-        rest: whether it keeps the log-normaliser, mean and deviation of all logits. Without, only
+        vocab_size, positions, k: size of its vocabulary, positions per row, logits per position.
+        dtype: type of stored log-probabilities: 'float16', 'bfloat16' or 'float32'.
+        tail_samples: tokens per position sampled outside the top k, for unbiased divergences.
+        likelihoods: whether it keeps log-probabilities of each label and of a word's beginning in
+            its place, 8 bytes per position, for `alm`.
+        rest: whether it keeps the log-normaliser, mean and deviation of all logits. Otherwise, only
             losses that compare the top logits alone may use it.
-        weights: digest of the teacher's weights, which its name does not tell; empty if not known.
+        weights: digest of the teacher's weights; empty if unknown.
     """
 
     model: str
@@ -56,7 +56,7 @@ class TeacherIdentity:
             )
         if self.tail_samples < 0:
             raise ValueError(f"tail_samples: expected at least 0, got {self.tail_samples}")
-        # Draws are of the mass beyond the top k, which the normaliser tells.
+        # Samples stand for the mass beyond the top k, which requires the normaliser.
         if self.tail_samples and not self.rest:
             raise ValueError(f"tail_samples: expected 0 without rest, got {self.tail_samples}")
 
@@ -67,13 +67,13 @@ class TeacherIdentity:
 
 
 class _Codec:
-    """Log-probabilities (logits without the rest) in a short type, ids in the shortest."""
+    """Store log-probabilities (logits without the rest) in a short type, ids in the shortest."""
 
     def __init__(self, identity: TeacherIdentity):
-        # Half the bytes.
+        # uint16 takes half the bytes.
         id_type = np.uint16 if identity.vocab_size <= 1 << 16 else np.int32
         sizes = {"": identity.k, "tail_": identity.tail_samples}
-        # Entries a position of each list, in the stored order.
+        # Entries per position of each list, in the stored order.
         self.entries = {
             f"{prefix}{name}": size
             for prefix, size in sizes.items()
@@ -120,12 +120,12 @@ class _Codec:
 
 
 class TeacherCache(RowCache):
-    """A teacher's output on the rows it has read, by their index in the packed data.
+    """A teacher's output on rows of packed data, by row number.
 
-    Training may visit rows in any order and as often as it likes. `fill` lets the teacher read
-    missing rows; its `compute` gives a mapping or an object with the fields of
-    `losses.GraphStatistics`, `[batch_size, positions, k]` and `[batch_size, positions]`, and, with
-    `tail_samples`, `tail_values` and `tail_indices`.
+    Training may visit rows in any order, any number of times. `fill` lets the teacher read missing
+    rows; its `compute` returns a mapping or an object with the fields of `losses.GraphStatistics`,
+    `[batch_size, positions, k]` and `[batch_size, positions]`, and, with `tail_samples`,
+    `tail_values` and `tail_indices`.
 
     >>> import tempfile
     >>> identity = TeacherIdentity(
@@ -149,7 +149,7 @@ class TeacherCache(RowCache):
         identity: Inputs it is made from; needed to begin a cache that does not exist.
     """
 
-    # A loss may use fewer logits than there are.
+    # A loss may use fewer logits than are stored.
     _at_least = ("k", "tail_samples", "likelihoods", "rest")
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity | None = None):
@@ -160,7 +160,7 @@ class TeacherCache(RowCache):
         self._entries = codec.entries
         made_from = dataclasses.asdict(identity)
         if not identity.weights:
-            # As caches of earlier versions have it.
+            # Caches of earlier versions do not have it.
             del made_from["weights"]
         super().__init__(directory, codec, made_from=made_from, kind=KIND)
 
@@ -175,10 +175,10 @@ class TeacherCache(RowCache):
         return self.identity.vocab_size
 
     def read(self, rows: Sequence[int] | Int[np.ndarray, " batch"]) -> Statistics:
-        """The fields of `losses.GraphStatistics` for a batch's rows.
+        """Read the fields of `losses.GraphStatistics` for a batch's rows.
 
         Args:
-            rows: `[batch]` rows of the packed data, as `batch["row"]` has them; -1 gives zeros.
+            rows: `[batch]` row numbers in the packed data, such as `batch["row"]`; -1 gives zeros.
 
         Returns:
             `values` (float32) and `indices` (int32), both `[batch, positions, k]`; with `rest`

@@ -1,4 +1,4 @@
-"""Teachers that read packed rows into caches: a model, or a server that is asked."""
+"""Teachers that read packed rows into caches: a model, or a server."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ class Reader:
     """A teacher ready to read.
 
     Attributes:
-        read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
-        weights: Digest of its weights; empty for a server, which does not show them.
-        head: Its `losses.Head`, if hidden states are among its readings.
-        kept: Numbers of top logits and of samples from the rest.
-        metrics: Pairs of a sum and a count since the last call.
-        shared: Whether all processes have to call `read`, equally often and with as many rows.
+        read: Maps columns `[rows, length]` and row numbers to a record of a `TeacherCache`.
+        weights: Digest of its weights; empty for a server, which does not reveal them.
+        head: Its `losses.Head`, if it returns hidden states.
+        kept: Numbers of top logits and of samples from the rest that are kept.
+        metrics: Returns pairs of a sum and a count since the last call.
+        shared: Whether all processes must call `read`, equally often and with equally many rows.
     """
 
     tokenizer: str
@@ -46,7 +46,7 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
-    """The statistics of a teacher that are kept at each position, and read for that.
+    """Statistics of a teacher to keep at each position.
 
     `boundary` are tokens that begin a word, for likelihoods, or None; `hidden` asks for states too.
     """
@@ -57,7 +57,7 @@ class Kept:
     hidden: bool = False
 
     def of_model(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
-        """Compute the statistics that a `TeacherCache` keeps of a batch, and hidden states."""
+        """Compute the statistics of a batch that a `TeacherCache` keeps, and hidden states."""
         model = nnx.merge(graphdef, params)
         hidden = hidden_states(model, columns)
         record = self.of_states(hidden, model.head_of(), columns, rows)
@@ -66,7 +66,7 @@ class Kept:
     def of_states(
         self, hidden: Any, head: losses.Head, columns: Mapping[str, Any], rows: Any
     ) -> dict[str, Any]:
-        """The same of hidden states that are there already."""
+        """Compute the same from existing hidden states."""
         statistics = losses.linear_readout(hidden, head, top_k=self.k).statistics
         names = ("values", "indices", "log_z", "mean", "std")
         record = {name: getattr(statistics, name) for name in names}
@@ -76,12 +76,12 @@ class Kept:
         if self.tail_samples:
 
             def draw(row: Any) -> losses.TailSample:
-                here, taken, number = row
-                # By the number of the row: batches of another size or order draw the same.
+                here, top_ids, number = row
+                # Keyed by row number, so that samples do not depend on batch size or order.
                 key = jax.random.fold_in(jax.random.key(0), number)
-                return losses.TailSample.draw(key, head.logits(here), taken, self.tail_samples)
+                return losses.TailSample.draw(key, head.logits(here), top_ids, self.tail_samples)
 
-            # A row at a time: here logits are held.
+            # One row at a time, because this forms all logits.
             tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
             record |= {"tail_values": tail.values, "tail_indices": tail.indices}
         return record
@@ -92,7 +92,7 @@ def model_reader(
     kept: Kept,
     mesh: Mesh | None = None,
 ) -> Reader:
-    """Read with a decoder, and keep parts of its output; `mesh` may span all processes."""
+    """Build a reader from a decoder; `mesh` may span all processes."""
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
     layout = None if mesh is None else training.BatchLayout(mesh)
@@ -104,7 +104,7 @@ def model_reader(
     def read(columns: Mapping[str, Any], rows: np.ndarray) -> Mapping[str, Any]:
         if layout is None:
             return jax.device_get(program(params, columns, rows))
-        # In whole pieces: a device without rows would still gather the parameters.
+        # In whole pieces, because a device without rows would still gather the parameters.
         pieces = layout.pieces // layout.share[1]
         padded = -len(rows) % pieces
 
@@ -120,7 +120,7 @@ def model_reader(
         tokenizer=tokenizer.fingerprint,
         vocab_size=decoder.config.vocab_size,
         read=read,
-        # Of the weights, since a path may hold another model tomorrow.
+        # Digest of the weights, since a path may hold another model tomorrow.
         weights=weights_digest(params),
         head=jax.device_get(processes.local_copy(decoder.head_of())) if kept.hidden else None,
         kept=(kept.k, kept.tail_samples),
@@ -129,7 +129,7 @@ def model_reader(
 
 
 def _own_rows(array: jax.Array) -> np.ndarray:
-    """The rows that lie on this process's devices."""
+    """Rows on this process's devices."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
@@ -137,11 +137,11 @@ def _own_rows(array: jax.Array) -> np.ndarray:
 def server_reader(
     url: str, *, k: int, tokenizer: str, vocab_size: int, api_key: str | None = None
 ) -> Reader:
-    """A server with OpenAI's completion API, asked once for each document of each row.
+    """Build a reader from a server with OpenAI's completion API, with one request per document.
 
-    A server that does not `echo` a prompt's log-probabilities is asked once for each position to be
-    learned. It has to report ids of the student's vocabulary, else a ValueError. It reports
-    log-probabilities, whose log-sum-exp is 0; mean and deviation of all logits are unknown.
+    A server that does not `echo` a prompt's log-probabilities gets one request for each position to
+    be learned. It must report ids of the student's vocabulary, otherwise a ValueError is raised.
+    Reported log-probabilities have log-sum-exp 0; mean and deviation of all logits are unknown.
     """
     try:
         oracle = leakage.HttpOracle(url, leakage.LogitPolicy(top_k=k), api_key=api_key)
@@ -161,7 +161,7 @@ def server_reader(
         record = {
             "values": np.zeros((*shape, k), np.float32),
             "indices": np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy(),
-            # One array stands for both: nobody writes into it.
+            # One array for both, since nothing writes into it.
             **dict.fromkeys(("log_z", "mean"), np.zeros(shape, np.float32)),
             "std": np.ones(shape, np.float32),
         }
@@ -176,7 +176,7 @@ def server_reader(
         for location, answer in zip(places, answers, strict=True):
             if answer.values.shape[-1] != k:
                 raise ValueError(
-                    f"teacher api:{url}: expected {k} log-probabilities an answer, got "
+                    f"teacher api:{url}: expected {k} log-probabilities per answer, got "
                     f"{answer.values.shape[-1]}"
                 )
             record["values"][location], record["indices"][location] = answer.values, answer.tokens
@@ -186,7 +186,7 @@ def server_reader(
 
 
 def packed_documents(segments: np.ndarray, targets: np.ndarray) -> list[tuple[int, int, int]]:
-    """Row, start and stop of each document of packed rows, up to its last requested target."""
+    """Row, start and stop of each document in packed rows, up to its last requested target."""
     entries: dict[tuple[int, int], int] = {}
     for row, location in targets.tolist():
         start = int(np.argmax(segments[row] == segments[row, location]))
@@ -209,7 +209,7 @@ def _echoes(oracle: Any, piece: np.ndarray) -> bool:
     try:
         oracle.read([piece])
     except (RuntimeError, KeyError, TypeError, ValueError):
-        # Refused, or without what was asked for; asking place by place says what is wrong.
+        # Refused or incomplete; requests for single positions then report what is wrong.
         return False
     return True
 
@@ -238,17 +238,17 @@ def cache_teacher(
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
-    """Let a teacher read the requested rows that it has not read; returns the caches by split.
+    """Let a teacher read requested rows that it has not yet read; return the caches by split.
 
-    Raises a ValueError for a cache of other rows, or of other weights if anything is to be read.
+    Raises a ValueError for a cache of other rows, or of other weights if rows are missing.
     """
-    ready = functools.cache(reader)
+    cached_reader = functools.cache(reader)
     rows = {split: expected for split, expected in rows.items() if len(expected)}
     kept = {"k": k, "tail_samples": tail_samples, "likelihoods": likelihoods}
     expected = {
         split: {"model": spec, "data": packed.splits[split].fingerprint, **kept} for split in rows
     }
-    # All of them before the teacher reads for hours.
+    # Check all caches before the teacher reads for hours.
     caches = {
         split: TeacherCache(directory / split)
         for split in rows
@@ -257,24 +257,24 @@ def cache_teacher(
     for split, cache in caches.items():
         cache.check(**expected[split])
     complete = [s for s in rows if s in caches and not len(caches[s].missing(rows[s]))]
-    # Processes see a shared disk at different times, but have to agree on who reads.
+    # Processes see a shared disk at different times, but must agree on what is missing.
     complete = processes.broadcast_from_first(lambda: complete)
-    lacking = [split for split in rows if split not in complete]
-    if lacking:
-        _check_weights(caches.values(), ready().weights)
-    for split in lacking:
+    incomplete = [split for split in rows if split not in complete]
+    if incomplete:
+        _check_weights(caches.values(), cached_reader().weights)
+    for split in incomplete:
         path, dataset = directory / split, packed.splits[split]
         identity = TeacherIdentity(
             **expected[split],
-            tokenizer=ready().tokenizer,
-            vocab_size=ready().vocab_size,
+            tokenizer=cached_reader().tokenizer,
+            vocab_size=cached_reader().vocab_size,
             positions=dataset.seq_len - 1,
-            weights=caches[split].identity.weights if split in caches else ready().weights,
+            weights=caches[split].identity.weights if split in caches else cached_reader().weights,
         )
 
         # Bound now, since the loop moves on before the last chunk is read.
         def compute(chunk: np.ndarray, dataset: Any = dataset) -> Any:
-            return ready().read(dataset.rows(chunk)[columns], chunk)
+            return cached_reader().read(dataset.rows(chunk)[columns], chunk)
 
         share: Any = {
             "batch_size": batch_size,
@@ -283,10 +283,10 @@ def cache_teacher(
             "process_count": jax.process_count(),
         }
         cache = TeacherCache(path, identity)
-        calls = cache.calls(rows[split], **share) if ready().shared else 0
+        calls = cache.calls(rows[split], **share) if cached_reader().shared else 0
         cache.fill(rows[split], compute, label=spec, **share)
-        if ready().shared:
-            # Who has fewer rows to read still holds a part of the teacher of those who have more.
+        if cached_reader().shared:
+            # A process with fewer rows still holds a part of the teacher that the others need.
             most = int(multihost_utils.process_allgather(np.int32(calls)).max())
             for _ in range(most - calls):
                 compute(np.resize(rows[split], batch_size))
@@ -297,9 +297,9 @@ def cache_teacher(
 
 
 def _check_weights(caches: Iterable[TeacherCache], weights: str) -> None:
-    """A teacher that was trained since may not read the rest."""
+    """Raise a ValueError if a cache was read by other weights."""
     for cache in caches:
-        # A cache of an earlier version does not know its teacher's.
+        # Caches of earlier versions have no digest.
         if cache.identity.weights:
             cache.check(weights=weights)
 
@@ -307,7 +307,7 @@ def _check_weights(caches: Iterable[TeacherCache], weights: str) -> None:
 def open_teacher_caches(
     directory: epath.Path, packed: data.PackedSplits, tokenizer: str, rows: Mapping[str, Any]
 ) -> dict[str, TeacherCache]:
-    """Caches written before, checked against data and tokenizer."""
+    """Open caches written earlier, and check data and tokenizer."""
     caches = {}
     for split, expected in rows.items():
         if not len(expected):

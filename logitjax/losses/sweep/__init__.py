@@ -1,11 +1,11 @@
-"""The sweep over the vocabulary: losses of hidden states and heads that never hold the logits.
+"""Sweeps over the vocabulary: losses of hidden states and heads that never hold all logits.
 
 The logits of a batch, `[*batch, vocab]`, are by far the largest array of a training step, and a
-loss needs only a few numbers of each of its rows. So a sweep forms the logits of a block of columns
-for a block of positions, hands them to a `Statistic`, which adds them to its state, and forgets
-them. What is kept for the backward pass is a few numbers a position: it forms the logits of each
-block again, asks the statistic for the gradient with respect to them, and writes that of the head
-where it belongs.
+loss needs only a few numbers from each of its rows. So a sweep forms the logits of a block of
+columns for a block of positions, passes them to a `Statistic`, which adds them to its state, and
+discards them. Only a few numbers per position are kept for the backward pass, which forms the
+logits of each block again, gets the gradient with respect to them from the statistic, and writes
+the gradient of the block's head columns.
 
 ::
 
@@ -14,18 +14,18 @@ where it belongs.
     outputs, residuals = finish(state)         and backward, for each block
     d logits = gradient(residuals, d outputs, block)
 
-`run` does this for any statistic, and `logitjax.losses.linear_...` are such calls. It composes with
-`jit`, `grad`, `vmap` and `shard_map`. Nothing crosses positions, so a batch split over devices
-costs nothing; of a split vocabulary every shard sweeps its own columns and `Statistic.reduce` joins
-their states, once a sweep. A statistic may ask for several passes where its terms need a normaliser
-first. The head and its teacher's are `Head`s.
+`run` does this for any statistic; the functions `logitjax.losses.linear_...` call it. It composes
+with `jit`, `grad`, `vmap` and `shard_map`. Positions are independent, so splitting a batch over
+devices needs no communication; with a split vocabulary every shard sweeps its own columns and
+`Statistic.reduce` combines their states, once per sweep. A statistic may take several passes if its
+terms need a normaliser first. Heads of student and teacher are `Head`s.
 
-That engine is `scan`. With the weights of the positions known there is `rows` as well, where the
-weighted sum of the losses and its gradient come out of one sweep, and for TPUs there is `pallas`,
-whose kernels call the statistic. `Blocks` says what each costs, and holds the sizes of the blocks,
-the engine, and the rule that chooses them for a device and a budget of memory.
+This engine is `scan`. If the weights of the positions are known, `rows` computes the weighted sum
+of the losses and its gradient in one sweep. For TPUs there is `pallas`, whose kernels call the
+statistic. `Blocks` documents what each costs, and holds block sizes, engine, and the rule that
+chooses them for a device and a memory budget.
 
-A statistic of your own: the entropy of the next token, with its gradient `-p (log p + H)`.
+A custom statistic: the entropy of the next token, with its gradient `-p (log p + H)`.
 
 >>> import dataclasses
 >>> import jax, jax.numpy as jnp, numpy as np

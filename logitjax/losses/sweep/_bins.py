@@ -1,9 +1,9 @@
-"""The largest logits of a sweep without a sort: the best few of each of many bins, and a proof.
+"""Exact top-k of a sweep without a sort: the best few of each of many bins, and a certificate.
 
 Column `v` belongs to bin `v mod bins`, and each bin keeps its `depth` best, by comparisons alone.
-The `k` largest of all these are the `k` largest of the vocabulary unless some bin had to drop one
-of them: unless the last that a bin kept reaches the k-th largest. Rows where one does are read
-again, with a sort. For logits in random order that is one row in two hundred at k = 64.
+The `k` largest of these are the `k` largest of the vocabulary unless some bin had to drop one of
+them, that is, unless the smallest value that a bin keeps reaches the k-th largest. Such rows are
+read again, with a sort. For logits in random order that is one row in two hundred at k = 64.
 
 References:
     Samaga et al., Faster approx. top-k: harnessing the full power of two stages, 2025 (arXiv
@@ -22,14 +22,14 @@ from logitjax.losses.sweep._readout import ReadoutStatistic
 from logitjax.losses.sweep._statistic import LogitBlock, Statistic
 
 DEPTH = 4
-# Eight bins for each that is wanted, in whole rows of lanes.
+# Eight bins per requested value, in whole rows of lanes.
 _LEAST_BINS, _BINS_A_VALUE, _LANES = 512, 8, 128
-# Of the rows, as many are read again by themselves; more than that, and all are.
+# Up to 1 in 16 rows are read again by themselves; if there are more, all rows are.
 _REREAD = 16
 
 
 class _State(NamedTuple):
-    # Of the statistic without its k.
+    # State of the statistic without its k.
     rest: Any
     values: jax.Array  # [*batch, depth * bins], the best of all bins first
     ids: jax.Array
@@ -40,12 +40,12 @@ class Binned(Statistic):
     """Sums by bins, in place of a `ReadoutStatistic` with `k`, for kernels."""
 
     rest: ReadoutStatistic  # without its k
-    # a multiple of 128; a block has a multiple of it of columns.
+    # A multiple of 128; the columns of a block are a multiple of it.
     bins: int
 
     @classmethod
     def of(cls, statistic: ReadoutStatistic) -> "Binned":
-        """With enough bins for the statistic's k."""
+        """Build it with enough bins for the statistic's k."""
         bins = max(_LEAST_BINS, -(-_BINS_A_VALUE * statistic.k // _LANES) * _LANES)
         return cls(rest=dataclasses.replace(statistic, k=0), bins=bins)
 
@@ -65,8 +65,8 @@ class Binned(Statistic):
         for at in range(0, block.student.shape[-1], self.bins):
             value = block.student[..., at : at + self.bins]
             id_ = jnp.broadcast_to(block.columns[..., at : at + self.bins], value.shape)
-            # Columns come in order, so of equal ones the first stays above, as in `lax.top_k`; and
-            # whatever lies below the place of a new one moves down.
+            # Columns come in order, so the first of equal values stays on top, as in `lax.top_k`.
+            # Inserting a value moves those below it down.
             moves = jnp.zeros(value.shape, jnp.bool_)
             for level in range(DEPTH):
                 moves = moves | (value > values[level])
@@ -81,14 +81,14 @@ class Binned(Statistic):
         rest = self.rest.absorb(state.rest, block, passed)
         return _State(rest, jnp.concatenate(values, -1), jnp.concatenate(ids, -1))
 
-    def _settled(self, *given: Any) -> Any:
-        raise NotImplementedError("done by the statistic that this stands for, after `settle`")
+    def _settled(self, *arguments: Any) -> Any:
+        raise NotImplementedError("the statistic that this replaces does this after `settle`")
 
     reduce = finish = gradient = _settled  # type: ignore
 
 
 def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> Any:
-    """The statistic's own state of these columns, its k largest proven or read again."""
+    """The statistic's state for these columns, with the k largest certified or read again."""
     statistic = sweep.statistic
     assert isinstance(statistic, ReadoutStatistic)
     k = statistic.k
@@ -107,20 +107,20 @@ def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> A
     values, ids = -negative[:, :k], ids[:, :k]
     last = state.values[:, -binned.bins :]
     unsure = ((last >= values[:, -1:]) & (last != -jnp.inf)).any(-1)
-    # No comparison lets nan in, which a sort puts first.
+    # Comparisons drop nan, which a sort puts first.
     unsure |= jnp.isnan(state.rest.sums.sums[0])
     most = -(-len(unsure) // _REREAD)
 
-    def some(given: Any) -> Any:
+    def reread(top: Any) -> Any:
         (rows,) = jnp.nonzero(unsure, size=most, fill_value=len(unsure))
         hidden = jnp.asarray(operands.student.hidden).at[rows].get(mode="clip")
         student = operands.student._replace(hidden=hidden)
         again = sorted_(operands._replace(student=student))
-        return tuple(x.at[rows].set(y, mode="drop") for x, y in zip(given, again, strict=True))
+        return tuple(x.at[rows].set(y, mode="drop") for x, y in zip(top, again, strict=True))
 
     count = unsure.sum()
     which = (count > 0).astype(jnp.int32) + (count > most)
     values, ids = lax.switch(
-        which, [lambda given: given, some, lambda _: sorted_(operands)], (values, ids)
+        which, [lambda top: top, reread, lambda _: sorted_(operands)], (values, ids)
     )
     return state.rest._replace(values=values, indices=ids)

@@ -1,4 +1,4 @@
-"""The sweep itself: blocks of columns, their logits, the gradient of what they were summed to."""
+"""The engine `scan`: blocks of columns, their logits, and the gradient of the sums."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ class Projection(NamedTuple):
     """Hidden states and the head that turns them into logits."""
 
     hidden: Array  # [*batch, hidden]
-    # Its vocab_axis known.
+    # With known vocab_axis.
     head: Head
-    # scalar; None in a gradient.
+    # A scalar; None in a gradient.
     inverse_temperature: Any
 
 
@@ -41,12 +41,12 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The static half of a sweep.
+    """The static part of a sweep.
 
     Attributes:
-        forward: what forms outputs and residuals in the place of `swept`.
-        gradients: what forms the gradients in the place of `blockwise_gradients`.
-        on_accelerator: whether the compiler is a TPU's or a GPU's, which has to be told more.
+        forward: function that replaces `swept`.
+        gradients: function that replaces `blockwise_gradients`.
+        on_accelerator: whether to compile for a TPU or a GPU, whose compiler needs more hints.
     """
 
     statistic: Statistic
@@ -60,7 +60,7 @@ class Sweep:
     together: int = 0
 
     def vary(self, tree: Any) -> Any:
-        """Mark loop carries as device-varying, as `shard_map` asks of them."""
+        """Mark loop carries as device-varying, as `shard_map` requires."""
         return jax.tree.map(lambda x: ops.mesh.vary(x, self.varying), tree)
 
 
@@ -94,10 +94,10 @@ def block_logits(projection: Projection, head: Head, valid):
 
 
 def finished_logits(logits, head: Head, inverse_temperature, valid):
-    """From `hidden @ kernel` to a statistic's input: bias, cap, temperature, then the mask."""
+    """Turn `hidden @ kernel` into a statistic's input: bias, cap, temperature, then the mask."""
     if head.bias is not None:
         logits = logits + head.bias.astype(logits.dtype)
-        # A cap would bring an entry at -inf to life; its bias tells, which is one row.
+        # A cap would make an entry at -inf finite; the bias, a single row, reveals it.
         valid = valid & (head.bias != -jnp.inf)
     if head.soft_cap is not None:
         logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
@@ -105,7 +105,7 @@ def finished_logits(logits, head: Head, inverse_temperature, valid):
 
 
 class Columns(NamedTuple):
-    """Data of a block of columns that do not depend on positions."""
+    """Parts of a block of columns that do not depend on positions."""
 
     start: jax.Array
     columns: jax.Array
@@ -115,9 +115,9 @@ class Columns(NamedTuple):
 
 
 def column_ids(sweep: Sweep, operands: Operands, index):
-    """A block's local start, its ids in the whole vocabulary, and the first of them that is new."""
+    """A block's local start, its ids in the whole vocabulary, and the index of its first new id."""
     vocab = operands.student.head.vocab_size()
-    # The last block slides back to end at the vocabulary's end; columns it repeats do not count.
+    # The last block is moved back to end with the vocabulary; columns it repeats do not count.
     start = jnp.minimum(index * sweep.block, vocab - sweep.block)
     shard = 0 if sweep.axis_name is None else lax.axis_index(sweep.axis_name)
     columns = shard * vocab + start + jnp.arange(sweep.block, dtype=jnp.int32)
@@ -131,7 +131,7 @@ def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
         valid &= lax.dynamic_slice_in_dim(operands.vocab_where, start, sweep.block)
     heads = tuple(head_block(side, start, sweep.block) for side in operands.sides)
     if sweep.on_accelerator:
-        # Cut out once: inside of each product it costs a fifth of that product's time.
+        # Slice once: inside each product it costs a fifth of the product's time.
         kernels = lax.optimization_barrier([head.kernel for head in heads])
         pairs = zip(heads, kernels, strict=True)
         heads = tuple(dataclasses.replace(head, kernel=kernel) for head, kernel in pairs)
@@ -149,32 +149,32 @@ def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock
 
 
 def raw_gradient(student: Projection, block: LogitBlock, gradient, counts):
-    """The gradient at `hidden @ kernel + bias`; zero where a position does not count."""
+    """Gradient of `hidden @ kernel + bias`; zero where a position does not count."""
     exists = block.student != -jnp.inf
     slope = student.inverse_temperature
     cap = student.head.soft_cap
     if cap is not None:
-        # Masked first: the square of -inf would make second derivatives nan.
+        # Mask first: the square of -inf would make second derivatives nan.
         capped = jnp.where(exists, block.student, 0.0) / student.inverse_temperature
         slope = slope * (1 - jnp.square(capped / cap))
     return jnp.where(exists & counts, gradient * slope, 0.0)
 
 
 def any_of(tree: Any, batch_ndim: int) -> jax.Array:
-    """Where any number of a position is not zero, `[*batch]`; nan is not."""
+    """Whether any number of a position is not zero, `[*batch]`; nan is not zero."""
     leaves = [(x != 0).any(tuple(range(batch_ndim, x.ndim))) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_or, leaves)
 
 
 def silenced(operands: Operands, counts: jax.Array) -> Operands:
-    """With hidden states of zero where nothing counts: zero times what stands there may be nan."""
+    """Zero the hidden states of unused positions, because zero times their values may be nan."""
     hidden = operands.student.hidden
     hidden = jnp.where(counts[..., None], hidden, jnp.zeros((), hidden.dtype))
     return operands._replace(student=operands.student._replace(hidden=hidden))
 
 
 def kernel_gradient(head: Head, hidden, gradient):
-    """`hidden^T gradient` over all positions, laid out as the kernel is."""
+    """`hidden^T gradient` over all positions, in the layout of the kernel."""
     positions = tuple(range(hidden.ndim - 1))
     if head.axis == 1:
         return contract(hidden, positions, gradient, positions)
@@ -188,14 +188,14 @@ def add_block(total, block, start, axis: int):
 
 
 def add_to_head(total: Head, block: Head, start) -> Head:
-    """The head's gradient with that of the columns from `start` on added."""
+    """Add the gradient of the columns from `start` on to the head's gradient."""
     kernel = add_block(total.kernel, block.kernel, start, total.axis)
     bias = None if total.bias is None else add_block(total.bias, block.bias, start, 0)
     return dataclasses.replace(total, kernel=kernel, bias=bias)
 
 
 def put_in_head(sweep: Sweep, total: Head, block: Head, start) -> Head:
-    """The same with that of these columns in the place of what was there."""
+    """Overwrite the head's gradient at the columns from `start` on."""
 
     def put(total, block, axis: int):
         block = block.astype(total.dtype)
@@ -204,13 +204,13 @@ def put_in_head(sweep: Sweep, total: Head, block: Head, start) -> Head:
     bias = None if total.bias is None else put(total.bias, block.bias, 0)
     kernel = put(total.kernel, block.kernel, total.axis)
     if sweep.on_accelerator:
-        # The compiler would keep [hidden, vocab] the other way round, and copy it in the end.
+        # The compiler would store [hidden, vocab] transposed, and copy it in the end.
         kernel = with_layout_constraint(kernel, Layout((0, 1)))
     return dataclasses.replace(total, kernel=kernel, bias=bias)
 
 
 class Split:
-    """Cuts the last batch axis into blocks, so that a sharded first axis stays whole."""
+    """Cut the last batch axis into blocks, so that a sharded first axis is not cut."""
 
     def __init__(self, size: int | None, batch: tuple[int, ...]):
         self.axis = len(batch) - 1
@@ -239,12 +239,12 @@ class Split:
         return lax.slice_in_dim(x.reshape(shape), 0, self.length, axis=self.axis)
 
     def each(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """`lax.scan` over blocks of positions, or one call where there is only one."""
+        """Run `lax.scan` over blocks of positions, or one call if there is only one."""
         return step(carry, xs) if self.whole else lax.scan(step, carry, xs)
 
 
 def split_operands(operands: Operands, split: Split):
-    """(tokens of every block, function that puts one block's tokens back)."""
+    """Return tokens of every block, and a function that makes operands of one block's tokens."""
     teacher = operands.teacher
     tokens = (operands.student.hidden, teacher and teacher.hidden, operands.tokens)
 
@@ -264,7 +264,7 @@ def block_numbers(sweep: Sweep, operands: Operands):
 
 
 def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
-    """Outputs and residuals of all positions after all passes of the statistic, block by block."""
+    """Compute outputs and residuals of all positions by all passes of the statistic, in blocks."""
     statistic, passed = sweep.statistic, None
     dtype = sum_dtype(operands.student)
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
@@ -291,8 +291,8 @@ def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
 
 
 def first_shard(sweep: Sweep, tree: Any) -> Any:
-    """Zero on all vocabulary shards but the first, for the caller's `psum` to restore the value."""
-    # Its transpose hands every shard the whole cotangent under either setting of `check_vma`.
+    """Zero all vocabulary shards but the first, so that the caller's `psum` restores the value."""
+    # Its transpose gives every shard the whole cotangent under either setting of `check_vma`.
     if sweep.axis_name is None:
         return tree
     first = lax.axis_index(sweep.axis_name) == 0
@@ -316,7 +316,7 @@ def _backward(sweep: Sweep, saved, cotangents):
 def blockwise_gradients(
     sweep: Sweep, operands: Operands, residuals, cotangents, counts
 ) -> tuple[jax.Array, Head]:
-    """Those of the hidden states and of the head, given the outputs' and which positions count."""
+    """Gradients of hidden states and head, given those of the outputs and the used positions."""
     operands, student = silenced(operands, counts), operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
     tokens, location = split_operands(operands, split)
@@ -349,21 +349,21 @@ def blockwise_gradients(
             jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), student.head),
         )
     )
-    # From the end: what the last block, which slid back, repeats is overwritten by the one before.
+    # In reverse, so that columns repeated in the last block are overwritten by the one before it.
     numbers = block_numbers(sweep, operands)
     (d_hidden, d_head), _ = lax.scan(step, start, numbers, reverse=True)
     return split.join(d_hidden).astype(student.hidden.dtype), d_head
 
 
 def head_and_hidden_gradient(sweep: Sweep, operands: Operands, head: Head, raw, d_hidden):
-    """Add one block of columns to `d_hidden`, and return the gradient of the block."""
+    """Add one block of columns to `d_hidden`, and return it and the gradient of the block."""
     cast = raw.astype(head.kernel.dtype)
     if sweep.on_accelerator:
-        # Written once: it would be formed again inside of each product, at half their speed.
+        # Written once; otherwise it would be formed again inside each product, at half the speed.
         cast = lax.optimization_barrier(cast)
     d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
     if sweep.on_accelerator:
-        # This sum first: at the same time as the head's it takes half as long again on a v5p.
+        # This sum first: concurrently with the head's it takes 1.5 times as long on a v5p.
         d_hidden, cast = lax.optimization_barrier((d_hidden, cast))
     hidden = operands.student.hidden.astype(head.kernel.dtype)
     bias = None if head.bias is None else raw.sum(tuple(range(raw.ndim - 1)))
@@ -377,7 +377,7 @@ def drop_integers(tree: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_unreduced(sweep: Sweep, operands: Operands) -> Any:
-    """The statistic's outputs; under `axis_name` on the first shard only, zero elsewhere."""
+    """Return the statistic's outputs; with `axis_name`, only the first shard has nonzero ones."""
     return _forward(sweep, operands)[0]
 
 

@@ -22,7 +22,7 @@ from logitjax.losses.sweep._tiles import Grid, hidden_steps, tile_grid
 
 
 def _slope(sweep: Sweep, grid: Grid, at: Inputs) -> tuple[jax.Array, jax.Array]:
-    """The gradient by the logits of a tile before bias, and where positions count, `[T, 1]`."""
+    """Gradient of a tile's logits before the bias, and whether positions count, `[T, 1]`."""
     (tokens, residuals, cotangents, counts), here = grid.read(at)
     counts = counts[:, None] != 0
     block = grid.block(at, here, tokens)
@@ -32,7 +32,7 @@ def _slope(sweep: Sweep, grid: Grid, at: Inputs) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_hidden(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> None:
-    """The kernel that sums up the gradient of the hidden states, as the vocabulary goes by."""
+    """Kernel that sums the gradient of hidden states over tiles of the vocabulary."""
     (total,), (result,), tile = scratch, out, pl.program_id(1)
     kernel, axis = at.heads[0].kernel, at.heads[0].axis
     raw = _slope(sweep, grid, at)[0].astype(kernel.dtype)
@@ -48,7 +48,7 @@ def _of_hidden(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> 
                 w = jnp.where(exists, w, jnp.zeros((), w.dtype))
             total[:, some] += contract(raw, (1,), w, (axis,))
 
-    # Past the end of the vocabulary is anything, and zero times it may be nan.
+    # Values past the end of the vocabulary are arbitrary, and zero times them may be nan.
     last = grid.shape[1] - 1
     if rest := grid.vocab % grid.tiles.columns:
         sides = (grid.tiles.columns, 1) if axis == 0 else (1, grid.tiles.columns)
@@ -63,7 +63,7 @@ def _of_hidden(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> 
 
 
 def _of_head(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> None:
-    """The kernel that sums up the gradient of the head, as the positions go by."""
+    """Kernel that sums the gradient of the head over tiles of positions."""
     tile, hidden = pl.program_id(1), at.hidden[0]
     raw, counts = _slope(sweep, grid, at)
     cast = raw.astype(at.heads[0].kernel.dtype)
@@ -80,9 +80,9 @@ def _of_head(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> No
                 x = jnp.where(counts, x, jnp.zeros((), x.dtype))
             scratch[0][:, some] += contract(cast, (0,), x, (0,))
 
-    # As above: hidden states of positions that do not count.
-    whole = jnp.min(jnp.where(counts, 1.0, 0.0)) > 0
-    lax.cond(whole, lambda: add(None), lambda: add(counts))
+    # As above, for hidden states of unused positions.
+    all_count = jnp.min(jnp.where(counts, 1.0, 0.0)) > 0
+    lax.cond(all_count, lambda: add(None), lambda: add(counts))
     if len(out) == 2:
         scratch[1][...] += raw.sum(0, keepdims=True)
 
@@ -107,7 +107,7 @@ def tile_gradients(
     dtype, width = sum_dtype(student), student.hidden.shape[1]
 
     def sums(size: int, out: Any) -> int:
-        # The sum, and twice what is written of it.
+        # The sum, and twice the output.
         return size * width * (dtype.itemsize + 2 * jnp.dtype(out).itemsize)
 
     hidden, head = student.hidden, student.head

@@ -12,10 +12,10 @@ from logitjax.ops import Array, AxisName
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """A linear output head, for every function that starts at hidden states.
+    """A linear output head, for all functions that start from hidden states.
 
-    A pytree of `kernel` and `bias`: a gradient with respect to a head is a head. Where a function
-    takes a head, a kernel alone stands for `Head(kernel)`.
+    A pytree of `kernel` and `bias`: the gradient with respect to a head is a head. Functions that
+    take a head accept a bare kernel for `Head(kernel)`.
 
     ::
 
@@ -23,17 +23,17 @@ class Head:
 
     Attributes:
         kernel: `[hidden, vocab]` or `[vocab, hidden]`.
-        bias: `[vocab]`; an entry of `-inf` does not exist, with or without a cap.
-        vocab_axis: the kernel's vocabulary axis, 0 or 1. None leaves it to the width of the hidden
-            states, which says nothing of a square kernel.
-        soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
-        compute_dtype: type that hidden states and kernel are multiplied in, block by block; their
+        bias: `[vocab]`; `-inf` marks an entry that is not valid, with or without a cap.
+        vocab_axis: the kernel's vocabulary axis, 0 or 1. If None, the width of hidden states
+            determines it, unless the kernel is square.
+        soft_cap: `cap`, as for the logits of Gemma 2; none by default.
+        compute_dtype: type in which hidden states and kernel are multiplied, block by block; their
             common type if None. With float32 master weights `jnp.bfloat16` keeps accelerators at
-            full speed: sums are float32, and the head's gradient has the head's own type.
+            full speed: sums are float32, and the head's gradient has the type of the head.
 
     Raises:
         TypeError: `compute_dtype` is not floating point.
-        ValueError: `vocab_axis` is no axis of a matrix or `soft_cap` is not positive.
+        ValueError: `vocab_axis` is not an axis of a matrix or `soft_cap` is not positive.
 
     >>> import jax, jax.numpy as jnp
     >>> head = Head(jnp.array([[1.0, 3.0, 200.0]]), soft_cap=30.0)
@@ -51,7 +51,7 @@ class Head:
     compute_dtype: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        # Only of what no transformation changes: under vmap and tree.map leaves are anything.
+        # Only check static fields: under vmap and tree.map leaves may be anything.
         if self.vocab_axis not in (None, 0, 1):
             raise ValueError(f"vocab_axis: expected 0, 1 or None, got {self.vocab_axis}")
         if self.soft_cap is not None:
@@ -61,13 +61,13 @@ class Head:
 
     @classmethod
     def of(cls, head: "Head | Array") -> "Head":
-        """A head as it is, and that of a kernel alone."""
+        """Return a head as it is, or make one of a bare kernel."""
         return head if isinstance(head, cls) else cls(head)
 
     def resolve(self, width: int, name: str = "head") -> "Head":
-        """The same head with its vocabulary axis known, checked against hidden states.
+        """Return the head with known vocabulary axis, checked against hidden states.
 
-        `width` is that of a hidden state; errors call the head by `name`.
+        `width` is that of a hidden state; errors refer to the head by `name`.
 
         Raises:
             TypeError: an array is not floating point.
@@ -104,20 +104,20 @@ class Head:
 
     @property
     def axis(self) -> int:
-        """`vocab_axis` where it is known, as `resolve` makes it; ValueError where it is not."""
+        """`vocab_axis`, if known, as after `resolve`; otherwise a ValueError."""
         if self.vocab_axis is None:
             raise ValueError("vocab_axis: expected 0 or 1, got None")
         return self.vocab_axis
 
     def vocab_size(self, axis_name: AxisName | None = None) -> int:
-        """Entries of the vocabulary; of all shards together inside `jax.shard_map`."""
+        """Size of the vocabulary; with `axis_name`, of all shards together."""
         size = jnp.shape(self.kernel)[self.axis]
         return size if axis_name is None else size * lax.axis_size(axis_name)
 
     def product_dtype(self, *dtypes: Any) -> Any:
-        """`compute_dtype`, or the common type of those given."""
-        given = dtypes if self.compute_dtype is None else (self.compute_dtype,)
-        return jnp.dtype(jnp.result_type(*map(jnp.dtype, given)))
+        """Return `compute_dtype`, or else the common type of `dtypes`."""
+        types = dtypes if self.compute_dtype is None else (self.compute_dtype,)
+        return jnp.dtype(jnp.result_type(*map(jnp.dtype, types)))
 
     @property
     def rows(self) -> jax.Array:
@@ -126,7 +126,7 @@ class Head:
         return kernel if self.axis == 0 else kernel.T
 
     def logits(self, hidden: Array) -> jax.Array:
-        """The logits that the blocked functions never hold, `[*batch, vocab]`, in float32.
+        """Compute the logits that blocked functions never hold, `[*batch, vocab]`, in float32.
 
         `hidden` is `[*batch, hidden]`; the errors are those of `resolve`.
         """

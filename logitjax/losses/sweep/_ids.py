@@ -1,12 +1,12 @@
-"""Single logits of a block by their ids, found by comparison: no gather, no scatter.
+"""Select logits of a block by id, by comparison instead of gather and scatter.
 
-A TPU reads and writes single numbers one after the other. So every row looks for its ids in order,
-the smallest first: what is left of its ids among some columns tells the next one, a comparison with
-these columns finds it, and the loop ends where no row has one left. Few columns have few of a row's
-ids, so no id is compared with the whole vocabulary, and nothing is sorted.
+A TPU gathers and scatters one number at a time. So every row visits its ids among a few columns in
+order, smallest first: the remaining ids give the next one, a comparison with the columns locates
+it, and the loop ends when no row has any left. Few columns hold few of a row's ids, so no id is
+compared with the whole vocabulary, and nothing is sorted.
 
-`pick` and `place` are linear in what they move, and each is the transpose of the other: the loop,
-whose length depends on values, is never differentiated.
+`pick` and `place` are linear in the values, and each is the transpose of the other: the loop, whose
+length depends on values, is never differentiated.
 """
 
 import functools
@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# The id of a column that does not count.
+# Id of a column that does not count.
 NOWHERE = jnp.iinfo(jnp.int32).min
-# Columns that are looked through together, in whole rows of lanes.
+# Number of columns searched together, in whole rows of lanes.
 _COLUMNS, _LANES = 8192, 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def pick(together: int, logits: jax.Array, columns: jax.Array, ids: jax.Array) -> jax.Array:
-    """The logits at `ids`; zero for those that are not among the columns.
+    """Pick the logits at `ids`; zero for ids that are not among the columns.
 
-    `together` ids of a row are looked for at a time, while a column is on chip. `columns`,
-    `[block]` or `[1, block]` int32, ascend, `NOWHERE` where one does not count. `ids`,
-    `[*batch, n]` int32, are in any order and may repeat. Logits are `[*batch, block]`.
+    `together` ids of a row are searched at a time, while a column is on chip. `columns`, `[block]`
+    or `[1, block]` int32, ascend, `NOWHERE` if one does not count. `ids`, `[*batch, n]` int32, are
+    in any order and may repeat. Logits are `[*batch, block]`.
     """
 
     def look(picked: jax.Array, start: Any, at: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def pick(together: int, logits: jax.Array, columns: jax.Array, ids: jax.Array) -
 
         return _each_id(together, ids, at, step, picked)
 
-    # Not `zeros`: over a mesh it would not vary as the ids do.
+    # Not `zeros`, which would not vary over a mesh like the ids.
     return _over_tiles(look, (ids * 0).astype(logits.dtype), columns)
 
 
@@ -61,7 +61,7 @@ pick.defvjp(_pick_forward, _pick_backward)
 def place(
     together: int, total: jax.Array, columns: jax.Array, ids: jax.Array, values: jax.Array
 ) -> jax.Array:
-    """`total`, `[*batch, block]`, with `values` added at `ids`, both `[*batch, n]`."""
+    """Add `values` at `ids`, both `[*batch, n]`, to `total`, `[*batch, block]`."""
 
     def look(total: jax.Array, start: Any, at: jax.Array) -> jax.Array:
         def step(some: jax.Array, id_: jax.Array) -> jax.Array:
@@ -89,14 +89,14 @@ place.defvjp(_place_forward, _place_backward)
 
 
 def _cut(x: jax.Array, start: Any, at: jax.Array) -> jax.Array:
-    # A kernel has no slice that starts where a number says.
+    # Kernels have no dynamic slices.
     return (
         x if x.shape[-1] == at.shape[-1] else lax.dynamic_slice_in_dim(x, start, at.shape[-1], -1)
     )
 
 
 def _over_tiles(step: Callable[..., Any], carry: Any, columns: jax.Array) -> Any:
-    """`step(carry, start, columns)` for a few of the columns after the other."""
+    """Run `step(carry, start, columns)` over tiles of the columns in turn."""
     size = columns.shape[-1]
     count = -(-size // _COLUMNS)
     if count == 1:
@@ -104,7 +104,7 @@ def _over_tiles(step: Callable[..., Any], carry: Any, columns: jax.Array) -> Any
     width = -(-size // (count * _LANES)) * _LANES
 
     def tile(index: Any, carry: Any) -> Any:
-        # The last slides back, and leaves out what an earlier one had.
+        # The last tile is moved back and masks the columns that it repeats.
         start = jnp.minimum(index * width, size - width)
         at = lax.dynamic_slice_in_dim(columns, start, width, -1)
         return step(carry, start, jnp.where(start + jnp.arange(width) < index * width, NOWHERE, at))
@@ -115,7 +115,7 @@ def _over_tiles(step: Callable[..., Any], carry: Any, columns: jax.Array) -> Any
 def _each_id(
     together: int, ids: jax.Array, at: jax.Array, step: Callable[..., Any], carry: Any
 ) -> Any:
-    """`step(carry, id)` with ids in order, `[*batch, 1]`; a row with none left gives the end."""
+    """Run `step(carry, id)` with ids in order, `[*batch, 1]`; rows without more get the end."""
     end = at.max() + 1
     first = jnp.where(at == NOWHERE, end, at).min()
 

@@ -1,4 +1,4 @@
-"""Inputs of the kernels of a sweep: its arrays with one axis of positions, packed."""
+"""Inputs of a sweep's kernels: its arrays with a single axis of positions, packed."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ _SUBLANES = 8
 
 
 class Packed:
-    """Arrays that start with the positions, `[T, ...]`, as a kernel takes and gives them.
+    """Arrays that start with the positions, `[T, ...]`, in the form that kernels take and return.
 
-    An array `[T, 1]` would take 512 bytes a position, the lanes of a register for one number. So
-    those lie under each other, `[n, T]`, one array for each type; others stay, `[T, n]`. `like`
-    are the arrays, or their shapes.
+    An array `[T, 1]` would take 512 bytes per position, all lanes of a register for one number. So
+    these are stacked as `[n, T]`, one array per type; others remain `[T, n]`. `like` are the
+    arrays, or their shapes.
     """
 
     def __init__(self, like: Any):
@@ -29,19 +29,19 @@ class Packed:
         self._like = [(x.ndim, x.dtype) for x in leaves]
         kinds = [_kind(x.dtype) if x.ndim == 1 else None for x in leaves]
         self.kinds = list(dict.fromkeys(kind for kind in kinds if kind is not None))
-        # Of each leaf the array that it is in and its row there, or its place among the others.
-        seen = [0] * (len(self.kinds) + 1)
+        # For each leaf its stacked array and row, or its index among the others.
+        lengths = [0] * (len(self.kinds) + 1)
         self._places = []
         for kind in kinds:
             array = len(self.kinds) if kind is None else self.kinds.index(kind)
-            self._places.append((array, seen[array]))
-            seen[array] += 1
-        self.counts = [-(-n // _SUBLANES) * _SUBLANES for n in seen[:-1]]
+            self._places.append((array, lengths[array]))
+            lengths[array] += 1
+        self.counts = [-(-n // _SUBLANES) * _SUBLANES for n in lengths[:-1]]
         self.widths = [math.prod(x.shape[1:]) for x in leaves if x.ndim != 1]
         self.wide_kinds = [_kind(x.dtype) for x in leaves if x.ndim != 1]
 
     def pack(self, tree: Any, length: int) -> Any:
-        """The arrays `[n, length]`, zero beyond the last position, and the others."""
+        """Return packed arrays `[n, length]`, zero beyond the last position, and the others."""
         rows: list[list[jax.Array]] = [[] for _ in self.kinds]
         wide = []
         for x, (ndim, dtype), (array, _) in zip(
@@ -58,7 +58,7 @@ class Packed:
         return packed, wide
 
     def unpack(self, row: Callable[[int, int], Any], wide: Callable[[int], Any]) -> Any:
-        """The tree of the results of `row(array, index)` and `wide(index)`."""
+        """Build the tree from the results of `row(array, index)` and `wide(index)`."""
         values = []
         for (ndim, dtype), (array, index) in zip(self._like, self._places, strict=True):
             value = row(array, index) if ndim == 1 else wide(index)
@@ -73,13 +73,13 @@ def _kind(dtype: Any) -> Any:
 
 
 class Inputs(NamedTuple):
-    """A kernel's arrays, of two axes each; or how they are cut, or what a program has of them."""
+    """A kernel's arrays, with two axes each; or their block specs, or a program's references."""
 
     hidden: Any  # [T, H], a side each
     # `Packed`: [n, T] each.
     rows: Any
     wide: Any  # [T, n] each
-    # a side each: its kernel, and its bias as [1, V].
+    # For each side: its kernel, and its bias as [1, V].
     heads: Any
     where: Any  # [1, V], or None
     scales: Any  # [1, 1], a side each
@@ -87,7 +87,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(sweep: Sweep, operands: Operands, packed: Packed, tree: Any, length: int) -> Inputs:
-    """The arrays, those of numbers a position `length` long."""
+    """Make the arrays; packed ones have length `length`."""
 
     def head(side: Projection) -> Head:
         kernel, bias = side.head.kernel.astype(compute_dtype(side)), side.head.bias
@@ -112,10 +112,10 @@ def make_inputs(sweep: Sweep, operands: Operands, packed: Packed, tree: Any, len
 def cost(
     inputs: Inputs, vocab: int, shapes: Any, times: tuple[int, int], products: int = 0
 ) -> pl.CostEstimate:
-    """Estimate the cost of a kernel, which the compiler cannot look into.
+    """Estimate the cost of a kernel, which is opaque to the compiler.
 
-    `shapes` are those of results, with their types; `times` how often what positions have is read,
-    and what columns have; `products` are beside the logits.
+    `shapes` are those of results, with their types; `times` how often arrays by position and by
+    column are read; `products` counts products besides the logits.
     """
     positions = inputs.hidden[0].shape[0]
 
@@ -133,6 +133,6 @@ def cost(
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any, inputs: Inputs) -> jax.ShapeDtypeStruct:
-    """Of a result, which differs over the mesh as the inputs do."""
+    """Shape of a result, which varies over the mesh like the inputs."""
     kind = jax.typeof(inputs.hidden[0]).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

@@ -24,8 +24,9 @@ class KLStatistic(Statistic):
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         over, under = self.sides(block)
         both = (over != -jnp.inf) & (under != -jnp.inf)
-        # Less nearly the largest of each side: an offset of a side, whose digits hide those of the
-        # difference, never enters the sums. XLA would write out what the sums of `add` share.
+        # Subtract nearly the peak of each side, so that an offset of a side, whose digits would
+        # hide the difference, never enters the sums. XLA would write out what the sums of `add`
+        # share.
         peaks = [sums.raised(x) for sums, x in zip(state, (over, under), strict=True)]
         gap = self.term(*(x - _base(peak)[..., None] for x, peak in zip((over, under), peaks)))
         terms = jnp.where(both, gap, 0.0), (under == -jnp.inf).astype(over.dtype)
@@ -38,8 +39,8 @@ class KLStatistic(Statistic):
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
         over, under = state
         total, gap, escaped = over.sums
-        # Mass where the other distribution has none: the divergence is infinite, and its gradient
-        # that of the other entries. Of nothing at all there is nothing to share.
+        # Mass where the other distribution has none makes the divergence infinite, and its gradient
+        # is that of the other entries. Without any mass there is nothing to share.
         shared = jnp.where(total > 0, 1.0 - escaped / jnp.maximum(total, 1e-30), 0.0)
         bases = [_base(side.peak) for side in state]
         logs = [
@@ -65,28 +66,28 @@ class KLStatistic(Statistic):
         return cotangents[..., None] * gradient
 
     def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
-        """Logits of the distribution that weighs, and of the one that is compared with it."""
+        """Logits of the distribution that weights terms, and of the other one."""
         assert block.teacher is not None
         if self.reverse:
             return block.student, block.teacher
         return block.teacher, block.student
 
     def term(self, over: jax.Array, under: jax.Array) -> jax.Array:
-        """Weigh the first distribution by both log-probabilities: linear in them."""
+        """Difference of log-probabilities, linear in both."""
         return over - under
 
     def _relative_to(self, peaks: Any, state: Any) -> OnlineSums:
-        """The first side's sums so far, with the gap relative to these peaks."""
+        """The first side's sums so far, with the gap relative to the given peaks."""
         (over, (total, gap, escaped)), under = state
         sides = zip((over, under.peak), peaks)
         moved = self.term(*(_base(peak) - _base(new) for peak, new in sides))
-        # Of nothing yet the peaks are far below any logit.
+        # Initial peaks are far below any logit.
         gap += jnp.where(total > escaped, (total - escaped) * moved, 0.0)
         return OnlineSums(over, (total, gap, escaped))
 
 
 def _base(peak: jax.Array) -> jax.Array:
-    """The whole number below: of few digits, so that differences with it are exact."""
+    """Round down to an integer, which has few digits, so that differences with it are exact."""
     return jnp.floor(peak)
 
 

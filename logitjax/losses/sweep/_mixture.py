@@ -12,7 +12,7 @@ from logitjax.ops import AxisName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureStatistic(Statistic):
-    """How far teacher `p` and student `q` are from their mixture, in two passes.
+    """Divergences of teacher `p` and student `q` from their mixture, in two passes.
 
     ::
 
@@ -23,7 +23,7 @@ class MixtureStatistic(Statistic):
         beta: The teacher's share, between 0 and 1.
         weights: `(beta, 1 - beta)` gives the generalised Jensen-Shannon divergence, `(1, 0)` and
             `(0, 1)` the two skew KL divergences.
-        fixed: Whether the gradient takes the mixture for a constant.
+        fixed: Whether the gradient treats the mixture as a constant.
     """
 
     passes: ClassVar[int] = 2
@@ -57,7 +57,7 @@ class MixtureStatistic(Statistic):
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
         *log_zs, slope_sum = residuals
         log_q, log_p = self._log_probabilities(block, log_zs)
-        # log q = s - log Z: a logit moves its own term, and by Z all others, each by q.
+        # log q = s - log Z: a logit changes its own term and, through Z, every term by q.
         slope = self._terms(log_q, log_p)[1]
         return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
 
@@ -66,20 +66,20 @@ class MixtureStatistic(Statistic):
         return block.student - log_zs[0][..., None], block.teacher - log_zs[1][..., None]
 
     def _terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Per column the summand, and its derivative by the student's log-probability."""
-        # Where neither has an entry any number will do but -inf, whose derivatives are nan.
+        """Summand of each column, and its derivative by the student's log-probability."""
+        # If neither has an entry, any number but -inf, whose derivatives are nan, will do.
         exists = (log_q != -jnp.inf) | (log_p != -jnp.inf)
         shares = (log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
         log_m = jnp.logaddexp(*(jnp.where(exists, share, 0.0) for share in shares))
 
         def part(log_prob: jax.Array) -> jax.Array:
-            # Masked before the product, whose derivative is nan at -inf.
+            # Mask before the product, whose derivative is nan at -inf.
             gap = jnp.where(log_prob != -jnp.inf, log_prob - log_m, 0.0)
             return jnp.exp(log_prob) * gap
 
         p_weight, q_weight = self.weights
         q_part, p_part = q_weight * part(log_q), p_weight * part(log_p)
-        # The mixture moves with the student, which cancels with Jensen's and Shannon's weights.
+        # The mixture depends on the student; this cancels for Jensen-Shannon weights.
         moved = 0.0 if self.fixed else q_weight * self.beta - p_weight * (1 - self.beta)
         slope = q_part + moved * jnp.exp(log_p + log_q - log_m) if moved else q_part
         return p_part + q_part, slope

@@ -1,10 +1,10 @@
-"""The engine `pallas`: a sweep as kernels, whatever the statistic.
+"""The engine `pallas`: a sweep by kernels, for any statistic with `in_tiles`.
 
 A program of the grid has a tile of positions and a tile of the vocabulary on chip, forms their
-logits, and calls `Statistic.absorb`, or `Statistic.gradient`, on them, traced inside the kernel.
-On a TPU (Mosaic) one kernel sums up the state of a tile of positions while the vocabulary goes by,
-and one forms each gradient, for each is a sum over what the other is split by. On CPU these kernels
-are interpreted, which is for tests. For a GPU there are none.
+logits, and calls `Statistic.absorb`, or `Statistic.gradient`, on them, traced inside the kernel. On
+a TPU (Mosaic) one kernel accumulates the state of a tile of positions over tiles of the vocabulary,
+and there is one kernel for each gradient, because each is a sum over the axis that the other is
+tiled by. On CPU these kernels are interpreted, for tests. There are none for GPUs.
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ from logitjax.losses.sweep._readout import ReadoutStatistic
 from logitjax.losses.sweep._state_kernel import tpu_state
 from logitjax.losses.sweep._statistic import Statistic
 
-# What the interpreter is told; tests have it look for races.
+# Interpreter options; tests make it look for races.
 INTERPRET: Any = True
 
 
 def kernels(platform: str, statistic: Statistic) -> dict[str, Callable[..., Any] | None]:
-    """The halves of a `Sweep` that are kernels: None where the blocks of `scan` do it."""
+    """Choose kernels for the halves of a `Sweep`; None where the blocks of `scan` are used."""
     interpret = INTERPRET if platform == "cpu" else False
     backward = _partial(gradients, interpret) if statistic.gradient_in_tiles else None
     return {"forward": _partial(forward, interpret), "gradients": backward}
 
 
-# Equal ones are the same, for a sweep is a static argument.
+# Equal partials must be identical, because a sweep is a static argument.
 _partial = functools.cache(functools.partial)
 
 
 def flat(operands: Operands, *trees: Any) -> Any:
-    """The same with one axis of positions, and what gives results their batch shape again."""
+    """Flatten to one axis of positions; also return a function that restores batch shapes."""
     batch = operands.student.hidden.shape[:-1]
 
     def one(x: Any) -> jax.Array:
@@ -59,7 +59,7 @@ def flat(operands: Operands, *trees: Any) -> Any:
 
 
 def forward(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
-    """All passes of the statistic, as `swept`: outputs and residuals, `[*batch, ...]`."""
+    """Run all passes of the statistic, like `swept`: outputs and residuals, `[*batch, ...]`."""
     operands, restore = flat(operands)
     return restore(_passes(interpret, sweep, operands))
 
@@ -84,12 +84,12 @@ def _passes(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
 
 @_passes.defjvp
 def _passes_jvp(interpret: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any:
-    """For second derivatives, which a kernel does not have: the same sums by blocks."""
+    """Form the same sums by blocks, for second derivatives, which kernels do not have."""
     return jax.jvp(functools.partial(swept, sweep), primals, tangents)
 
 
-def gradients(interpret: Any, sweep: Sweep, *given: Any) -> tuple[jax.Array, Head]:
-    """As `blockwise_gradients`, by kernels."""
-    operands, residuals, cotangents, counts, restore = flat(*given)
+def gradients(interpret: Any, sweep: Sweep, *arrays: Any) -> tuple[jax.Array, Head]:
+    """Form the gradients of `blockwise_gradients` by kernels."""
+    operands, residuals, cotangents, counts, restore = flat(*arrays)
     d_hidden, d_head = tile_gradients(interpret, sweep, operands, residuals, cotangents, counts)
     return restore(d_hidden), d_head

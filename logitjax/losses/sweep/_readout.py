@@ -11,7 +11,7 @@ from logitjax.ops import AxisName
 
 
 class Outputs(NamedTuple):
-    """Results of a `ReadoutStatistic`: arrays, None for what was not requested."""
+    """Results of a `ReadoutStatistic`; None for those not requested."""
 
     log_z: Any
     label: Any = None
@@ -27,19 +27,19 @@ class _Moments(NamedTuple):
 
     count: jax.Array
     mean: jax.Array
-    # Over the square of the unit; None where only the mean was asked.
+    # Divided by the square of the unit; None if only the mean is needed.
     deviation: Any
     unit: Any = None
 
     def add(self, logits: jax.Array) -> "_Moments":
-        # Not `isfinite`: the mean of a nan is none of the others'.
+        # Not `isfinite`: a nan has to make the mean nan.
         present = logits != -jnp.inf
         count = present.sum(-1).astype(logits.dtype)
         mean = jnp.where(present, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
         if self.deviation is None:
             return self.merge(_Moments(count, mean, None))
-        # Squares of logits beyond 2^64 overflow. Below this the mean and the largest bound all
-        # others; above it logits lie so far apart that no square of a difference underflows.
+        # Squares of logits beyond 2^64 overflow. Below 2^40 the mean and the largest logit bound
+        # all others; above it logits are so far apart that no squared difference underflows.
         large = jnp.maximum(jnp.abs(mean), logits.max(-1)) > 2.0**40
         unit = jnp.where(large, 2.0**76, 1.0).astype(mean.dtype)
         off = jnp.where(present, (logits - mean[..., None]) * (1.0 / unit)[..., None], 0.0)
@@ -51,7 +51,7 @@ class _Moments(NamedTuple):
         share = other.count / count
         deviation = unit = None
         if self.deviation is not None:
-            # Chan's merge: squares about two means, and what the means are apart.
+            # Chan's merge: squares about both means, and the distance of the means.
             unit = jnp.maximum(self.unit, other.unit)
             deviation = self.deviation_in(unit) + other.deviation_in(unit)
             deviation += jnp.square(apart / unit) * self.count * share
@@ -82,17 +82,17 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadoutStatistic(Statistic):
-    """The log-normaliser and, as asked, single logits, the largest ones, their mean and deviation.
+    """The log-normaliser and, on request, single logits, the largest ones, mean and deviation.
 
-    Its outputs have `log_z`, and None for what was not asked. A loss of your own on top of them
-    is a subclass with a `losses` method.
+    Its outputs have `log_z`, and None for what was not requested. For a custom loss of these
+    outputs, subclass it and define `losses`.
 
     Attributes:
-        labels: `label`, the logit at `tokens["labels"]`.
-        ids: `gathered`, the logits at `tokens["ids"]`: how many a position.
-        k: `values` and `indices` of the k largest.
-        mean: `mean` of the logits that exist.
-        moments: `mean` and `std` of these.
+        labels: whether to read `label`, the logit at `tokens["labels"]`.
+        ids: number of ids per position in `tokens["ids"]`, whose logits are `gathered`.
+        k: number of largest logits to keep as `values` and `indices`.
+        mean: whether to compute the `mean` of valid logits.
+        moments: whether to compute their `mean` and `std`.
     """
 
     labels: bool = False
@@ -101,7 +101,7 @@ class ReadoutStatistic(Statistic):
     mean: bool = False
     moments: bool = False
 
-    # Ids are found by comparison, the k largest by bins.
+    # Kernels find ids by comparison, the k largest by bins.
     in_tiles = gradient_in_tiles = True
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
@@ -162,7 +162,7 @@ class ReadoutStatistic(Statistic):
             mean = state.moments.mean
             if state.moments.deviation is not None:
                 variance = state.moments.deviation / jnp.maximum(state.moments.count, 1)
-                # Of all, no estimate.
+                # Population deviation, not an estimate.
                 std = state.moments.unit * jnp.sqrt(variance)
         out = Outputs(
             state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
@@ -172,7 +172,7 @@ class ReadoutStatistic(Statistic):
     def gradient(self, residuals: Any, cotangents: Outputs, block: LogitBlock) -> jax.Array:
         out, count = residuals
         z, ct = block.student, cotangents
-        # d log z / dz is the softmax; what else was asked is added where it was read.
+        # d log z / dz is the softmax; gradients of other outputs are added where they were read.
         total = ct.log_z[..., None] * jnp.exp(z - ops.neginf_to_zero(out.log_z)[..., None])
         if ct.label is not None:
             hit = block.is_at(block.tokens["labels"])
@@ -185,10 +185,11 @@ class ReadoutStatistic(Statistic):
             count = jnp.maximum(count, 1)
             dense = (ct.mean / count)[..., None]
             if out.std is not None:
-                # Equal logits: no direction.
+                # The deviation of equal logits has no gradient.
                 least = jnp.maximum(out.std, 1e-30)
                 spread = jnp.where(out.std > 0, ct.std / count, 0.0)
-                # Logits over the deviation first: a cotangent over it may be no number of float32.
+                # Divide logits by the deviation first: the cotangent divided by it may overflow
+                # float32.
                 dense = dense - (spread * (out.mean / least))[..., None]
                 dense = dense + spread[..., None] * (z * (1.0 / least)[..., None])
             total = total + jnp.where(z != -jnp.inf, dense, 0.0)

@@ -1,4 +1,4 @@
-"""From the arguments of a `linear_*` function to a sweep: checks, block sizes, meshes."""
+"""Sweeps from the arguments of a `linear_*` function: checks, block sizes, meshes."""
 
 import dataclasses
 import functools
@@ -30,13 +30,13 @@ from logitjax.losses.sweep._statistic import Statistic
 from logitjax.losses.sweep._weighted import run_weighted, weighted_sum
 from logitjax.ops import Array, AxisName, Number
 
-# A TPU reads single numbers one after the other. Each id costs three operations a logit; with these
-# the logits wait for memory no longer.
+# A TPU reads single numbers one at a time. Each id costs three operations per logit; with this many
+# the sweep is no longer memory-bound.
 _IDS_TOGETHER = 4
 
 
 class Options(TypedDict, total=False):
-    """Keywords that all losses of hidden states and heads pass on to `run`, which explains them."""
+    """Keywords that losses of hidden states and heads pass on to `run`, which documents them."""
 
     temperature: Number
     vocab_where: Any
@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
 
 
 def weighted_or_each(statistic: Statistic, *arrays: Any, **options: Any) -> jax.Array:
-    """`run` of a loss: of each position, or with weights the sum alone."""
+    """Call `run` for a loss: values of each position, or with weights only the sum."""
     loss = run(statistic, *arrays, **options)
     return loss if options.get("weights") is None else loss[0]
 
@@ -64,19 +64,19 @@ def run(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Any:
-    """Sum a statistic up over the vocabulary of a linear head, block by block.
+    """Sum a statistic over the vocabulary of a linear head, block by block.
 
-    Differentiable by the hidden states and the head, in reverse mode; the gradient is once more, so
-    that `grad` of `grad` gives second derivatives. With the weights of the positions known and
-    memory for `rows` (see `Blocks`), the gradient is formed in the same sweep as the value and no
-    logit is formed twice. A position whose weight or cotangent is zero adds nothing, even where its
-    hidden states are nan. Other arguments, and what is raised, are written in `logitjax.losses`.
+    Differentiable with respect to hidden states and head, in reverse mode; so is the gradient, so
+    that `grad` of `grad` gives second derivatives. If weights of the positions are known and there
+    is memory for `rows` (see `Blocks`), the gradient is formed in the same sweep as the value and
+    no logit is formed twice. A position whose weight or cotangent is zero adds nothing, even if its
+    hidden states are nan. Other arguments and errors are documented in `logitjax.losses`.
 
     Args:
-        statistic: what to sum up; static.
+        statistic: the statistic to sum; static.
         teacher: the hidden states, `[*batch, teacher_hidden]`, and the head of a teacher with the
             same vocabulary; neither gets a gradient.
-        tokens: arrays `[*batch, ...]` that the statistic reads, under names; without a gradient.
+        tokens: named arrays `[*batch, ...]` that the statistic reads; they get no gradient.
 
     Returns:
         The statistic's outputs, through its `losses` method. With `weights`: the scalar
@@ -93,7 +93,7 @@ def run(
                 f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"
             )
         weights = weights.astype(sum_dtype(operands.student))
-    # Asked outside of shard_map, where arrays still say where they lie.
+    # Outside shard_map, where arrays still know their devices.
     platform = ops.mesh.platform_of(operands.student.hidden, operands.student.head.kernel)
     local = (statistic, Blocks() if blocks is None else blocks, platform)
     outputs = _on_mesh(local, operands, weights, axis_name)
@@ -157,7 +157,7 @@ def _local(
     weights: Array | None,
     axis_name: AxisName | None,
 ) -> Any:
-    """The sweep of the rows and columns that are here: all of them, or a device's."""
+    """Sweep local rows and columns: all of them, or those of a device."""
     student, batch = operands.student, operands.student.hidden.shape[:-1]
     layout = blocks.layout(
         Sizes(
@@ -174,7 +174,7 @@ def _local(
         raise ValueError(f"blocks.engine: expected 'scan' or 'rows' {cause}, got 'pallas'")
     halves: dict[str, Any] = {}
     if layout.engine == "pallas":
-        # Pallas takes longer to import than all of this library.
+        # Pallas takes longer to import than this whole library.
         from logitjax.losses.sweep import _pallas
 
         halves = _pallas.kernels(platform, statistic)
@@ -191,7 +191,7 @@ def _local(
     )
     existing = weights if layout.engine == "rows" else None
     tokens = operands.tokens
-    # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
+    # Outside the custom rule, so that its transpose sums the gradients of replicated arrays.
     operands, existing = jax.tree.map(lambda x: ops.mesh.vary(x, varying), (operands, existing))
     if existing is None:
         outputs = run_unreduced(config, operands)
@@ -206,8 +206,8 @@ def _local(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _losses(statistic: Statistic, batch_ndim: int, outputs: Any, tokens: Any) -> Any:
-    """`statistic.losses`, where a cotangent of zero stays zero however the losses are made."""
-    # Zero times the derivative at an undefined loss is nan; with zero the sweep leaves the position
+    """Call `statistic.losses` such that cotangents of zero stay zero for any losses."""
+    # Zero times the derivative of an undefined loss is nan; zero makes the sweep leave the position
     # out of its gradients.
     return statistic.losses(outputs, tokens)
 
@@ -245,7 +245,7 @@ def _projection(name: str, hidden: Any, head: Any, temperature: Number) -> Proje
 
 
 def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
-    """Mesh axes over which anything here differs, vocabulary shards included."""
+    """Mesh axes over which anything in the tree varies, vocabulary shards included."""
     axes = {a for x in jax.tree.leaves(tree) for a in ops.mesh.varying_axes(x)}
     if axis_name is not None and axes:
         axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
@@ -258,16 +258,16 @@ def _on_mesh(
     weights: Array | None,
     axis_name: AxisName | None,
 ) -> Any:
-    """Every device sweeps its own rows and columns, where the mesh they are split over is known."""
-    # Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
-    # once for every block of positions; so it does both once a sweep.
+    """Let every device sweep its own rows and columns, if the mesh that splits them is known."""
+    # By itself the compiler gathers a block of the head, and sums its gradient over all devices,
+    # once per block of positions; this way it does both once per sweep.
     hidden, head = operands.student.hidden, operands.student.head
     mesh = _mesh_of(head.kernel, hidden)
-    # Inside a `shard_map` of the caller's it has split what it wanted to.
+    # Inside the caller's `shard_map` arrays are already split.
     split = None if axis_name is not None else _split(mesh, hidden, head)
     if split is None:
         return _local(*local, operands, weights, axis_name)
-    # Outside of jit each of its operations would be a program over the mesh.
+    # Outside jit each of its operations would be a program over the mesh.
     return _everywhere(local, mesh, split, operands, weights)
 
 
@@ -279,35 +279,35 @@ def _everywhere(
     operands: Operands,
     weights: Array | None,
 ) -> Any:
-    """`_local` under a `shard_map` over the axes of rows and columns."""
+    """Run `_local` under a `shard_map` over the axes of rows and columns."""
     rows, columns = split
-    # Where arrays lie, in the place of arrays.
+    # Partition specs in place of arrays.
     spec: Any = PartitionSpec
-    by_row, by_column, whole = spec(*rows), spec(columns), spec()
+    by_row, by_column, replicated = spec(*rows), spec(columns), spec()
 
     def layout(side: Projection) -> Projection:
         kernel = spec(*(columns if i == side.head.axis else None for i in range(2)))
         split_head = dataclasses.replace(side.head, kernel=kernel, bias=by_column)
-        return Projection(by_row, split_head, whole)
+        return Projection(by_row, split_head, replicated)
 
-    def mine(operands: Operands, weights: Array | None) -> Any:
+    def sweep_local(operands: Operands, weights: Array | None) -> Any:
         outputs = _local(*local, operands, weights, columns or None)
         over = tuple(name for names in rows for name in names)
         return outputs if weights is None else (lax.psum(outputs[0], over), outputs[1])
 
-    student, *others = map(layout, operands.sides)
-    teacher = others[0] if others else whole
+    student, *teachers = map(layout, operands.sides)
+    teacher = teachers[0] if teachers else replicated
     specs = (Operands(student, teacher, by_column, by_row), by_row)
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
     named = {name for names in (*rows, columns) for name in names}
     if not named:
-        # Under `vmap` a mesh names the axis that is mapped over, and `shard_map` may not.
+        # Under `vmap` the mapped axis may be named by the mesh, but not by `shard_map`.
         call: Any = functools.partial(_local, *local, axis_name=None)
-        whole = NamedSharding(mesh, PartitionSpec())
-        run = jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=whole)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        run = jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=replicated)
         return run(operands, weights)  # pyright: ignore[reportCallIssue]
-    # All Auto axes where the others have one device: a part of a mesh is harder on the compiler.
+    # Include all Auto axes if the others have one device: partial meshes compile less well.
     free = {name for name, kind in kinds.items() if kind == AxisType.Auto}
     alone = all(mesh.shape[name] == 1 or name in named for name in free)
     batch = operands.student.hidden.shape[:-1]
@@ -316,10 +316,10 @@ def _everywhere(
     if explicit:
         arrays = _resharded(mesh, explicit, specs, arrays)
     outputs = jax.shard_map(
-        mine,
+        sweep_local,
         mesh=mesh,
         in_specs=specs,
-        out_specs=by_row if weights is None else (whole, by_row),
+        out_specs=by_row if weights is None else (replicated, by_row),
         axis_names=explicit | (free if alone else named),
     )(*arrays)
     if padded == batch:
@@ -330,13 +330,13 @@ def _everywhere(
 
 
 def _mesh_of(*arrays: Any) -> Any:
-    """The mesh in whose context this is traced, or else that of the arrays."""
+    """Mesh of the context in which this is traced, or else that of the arrays."""
     meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
 
 
 def _axes_of(x: Any) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes over which each axis of x is split, as far as x tells."""
+    """Mesh axes over which each axis of x is split, as far as x shows it."""
     notes = jax.typeof(x).sharding
     if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         notes = x.sharding
@@ -349,29 +349,29 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _split(mesh: Any, hidden: Any, head: Head) -> Any:
-    """Mesh axes of each batch axis, and of the vocabulary; None where nothing is split."""
-    # Explicit axes, and Auto ones of arrays outside of `jit`, are read; others go by `MeshAxes`.
+    """Mesh axes of each batch axis, and of the vocabulary; None if nothing is split."""
+    # Explicit axes, and Auto axes of arrays outside `jit`, are read; others follow `MeshAxes`.
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = ops.sharding.MeshAxes.current()
     auto = {n for n, kind in kinds.items() if kind == AxisType.Auto and mesh.shape[n] > 1}
     explicit = {n for n, kind in kinds.items() if kind == AxisType.Explicit}
     free = auto | explicit
     rows = [tuple(n for n in axes if n in free) for axes in _axes_of(hidden)[:-1]]
-    taken = {n for axes in rows for n in axes}
+    used = {n for axes in rows for n in axes}
     for location, expected in ((0, names.rows), (-1, names.sequence)):
         if rows:
-            new = tuple(n for n in expected if n in auto - taken)
+            new = tuple(n for n in expected if n in auto - used)
             rows[location] += new
-            taken |= set(new)
-    # An Explicit axis is used for a whole vocabulary only where the caller says so.
+            used |= set(new)
+    # An Explicit axis splits a replicated vocabulary only if the caller says so.
     by_name = auto if names == ops.sharding.MeshAxes() else free
     items = [n for n in _axes_of(head.kernel)[head.axis] if n in free]
     expected = [*items, *(n for n in names.columns if n in by_name)]
-    columns = tuple(dict.fromkeys(n for n in expected if n not in taken))
-    unnamed = auto - taken - {*columns, *names.rows, *names.columns, *names.sequence}
+    columns = tuple(dict.fromkeys(n for n in expected if n not in used))
+    unnamed = auto - used - {*columns, *names.rows, *names.columns, *names.sequence}
     if unnamed:
         _warn_of_unnamed(unnamed, head)
-    return (tuple(rows), columns) if taken or columns or explicit else None
+    return (tuple(rows), columns) if used or columns or explicit else None
 
 
 def _warn_of_unnamed(axes: set[str], head: Head) -> None:
@@ -379,7 +379,7 @@ def _warn_of_unnamed(axes: set[str], head: Head) -> None:
     warnings.warn(
         f"mesh axes {', '.join(sorted(axes))}: expected names of losses.MeshAxes; what they split "
         f"is left to the compiler, which may gather the head, {size:,.0f} MiB, for every block of "
-        "positions and not once a sweep",
+        "positions instead of once per sweep",
         stacklevel=2,
     )
 
@@ -387,7 +387,7 @@ def _warn_of_unnamed(axes: set[str], head: Head) -> None:
 def _padded(
     mesh: Any, rows: Any, columns: tuple[str, ...], operands: Operands, weights: Array | None
 ) -> tuple[Operands, Array | None]:
-    """Padded to sizes that the mesh divides: by rows of zeros, and entries that do not exist."""
+    """Pad to sizes that the mesh divides, with rows of zeros and invalid entries."""
 
     def missing(size: int, axes: tuple[str, ...]) -> int:
         return -size % math.prod(mesh.shape[name] for name in axes)
@@ -411,13 +411,13 @@ def _padded(
     where = operands.vocab_where
     if more:
         where = pad(jnp.ones(vocab, bool) if where is None else where, more)
-    student, *others = map(side, operands.sides)
+    student, *teachers = map(side, operands.sides)
     tokens, weights = jax.tree.map(lambda x: pad(x, *of_rows), (operands.tokens, weights))
-    return Operands(student, others[0] if others else None, where, tokens), weights
+    return Operands(student, teachers[0] if teachers else None, where, tokens), weights
 
 
 def _resharded(mesh: Any, explicit: set[str], specs: Any, arrays: Any) -> Any:
-    """Laid out as `shard_map` asks of Explicit axes: a head is gathered here, once."""
+    """Reshard as `shard_map` requires for Explicit axes; a head is gathered here, once."""
 
     def reshard(spec: Any, tree: Any) -> Any:
         entries = [tuple(n for n in _names(entry) if n in explicit) for entry in spec]

@@ -12,9 +12,9 @@ from logitjax.ops import AxisName
 class Several(Statistic):
     """Statistics of one pass each that share a sweep: their gradients are added block by block.
 
-    The tokens given to `run` are `{"0": ..., "1": ...}`, those of each statistic by its number;
-    one without any reads what there is. `run` returns a tuple of what each statistic gives. One
-    that needs more than one pass over the vocabulary is a ValueError.
+    The tokens given to `run` are `{"0": ..., "1": ...}`, for each statistic by its number; a
+    statistic without an entry gets all of them. `run` returns a tuple of the statistics' results.
+    Statistics that need more than one pass over the vocabulary are a ValueError.
     """
 
     statistics: tuple[Statistic, ...]
@@ -67,7 +67,7 @@ class Several(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class _Wrapped(Statistic):
-    """A statistic whose blocks are changed on their way to it."""
+    """Wrapper that changes the blocks that a statistic gets."""
 
     statistic: Statistic
 
@@ -99,7 +99,7 @@ class _Wrapped(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class Tempered(_Wrapped):
-    """A statistic of both models' logits over a `temperature` of its own, which divides them."""
+    """A statistic of both models' logits, divided by its own `temperature`."""
 
     temperature: float
 
@@ -113,11 +113,10 @@ class Tempered(_Wrapped):
 
 @dataclasses.dataclass(frozen=True)
 class LossOf(_Wrapped):
-    """A loss a position made of what a statistic gives, so that a weighted sum takes one sweep.
+    """A loss per position of a statistic's results, so that a weighted sum takes one sweep.
 
     The tokens given to `run` are `{"statistic": ..., "loss": ...}`. `loss(results, tokens)`,
-    `[*batch]`, is called on a few positions at a time, and must not refer to traced arrays of its
-    surroundings.
+    `[*batch]`, is called on a few positions at a time, and must not close over traced arrays.
     """
 
     loss: Callable[[Any, Any], jax.Array]

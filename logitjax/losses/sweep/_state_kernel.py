@@ -11,12 +11,12 @@ from logitjax.losses.sweep._tiles import LANES, tile_grid
 
 
 def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> Any:
-    """The statistic's state after all columns, `[T]`."""
+    """Compute the statistic's state after all columns, `[T]`."""
     dtype, positions = sum_dtype(operands.student), operands.student.hidden.shape[0]
     like = jax.eval_shape(lambda p: sweep.statistic.start((positions,), dtype, p), passed)
     state = Packed(like)
     widths = [math.prod(x.shape[1:]) for x in jax.tree.leaves(like)]
-    # The state, which fills rows of lanes, and what is written of it.
+    # The state, which fills rows of lanes, and twice the output.
     row_bytes = sum(3 * 4 * -(-n // LANES) * LANES for n in widths)
     tree = (operands.tokens, passed)
     grid = tile_grid(sweep, operands, tree, "state", extra=lambda r, c: r * row_bytes)
@@ -50,7 +50,7 @@ def tpu_state(interpret: Any, sweep: Sweep, operands: Operands, passed: Any) -> 
             for kind, count, ref in zip(state.kinds, state.counts, out):
                 some = [x[...] for x in narrow if x.dtype == kind]
                 empty = jnp.zeros((rows, count - len(some)), kind)
-                # No array has a side of zero on chip, so of a full one the last is left out.
+                # Arrays on chip have no empty axes, so the padding is left out if there is none.
                 ref[...] = jnp.concatenate([*some, empty][:count], 1).T
 
     out = [

@@ -1,4 +1,4 @@
-"""Accumulators of a sweep: the interface, and the parts that most statistics are made of."""
+"""Statistics of a sweep: the interface, and building blocks of most statistics."""
 
 import abc
 from typing import Any, ClassVar, NamedTuple
@@ -13,18 +13,18 @@ from logitjax.ops import Array, AxisName
 
 
 class LogitBlock(NamedTuple):
-    """The logits of some positions at some columns of the vocabulary, over the temperature.
+    """Logits of some positions at some columns of the vocabulary, divided by the temperature.
 
     Attributes:
-        student: `[*batch, block]`, float32; `-inf` where a column does not count, such as one that
-            an earlier block had.
-        teacher: the same of the teacher; None without one.
+        student: `[*batch, block]`, float32; `-inf` where a column does not count, for example
+            because an earlier block had it.
+        teacher: the same for the teacher; None without one.
         columns: `[block]` int32, ids in the whole vocabulary; in a kernel `[1, block]`, negative
             past the end of the vocabulary.
-        first: the place of the first column that no earlier block had; 0 where none repeats one.
+        first: index of the first column that no earlier block had.
         tokens: the arrays given to `run`, `[*batch, ...]`.
-        together: where gathers and scatters are slow, how many ids of a position are looked for at
-            a time by comparison; 0 where they are fast, as on a CPU.
+        together: number of ids of a position that are searched at a time by comparison, on devices
+            with slow gathers and scatters; 0 where these are fast, as on a CPU.
     """
 
     student: jax.Array
@@ -35,23 +35,23 @@ class LogitBlock(NamedTuple):
     together: int = 0
 
     def is_at(self, ids: Array) -> jax.Array:
-        """Where the block's columns are the ids, one a position: `[*batch, block]` boolean."""
+        """Compare columns with one id per position: boolean `[*batch, block]`."""
         present = self.columns == jnp.asarray(ids)[..., None]
         if isinstance(self.first, int) and self.first == 0:
             return present
         return present & (jnp.arange(self.columns.size) >= self.first)
 
     def gather(self, ids: Array) -> jax.Array:
-        """The student's logits at `ids`, `[*batch, n]`; zero for those of other blocks."""
+        """Return the student's logits at `ids`, `[*batch, n]`; zero for ids of other blocks."""
         if self.together:
             return _ids.pick(self.together, self.student, self._new_columns(), _as_int32(ids))
         places, inside = self._places(ids)
         return jnp.where(inside, jnp.take_along_axis(self.student, places, axis=-1), 0.0)
 
     def scatter(self, total: jax.Array, ids: Array, values: jax.Array) -> jax.Array:
-        """`total`, `[*batch, block]`, with `values` added at `ids`, both `[*batch, n]`."""
+        """Add `values` at `ids`, both `[*batch, n]`, to `total`, `[*batch, block]`."""
         if self.together:
-            # Into zeros: the total itself would have to be written for it.
+            # Into zeros, because the total would have to be written out first.
             empty, columns = jnp.zeros_like(total), self._new_columns()
             placed: Any = _ids.place(self.together, empty, columns, _as_int32(ids), values)
             return total + placed
@@ -67,7 +67,7 @@ class LogitBlock(NamedTuple):
         return jnp.where(jnp.arange(self.columns.size) < self.first, _ids.NOWHERE, self.columns)
 
     def _places(self, ids: Array) -> tuple[jax.Array, jax.Array]:
-        """Where ids lie in the block, and which of them do (clipped where they do not)."""
+        """Indices of ids in the block (clipped), and whether they are in the block."""
         places = jnp.asarray(ids) - self.columns[0]
         inside = (places >= self.first) & (places < self.columns.size)
         return jnp.clip(places, 0, self.columns.size - 1), inside
@@ -78,22 +78,22 @@ def _as_int32(ids: Array) -> jax.Array:
 
 
 class Statistic(abc.ABC):
-    """A few numbers a position that are summed up over the vocabulary, and their gradient.
+    """A few numbers per position that are summed over the vocabulary, and their gradient.
 
-    A statistic is hashable and holds no arrays (a frozen dataclass is best): it is a static
+    A statistic is hashable and holds no arrays (ideally a frozen dataclass), because it is a static
     argument of the sweep. Every array of its state and of its results starts with the batch shape,
-    and nothing crosses positions, because a sweep may cut them into blocks.
+    and positions must be independent, because a sweep may cut them into blocks.
 
-    A statistic with more than one pass over the vocabulary starts again in each; `passed` is what
-    the pass before gave as residuals, None in the first.
+    A statistic with more than one pass over the vocabulary starts again in each; `passed` has the
+    residuals of the previous pass, None in the first.
 
     Attributes:
-        passes: over the vocabulary.
-        in_tiles: whether a kernel can run `start` and `absorb`, which then work on what is on chip.
-            They have to be made of elementwise operations, comparisons, `LogitBlock.gather`, and
-            sums and maxima over the last axis (no sort, no other gather).
-        gradient_in_tiles: whether a kernel can run `gradient` as well, made of the same and of
-            `scatter`. Where it cannot, the kernel's gradients are formed by the blocks of `scan`.
+        passes: number of passes over the vocabulary.
+        in_tiles: whether a kernel can run `start` and `absorb` on what is on chip. They must
+            consist of elementwise operations, comparisons, `LogitBlock.gather`, and sums and maxima
+            over the last axis (no sort, no other gather).
+        gradient_in_tiles: whether a kernel can run `gradient` too, consisting of the same and of
+            `scatter`. If not, gradients are formed by the blocks of `scan`.
     """
 
     passes: ClassVar[int] = 1
@@ -102,26 +102,26 @@ class Statistic(abc.ABC):
 
     @abc.abstractmethod
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
-        """The state before the first block, in the dtype of the sums."""
+        """Return the state before the first block, in the dtype of the sums."""
 
     @abc.abstractmethod
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
-        """The state after one block more."""
+        """Return the state after one more block."""
 
     @abc.abstractmethod
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
-        """The state of all shards of the vocabulary together."""
+        """Combine the states of all shards of the vocabulary."""
 
     @abc.abstractmethod
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
-        """Outputs, and the residuals that the next pass or `gradient` reads."""
+        """Return outputs, and residuals for the next pass or for `gradient`."""
 
     @abc.abstractmethod
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
-        """Gradient by `block.student`, given that by the outputs: `[*batch, block]`."""
+        """Return the gradient of `block.student`, `[*batch, block]`, given that of the outputs."""
 
     def losses(self, outputs: Any, tokens: Any) -> Any:
-        """Pick the losses that `run` returns: with weights a loss a position, `[*batch]`."""
+        """Return what `run` returns; with weights, a loss per position, `[*batch]`."""
         return outputs
 
 
@@ -129,8 +129,8 @@ class OnlineSums(NamedTuple):
     """Sums weighted by `exp(logits)`, relative to the largest logit seen so far.
 
     Attributes:
-        peak: `[*batch]`, that logit.
-        sums: `[*batch]` each, over `exp(peak)`: the plain sum first, then one a term.
+        peak: `[*batch]`, the largest logit.
+        sums: `[*batch]` each, divided by `exp(peak)`: the plain sum, then one for each term.
     """
 
     peak: jax.Array
@@ -138,17 +138,17 @@ class OnlineSums(NamedTuple):
 
     @classmethod
     def start(cls, batch: tuple[int, ...], dtype: Any, *, terms: int = 0) -> "OnlineSums":
-        """Nothing yet of the normaliser and of so many weighted terms."""
-        # Not -inf, whose difference with itself would be nan.
+        """Return empty sums for the normaliser and for `terms` weighted terms."""
+        # Not -inf, because -inf - -inf is nan.
         peak = jnp.full(batch, jnp.finfo(dtype).min, dtype)
         return cls(peak, tuple(jnp.zeros(batch, dtype) for _ in range(1 + terms)))
 
     def raised(self, logits: jax.Array) -> jax.Array:
-        """The peak with one block more."""
+        """Return the peak after one more block."""
         return jnp.maximum(self.peak, logits.max(-1))
 
     def add(self, logits: jax.Array, *terms: jax.Array) -> "OnlineSums":
-        """With one block more; `terms` have the shape of its logits and must be finite."""
+        """Add a block; `terms` have the shape of its logits and must be finite."""
         peak = self.raised(logits)
         weights = jnp.exp(logits - peak[..., None])
         news = [weights, *(weights * term for term in terms)]
@@ -156,8 +156,8 @@ class OnlineSums(NamedTuple):
         return OnlineSums(peak, tuple(s + new.sum(-1) for s, new in zip(old, news)))
 
     def reduce(self, axis_name: AxisName) -> "OnlineSums":
-        """Of all shards together."""
-        # The sums do not depend on it, so second derivatives need none of the maximum.
+        """Combine the sums of all shards."""
+        # Results do not depend on the peak, so second derivatives need none of the maximum.
         peak = lax.pmax(lax.stop_gradient(self.peak), axis_name)
         sums = lax.psum(jnp.stack(self._rescaled(peak)), axis_name)
         return OnlineSums(peak, tuple(sums))
@@ -168,10 +168,10 @@ class OnlineSums(NamedTuple):
 
     @property
     def log_sum(self) -> jax.Array:
-        """The log-normaliser; `-inf` where no entry exists."""
+        """The log-normaliser; `-inf` if no entry is valid."""
         return self.peak + jnp.log(self.sums[0])
 
     @property
     def log_z(self) -> jax.Array:
-        """`log_sum`, zero where no entry exists: what to subtract from logits."""
+        """`log_sum` to subtract from logits: zero if no entry is valid."""
         return ops.neginf_to_zero(self.log_sum)

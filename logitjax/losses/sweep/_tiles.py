@@ -1,4 +1,4 @@
-"""The tiles of a kernel: how many positions and columns, and what a program has of its inputs."""
+"""Tiles of a kernel: their numbers of positions and columns, and a program's inputs."""
 
 import dataclasses
 import functools
@@ -20,21 +20,21 @@ from logitjax.losses.sweep._ids import NOWHERE
 from logitjax.losses.sweep._kernel_inputs import Inputs, Packed, cost, make_inputs, shape_of
 from logitjax.losses.sweep._statistic import LogitBlock
 
-# Three quarters of the smallest on-chip memory of v5e, v5p, v6e and TPU7x: 64 MiB a core. A quarter
-# of what a kernel may take is for what the sizes of its tiles do not tell, at least so much.
+# Three quarters of the smallest on-chip memory of v5e, v5p, v6e and TPU7x: 64 MiB per core. A
+# quarter of a kernel's share, at least so much, is for what tile sizes do not show.
 _ON_CHIP, _LEAST_SPARE = 48 * 2**20, 4 * 2**20
-# As many of what stays as there is room for first: so many products has each byte that goes by.
+# As many of the resident axis as fit: each byte that streams by takes part in so many products.
 _ROWS = (1024, 512, 256, 128)
 _COLUMNS = (2048, 1024, 512, 256, 128)
 LANES = 128
-# Arrays of the size of a tile of logits that are alive at a time, float32.
+# Live float32 arrays of the size of a tile of logits.
 _TILE_ARRAYS = 5
-# Of the hidden axis, so much at a time is copied out of a tile for the product.
+# Size of the slices of the hidden axis that are copied out of a tile for the product.
 _STEP = 512
 
 
 class Tiles(NamedTuple):
-    """Positions and columns of a program of the grid, and the on-chip bytes that it takes."""
+    """Positions and columns of a program of the grid, and the on-chip bytes that it needs."""
 
     rows: int
     columns: int
@@ -49,7 +49,7 @@ def choose_tiles(
     *,
     multiple: int = LANES,
 ) -> Tiles:
-    """The first of the sizes, rows and columns, whose bytes `on_chip(rows, columns)` fit there."""
+    """Choose the first of `sizes`, rows and columns, whose `on_chip(rows, columns)` bytes fit."""
     for r, c in sizes:
         if (size := on_chip(r, c)) <= _ON_CHIP:
             r = min(r, -(-positions // 32) * 32)
@@ -61,7 +61,7 @@ def choose_tiles(
 
 
 class Grid(NamedTuple):
-    """A kernel over tiles of positions and of columns: the second of its axes goes by."""
+    """A kernel over tiles of positions and of columns, which streams along its second axis."""
 
     name: str
     packed: Packed
@@ -98,14 +98,14 @@ class Grid(NamedTuple):
 
     def specs(self) -> Inputs:
         once = pl.BlockSpec((1, 1), lambda *at: (0, 0))
-        given = self.inputs
+        inputs = self.inputs
         return Inputs(
-            hidden=[self.by_row(-1, x.shape[1]) for x in given.hidden],
-            rows=[self.by_row(x.shape[0], -1) for x in given.rows],
-            wide=[self.by_row(-1, x.shape[1]) for x in given.wide],
-            heads=[self.head_specs(head) for head in given.heads],
-            where=None if given.where is None else self.by_column(1, -1),
-            scales=[once for _ in given.scales],
+            hidden=[self.by_row(-1, x.shape[1]) for x in inputs.hidden],
+            rows=[self.by_row(x.shape[0], -1) for x in inputs.rows],
+            wide=[self.by_row(-1, x.shape[1]) for x in inputs.wide],
+            heads=[self.head_specs(head) for head in inputs.heads],
+            where=None if inputs.where is None else self.by_column(1, -1),
+            scales=[once for _ in inputs.scales],
             start=once,
         )
 
@@ -130,20 +130,20 @@ class Grid(NamedTuple):
             )
         ]
         teacher = sides[1] if len(sides) == 2 else None
-        # Past the end of a shard are ids that are the next one's.
+        # Ids past the end of a shard belong to the next one.
         ids = jnp.where(ids < self.vocab, here.start + ids, NOWHERE)
-        # No tile repeats a column of another, and few have more than one id of a position.
+        # Tiles do not repeat columns, and few have more than one id of a position.
         return LogitBlock(sides[0], teacher, ids, 0, tokens, together=1)
 
     def call(
         self, kernel: Callable[..., None], out: Any, scratch: Any, products: int, interpret: Any
     ) -> Any:
-        """`kernel(inputs, outputs, scratch)` over the grid; `out` has specs and shapes."""
+        """Call `kernel(inputs, outputs, scratch)` over the grid; `out` has specs and shapes."""
         arrays, layout = jax.tree.flatten(self.inputs)
         specs, shapes = zip(*out, strict=True)
         ends = (len(arrays), len(arrays) + len(out))
-        # What stays is read once; what goes by for every tile of what stays, unless there is one
-        # tile of it, which stays too.
+        # Resident arrays are read once, streamed ones for every resident tile, unless they have a
+        # single tile, which remains too.
         often = self.shape[0] if self.shape[1] > 1 else 1
         times = (1, often) if self.rows_axis == 0 else (often, 1)
 
@@ -159,7 +159,7 @@ class Grid(NamedTuple):
             out_shape=[shape_of(shape, kind, self.inputs) for shape, kind in shapes],
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch],
             cost_estimate=cost(self.inputs, self.vocab, shapes, times, products),
-            # What is summed up stays on chip while the other axis goes by.
+            # Sums remain on chip while the other axis streams by.
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"),
                 vmem_limit_bytes=self.tiles.on_chip + max(self.tiles.on_chip // 3, _LEAST_SPARE),
@@ -178,20 +178,20 @@ def tile_grid(
     extra: Callable[[int, int], int],
     rows_axis: int = 0,
 ) -> Grid:
-    """A kernel's inputs and tiles; `extra` gives the bytes of what it sums up and writes.
+    """Choose a kernel's inputs and tiles; `extra` gives the bytes of its sums and outputs.
 
-    Tiles are looked up in `tiles.json`, by chip, kernel and bytes of a hidden state, then follow
-    from the sizes. An empty list there is what the compiler refused.
+    Tiles are looked up in `tiles.json`, by chip, kernel and bytes of a hidden state, or else follow
+    from sizes. An empty list there means that the compiler refused.
     """
     packed = Packed(tree)
     positions, vocab = operands.student.hidden.shape[0], operands.student.head.vocab_size()
     widths = [side.hidden.shape[1] * compute_dtype(side).itemsize for side in operands.sides]
-    # A packed array is there once more with a number a row of lanes.
+    # Packed arrays also exist unpacked, with one number per row of lanes.
     row_bytes = sum(4 * n + 4 * LANES for n in packed.counts)
     row_bytes += sum(4 * -(-n // LANES) * LANES for n in packed.widths)
 
     def on_chip(rows: int, columns: int) -> int:
-        # All that moves occurs twice: the next comes while one is read.
+        # Streamed tiles are double-buffered.
         moved = sum(2 * (rows + columns) * width for width in widths)
         logits = _TILE_ARRAYS * 4 * rows * columns * len(widths)
         copied = (rows + columns) * max(min(width, 4 * _STEP) for width in widths)
@@ -201,9 +201,9 @@ def tile_grid(
     columns = [-(-size // multiple) * multiple for size in _COLUMNS]
     sizes = [(r, c) for r in _ROWS for c in columns]
     if rows_axis == 1:
-        # More columns than that save no more time, and leave none for the rows.
+        # More columns save no more time, and leave no room for rows.
         sizes = [(r, c) for c in columns for r in _ROWS if c <= 1024]
-    # A product that narrow fills no matrix unit.
+    # Narrower products do not fill a matrix unit.
     sizes.sort(key=lambda size: min(size) < 256)
     if multiple == LANES and (existing := _known_tiles(name, widths)) is not None:
         sizes = [*existing, *sizes] if existing else []
@@ -226,13 +226,13 @@ def _table() -> dict[str, list[tuple[int, int]]]:
 
 
 def hidden_steps(width: int) -> list[slice]:
-    """Of the hidden axis, what is read at a time: it is copied out of a tile for the product."""
+    """Slices of the hidden axis to read at a time, which are copied out of a tile."""
     step = _STEP if width % LANES == 0 else width
     return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 def _product(hidden: Any, kernel: Any, axis: int) -> jax.Array:
-    """Logits of a tile, a slice of the hidden axis at a time: what is sliced is copied."""
+    """Compute the logits of a tile in slices of the hidden axis, which are copied."""
     parts = []
     for some in hidden_steps(hidden.shape[1]):
         w = kernel[:, some] if axis == 0 else kernel[some]

@@ -1,6 +1,6 @@
-"""The engine `rows`: with the weights of the positions known, one sweep gives value and gradients.
+"""The engine `rows`: with known weights of positions, one sweep gives value and gradients.
 
-Unreduced losses cannot do this, because their cotangents arrive only with the backward pass.
+Unreduced losses cannot do this, because their cotangents only arrive in the backward pass.
 """
 
 import functools
@@ -52,7 +52,7 @@ weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
 
 
 def _slope_of_weights(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """The losses, those of silent positions only where they are numbers."""
+    """Return the losses, with those of unused positions only if they are finite."""
     return jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
 
 
@@ -64,7 +64,7 @@ def _value_only(sweep: Sweep, operands: Operands, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[jax.Array, Any]:
-    """`run_unreduced` with weights: `sum(weights * losses)`, and outputs without a gradient."""
+    """Like `run_unreduced`, but return `sum(weights * losses)`, and outputs without a gradient."""
     return _value_only(sweep, operands, weights)
 
 
@@ -76,7 +76,7 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
 
     def positions(d_head, xs):
         losses, outputs, d_hidden, d_head = _one_block(sweep, location(xs[0]), xs[1], d_head)
-        # Whole here, so that only a block of them is ever held in float32.
+        # Cast here, so that only a block of gradients is ever held in float32.
         return d_head, (losses, outputs, d_hidden.astype(student.hidden.dtype))
 
     start = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), student.head))
@@ -114,7 +114,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
         outputs, residuals = statistic.finish(state, passed)
         passed = residuals
 
-    # The weights vary over the vocabulary's mesh axis by type, so the outputs have to as well.
+    # By type the weights vary over the vocabulary's mesh axis, so the outputs must too.
     outputs = sweep.vary(outputs)
     losses, pull = jax.vjp(lambda outputs: statistic.losses(outputs, operands.tokens), outputs)
     (cotangents,) = pull(weights.astype(losses.dtype))
@@ -137,7 +137,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
 
 
 def kept_block(sweep: Sweep, operands: Operands, index, logits):
-    """A block whose logits were kept, and its first column."""
+    """Return a block whose logits were kept, and its first column."""
     student, teacher = logits
     start, columns, first = column_ids(sweep, operands, index)
     block = LogitBlock(student, teacher, columns, first, operands.tokens, sweep.together)
@@ -145,7 +145,7 @@ def kept_block(sweep: Sweep, operands: Operands, index, logits):
 
 
 def _backward(sweep: Sweep, saved, cotangents):
-    # Forward formed the gradients for a cotangent of 1: this only scales them.
+    # Forward formed the gradients for a cotangent of 1; this only scales them.
     (grads, losses), (cotangent, _) = saved, cotangents
     d_hidden, d_head = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
     student = Projection(d_hidden, d_head, None)

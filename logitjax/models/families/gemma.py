@@ -1,4 +1,4 @@
-"""Gemma 1: Llama with norms that count from one, wide heads, and a scaled embedding."""
+"""Gemma 1: Llama with norms scaled by 1 + weight, wide heads, and a scaled embedding."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from logitjax.models.families import llama
 
 
 def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    # Official files say gelu, and mean its approximation.
+    # Official files say gelu, but mean its approximation.
     names = {"activation": "gelu_tanh"} if fields["hidden_act"] == "gelu" else {}
     return llama.LLAMA.read(fields, settings) | names | _scale(settings)
 

@@ -24,10 +24,10 @@ def _scales(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     raw, scalar = llama.LLAMA.write(config), config.attention_scale**-2
-    whole = abs(scalar - round(scalar)) < 1e-6 * scalar
+    is_integer = abs(scalar - round(scalar)) < 1e-6 * scalar
     return raw | {
-        "query_pre_attn_scalar": round(scalar) if whole else scalar,
-        # Where no layer has one, transformers cannot run without a number there all the same.
+        "query_pre_attn_scalar": round(scalar) if is_integer else scalar,
+        # If no layer has one, transformers still requires a number there.
         "sliding_window": raw["sliding_window"] or config.max_length,
         "layer_types": layer_types(config),
     }
@@ -39,7 +39,7 @@ def _gguf_gemma(
     """Scales, and windows on all but each `period`-th layer, `window` wide unless the file says."""
     layers, hidden = settings["num_layers"], settings["hidden_size"]
     width = int(get("attention.sliding_window") or window)
-    # As in llama.cpp, the largest model alone scales queries by hidden_size / num_heads.
+    # As in llama.cpp, only the largest model scales queries by hidden_size / num_heads.
     scalar = hidden / settings["num_heads"] if layers == largest else settings["head_dim"]
     return {
         "embedding_scale": hidden**0.5,

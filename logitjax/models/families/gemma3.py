@@ -1,4 +1,4 @@
-"""Gemma 3, its text: Gemma 2 with norms of queries and keys, two rope bases and other windows."""
+"""Gemma 3's text model: Gemma 2 with query and key norms, two rope bases and other windows."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA2,
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    # transformers heeds no attn_logit_softcapping here.
+    # transformers ignores attn_logit_softcapping here.
     keys={k: v for k, v in GEMMA2.keys.items() if k != "attn_logit_softcapping"} | dict(
         vocab_size=262_208, max_position_embeddings=131_072, rope_theta=1_000_000.0,
         rope_local_base_freq=10_000.0, sliding_window_pattern=6, final_logit_softcapping=None,
@@ -44,11 +44,11 @@ GEMMA3 = dataclasses.replace(
     wrapper="gemma3",
     ignored=frozenset({
         "hidden_act",
-        # Of the half that sees, which is not read.
+        # Keys of the vision part, which is not read.
         "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index", "image_token_id",
         "image_token_index", "mm_tokens_per_image", "text_config", "vision_config",
     }),
-    # The half that sees, by the names of both generations of transformers.
+    # The vision part, by the names of both generations of transformers.
     unread=rf"{GEMMA2.unread}|(model\.)?(vision_tower|multi_modal_projector)\..*",
     gguf="gemma3",
     gguf_read=_gguf_read,

@@ -44,7 +44,7 @@ GLM4 = dataclasses.replace(
     pre_tokenizers={"glm4": PreTokenizer(pattern=llama.PATTERN, ignore_merges=True)},
 )  # fmt: skip
 
-# GLM-4-9B, the version before, has the first norms alone.
+# The earlier GLM-4-9B has only the first norms.
 GLM = dataclasses.replace(
     GLM4, name="glm", architecture="GlmForCausalLM", settings={}, gguf=None
 )  # fmt: skip

@@ -55,7 +55,7 @@ GPT2 = Family(
     },
     input_first=True,
     free_head_dim=False,
-    # transformers takes these too.
+    # transformers accepts these too.
     aliases=dict(
         hidden_size="n_embd", max_position_embeddings="n_positions",
         num_attention_heads="n_head", num_hidden_layers="n_layer",

@@ -7,7 +7,7 @@ from typing import Any
 from logitjax.models._family import PreTokenizer
 from logitjax.models.families import llama
 
-# By key of a config.json the field, and the key of GGUF files.
+# For each key of a config.json its field, and the key of GGUF files.
 _FACTORS = {
     "embedding_multiplier": ("embedding_scale", "embedding_scale"),
     "residual_multiplier": ("residual_scale", "residual_scale"),

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2, and what the families like them share."""
+"""Llama 2 and 3, SmolLM2, and the settings shared by similar families."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from logitjax.models._family import Family, PreTokenizer
 from logitjax.models._hf_fields import Fields, windows
 from logitjax.models._hf_rope import rope_settings, scaling_fields
 
-# What every family like this one reads.
+# Keys that every similar family reads.
 KEYS: dict[str, Any] = dict(
     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None,
     hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10_000.0, rope_scaling=None,
@@ -75,7 +75,7 @@ LLAMA = Family(
         "mlp.up": "model.layers.*.mlp.up_proj",
         "mlp.down": "model.layers.*.mlp.down_proj",
     },
-    # Windows are read where there are any.
+    # Windows are read if there are any.
     ignored=frozenset({"max_window_layers", "use_sliding_window"}),
     # A buffer of old checkpoints.
     unread=r".*rotary_emb\.inv_freq",

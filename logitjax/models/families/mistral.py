@@ -22,7 +22,7 @@ MISTRAL = dataclasses.replace(
         max_position_embeddings=131_072, sliding_window=4096, bos_token_id=1, eos_token_id=2,
     ),
     read=_read,
-    # Parameters decide: a bias too many or too few is an error when tensors are read.
+    # Parameters decide: an extra or missing bias is an error when tensors are read.
     ignored=frozenset({"attention_bias"}),
     # llama.cpp calls it llama.
     gguf=None,

@@ -24,7 +24,7 @@ MIXTRAL = dataclasses.replace(
         "mlp.experts.up": _EXPERT + "w3",
         "mlp.experts.down": _EXPERT + "w2",
     },
-    # Noise of the router while it learns.
+    # Noise of the router in training.
     ignored=MISTRAL.ignored | {"router_jitter_noise"},
     gguf="llama+experts",
     gguf_read=gguf_experts,

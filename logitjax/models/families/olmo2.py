@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after its parts alone, and one of queries and keys over all heads."""
+"""OLMo 2: Llama with norms only after its blocks, and query and key norms over all heads."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ _WEIGHTS = {k: v for k, v in llama.LLAMA.weights.items() if k not in ("attention
 
 
 def _gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A file with a window is of OLMo 3, which llama.cpp gives no name of its own."""
+    """A file with a window is OLMo 3, which has no name of its own in llama.cpp."""
     width, layers = get("attention.sliding_window"), settings["num_layers"]
     if not width:
         return {}
-    # The files of earlier converters do not say which layers.
+    # Files of earlier converters do not state which layers.
     pattern = get("attention.sliding_window_pattern", [(i + 1) % 4 != 0 for i in range(layers)])
     windows = tuple(int(width) if local else None for local in pattern)
     theta = float(get("rope.freq_base_swa", settings["rope_theta"]))

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with a window on three layers of four, whose rope nothing stretches."""
+"""OLMo 3: OLMo 2 with a window on three layers of four, whose rope is never stretched."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _THETA = 500_000.0
 
 def _read(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
     local = windows(fields, lambda i: (i + 1) % 4 != 0)
-    # transformers gives layers with a window this base, whatever `rope_theta` says.
+    # transformers gives layers with a window this base, regardless of `rope_theta`.
     return {"windows": local, **rope_by_kind(fields, settings, _THETA)}
 
 
@@ -25,7 +25,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     kinds = {"full_attention": full | {"rope_theta": raw.pop("rope_theta")}}
     local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
     kinds["sliding_attention"] = local
-    # Where no layer has one, transformers cannot run without a number there all the same.
+    # If no layer has one, transformers still requires a number there.
     window = raw["sliding_window"] or config.max_length
     types = {"layer_types": layer_types(config), "sliding_window": window}
     return raw | types | {"rope_parameters": kinds}

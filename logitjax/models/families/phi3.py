@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama with fused projections, heads that turn in part, and longrope."""
+"""Phi-3 and Phi-4: Llama with fused projections, partly rotated heads, and longrope."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         raw["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     if scaling is not None:
         raw["original_max_position_embeddings"] = scaling.original_max_length
-        # The first readers of Phi-3 take no other keys than those of the factors.
+        # The first readers of Phi-3 accept only the keys of the factors.
         inner = {k: v for k, v in raw["rope_scaling"].items() if not k.startswith("original")}
         if scaling.factor == config.max_length / scaling.original_max_length:
             del inner["factor"]
@@ -37,7 +37,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return raw
 
 
-# Words of Phi-4-mini end where capitals begin, as those of GPT-4o.
+# Words of Phi-4-mini end before capitals, as in GPT-4o.
 _GPT4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve"
     r"|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -60,7 +60,7 @@ PHI3 = dataclasses.replace(
     weights=llama.LLAMA.weights
     | dict.fromkeys(_QKV, "model.layers.*.self_attn.qkv_proj")
     | dict.fromkeys(_MLP, "model.layers.*.mlp.gate_up_proj"),
-    # Parameters decide: a bias too many or too few is an error when tensors are read.
+    # Parameters decide: an extra or missing bias is an error when tensors are read.
     ignored=frozenset({"attention_bias"}),
     ignored_at={"full_attn_mod": 1, "interpolate_factor": 1},
     gguf="phi3",

@@ -41,7 +41,7 @@ QWEN2 = dataclasses.replace(
     settings={"qkv_bias": True},
     read=_read,
     write=_write,
-    # Parameters decide: a bias too many or too few is an error when tensors are read.
+    # Parameters decide: an extra or missing bias is an error when tensors are read.
     ignored=frozenset({"attention_bias"}),
     gguf="qwen2",
     gguf_interleaved=False,

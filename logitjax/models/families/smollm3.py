@@ -30,7 +30,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _gguf_read(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    # No metadata say it: llama.cpp knows every fourth layer.
+    # No metadata state it: llama.cpp assumes every fourth layer.
     return {"unrotated": tuple(range(3, settings["num_layers"], 4))}
 
 

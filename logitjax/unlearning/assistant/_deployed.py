@@ -117,7 +117,7 @@ class Deployed:
         return states_at(graphdef, state, tokens, self.positions(targets))
 
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
-        """How much less likely tokens are than alternatives at their position, as in min-k++.
+        """Log-odds deficit of tokens against alternatives at their position, as in min-k++.
 
         It is `(mu - log p_y) / sigma`, of `log p_v` under p.
 
@@ -152,7 +152,7 @@ class Deployed:
         return at.reshape(-1, self.block)
 
     def line_up(self) -> decoding.Ensemble:
-        """For `decoding.generate`."""
+        """Build the line-up for `decoding.generate`."""
         if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
         # The form is a constant for each token: one program for all alphas.

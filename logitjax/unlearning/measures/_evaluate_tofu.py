@@ -182,9 +182,9 @@ class _Rows:
                 texts[i] = self._decode(np.asarray(tokens, np.int64).ravel())
         answers = [item.answer for item in self.items]
         recall = rouge(answers, texts)
-        asked = [self.template.render(item.question) for item in self.items]
+        rendered = [self.template.render(item.question) for item in self.items]
         return {
-            "generated_text": self._column(map(list, zip(asked, texts, answers, strict=True))),
+            "generated_text": self._column(map(list, zip(rendered, texts, answers, strict=True))),
             "rouge1_recall": self._column(recall.rouge_1),
             "rougeL_recall": self._column(recall.rouge_l),
         }

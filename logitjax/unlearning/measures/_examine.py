@@ -197,7 +197,7 @@ def _attacks(
 
 
 def _rounded(model: Deployed, bits: int) -> Deployed:
-    """With fewer bits, and the layers of an assistant as well; adapters stay."""
+    """A copy with fewer bits, also for an assistant's layers; adapters are unchanged."""
     rounded, assistant = _round_weights(model.model, bits), model.assistant
     if assistant is not None:
         # Layers that the two share come out alike.
@@ -246,7 +246,7 @@ def relearned(model: Deployed, questions: Questions) -> Attacks:
 
 
 def _sampled(model: Deployed, questions: Questions, samples: int) -> Attacks:
-    """How much of the answer is in the best of several samples, and in a single one."""
+    """Share of the answer in the best of several samples, and in a single one."""
     likeness = questions.sampled_recall(model, "forget", samples)
     if not len(likeness):
         return {}
@@ -276,7 +276,7 @@ def leak_at(values: Any, k: int) -> float:
 def _memberships(
     model: Deployed, questions: Questions, loss_of: Scores, thorough: bool, reference: Any
 ) -> Attacks:
-    """How well a model's losses reveal which rows it was trained on."""
+    """Membership attacks: AUCs with which a model's losses reveal its training rows."""
     sides = _SIDES
     nll = {part: loss_of(part).nll for part in sides}
     texts = {part: questions.scored_text(part) for part in sides}

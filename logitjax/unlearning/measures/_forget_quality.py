@@ -16,13 +16,13 @@ class ForgetQuality:
 
     # D of Kolmogorov and Smirnov, 0 (alike) to 1.
     statistic: float
-    # Of D, from resampled items.
+    # Interval of D, from resampled items.
     interval: tuple[float, float]
     # TOFU's forget quality: it measures the number of items as much as the model.
     p_value: float
     # Finite where `p_value` is too small for a float.
     log10_p_value: float
-    # Of the model and of the reference.
+    # Numbers of items of the model and of the reference.
     items: tuple[int, int]
 
     def __str__(self) -> str:
@@ -54,8 +54,8 @@ def forget_quality(
     from scipy import stats
 
     values = []
-    for name, given in (("ratios", ratios), ("reference_ratios", reference_ratios)):
-        array = np.asarray(given, np.float64)
+    for name, sample in (("ratios", ratios), ("reference_ratios", reference_ratios)):
+        array = np.asarray(sample, np.float64)
         if array.ndim != 1 or not len(array):
             raise ValueError(f"{name}: expected [n >= 1], got shape {array.shape}")
         if not np.isfinite(array).all():

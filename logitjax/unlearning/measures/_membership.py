@@ -10,7 +10,7 @@ _FALSE_RATE = 0.05
 
 
 def membership_auc(losses: Any, holdout_losses: Any) -> float:
-    """How well a loss reveals whether a text was trained on: 0.5 is chance, 1 is perfect.
+    """Accuracy with which a loss reveals training texts (AUC): 0.5 is chance, 1 is perfect.
 
     P(loss of a text < loss of a held-out one), ties counting half: Yeom et al., 2018, and
     OpenUnlearning's `mia_loss`. Below 0.5 texts are less likely than unseen ones, which is as

@@ -34,7 +34,7 @@ def relearning(
     seeds: int = 1,
     batch_size: int = 4,
 ) -> list[dict[str, float]]:
-    """How likely forgotten answers become when a quarter of them is taught again.
+    """Likelihood of forgotten answers after a quarter of them is taught again.
 
     Adapters of the model's weights learn that quarter through the served logits, with a fixed
     assistant subtracted if there is one. Other answers that come back were hidden, not removed. If
@@ -80,13 +80,13 @@ def relearning(
                 lora, moments = _step(graphdef, static, (params, rest), lora, moments, served)
                 if step in steps or step % max(steps) == 0:
                     again = dataclasses.replace(model, model=merged(lora, model.model))
-                    asked = questions.probabilities(again, "forget")
+                    scores = questions.probabilities(again, "forget")
                     record = {"rate": rate, "seed": seed, "steps": step}
                     for name, which in sides.items():
                         if which:
-                            record[name] = float(np.median(asked[which]))
+                            record[name] = float(np.median(scores[which]))
                     if sides["others"]:
-                        record["worst"] = float(np.max(asked[sides["others"]]))
+                        record["worst"] = float(np.max(scores[sides["others"]]))
                     items.append(record)
                     if step >= max(steps) and not record["taught"] < TAUGHT:
                         break

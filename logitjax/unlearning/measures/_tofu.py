@@ -137,16 +137,16 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
     # The last 400 of full, with wrong answers.
     perturbed = load(source, "forget10_perturbed")
     kept = (authors - forget) * QUESTIONS_PER_AUTHOR
-    gone = forget * QUESTIONS_PER_AUTHOR
-    for one, other in zip(full[-gone:], perturbed[-gone:]):
+    count = forget * QUESTIONS_PER_AUTHOR
+    for one, other in zip(full[-count:], perturbed[-count:]):
         if one.question != other.question:
             raise ValueError(
                 f"{source}: line {one.index + 1} of full.json and line {other.index + 1} of "
                 "forget10_perturbed.json ask different questions"
             )
     # Never among the kept ones: at most 200 - 2 * forget authors are kept.
-    holdout = perturbed[-2 * gone : -gone]
-    return Subset(retain=full[:kept], forget=perturbed[-gone:], holdout=holdout)
+    holdout = perturbed[-2 * count : -count]
+    return Subset(retain=full[:kept], forget=perturbed[-count:], holdout=holdout)
 
 
 def _directory(source: str | os.PathLike[str], name: str) -> epath.Path:

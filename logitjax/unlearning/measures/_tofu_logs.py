@@ -27,7 +27,7 @@ _FIELDS = (
     ("average_perturb_loss", "{}_Q_A_PERT_Prob", "avg_loss"),
     ("rougeL_recall", "{}_Q_A_ROUGE", "rougeL_recall"),
 )
-# Of the forget set alone, without its name.
+# Fields of the forget set alone, without its name.
 _FORGET = (
     ("extraction_strength", "extraction_strength", "score"),
     ("exact_memorization", "exact_memorization", "score"),

@@ -35,7 +35,7 @@ class SetScores:
     """Means over the items of a set; None where the log does not say."""
 
     items: int
-    # Of the answer, for its length; in real-world sets among the wrong answers.
+    # That of the answer, for its length; in real-world sets among the wrong answers.
     probability: float
     # Recall of the generated answer.
     rouge_l: float | None = None
@@ -244,7 +244,7 @@ def _ratios(
 
 
 def _damage(logs: Mapping[str, Log], reference: Mapping[str, Log], vocab_size: int) -> str | None:
-    """Why forget quality does not apply to a model, or None."""
+    """The reason why forget quality does not apply to a model, or None."""
     if vocab_size < 2:
         raise ValueError(f"vocab_size: expected at least 2 tokens, got {vocab_size}")
 

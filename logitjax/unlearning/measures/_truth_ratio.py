@@ -11,14 +11,14 @@ UTILITY_PARTS = ("probability", "rouge_l", "truth_ratio")
 
 
 def answer_probability(average_nll: Any) -> np.ndarray:
-    """How likely answers are, for their length: ``exp(-nll / tokens) = P(a | q)^(1 / |a|)``."""
+    """Length-normalised likelihood of answers: ``exp(-nll / tokens) = P(a | q)^(1 / |a|)``."""
     return np.exp(-np.asarray(average_nll, np.float64))
 
 
 def normalised_probability(
     average_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0
 ) -> np.ndarray:
-    """How likely an answer is among itself and wrong ones, for its length: `p / (p + sum_i p_i)`.
+    """Share of an answer among itself and wrong ones, length-normalised: `p / (p + sum_i p_i)`.
 
     TOFU's probability of the real-world sets; OpenUnlearning's `probability_w_options`.
     """
@@ -34,7 +34,7 @@ def normalised_probability(
 
 
 def preference(truth_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0) -> np.ndarray:
-    """How far a model prefers the right answer to wrong ones: `prob_mean`, 0.5 for no preference.
+    """Preference for the right answer over wrong ones: `prob_mean`, 0.5 for none.
 
     `c / (c + w)`, c = exp(-nll), w = exp(-mean_i nll_i). OpenUnlearning's `prob_mean` tells models
     that know from those that do not better than all measures of text (AUC 0.947, arXiv 2605.24614).
@@ -63,7 +63,7 @@ def log_truth_ratio(
 def truth_ratio(
     truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric", eps: float = 0.0
 ) -> np.ndarray:
-    """How likely wrong answers are against the right one in other words: above 1 is wrong.
+    """Likelihood of wrong answers relative to the rephrased right one: above 1 is wrong.
 
     It is `exp(-mean_i nll_i) / exp(-nll)`, or `mean_i exp(-nll_i) / exp(-nll)` if arithmetic.
 
@@ -75,13 +75,13 @@ def truth_ratio(
 
 
 def truth_ratio_utility(log_ratio: Any) -> float:
-    """How far a model tells right answers from wrong ones: the mean of ``max(0, 1 - R)``."""
+    """Preference for right answers over wrong ones: the mean of ``max(0, 1 - R)``."""
     # max(0, 1 - R), without rounding near R = 1.
     return float(np.mean(np.maximum(0.0, -np.expm1(np.minimum(log_ratio, 0.0)))))
 
 
 def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
-    """How little a model tells right answers from wrong ones: the mean of `min(R, 1 / R)`."""
+    """Indifference between right answers and wrong ones: the mean of `min(R, 1 / R)`."""
     log_ratio = np.asarray(log_ratio, np.float64)
     if not eps:
         # min(R, 1 / R), without overflow.

@@ -17,10 +17,10 @@ def faded_ascent(nll: Array, beta: float) -> jax.Array:
     """`-p^beta nll` of tokens; the weight is a constant, as in WGA's code."""
     nll = as_losses(nll, "nll")
     # Has a limit: without a weight -inf, else 0.
-    gone = nll == jnp.inf
-    finite = jnp.where(gone, 0.0, nll)
+    infinite = nll == jnp.inf
+    finite = jnp.where(infinite, 0.0, nll)
     weight = jax.lax.stop_gradient(jnp.exp(-beta * finite))
-    return jnp.where(gone, 0.0 if beta > 0 else -jnp.inf, -weight * finite)
+    return jnp.where(infinite, 0.0 if beta > 0 else -jnp.inf, -weight * finite)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from logitjax.ops import neginf_to_zero
 from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._reads import Need, Read
 
-# The bound is so many times the loss on rows to keep before.
+# Ratio of the bound to the loss on rows to keep before unlearning.
 _ABOVE = 1.05
 
 
@@ -54,7 +54,7 @@ class PDU(TwoSided):
     def optimizer(
         self, tx: optax.GradientTransformation, *, warmup: int = 0
     ) -> optax.GradientTransformation:
-        """One of weights that also moves the multiplier, after so many steps.
+        """Wrap an optimizer of weights: after `warmup` steps it moves the multiplier too.
 
         >>> tx = PDU().optimizer(optax.sgd(0.5))
         >>> params = {"weights": jnp.ones(1), "state": jnp.float32(1.0)}

@@ -67,7 +67,7 @@ class RMU(TwoSided):
             raise ValueError("RMU: key: expected a PRNG key for its direction, got None")
         # As released: positive entries, drawn once.
         direction = jax.random.uniform(key, (config.hidden_size,), jnp.float32)
-        # Of length `scale`.
+        # Scaled to length `scale`.
         return self.scale * direction / jnp.linalg.norm(direction)
 
     def values(
