@@ -17,7 +17,7 @@ _FEW = 16
 _BITS = {"int8": jnp.int8, "int4": jnp.int4}
 # Of these scales of 8 bits, the one of least error is kept: weights that a file had in 5 or 6 bits
 # are often met exactly. With 4 bits it made a small model worse.
-_WIDER = np.array(127 / np.arange(126, 95, -1), np.float32)
+_WIDER = np.float32(127 / np.arange(126, 95, -1))
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,7 @@ class Codes:
             other = first * factor
             return jnp.where(error(other) < error(scales), other, scales), None
 
-        scales = lax.scan(better, first, _WIDER)[0] if bits == "int8" else first
+        scales = lax.scan(better, first, jnp.asarray(_WIDER))[0] if bits == "int8" else first
         values = jnp.clip(jnp.round(groups / scales), least, most).astype(_BITS[bits])
         return cls(values.reshape(wide.shape), scales[..., 0], outer_axis)
 
