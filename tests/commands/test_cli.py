@@ -213,7 +213,9 @@ def test_a_folder_with_results_keeps_its_configuration(tmp_path):
     write()
     (tmp_path / "result").touch()
     write()
-    with pytest.raises(ValueError, match=r"^out: .* with another rate; choose a new --out$"):
+    with pytest.raises(
+        ValueError, match=r"^out: .*config\.json with another rate; choose a new --out$"
+    ):
         write(rate=0.7, part="first")
     write(part="first")
     content = (folder / "config.json").read_bytes()

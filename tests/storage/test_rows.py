@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from logitjax import storage
 from logitjax.storage import ArrayCodec, RowCache
 from logitjax.storage._shards import ShardReader, write_shards
 
@@ -127,3 +128,11 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_one_line_that_names_it(tmp_path
         with pytest.raises(ValueError, match=str(tmp_path)) as error:
             RowCache(tmp_path, CODEC, made_from=MADE)
         assert "\n" not in str(error.value)
+    # What was asked for money is not deleted for its label.
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged .* remove this file"):
+        storage.Manifest(tmp_path, "audit").read()
+    storage.write_head(tmp_path, {"kind": "mine"}, {"kernel": np.ones(3, np.float32)})
+    file = tmp_path / "head.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ValueError, match=r"head\.safetensors: damaged"):
+        storage.read_head(tmp_path)
