@@ -311,7 +311,7 @@ def _pruned(
     if drop:
 
         def prune() -> dict[str, Any]:
-            return dataclasses.asdict(distillation.prune_layers(whole, calibration(), drop))
+            return dataclasses.asdict(distillation.prune_layers(full, calibration(), drop))
 
         record = processes.kept(out / "pruning.json", prune)
         chosen = distillation.LayerPruning(**{n: tuple(v) for n, v in record.items()})

@@ -224,7 +224,7 @@ def compiled_sweep(
     split, full = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
     # Runs are independent: each device trains its own.
     each = jax.shard_map(
-        run, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split, check_vma=False
+        run, mesh=mesh, in_specs=(split, full, full, full), out_specs=split, check_vma=False
     )
     return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, full))
 

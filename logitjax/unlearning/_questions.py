@@ -127,12 +127,12 @@ class Questions:
         parts = {part: list(self.rows[part]) for part in _PARTS}
 
         def say() -> dict[str, str]:
-            message = self._said(Deployed(model=model), made)
+            message = self._said(Deployed(model=model), close_rows)
             # A completion begins with a space; without it, its tokens would differ.
-            return {row.question: text.rstrip() for row, text in zip(made, message)}
+            return {row.question: text.rstrip() for row, text in zip(close_rows, message)}
 
         # A start that was refused may have left answers to other rows.
-        key = storage.digest([row.question for row in made], length=8)
+        key = storage.digest([row.question for row in close_rows], length=8)
         at = None if file is None else file.parent / f"{file.stem}-{key}.json"
         texts = say() if at is None else storage.kept(at, say)
         kept = [

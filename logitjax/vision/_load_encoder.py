@@ -313,13 +313,13 @@ def _siglip(ckpt: _Checkpoint) -> Encoder:
     named = {name: weights[name] for name in ("logit_scale", "logit_bias")}
     named |= {f"vision.{key}": value for key, value in vision.items()}
     named |= {f"text.{key}": value for key, value in text.items()}
-    model = _filled(given.shapes(SigLIP, config), named)
-    location, words = epath.Path(given.tokenizer) if given.tokenizer else path, None
+    model = _filled(ckpt.shapes(SigLIP, config), named)
+    location, words = epath.Path(ckpt.tokenizer) if ckpt.tokenizer else path, None
     if location.is_dir() and (location / "tokenizer.json").exists():
         words = SigLIPTokenizer(load_tokenizer(os.fspath(location)), config.context_length)
     size = config.vision.image_size
     made = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
-    return _encoder(given, model, made, words)
+    return _encoder(ckpt, model, made, words)
 
 
 def _vision_transformer(given: _Checkpoint) -> Encoder:

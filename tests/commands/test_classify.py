@@ -129,7 +129,7 @@ def test_a_folder_val_is_chosen_on_and_equal_pictures_are_not_tested_on(tmp_path
         "pictures": 4, "validation": 4, "test": 4,
     }  # fmt: skip
     (note,) = notes
-    assert "2 skipped, as they equal other pictures of this run" in note
+    assert "2 skipped because they equal other pictures of this run" in note
     assert f"{tmp_path / 'train' / 'a' / '0.png'}, as {tmp_path / 'test' / 'a' / '0.png'}" in note
     alone = dataclasses.replace(config, data=f"folder:{tmp_path / 'train' / 'a'}")
     (tmp_path / "train" / "a" / "a").mkdir()

@@ -187,7 +187,7 @@ def test_errors_name_the_argument(case):
         screened_nll(_screen(case, 4), case["hidden"], case["labels"][:-1])
     screen = with_weights(lambda: VQHead(WIDTH, VOCAB, 16, rngs=nnx.Rngs(0)))
     head = ScreenedHead(screen)
-    with pytest.raises(ValueError, match="embedding: expected one"):
+    with pytest.raises(ValueError, match="embedding: expected rows"):
         head(case["hidden"])
 
 
