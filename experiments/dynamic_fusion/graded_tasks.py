@@ -43,7 +43,7 @@ class Kind:
 
     Attributes:
         read: turns one row of the published JSON into a question.
-        grade: ``(answer, right) -> 0..1``, for free answers.
+        grade: ``(answer, right) -> 0..1``, for answers in free text.
         max_new_tokens: length limit of free answers.
         stop_strings: strings that end a free answer.
     """
