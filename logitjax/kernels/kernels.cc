@@ -278,7 +278,8 @@ ffi::Error CodeProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors,
                     {x, v, s});
   }
   const int64_t count = x[0], width = x[1], rows = v[0], groups = s[1], size = width / groups;
-  const int64_t each = std::max<int64_t>(1, 200000 / std::max<int64_t>(1, width));
+  // A million numbers are a piece of work: smaller matrices are the caller's.
+  const int64_t each = std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, width));
   const auto run = [=, from = vectors.typed_data(), codes = values.typed_data(),
                     steps = scales.typed_data(), to = products->typed_data()](int64_t piece) {
     std::vector<float> wide(count > 1 ? width : 0);
