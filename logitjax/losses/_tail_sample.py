@@ -17,8 +17,8 @@ class TailSample:
     Attributes:
         values: the teacher's logits of them, on the scale of the top k logits, `[*batch, m]`.
         indices: their vocabulary ids, int32, `[*batch, m]`.
-        log_probs: their log-probabilities in the sampling distribution outside the top k, `[*batch,
-            m]`; None for the teacher's. For a student's samples, replace `values` by the teacher's.
+        log_probs: their log-probabilities `[*batch, m]` when sampled outside the top k; None for
+            the teacher's. For a student's samples, replace `values` by the teacher's.
     """
 
     values: Any
