@@ -97,7 +97,7 @@ class Encoders:
     def encode_folder(
         self, directory: str, out: epath.Path, **classifier: Any
     ) -> tuple[few_shot.Pictures, list[str]]:
-        """Encode pictures at any depth of a folder, and return their files; warn of unreadable."""
+        """Encode all pictures below a folder, and list their files; warn of unreadable ones."""
         images = data.load_image_set(f"pictures:{directory}")
         rows, notes = images.survey(np.arange(len(images)), {})
         describe(notes, directory)

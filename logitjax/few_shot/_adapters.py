@@ -172,7 +172,7 @@ class LPPlusPlus(Method):
         hit = one_hot(labels, classes, features.dtype)
         centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
         blend = jnp.full((classes,), self.blend_scale * centroid_logits.mean(), features.dtype)
-        # Prototypes are sums of features; with few images it is their coefficients that train.
+        # Prototypes are sums of features; with few images their coefficients are trained.
         share = hit / jnp.maximum(hit.sum(0), 1)
         seen, start = (gram, share) if wide else (features, features.T @ share)
 

@@ -45,7 +45,7 @@ class Candidate:
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
         are the published ones; methods without one for all features take `steps` of 32 images.
-        Only `timo_s` tries the settings of its authors, 20 and then 90.
+        Only `timo_s` repeats its authors' search, 20 settings and then 90.
 
         Args:
             grid: `'small'` for 4 settings, `'full'` for 12; anything else is a ValueError.

@@ -249,7 +249,7 @@ class TIMO(Method):
         sharpness: gamma.
         kept: Number of a class's texts among the examples, the best first: 0 means one, 1
             twice as many as there are; beyond that number the best count twice. None: all once.
-        pictures: Weight of `f W + b`; TIMO-S chooses `sharpness` with 0.
+        pictures: Weight of `f W + b`; 0 while TIMO-S chooses `sharpness`.
     """
 
     text: Number = 10.0

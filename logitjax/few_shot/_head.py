@@ -105,8 +105,8 @@ class FittedHead:
     def predict_sets(self, *features: Any, coverage: float = 0.9, **named: Any) -> np.ndarray:
         """Whether each class is in a picture's set, `[batch, classes]` (split conformal sets).
 
-        For new pictures from the distribution of those that calibrated the head (ValueError without
-        any), the set contains the class with probability `coverage`; few pictures make large sets.
+        For new pictures like those that calibrated the head (ValueError without any), the set
+        contains the class with probability `coverage` over draws of both; few make large sets.
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")

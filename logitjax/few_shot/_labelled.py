@@ -49,8 +49,8 @@ class Pictures:
 
     Raises:
         TypeError: Labels that are not integers.
-        ValueError: Arrays of other shapes or lengths, numbers that are not finite, a picture whose
-            features are all 0, a single class, a label that is no class, or views with other ones.
+        ValueError: Wrong shapes or lengths, numbers that are not finite, a picture whose features
+            are all 0, a single class, a label outside the classes, or views with other labels.
     """
 
     features: Any

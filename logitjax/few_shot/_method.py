@@ -181,7 +181,7 @@ class Method:
         return dataclasses.replace(self, scale=scale) if "scale" in named else self
 
     def check(self, task: FewShotTask) -> None:
-        """Refuse, outside `jit`, images unfit to learn from; by default as the task does.
+        """Refuse, outside `jit`, images unsuitable for learning; by default as the task does.
 
         TypeError for labels that are not integers, ValueError for unusable images.
         """

@@ -66,8 +66,8 @@ def tune_towers(
     cross-entropy of scaled cosines with the texts, which are encoded again at every step, and use
     no validation. The second stage of 2SFS trains `methods.CLAP(penalty=0.0)` on features of the
     tuned encoder, with `Recipe.published("two_stage", shots=...)`. A tuned encoder has another
-    fingerprint: its heads refuse features of the original. `vision.Encoder.save_changes` saves the
-    learned weights; `logitjax few-shot --towers=lora` runs all of these steps.
+    fingerprint, so heads of either refuse features of the other. `vision.Encoder.save_changes`
+    saves the learned weights; `logitjax few-shot --towers=lora` runs all of these steps.
 
     Args:
         encoder: A CLIP whose picture tower is a transformer.
@@ -131,7 +131,7 @@ def tune_towers(
         trained, state = step(trained, state, rest, images[rows], shown, key)
     learned = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(trained)}
     if learn == "lora":
-        # `Encoder.changed` adds products without a factor: `up` takes it.
+        # `Encoder.changed` has no factor for products, so `up` includes it.
         learned = {
             name.replace(".qkv.", ".qkv.kernel."): x / np.sqrt(rank) if name.endswith("up") else x
             for name, x in learned.items()

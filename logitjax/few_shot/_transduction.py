@@ -26,7 +26,7 @@ def transduce(
 ) -> Float[jax.Array, "n classes"]:
     """Log-probabilities of pictures classified together, from the logits of a head.
 
-    Classes are Gaussians with one diagonal covariance, fitted to all, and similar ones agree::
+    Classes are Gaussians with one diagonal covariance, fitted to all, and nearby pictures agree::
 
         z = softmax(log y + (ll + 50 / (2 neighbours) (W'z + W z)) / 50)     five times a round
         ll_ik = -|(f_i - mu_k) / sigma|^2 / 2;    mu_k of length one, sigma of all pictures

@@ -93,7 +93,7 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     content = guard.read_bytes(path, most=guard.LIMITS.json_bytes)
     with guard.naming(path, "merges"):
-        # gzip data start like this.
+        # Signature of gzip data.
         zipped = content[:2] == b"\x1f\x8b"
         text = (guard.gunzip(content, "merges") if zipped else content).decode()
     # The first line names the version.

@@ -61,7 +61,7 @@ def fill_weights(
     if missing := sorted(set(names) - set(weights)):
         raise ValueError(f"weights lack {len(missing)} entries, the first is {missing[0]!r}")
     if unknown := sorted(set(weights) - set(names)):
-        raise ValueError(f"weights hold {len(unknown)} entries more, the first is {unknown[0]!r}")
+        raise ValueError(f"weights have {len(unknown)} unknown entries, such as {unknown[0]!r}")
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     for name, path in names.items():
         value, variable = _turned(np.asarray(weights[name]), str(path[-1]), _HWIO), flat[path]
