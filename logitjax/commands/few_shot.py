@@ -287,9 +287,9 @@ def _advice(credit: Mapping[str, Any]) -> tuple[str, str]:
         return next(iter(credit)), "the first, because nothing was held out to choose among them"
     name, accuracy, low, high = few_shot.recommend(judged)
     return name, (
-        "recommended: on the pictures to choose on it is right most often and most sure of the classes. "
-        f"On pictures not used to choose, such a choice is right in {100 * accuracy:.1f} % "
-        f"[{100 * low:.1f}, {100 * high:.1f}]"
+        "recommended: on the pictures to choose on it is right most often and most sure of the "
+        f"classes. On pictures not used to choose, such a choice is right in {100 * accuracy:.1f} "
+        f"% [{100 * low:.1f}, {100 * high:.1f}]"
     )
 
 
