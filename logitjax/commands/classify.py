@@ -2,10 +2,10 @@
 
     logitjax classify --head=runs/birds/heads/gda --pictures=NEW --out=runs/new
 
-The head records its encoder; a different encoder, size or fit is rejected. Towers that
-`logitjax few-shot --towers=...` trained are saved with the head and used. OUT/predictions.csv has
-for each picture its class, the probability, the second class, a set of classes that contains the
-right one with probability `--coverage`, and its rank in the order in which labels would help most.
+The head records its encoder; a different encoder, size or fit is rejected. Towers trained by
+`logitjax few-shot --towers=...` are saved with the head and used. For each picture,
+OUT/predictions.csv has the class, its probability, the second class, a set of classes with the
+right one with probability `--coverage`, and the rank in the order in which labels would help most.
 OUT/index.html shows the pictures in this order next to the most similar labelled ones. Pictures may
 be anywhere below the folder; unreadable ones are listed and skipped. See docs/few_shot.md.
 """
@@ -24,8 +24,8 @@ class Config(pictures.Folder):
     """The head and the pictures."""
 
     head: str = field(REQUIRED, "Directory of the head.")
-    encoder: str | None = field(None, "Encoder, if it has moved since the head was trained.")
-    auxiliary: str | None = field(None, "Second encoder, if it has moved.")
+    encoder: str | None = field(None, "Encoder, if it has been moved since the head was trained.")
+    auxiliary: str | None = field(None, "Second encoder, if it has been moved.")
     coverage: float = field(0.9, "Probability that a set of classes contains the right one.")
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class Config(pictures.Folder):
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Encode, predict, write."""
+    """Encode the pictures, predict their classes, and write the results."""
     head, tuned = few_shot.load(config.head), epath.Path(config.head) / "encoder"
     specs = [str(tuned) if tuned.exists() else config.encoder or head.about.get("encoder")]
     if "auxiliary" in head.method.needs:

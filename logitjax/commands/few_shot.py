@@ -8,15 +8,15 @@
 The pictures come from a folder with a subfolder for each class (or with folders `train` and `test`
 that have them), from tfds, or already encoded: a directory written by `logitjax extract-features`,
 or an .npz or .safetensors file with `features` [n, features] and `labels` [n], which any torch
-program can write. A second encoder, which some methods need, comes from `--auxiliary` or a second
+program can write. Some methods need a second encoder, given by `--auxiliary` or by a second
 file. With `--views=random:10` methods learn from ten random crops of each picture.
 
-Class names go through the encoder's text tower as `--prompts`, or `--class_weights` is given: an
+The encoder's text tower encodes the class names in `--prompts`; or give `--class_weights`, an
 .npy file, or .npz or .safetensors with `class_weights` [features, classes] and optionally `scale`.
 
 Every method tries the same number of settings and chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
-pictures or, without any, on those outside the sample. OUT/report.md has accuracies by method and
+pictures or, without any, on those outside the sample. OUT/report.md lists accuracies by method and
 shots and recommends a method, OUT/mistakes.html shows its mistakes, and OUT/heads/METHOD is the
 head of the first sample with the most shots, for `logitjax classify`:
 
@@ -65,15 +65,15 @@ class Config:
     rows: str = field("all", "Pictures to learn from: all, a number, or per_class:N.")
     towers: Literal["frozen", "lora", "norms"] = field(
         "frozen",
-        "Train the encoder's towers first, on one sample: their adapters as CLIP-LoRA (lora) or "
-        "their norms as 2SFS (norms).",
+        "Train the encoder's towers first, on one sample: adapters as in CLIP-LoRA (lora) or "
+        "norms as in 2SFS (norms).",
     )
     views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
     features: str | None = field(
-        None, "File of encoded pictures, and after a comma that of the second encoder."
+        None, "File of encoded pictures, and after a comma the file of the second encoder."
     )
-    test_features: str | None = field(None, "Files of the encoded pictures to test on, likewise.")
+    test_features: str | None = field(None, "Files of pictures to test on, in the same form.")
     class_weights: str | None = field(None, "File of the zero-shot classifier's weights.")
     scale: float | None = field(
         None, "Scale of the classifier's cosines. By default the file's, or CLIP's 100."
@@ -120,7 +120,7 @@ class Config:
         if self.towers != "frozen" and (not one or self.validation in ("folds", "none")):
             raise ValueError(
                 f"towers: {self.towers} expects --data, --samples=1, one number of --shots and "
-                "other pictures to choose on, since the encoder learns from the sample"
+                "validation pictures outside the sample, because the encoder learns from the sample"
             )
         candidates = few_shot.Candidate.all() | self.of_towers
         for name in self.method:
@@ -134,7 +134,7 @@ class Config:
 
     @property
     def of_towers(self) -> dict[str, few_shot.Candidate]:
-        """The tuned encoder by itself, and the second stage of 2SFS."""
+        """The tuned encoder alone, and the second stage of 2SFS."""
         if self.towers == "frozen":
             return {}
         free, probe = few_shot.methods.TipAdapter(beta=0.0), few_shot.methods.CLAP(penalty=0.0)
@@ -149,8 +149,8 @@ class Config:
 class Problem:
     """Encoded pictures to sample from, to choose on and to test on, and their provenance.
 
-    Without pictures to choose or to test on, each sample provides them. `files` has the pictures'
-    paths by part, and `notes` the remarks for the report.
+    Without pictures to choose or to test on, each sample provides them. `files` contains the
+    pictures' paths by part, and `notes` the remarks for the report.
     """
 
     config: Config
@@ -177,14 +177,14 @@ class Problem:
 
     @property
     def tested(self) -> tuple[few_shot.Pictures, Sequence[str]]:
-        """The pictures that these heads are tested on, and their files if there are any."""
+        """The pictures to test these heads on, and their files if there are any."""
         if self.test is not None:
             return self.test, self.files.get("test", ())
         rows, files = self.first.rest, self.files.get("pictures", ())
         return self.pictures[rows], [files[row] for row in rows] if files else ()
 
     def score(self, candidate: few_shot.Candidate, shots: int) -> dict[str, Any]:
-        """Accuracies of every sample at its chosen setting; one program serves all shots."""
+        """Score every sample at its chosen setting; one program serves all shots."""
         numbers = range(self.config.samples)
         samples = [self.sample(shots, number) for number in numbers]
         # Fewer shots leave more pictures to test on.
@@ -218,7 +218,7 @@ class Problem:
         return record
 
     def head(self, candidate: few_shot.Candidate, chosen: Mapping[str, list[float]]) -> Any:
-        """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
+        """Fit the head of the first sample with the most shots, as `few_shot.fit` does."""
         sample, config = self.first, self.config
         validation = self.pictures[sample.validation] if len(sample.validation) else None
         if self.validation is not None:
@@ -254,7 +254,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
     )
     most = max(names)
     chosen, left_out = _methods(problem)
-    # What is in the folder was made of these pictures.
+    # The results in the folder belong to these pictures.
     storage.Manifest(out, "few-shot run").claim(problem.made_of)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     for name, candidate in chosen.items():
@@ -280,21 +280,21 @@ def _run(problem: Problem, out: epath.Path) -> None:
 
 
 def _advice(credit: Mapping[str, Any]) -> tuple[str, str]:
-    """The recommended method, and why it is."""
+    """The recommended method, and the reason."""
     judged = {name: list(map(np.asarray, samples)) for name, samples in credit.items() if samples}
     if not judged:
-        # Nothing may choose among methods: the first is shown.
-        return next(iter(credit)), "the first, as nothing was held out to choose among them"
+        # Nothing can choose among the methods: the first is shown.
+        return next(iter(credit)), "the first, because nothing was held out to choose among them"
     name, accuracy, low, high = few_shot.recommend(judged)
     return name, (
-        "recommended: it is right most often, and surest of the classes, on the pictures to choose "
-        f"on. On pictures that did not choose, such a choice is right in {100 * accuracy:.1f} % "
-        f"[{100 * low:.1f}, {100 * high:.1f}]"
+        "recommended: on the pictures to choose on it is right most often and most sure of the "
+        f"classes. On pictures not used to choose, such a choice is right in {100 * accuracy:.1f} "
+        f"% [{100 * low:.1f}, {100 * high:.1f}]"
     )
 
 
 def _read(config: Config) -> Problem:
-    """Encoded pictures from files."""
+    """Read encoded pictures from files."""
 
     def read(spec: str) -> few_shot.Pictures:
         first, _, second = spec.partition(",")
@@ -338,14 +338,14 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         fit=config.fit,
         batch_size=config.batch_size,
     )
-    # What can be refused is refused before hours of encoding.
+    # Invalid inputs are refused before hours of encoding.
     parts, notes = _survey(config, encoders.first)
     if config.towers != "frozen":
         notes.append(_tune(config, encoders, parts, out / "encoder"))
     first = encoders.first
     scale = config.scale
     if scale is None and config.class_weights is None:
-        # Trained with the text tower.
+        # The scale was trained with the text tower.
         scale = first.logit_scale
     names = parts["pictures"][1].class_names
     weights = _class_weights(config, first, names)
@@ -386,9 +386,9 @@ def _encode(config: Config, out: epath.Path) -> Problem:
 
 
 def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epath.Path) -> str:
-    """Train the towers on the first sample, unless `out` has them, and tell so."""
+    """Train the towers on the first sample, unless `out` has them; return a note for the report."""
     first = encoders.first
-    # Samples depend on the labels alone.
+    # Samples depend only on the labels.
     blank: dict[str, Any] = {
         part: few_shot.Pictures(
             features=np.ones((len(rows), 1)),
@@ -449,7 +449,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
     notes: list[str] = []
     seen: dict[str, str] = {}
     splits = _splits(config)
-    # A picture in several splits remains only where it is tested on.
+    # A picture in several splits is kept only in the last: none is learned from and tested on.
     for part, split in reversed(splits.items()):
         images = data.load_image_set(str(config.data), split=split)
         rows = images.choose(config.rows if part == "pictures" else "all", seed=config.seed)
@@ -466,7 +466,7 @@ def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], li
         if not len(parts[part][2]):
             raise ValueError(f"{part}_split: expected pictures in {split}, got none")
     if len(images.class_names) < 2:
-        raise ValueError(f"data: expected two classes or more, got {images.class_names[0]!r} alone")
+        raise ValueError(f"data: expected at least two classes, got only {images.class_names[0]!r}")
     counts = np.bincount(images.labels[rows], minlength=len(images.class_names))
     # A picture to learn from, and one for each part that a sample is split into.
     held_out = config.validation in ("min4", "shots") and "validation" not in splits
@@ -489,7 +489,7 @@ def _splits(config: Config) -> dict[str, str]:
         inside = [name for name in _SPLITS if (root / name).is_dir()]
         parted = "train" in inside and len(inside) > 1
     split = config.split or ("train" if parted else "all")
-    # The splits of a source that is read from elsewhere are unknown.
+    # If another split was requested, its counterparts are unknown.
     present = config.split is None or (kind == "folder" and split.partition("[")[0] == "train")
     test = config.test_split
     if test is None and parted and present and (kind != "folder" or "test" in inside):
@@ -517,7 +517,7 @@ def _words(class_names: Sequence[str]) -> list[str]:
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:
-    """The requested methods, and those of `all` that cannot run, with a reason."""
+    """The requested methods, and those of `all` that cannot run, with the reason."""
     config, pictures = problem.config, problem.pictures
     chosen, left_out = {}, {}
     existing = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
@@ -531,7 +531,7 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
             if any(getattr(side, part) is None for side in sides)
         ]
         learnt = problem.sample(max(config.shots), 0).train
-        # Its covariance is over differences within a class, which one picture does not have.
+        # Its covariance needs differences within a class, which one picture does not give.
         if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
         if not missing:

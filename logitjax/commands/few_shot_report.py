@@ -15,7 +15,7 @@ from logitjax.commands.tables import markdown_table
 if TYPE_CHECKING:
     from logitjax.commands.few_shot import Problem
 
-# Number of classes that a report lists.
+# Maximum number of classes in a report.
 _CLASSES = 20
 
 
@@ -32,7 +32,7 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
         sample = problem.sample(shots, 0)
         counts = np.bincount(problem.pictures.labels[sample.train], minlength=classes).tolist()
         if str(counts) == before:
-            merged.append(f"{shots} a class have the same pictures as {max(names)}.")
+            merged.append(f"{shots} a class use the same pictures as {max(names)}.")
             continue
         before = str(counts)
         names[shots] = f"{shots} a class" if min(counts) == shots else f"up to {shots} a class"
@@ -66,7 +66,7 @@ def report(
         cells = {names[n]: cell(record[part]) for n, record in by_shots.items()}
         return {"method": name, **cells}
 
-    # Of tuned towers that is a method.
+    # For tuned towers zero-shot is a method.
     rows = [row("zero-shot", "zero_shot", records[best])] if config.towers == "frozen" else []
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
@@ -94,7 +94,7 @@ def report(
 def _of_best(
     test: few_shot.Pictures, predicted: Mapping[str, np.ndarray], best: str
 ) -> Sequence[str]:
-    """Accuracy of the recommended head, the heads on a level with it, and its mistakes."""
+    """Accuracy of the recommended head, heads not distinguishable from it, and mistakes."""
     right = {name: (classes == test.labels).astype(float) for name, classes in predicted.items()}
     score, names = right[best], test.class_names
     low, high = scipy.stats.binomtest(int(score.sum()), len(score)).proportion_ci(method="wilson")
@@ -119,7 +119,7 @@ def _of_best(
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
         + ".",
-        f"By class, from the worst (at most {_CLASSES}):",
+        f"By class, worst first (at most {_CLASSES}):",
         markdown_table(worst),
     ]
 

@@ -29,10 +29,10 @@ _REASONS = {
     "contradictory": "skipped because equal pixels occur in several classes",
     "elsewhere": "skipped because they equal other pictures of this run",
     "turned": "rotated by their EXIF tag",
-    "transparent": "put on a white background because they are transparent",
+    "transparent": "placed on a white background because they are transparent",
 }
 Card = tuple[str, Sequence[str], Sequence[tuple[str, str]]]
-"""The file of a picture, lines below it, and files of small pictures with a line each."""
+"""A picture's file, the lines below it, and files of small pictures with a line each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Encoders:
         self.first = self._loaded[0]
 
     def tuned(self, directory: epath.Path) -> None:
-        """Take the first encoder with the changes in a directory from now on."""
+        """Replace the first encoder by the tuned one in a directory."""
         encoder = vision.load_encoder(str(directory), base=self.specs[0])
         encoder.tokenizer = self.first.tokenizer
         self.first = self._loaded[0] = encoder
@@ -75,7 +75,7 @@ class Encoders:
     def encode(
         self, images: data.ImageSet, rows: Any, out: epath.Path, name: str, *views: Any
     ) -> list[epath.Path]:
-        """Directories below `out` of the features by each encoder; `views` are kind and seed."""
+        """Encode, and return each encoder's directory of features; `views` are kind and seed."""
         kind, seed = views or ("plain", 0)
         directories = []
         for spec, encoder in zip(self.specs, self._loaded):
@@ -97,13 +97,13 @@ class Encoders:
     def encode_folder(
         self, directory: str, out: epath.Path, **classifier: Any
     ) -> tuple[few_shot.Pictures, list[str]]:
-        """Pictures anywhere below a folder, and their files; warns of unreadable ones."""
+        """Encode all pictures below a folder, and list their files; warn of unreadable ones."""
         images = data.load_image_set(f"pictures:{directory}")
         rows, notes = images.survey(np.arange(len(images)), {})
         describe(notes, directory)
         if not len(rows):
             raise ValueError(f"pictures: expected a readable one in {directory}, got none")
-        # A folder with other pictures gets features of its own.
+        # Other pictures get their own folder of features.
         caches = self.encode(images, rows, out, f"pictures {images.fingerprint[:12]}")
         classifier = {"projection": self.first.projection, **classifier}
         files = [str((images.files or ())[row]) for row in rows]
@@ -124,7 +124,7 @@ def describe(notes: Mapping[str, Sequence[str]], where: str) -> list[str]:
 def cards_of(
     head: Any, pictures: few_shot.Pictures, files: Sequence[str], order: np.ndarray, labelled: bool
 ) -> list[Card]:
-    """Pictures in this order with their classes, and the nearest labelled ones."""
+    """Cards of pictures in this order with their classes and the nearest labelled pictures."""
     rows = order[:SHOWN]
     if not len(rows):
         return []
@@ -146,7 +146,7 @@ def cards_of(
 
 
 def write_page(path: epath.Path, title: str, text: str, cards: Sequence[Card]) -> None:
-    """An HTML page in one file."""
+    """Write an HTML page in one file."""
 
     def figure(card: Card, side: int) -> str:
         file, lines, small = card
@@ -164,9 +164,9 @@ def _image(file: str, side: int) -> str:
     name = html.escape(file)
     try:
         picture = data.read_picture(epath.Path(file))
-    except (OSError, ValueError):  # moved since
+    except (OSError, ValueError):  # moved or deleted
         return f"<code>{name}</code>"
-    # Scaled in place, with its shape kept.
+    # Scaled in place, without changing the proportions.
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
@@ -175,7 +175,7 @@ def _image(file: str, side: int) -> str:
 
 
 def write_csv(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table for programs; its columns are the first row's keys."""
+    """Write a table for programs, with the first row's keys as columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()

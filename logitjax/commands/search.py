@@ -27,7 +27,7 @@ class Config(pictures.Folder):
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Encode, compare, write."""
+    """Encode and compare the pictures, and write the results."""
     encoders = pictures.Encoders(
         [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
     )
@@ -37,7 +37,7 @@ def run(config: Config, out: epath.Path) -> None:
         query = first.features(data.ImageViews.of(first, "plain")(pixels, row=0))
     else:
         query = first.text_features(first.tokenize([config.query]))
-    # What is looked for stands where classes have their weights; the second column is not read.
+    # The query takes the place of a class's weights; the second column is not read.
     weights, names = np.stack([np.asarray(query)[0]] * 2, 1), (config.query, "")
     seen, files = encoders.encode_folder(
         config.pictures, out, class_weights=weights, class_names=names, scale=1.0

@@ -27,16 +27,16 @@ class Config(pictures.Folder):
 
     @property
     def names(self) -> list[str]:
-        """The classes one by one."""
+        """The names of the classes as a list."""
         return [name.strip() for each in self.classes for name in each.split(",")]
 
     def __post_init__(self) -> None:
         if len(self.names) < 2 or not all(self.names):
-            raise ValueError(f"classes: expected two names or more, got {', '.join(self.names)!r}")
+            raise ValueError(f"classes: expected at least two names, got {', '.join(self.names)!r}")
 
 
 def run(config: Config, out: epath.Path) -> None:
-    """Encode, predict, write."""
+    """Encode the pictures, predict their classes, and write the results."""
     encoders = pictures.Encoders(
         [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
     )
@@ -45,7 +45,7 @@ def run(config: Config, out: epath.Path) -> None:
     new, files = encoders.encode_folder(
         config.pictures, out, class_weights=weights, class_names=config.names, scale=scale
     )
-    # A bias of weight 0; one picture teaches and calibrates nothing.
+    # The bias has weight 0, and one picture is too few to calibrate on.
     nothing = few_shot.Candidate(method=few_shot.methods.TipAdapter(beta=0.0))
     head = few_shot.fit(nothing, new[:1])
     pictures.write_answers(head, new, files, out, 0.9)

@@ -1,11 +1,11 @@
 """Learning from a few labelled images with a frozen zero-shot classifier.
 
-- `read_pictures` reads encoded pictures. `fit` chooses and trains a head, which can predict and
-  save itself; `load` reads it.
-- `methods` has the methods: `methods.AMU` and those it is compared with. `Candidate.all` adds a
-  recipe and the settings to choose from.
-- Methods learn from `Inputs` and a `FewShotTask`. A `Recipe` trains one, `sweep` trains and scores
-  one on many samples with a grid of settings.
+- `read_pictures` reads encoded pictures. `fit` chooses a head's settings and trains it; the head
+  can predict and be saved, and `load` reads it.
+- `methods` contains AMU and the methods it is compared with. `Candidate.all` adds a recipe and the
+  settings to choose from.
+- Methods learn from `Inputs` and a `FewShotTask`. A `Recipe` trains one method; `sweep` trains and
+  scores it on many samples with a grid of settings.
 - `extract_features` fills the `FeatureCache` of a frozen encoder.
 """
 

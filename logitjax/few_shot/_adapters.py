@@ -24,7 +24,7 @@ CLIP_SCALE = 100.0
 
 
 def cache_logits(features: Array, keys: Array, values: Array, sharpness: Number) -> jax.Array:
-    """Labels of the cached images by how near they are: `exp(-b (1 - f @ F.T)) @ L`."""
+    """Labels of the cached images weighted by similarity: `exp(-b (1 - f @ F.T)) @ L`."""
     affinity = checks.as_float(features, "features") @ checks.as_float(keys, "keys").T
     return jnp.exp(-sharpness * (1.0 - affinity)) @ checks.as_float(values, "values")
 
@@ -57,7 +57,7 @@ class TipAdapter(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TipAdapterF(TipAdapter):
-    """Tip-Adapter-F: the keys of the cache are trained, from the labelled images on."""
+    """Tip-Adapter-F: the keys of the cache are trained, starting from the labelled images."""
 
     trains: ClassVar[bool] = True
 
@@ -165,14 +165,14 @@ class LPPlusPlus(Method):
         # The squared singular values are the eigenvalues of either Gram matrix.
         wide = features.shape[0] < features.shape[1]
         gram = features @ features.T if wide else features.T @ features
-        # Step sizes of the paper: one over a bound of each block's gradient Lipschitz constant.
+        # The paper's step sizes: inverse bounds of the blocks' gradient Lipschitz constants.
         rate = 4.0 * count / jnp.linalg.eigvalsh(gram)[-1]
         text = features @ weights
         blend_rate = count / (4.0 * jnp.square(text).sum(0).max())
         hit = one_hot(labels, classes, features.dtype)
         centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
         blend = jnp.full((classes,), self.blend_scale * centroid_logits.mean(), features.dtype)
-        # Prototypes are sums of features: with fewer images than channels their coefficients move.
+        # Prototypes are sums of features; with few images their coefficients are trained.
         share = hit / jnp.maximum(hit.sum(0), 1)
         seen, start = (gram, share) if wide else (features, features.T @ share)
 
@@ -186,7 +186,7 @@ class LPPlusPlus(Method):
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
-            # The tenth step, not the first.
+            # Updates come on the tenth step, not on the first.
             due = index % self.blend_every == self.blend_every - 1
             blend = jnp.where(due, blend - blend_rate * (slope * text).sum(0), blend)
             return ((moving, bias), blend, velocity), None
@@ -215,7 +215,7 @@ class CLAP(Method):
         a_k = mean over images of class k of softmax(s0)_k
 
     `penalty=0` is ZS-LP, the probe without the constraint. `a` is fixed, as in the released code
-    under the published command; a class without an image has none. The released class weights `t_k`
+    under the published command, and 0 for a class without images. The released class weights `t_k`
     are means of text features that are not scaled to length one, and the penalty is measured at
     that length: `FewShotTask.class_weights` may have columns of any length here. Source:
     Silva-Rodriguez et al. (CVPR 2024, arXiv 2312.12730).
@@ -252,20 +252,20 @@ class CLAP(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProLIP(Method):
-    """ProLIP: trains the encoder's last projection, kept near its initial value.
+    """ProLIP: a trained last projection of the encoder, kept near its initial value.
 
     ::
 
         logits = scale unit(h P + b) . w_k,    P = P0 at first
         loss = cross-entropy + penalty |P - P0|_F^2
 
-    h is the input of the encoder's last projection, `Inputs.hidden`; `FewShotTask.projection` has
+    h is the input of the encoder's last projection, `Inputs.hidden`; `FewShotTask.projection` is
     P0. The norm is a sum, as released. Source: Fahes et al. (arXiv 2410.05270).
 
     Attributes:
         beta: 1 is the method alone, less mixes it with the zero-shot logits.
-        penalty: lambda; 10 to .0001 and 0 are searched. None is 1 / shots, the authors' choice
-            without validation images, with any rate of 1e-5 to 1e-2.
+        penalty: lambda; 10 to .0001 and 0 are searched. None means 1 / shots, the authors' choice
+            without validation images, for any learning rate from 1e-5 to 1e-2.
     """
 
     penalty: Number | None = None
@@ -299,7 +299,7 @@ class ProLIP(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProLIPText(ProLIP):
-    """ProLIP on the text side: trains the texts' last projection.
+    """ProLIP on the text side: a trained last projection of the texts.
 
     `logits = scale f . unit(mean_p h_kp P)` with the loss of `ProLIP`; h are the features of class
     k's prompts before `FewShotTask.text_projection`. Prompts are not scaled to length one before

@@ -27,8 +27,8 @@ class Uncertainty:
     `(mean(z(x)^4) / normalizer) ^ -rho`, with z as `z_score` and x the probabilities or the logits.
 
     The kurtosis of probabilities grows with the number of classes K (one-hot: about K), so with a
-    fixed normaliser beta has another meaning on every data set; `'classes'`, K / 4, is 250 at
-    K = 1000 and avoids this. The kurtosis of logits is 2 to 3 for any K and hardly depends on the
+    fixed normaliser beta has another meaning on every data set; `'classes'`, K / 4, avoids this
+    and is 250 at K = 1000. The kurtosis of logits is 2 to 3 for any K and hardly depends on the
     classifier's confidence. A class at `-inf` does not count in K. Source: Tang et al.,
     AMU-Tuning (arXiv 2404.08958); constants from `clip/amu.py` of its repository.
 
@@ -53,7 +53,7 @@ class Uncertainty:
     def weight(self, zero_shot: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 1"]:
         """The factor of the bias, for each image; it has no parameters and can be computed once."""
         logits = checks.as_float(zero_shot, "zero_shot")
-        # A class that a task lacks is at -inf.
+        # Classes absent from a task are at -inf.
         present = logits != -jnp.inf
         count = present.sum(-1, keepdims=True)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
@@ -81,13 +81,13 @@ class AMU(Method):
 
     Without the z-score the bias keeps the scale of features of length one, and weight decay and
     learning rate determine its influence. The released code takes the best epoch on the test set;
-    nothing here does. Source: Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
+    this class does not. Source: Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
 
     Attributes:
         fusion_share: lambda, the share of the fused logits' loss.
-        uncertainty: Factor of the bias in each image; None for none.
+        uncertainty: Factor of the bias for each image; None for no factor.
         standardize: z-score of the bias.
-        initial: The predictor starts from `'features'` (class means), or `'random'`.
+        initial: Initial predictor: `'features'` (class means) or `'random'`.
     """
 
     beta: Number = 0.5
@@ -135,7 +135,7 @@ class AMU(Method):
         return bias if inputs.weight is None else inputs.weight * bias
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
-        """Loss of the fused logits, and of the bias alone so that it is useful by itself.
+        """Loss of the fused logits, and of the bias alone so that it is useful on its own.
 
         `(1 - lambda) * CE(bias, y) + lambda * CE(s0 + beta * weight * bias, y)`
         """

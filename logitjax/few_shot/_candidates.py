@@ -24,7 +24,7 @@ class Candidate:
         method: The method at its published setting, used if nothing can be chosen.
         recipe: Its training; None for a method without training.
         grid: Columns of equal length, as for `sweep`; None if there is nothing to choose.
-        before: Grids to choose from first, one after another; what a later grid has is not kept.
+        before: Grids to search first, one after another; later grids replace their fields' values.
     """
 
     method: Method
@@ -45,11 +45,11 @@ class Candidate:
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
         are the published ones; methods without one for all features take `steps` of 32 images.
-        `timo_s` alone tries what its authors do, 20 settings and then 90.
+        Only `timo_s` repeats its authors' search, 20 settings and then 90.
 
         Args:
-            grid: `'small'` for 4 settings, `'full'` for 12; others are a ValueError.
-            epochs, batch_size: Those of AMU.
+            grid: `'small'` for 4 settings, `'full'` for 12; anything else is a ValueError.
+            epochs, batch_size: Epochs and batch size of AMU.
 
         >>> sorted({candidate.settings for candidate in Candidate.all().values()})
         [4, 110]
@@ -72,11 +72,11 @@ class Candidate:
     def sweep(
         self, task: FewShotTask, held_out: Mapping[str, tuple[Inputs, Any]], by: str, **options: Any
     ) -> tuple[dict[str, Any], np.ndarray, dict[str, list[float]]]:
-        """Scores of `sweep` with the grid, and of each run its best setting and what that is.
+        """Return `sweep`'s scores with the grid, each run's best setting, and its values.
 
         Args:
-            by: Name of the images that choose, `"validation"` or with folds `"train"`; without
-                them the first setting is taken.
+            by: Name of the images to choose on: `"validation"`, or `"train"` with folds; without
+                them the first setting is used.
         """
         chosen: dict[str, list[float]] = {}
         runs, grids = np.arange(len(task.labels)), (*self.before, self.grid or {})
@@ -120,15 +120,15 @@ class Candidate:
         mesh: Mesh,
         sequential: bool = False,
     ) -> Program:
-        """The program of its `sweep` with abstract arguments, for a plan.
+        """The program of this candidate's `sweep` with abstract arguments, for a plan.
 
-        Arguments are those of `sweep`, arrays as `jax.ShapeDtypeStruct`; every label is valid.
+        Arguments are as for `sweep`, with arrays as `jax.ShapeDtypeStruct`; every label is valid.
         """
         array = jax.ShapeDtypeStruct
         (count, shown), recipe = task.labels.shape, self.recipe
         # The shape of `Recipe.order`, with an axis of runs.
         order = (count, recipe.total_steps(shown), min(recipe.batch_size, shown))
-        # The last grid's; with the name of the axis, where no field is searched.
+        # Number of settings in the last grid; 1 if no field is searched.
         length, *_ = [*map(len, (self.grid or {}).values()), 1]
         columns = array((count, length), jnp.float32)
         runs = Runs(
@@ -155,7 +155,7 @@ class Candidate:
 
 def _grid(few: bool, **ranges: tuple[float, float]) -> dict[str, list[float]]:
     """Columns of 4 or 12 settings, the product of the fields; `__` in a name stands for a dot."""
-    # Between the ends values are spaced by factors, but from 0 on by steps.
+    # Values are spaced by equal factors, or by equal steps if the first is 0.
     small, full = {1: ((4,), (12,)), 2: ((2, 2), (4, 3)), 3: ((1, 2, 2), (2, 2, 3))}[len(ranges)]
     counts = small if few else full
     columns = [
@@ -181,13 +181,13 @@ def _biases(few: bool, recipe: Recipe) -> dict[str, Candidate]:
         "amu_kurtosis": Candidate(
             method=methods.AMU(uncertainty=doubt), recipe=recipe, grid=grid(0.5, 4.0)
         ),
-        # Without the z-score the bias is as small as features of length one make it.
+        # Without the z-score the bias is small, because features have length one.
         "amu_paper": Candidate(method=methods.AMU.paper(), recipe=recipe, grid=grid(2.0, 128.0)),
     }
 
 
 def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
-    """Methods of one encoder with the numbers that each searches."""
+    """Methods that use one encoder, each with the numbers that it searches."""
     tuned, clap = Recipe.published("tip_adapter_f"), Recipe.published("clap")
     auxiliary = methods.LinearProbe(source="auxiliary")
     rate, probe = (3e-4, 3e-3), dict(training__learning_rate=(3e-4, 3e-3))
@@ -233,7 +233,7 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
 
 
 def _timo_s(recipe: Recipe) -> Candidate:
-    """The search of TIMO-S as released: `sharpness` by the texts alone, then text and texts."""
+    """TIMO-S's search as released: `sharpness` on the texts alone, then `text` and `kept`."""
     texts = dict(sharpness=list(range(5, 101, 5)), pictures=[0.0] * 20)
     pairs = [(10.0**power, step / 9) for step in range(10) for power in range(-4, 5)]
     text, kept = map(list, zip(*pairs))

@@ -1,4 +1,4 @@
-"""Few-shot methods that need no gradient step but a linear system: GDA, ProKeR, ReHARK, TIMO."""
+"""Few-shot methods that solve a linear system instead of training: GDA, ProKeR, ReHARK, TIMO."""
 
 import dataclasses
 from typing import ClassVar
@@ -74,7 +74,7 @@ def gaussian_classifier(
 class GDA(Method):
     """Gaussian discriminant analysis on the labelled images, with every view as an example.
 
-    `s_bias = f @ W + b`, with W and b of Gaussian classes with one covariance (Wang et al., ICLR
+    `s_bias = f @ W + b`, with W and b from Gaussian classes with one covariance (Wang et al., ICLR
     2024, arXiv 2402.04087). The released code chooses beta on all validation images of a data set,
     or on the test images of ImageNet.
 
@@ -85,7 +85,7 @@ class GDA(Method):
     trains: ClassVar[bool] = False
 
     def check(self, task: FewShotTask) -> None:
-        """Refuse images without two of any class, which give no covariance."""
+        """Refuse images without two of the same class, which give no covariance."""
         task.check()
         if isinstance(task.labels, Tracer):
             return
@@ -120,7 +120,7 @@ class ProKeR(Method):
         alpha = (K / penalty + I)^-1 R         penalty times kernel ridge regression, as released
         s_bias = scale k(f, F) alpha
 
-    Cosines of the class weights enter without a scale, so `scale` brings the bias to that of the
+    Cosines of the class weights enter without a scale, so `scale` gives the bias the scale of the
     zero-shot logits; the order of the classes is that of the released `f W0 + k alpha`. Every view
     of an image is an example. A penalty near 0 leaves the zero-shot classifier, and a large one
     makes it a cache of residuals. Source: Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
@@ -145,7 +145,7 @@ class ProKeR(Method):
         present = labels >= 0
         rest = one_hot(labels, task.num_classes, features.dtype) - features @ weights
         rest = jnp.where(present[:, None], rest, 0.0)
-        # Padding sees only the identity.
+        # Rows of padding contain only the identity.
         kernel = jnp.where(present[:, None] & present, self._kernel(features, features), 0.0)
         eye = jnp.eye(len(features), dtype=features.dtype)
         # The same system for every penalty, including the limit 0.
@@ -197,7 +197,7 @@ class ReHARK(Method):
         return unit_rows(jnp.sign(rows) * jnp.abs(rows) ** self.power)
 
     def _kernel(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        # Rows of length one.
+        # Rows have length one.
         squares = 2.0 - 2.0 * left @ right.T
         wide, narrow = jnp.exp(-self.wide * squares), jnp.exp(-self.narrow * squares)
         return narrow + self.mix * (wide - narrow)
@@ -214,7 +214,7 @@ class ReHARK(Method):
         bridged = unit_rows(features + self.bridge * prior[jnp.maximum(labels, 0)])
         keys = jnp.concatenate([features, bridged])
         rest = jnp.where(present[:, None], hit - self.text * keys @ prior.T, 0.0)
-        # Padding sees only the identity.
+        # Rows of padding contain only the identity.
         kernel = jnp.where(present[:, None] & present, self._kernel(keys, keys), 0.0)
         factor = cho_factor(kernel + self.penalty * jnp.eye(len(keys), dtype=keys.dtype))
         return State(cho_solve(factor, rest), (keys, prior))
@@ -229,27 +229,27 @@ class ReHARK(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TIMO(Method):
-    """TIMO: Gaussian discriminant analysis of pictures and texts, with texts that pictures weigh.
+    """TIMO: Gaussian discriminant analysis of pictures and texts that pictures weight.
 
     ::
 
         m_p = v . t_p, v the class's mean picture
         w = unit(sum_p softmax_p(sharpness m / |m|) t_p)
-        logits = text f . w + f W + b,   W, b of `GDA` on all views and on the `kept` texts of the
+        logits = text f . w + f W + b,   W, b of `GDA` on all views and on the `kept` texts with the
                                          largest m, each times its m
 
-    The logits are not at CLIP's scale, as released. TIMO-S chooses `sharpness` and `kept` too:
-    `Candidate.all` has the released search. On ImageNet sharpness is 1, on Flowers 100. A class
-    without a picture takes all its texts alike. Source: Li et al. (arXiv 2412.11375), which reads
-    the zero-shot classifier only through its texts.
+    The logits are not at CLIP's scale, as released. TIMO-S also chooses `sharpness` and `kept`;
+    `Candidate.all` includes the released search. Sharpness is 1 on ImageNet and 100 on Flowers. A
+    class without a picture weights all its texts equally. Source: Li et al. (arXiv 2412.11375),
+    which uses the zero-shot classifier only through its texts.
 
     Attributes:
-        beta: 1 is the method by itself, less mixes it with the zero-shot logits.
-        text: alpha, of which .0001 to 10,000 by factors of ten are searched.
+        beta: 1 is the method alone, less mixes it with the zero-shot logits.
+        text: alpha; .0001 to 10,000 in factors of ten are searched.
         sharpness: gamma.
-        kept: How many of a class's texts are among the examples, the best first, from 0 for one to
-            1 for twice as many as there are, of which the best count twice. None for all.
-        pictures: Weight of all but the text; at 0 TIMO-S chooses `sharpness`.
+        kept: Number of a class's texts among the examples, the best first: 0 means one, 1
+            twice as many as there are; beyond that number the best count twice. None: all once.
+        pictures: Weight of `f W + b`; 0 while TIMO-S chooses `sharpness`.
     """
 
     text: Number = 10.0
@@ -277,7 +277,7 @@ class TIMO(Method):
         taught = jnp.take_along_axis(texts * match[..., None], best, 1)
         labels = jnp.broadcast_to(jnp.arange(classes)[:, None], match.shape)
         if self.kept is not None:
-            # More than there are take the best once more. Of thirds a count may be off by rounding.
+            # Beyond all texts, the best repeat. For thirds, rounding may change a count by one.
             taught, count = jnp.concatenate([taught, taught], 1), 1 + self.kept * (2 * prompts - 1)
             used = jnp.arange(2 * prompts) < jnp.floor(count + 1e-4)
             labels = jnp.where(used, jnp.arange(classes)[:, None], -1)

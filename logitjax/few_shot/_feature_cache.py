@@ -1,4 +1,4 @@
-"""Image features on disk: features of every view, logits, and the classes; pictures into them."""
+"""Image features on disk: features of every view, logits and classes, and their extraction."""
 
 import dataclasses
 import os
@@ -31,13 +31,13 @@ class FeatureIdentity:
     """Everything that a cache was made from, and the contents of a row.
 
     Attributes:
-        encoder_fingerprint: a hash of its weights.
+        encoder_fingerprint: a hash of the encoder's weights.
         preprocessing: conversion of colours to inputs.
         views: scaling and cropping of pictures (``str`` of `ImageViews`).
         data: the pictures' source.
         num_logits: number of logits per view; 0 if the encoder has no class head.
         compute_dtype: type in which the encoder computed.
-        dtype: 'float32' or 'float16': type of both on disk.
+        dtype: type of features and logits on disk, 'float32' or 'float16'.
     """
 
     encoder: str
@@ -91,7 +91,7 @@ class _Codec:
         for name, size in self._sizes.items():
             value = getattr(computed, name)
             if value is None and not size:
-                # An encoder without a classifier.
+                # The encoder has no classifier.
                 continue
             shape = () if value is None else np.shape(value)
             if shape[1:] != (self._identity.num_views, size):
@@ -100,9 +100,9 @@ class _Codec:
             parts.append(np.asarray(value, np.float32))
         labels = np.asarray(computed.labels)[:count]
         checks.ids(labels, len(self._identity.class_names), "labels")
-        # A last batch is padded.
+        # The last batch is padded.
         numbers = np.concatenate(parts, -1)[:count]
-        # float16 ends at 65504: checked below.
+        # The largest float16 is 65504: checked below.
         with np.errstate(over="ignore"):
             stored = numbers.astype(_DTYPES[self._identity.dtype])
         if not np.isfinite(stored).all():
@@ -142,9 +142,9 @@ class FeatureCache(RowCache):
     ValueError: feature cache ... does not fit: its encoder_fingerprint is 'n', not 'other' ...
 
     Args:
-        directory: As of `RowCache`, with its errors.
-        identity: What it is made from; begins a cache where there is none. Without it there must be
-            one. Encoder, data and classes may have other names if their fingerprints are the same.
+        directory: Folder of the cache; errors are those of `RowCache`.
+        identity: Inputs that it is made from; creates a cache if there is none. Without it the
+            cache must exist. Encoder, data and classes may be renamed if fingerprints are equal.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: FeatureIdentity | None = None):
@@ -209,32 +209,32 @@ def extract_features(
     batch_size: int = 16,
     dtype: str = "float16",
 ) -> FeatureCache:
-    """Encode pictures once by a frozen encoder, and keep the features.
+    """Encode pictures once with a frozen encoder, and store the features.
 
-    Rows that the directory already holds are left alone, so a killed call continues when repeated.
-    All views of a batch are encoded at once on this process's devices. Processes share the shards.
+    Rows already in the directory are skipped, so a killed call continues when repeated. All views
+    of a batch are encoded at once on this process's devices. Processes share the shards.
 
     Args:
         directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
-        views: Views of each picture, such as `data.ImageViews.of` makes.
-        rows: Numbers of the pictures, such as `ImageSet.choose` gives; all if omitted.
-        batch_size: Pictures encoded together, with all their views.
+        views: Views of each picture, such as from `data.ImageViews.of`.
+        rows: Numbers of the pictures, such as from `ImageSet.choose`; by default all.
+        batch_size: Number of pictures encoded together, with all their views.
         dtype: Type on disk.
 
     Raises:
         TypeError: Rows that are not integers, such as a mask.
-        ValueError: The directory holds the features of something else (it says which part differs),
-            or a row does not exist.
+        ValueError: The directory contains features of something else (it names the difference), or
+            a row does not exist.
     """
     chosen = np.arange(len(images)) if rows is None else np.asarray(rows)
     checks.ids(chosen, len(images), "rows")
     total = batch_size * views.count
     devices = jax.local_devices()
-    # a batch splits evenly.
+    # A batch splits evenly.
     used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
     mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
     spread = NamedSharding(mesh, PartitionSpec("data"))
-    # Whole on each device.
+    # Replicated on each device.
     placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
 
     def fetch(row: int) -> tuple[np.ndarray, int]:
@@ -248,9 +248,9 @@ def extract_features(
             fetched = list(pool.map(fetch, chunk.tolist()))
             pixels = np.concatenate([picture for picture, _ in fetched])
             features, logits = placed.encode(jax.device_put(pixels, spread))
-            # Features or logits last.
+            # Features or logits are the last axis.
             shape = (len(chunk), views.count, -1)
-            # Nothing is waited for: `fill` takes this when the next batch is on its way.
+            # Nothing is waited for: `fill` takes this when the next batch has been dispatched.
             return Features(
                 features=features.reshape(shape),
                 logits=None if logits is None else logits.reshape(shape),

@@ -25,7 +25,7 @@ from logitjax.storage import guard, read_head, write_head
 # Files of other heads have the same names.
 _KIND = "few-shot head"
 _WRITTEN = ("scale", "class_names", "encoders", "about", "temperature", "likeness")
-# Arrays that are no part of the state.
+# Arrays that are not part of the state.
 _KEPT = ("calibration", "examples", "example_labels")
 
 
@@ -40,10 +40,10 @@ class FittedHead:
         encoders: Provenance of the features, as in `Pictures.encoders`.
         about: Further entries of ``head.json``, such as encoders and prompts by name.
         temperature: Divisor of the logits, calibrated on pictures that the head did not see.
-        calibration: Probabilities of the classes of these pictures; None if there were none.
+        calibration: Probabilities of these pictures' classes; None without such pictures.
         examples: `[n, features]` of the pictures that the head learned from, of length one.
         example_labels: `[n]` their classes.
-        likeness: The lowest cosine with the nearest example that features of the encoder have.
+        likeness: Lower bound of the cosine of this encoder's features with the nearest example.
     """
 
     method: Method
@@ -106,11 +106,11 @@ class FittedHead:
         """Whether each class is in a picture's set, `[batch, classes]` (split conformal sets).
 
         For new pictures like those that calibrated the head (ValueError without any), the set
-        contains the class with probability `coverage`, over draws of both; few make large sets.
+        contains the class with probability `coverage` over draws of both; few make large sets.
         """
         if self.calibration is None:
             raise ValueError("calibration: expected pictures that the head did not learn from")
-        # A tenth of ten is one, but 1 - .9 is less.
+        # 10 * (1 - .9) is slightly less than 1.
         number = int((len(self.calibration) + 1) * (1 - coverage) + 1e-9)
         least = np.sort(self.calibration)[number - 1] if number else 0.0
         return self.predict_proba(*features, **named) >= least
@@ -172,7 +172,7 @@ def fit(
     folds: int = 0,
     seed: int = 0,
 ) -> FittedHead:
-    """Choose a method's setting, train it with that setting, and calibrate the head.
+    """Choose a method's setting, train the method with it, and calibrate the head.
 
     Probabilities are calibrated on the validation pictures, or else on parts of the training
     pictures, each predicted by a head that did not see it; one picture per class leaves no part.
@@ -182,9 +182,9 @@ def fit(
         candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
         pictures: Pictures to learn from.
         validation: Other pictures to choose on, with features of the same encoders. Without them
-            the method keeps its published setting, CLAP's protocol, or chooses on folds.
-        folds: Number of parts of the training pictures for choosing without others, as for `sweep`.
-        seed: Seed of the order of pictures, and of a random start.
+            the method keeps its published setting, as in CLAP's protocol, or uses folds.
+        folds: Number of parts of the training pictures to choose on instead, as for `sweep`.
+        seed: Seed of the order of pictures, and of a random initialisation.
 
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(12) % 3
@@ -215,7 +215,7 @@ def fit(
             {name: (shown.inputs[None], shown.labels[None])},
             name,
             seed=seed,
-            # The memory of one setting, not of the grid.
+            # Uses the memory of one setting, not of the grid.
             sequential=True,
             folds=0 if validation is not None else folds,
         )
@@ -240,7 +240,7 @@ def fit(
 
 
 def _likeness(features: np.ndarray) -> float:
-    """A bound as far below the lowest cosine to a nearest picture as that is below the median."""
+    """The lowest cosine to a nearest picture, minus its distance from the median such cosine."""
     shown = features[:1000]
     cosines = shown @ features.T
     np.fill_diagonal(cosines, -1.0)
@@ -249,9 +249,9 @@ def _likeness(features: np.ndarray) -> float:
 
 
 def _calibrated(head: FittedHead, logits: Any, labels: np.ndarray) -> FittedHead:
-    """The head at the temperature of the best likelihood of pictures that it did not learn from."""
+    """The head at the temperature with the highest likelihood of pictures that it did not see."""
     logits, rows = np.asarray(logits, np.float64), np.arange(len(labels))
-    # A picture's worth of doubt: where all are right no head is sure without bound.
+    # One picture's worth of doubt: if all are right, no head becomes infinitely sure.
     doubt = 1 / (1 + len(labels))
     least = doubt / logits.shape[1]
     losses = {
@@ -266,12 +266,12 @@ def _calibrated(head: FittedHead, logits: Any, labels: np.ndarray) -> FittedHead
 def _learnt(
     candidate: Candidate, task: FewShotTask, seed: int, *, folds: int = 0, images: Any = None
 ) -> Any:
-    """State of a `sweep`'s first run with this seed, or with folds logits of the images."""
+    """State of the first run of a `sweep` with this seed, or with folds the images' logits."""
     method, recipe = candidate.method, candidate.recipe
     method.check(task)
     order = None
     if method.trains:
-        # Run 0 of a sweep.
+        # The order of run 0 of a sweep.
         order = recipe.order((seed, 0), len(task.labels), views=task.views)
 
     def learn(task: FewShotTask, order: Any) -> State:
@@ -361,5 +361,5 @@ def _method_of(record: Any) -> Any:
     # Only the library's methods: a file must not name arbitrary classes.
     kind: Any = getattr(methods, str(record["name"]), None)
     if not hasattr(kind, "__dataclass_fields__"):
-        raise ValueError(f"method: expected one that is known, got {guard.short(record['name'])}")
+        raise ValueError(f"method: expected a known one, got {guard.short(record['name'])}")
     return kind(**{name: _method_of(value) for name, value in record["settings"].items()})

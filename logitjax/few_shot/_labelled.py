@@ -35,7 +35,7 @@ class Pictures:
             `vision.Encoder.zero_shot`.
         auxiliary: `[n, auxiliary]` of another encoder, for methods that use it.
         hidden: `[n, hidden]` of the first encoder before its last projection, for `methods.ProLIP`,
-            which also needs the next two.
+            which also needs `projection` and, if there is one, `projection_bias`.
         projection: `[hidden, features]`.
         projection_bias: `[features]`.
         texts: `[classes, prompts, width]` features of every prompt, for `methods.TIMO`; before
@@ -43,14 +43,14 @@ class Pictures:
         scale: Scale of the zero-shot classifier's cosines; CLIP's by default.
         class_names: Names by class number; the numbers if omitted.
         encoders: Provenance of the features: digests of the first encoder and of the second, each
-            with its size and fit. A head refuses pictures of others.
+            with its size and fit. A head refuses pictures from others.
         views: Other views of the same pictures, such as random crops, from which methods learn
             instead. Settings are chosen and heads are tested on the pictures themselves.
 
     Raises:
         TypeError: Labels that are not integers.
-        ValueError: Arrays of other shapes or lengths, numbers that are not finite, a picture whose
-            features are all 0, a single class, a label outside the classes, or views of others.
+        ValueError: Wrong shapes or lengths, numbers that are not finite, a picture whose features
+            are all 0, a single class, a label outside the classes, or views with other labels.
     """
 
     features: Any
@@ -81,7 +81,7 @@ class Pictures:
                     f"labels: expected one for each of {len(result)} rows of {name}, got shape "
                     f"{labels.shape}"
                 )
-            # Its projection needs the length.
+            # The projection needs the length.
             data[name] = result if name == "hidden" else unit(result, name)
         width, classes = weights.shape
         if data["features"].shape[1] != width:
@@ -114,7 +114,7 @@ class Pictures:
             if not np.array_equal(view.labels, labels):
                 raise ValueError("views: expected the labels of the pictures, got others")
         for name, value in (data | {"class_names": tuple(names)}).items():
-            # The class is frozen.
+            # The dataclass is frozen.
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ class Pictures:
 
     @property
     def inputs(self) -> Inputs:
-        """The pictures as methods take them, with the zero-shot classifier's logits."""
+        """The pictures in the form that methods take, with the zero-shot classifier's logits."""
         entries = {name: getattr(self, name) for name in _FEATURES}
         # Like `Inputs.of`, whose program would be compiled for each number of rows.
         zero_shot = np.float32(self.scale) * (self.features @ self.class_weights)
@@ -155,7 +155,7 @@ class Pictures:
         """Draw pictures to learn from, to choose settings on and to test on.
 
         Samples of one seed are nested: those with more shots contain those with fewer. A class with
-        too few pictures uses all it has, at least one for each part. Fewer are a ValueError.
+        too few pictures uses all it has, at least one for each part. Fewer raise a ValueError.
 
         Args:
             shots: Pictures of each class to learn from.
@@ -175,7 +175,7 @@ class Pictures:
         for number, name in enumerate(self.class_names):
             # Shots are the beginning of one order, so that more shots contain fewer.
             rows = rng.permutation(np.flatnonzero(self.labels == number))
-            # One for each part.
+            # At least one picture for each part.
             least = 1 + (held_out > 0) + rest
             if len(rows) < least:
                 raise ValueError(
@@ -209,7 +209,7 @@ class Pictures:
 
         Args:
             samples: One sample of these pictures for each run.
-            room: A sample that sets the rows of each part, so that calls share one program.
+            room: A sample that sets the number of rows of each part, so that calls share a program.
             validation: Pictures to choose settings on; those of each sample if None.
             test: Pictures to test on; the rest of each sample if None.
         """

@@ -48,7 +48,7 @@ class Inputs:
         Args:
             class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a
                 class's text features of length one, scaled to length one again.
-            scale: 100, the value at which CLIP's learned scale was clipped, fixed as published.
+            scale: Scale of the cosines: 100, the upper limit of CLIP's learned scale, as published.
             features, auxiliary, hidden: As in `Inputs`, of any length.
 
         >>> logits = Inputs.of(jnp.array([[3.0, 4.0]]), jnp.eye(2)).zero_shot
@@ -85,7 +85,7 @@ class FewShotTask:
         labels: `[n]` classes; images with the label -1 are padding.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
             methods that read them. `methods.CLAP` takes columns of any length.
-        projection: `[hidden, features]`, the encoder's last one; for methods that train it.
+        projection: `[hidden, features]`, the encoder's last projection; for methods that train it.
         projection_bias: `[features]`, the projection's bias; None for none.
         texts: `[classes, prompts, width]`, the text features of every prompt of a class, before
             `text_projection` `[width, features]` if that is given.
@@ -112,7 +112,7 @@ class FewShotTask:
         return hit.sum() / jnp.maximum((hit > 0).sum(), 1)
 
     def check(self) -> None:
-        """Refuse labels that do not fit the images or the classes, and no labels at all.
+        """Refuse labels that do not fit the images or the classes, or the absence of labels.
 
         TypeError for labels that are not integers, otherwise ValueError: not one label per image, a
         label that is neither a class nor -1, or no image.
@@ -181,7 +181,7 @@ class Method:
         return dataclasses.replace(self, scale=scale) if "scale" in named else self
 
     def check(self, task: FewShotTask) -> None:
-        """Refuse, outside `jit`, images that it cannot learn from; by default as the task does.
+        """Refuse, outside `jit`, images unsuitable for learning; by default as the task does.
 
         TypeError for labels that are not integers, ValueError for unusable images.
         """
@@ -192,7 +192,7 @@ class Method:
         raise NotImplementedError
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Compute, once, what depends only on the images."""
+        """Compute once the parts that depend only on the images."""
         return inputs
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
@@ -208,7 +208,7 @@ class Method:
         return cross_entropy(self.logits(state, inputs), labels)
 
 
-# One program if called separately; otherwise each operation would be one.
+# One program if called outside `jit`, where each operation would otherwise be one.
 @jax.jit
 def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*batch features"]:
     """Rows scaled to length one; a row of zeros is unchanged."""

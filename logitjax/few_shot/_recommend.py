@@ -1,4 +1,4 @@
-"""The recommended one of several methods, with its expected accuracy, from the same pictures."""
+"""Recommendation of one of several methods and its expected accuracy from the same pictures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,18 +13,18 @@ _HALVES = 50
 def recommend(
     credit: Mapping[str, Sequence[np.ndarray]], *, seed: int = 0
 ) -> tuple[str, float, float, float]:
-    """The method with the most credit at its best setting, with an estimate without bias.
+    """Recommend the method with the most credit at its best setting, and estimate its accuracy.
 
     A method is judged by the single setting that is best over all samples: with few pictures, the
-    best of each sample favours methods whose settings differ most. The best of many still looks
-    better than it is on the pictures that chose it. So method and setting are chosen again on
-    halves of the pictures, and estimated on the other halves. Returns the method, the estimate of
-    its accuracy, and the ends of its 95 % interval.
+    best of each sample favours methods whose settings differ most. Even so, the best of many looks
+    better than it is on the pictures used to choose it. For an unbiased estimate, method and
+    setting are chosen again on halves of the pictures and evaluated on the other halves. Returns
+    the method, the estimate of its accuracy, and the ends of the 95 % interval.
 
     Args:
-        credit: By method, of each sample `[settings, n]`, as of `sweep`: at least 1 where a setting
-            is right on a picture that it did not learn from, else less, and -1 where a picture does
-            not count. No method, or a sample without pictures, is a ValueError.
+        credit: For each method, a `[settings, n]` array per sample, as from `sweep`: at least 1 if
+            a setting is right on a picture that it did not learn from, otherwise less than 1, and
+            -1 for pictures to ignore. No method, or a sample without pictures, is a ValueError.
 
     >>> good, bad = np.tile([1.0, 1, 1, 0], (2, 5)), np.tile([1.0, 0, 0, 0], (2, 5))
     >>> recommend({"bad": [bad], "good": [good]})[:2]
@@ -63,6 +63,6 @@ def recommend(
 
 
 def _mean(credit: np.ndarray, *, right: bool = False) -> Any:
-    """Means over pictures that count, of credit or of being right; 0 where none does."""
+    """Mean credit, or share of right pictures, over those that count; 0 without any."""
     values = credit >= 1 if right else np.maximum(credit, 0)
     return values.sum(-1) / np.maximum((credit >= 0).sum(-1), 1)

@@ -15,7 +15,7 @@ from logitjax.few_shot._train import Recipe
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
 
-# Held-out images that are scored at a time, and settings without training.
+# Number of held-out images scored at a time, and of settings of methods without training.
 _SCORED, _AT_ONCE = 1024, 12
 
 
@@ -24,8 +24,8 @@ _SCORED, _AT_ONCE = 1024, 12
 class Runs:
     """Samples of images that a sweep trains on, with a leading axis of runs.
 
-    A run's random start follows from its number; of each step `orders` has the rows. `held_out`
-    has, by name, images and labels to score on, `settings` `[runs, settings]` values by field.
+    A run's random initialisation follows from its number; `orders` has the rows of each step.
+    `held_out` has images and labels to score on, `settings` `[runs, settings]` values by field.
     """
 
     numbers: Any
@@ -44,7 +44,7 @@ class Runs:
 
 def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
     """Split a pytree into leaves with an axis of runs, and leaves without."""
-    # The same for all runs.
+    # Shared by all runs.
     shared = {name: getattr(runs.task, name) for name in CLASSIFIER}
     bare = dataclasses.replace(runs.task, **dict.fromkeys(CLASSIFIER))
     return dataclasses.replace(runs, task=bare), shared
@@ -96,14 +96,14 @@ def sweep(
 
     Args:
         task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights and a projection
-            without an axis of runs. Rows at the end may have the label -1, equally many in each
-            run: they are padding, so that calls with fewer images share one program.
+            without an axis of runs. Rows at the end, equally many in each run, may be
+            padding with the label -1, so that calls with fewer images share one program.
         held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on; images with
             negative labels are ignored.
         training: The optimizer's settings, for methods that train.
         grid: Columns of equal length, named by field: `beta`, `uncertainty.exponent`,
-            `training.learning_rate`; `[settings]`, or `[runs, settings]` where runs differ.
-        seed: Seed of the orders and of random starts.
+            `training.learning_rate`; `[settings]`, or `[runs, settings]` if runs differ.
+        seed: Seed of the orders and of random initialisations.
         first: Number of the first run, so that a sweep can be split into several calls.
         sequential: One run after another, and in training one setting after another: for heads too
             large to train at once, and no slower on a CPU.
@@ -113,10 +113,10 @@ def sweep(
         mesh: Mesh whose first axis splits the runs; one device if None.
 
     Returns:
-        For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
-        `auxiliary_accuracy`, that of the bias alone. Of `"train"`, which is there with folds only,
-        and of `"validation"` also `credit` `[runs, settings, m]`: the probability of an image's
-        label at the likeliest temperature, plus 1 where it is predicted; -1 for negative labels.
+        For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and for AMU also
+        `auxiliary_accuracy`, that of the bias alone. For `"train"`, which exists only with folds,
+        and `"validation"` also `credit` `[runs, settings, m]`: the probability of the label at the
+        temperature with the highest likelihood, plus 1 if predicted; -1 for negative labels.
 
     Raises:
         TypeError: Labels that are not integers.
@@ -148,7 +148,7 @@ def sweep(
     counts = set((labels >= 0).sum(1).tolist())
     if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
         raise ValueError(
-            f"labels: expected every run to start with as many images, got {sorted(counts)}"
+            f"labels: expected every run to start with equally many images, got {sorted(counts)}"
         )
     if not folds:
         held_out = {name: part for name, part in held_out.items() if name != "train"}
@@ -156,7 +156,7 @@ def sweep(
     with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
     orders, steps = _orders(numbers, labels, counts.pop(), training, views=task.views, seed=seed)
-    # The axis, where no field is searched.
+    # Gives the axis of settings its length if no field is searched.
     columns[""] = np.zeros(lengths.pop(), np.float32)
     columns = {k: np.broadcast_to(x, (len(labels), x.shape[-1])) for k, x in columns.items()}
     runs = Runs(
@@ -175,14 +175,14 @@ def sweep(
         folds=folds,
         mesh=mesh,
     )
-    # Without padding.
+    # Removes the padded runs.
     return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
 
 
 def _orders(
     numbers: np.ndarray, labels: np.ndarray, count: int, training: Recipe, *, views: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Rows `[runs, steps, batch]`, padded to what all of the rows would need; and the steps."""
+    """Rows `[runs, steps, batch]`, padded as if no row were padding; and the number of steps."""
     runs, room = labels.shape
     steps = training.total_steps(count)
     width = min(training.batch_size, room)
@@ -194,7 +194,7 @@ def _orders(
 
 
 def _padded(runs: Runs, multiple: int) -> Runs:
-    """The runs, padded by the last one to a multiple."""
+    """Pad the runs to a multiple by repeating the last one."""
     count = len(runs.numbers)
     if count % multiple == 0:
         return runs
@@ -270,7 +270,7 @@ def _sweep(
     if sequential and method.trains:
         return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), run.settings), runs)
     if sequential:
-        # What does not depend on the setting, such as the whole of LP++, is done once for some.
+        # Work independent of the setting, such as all of LP++, is done once for several settings.
         some = min(_AT_ONCE, len(runs.settings[""][0]))
         scored = functools.partial(one, batch_size=max(1, _SCORED // some))
 
@@ -288,7 +288,7 @@ def fold_logits(
     images: Any,
     folds: int,
 ) -> jax.Array:
-    """Logits `[n, classes]` of the images to learn from, each by a head that did not see it."""
+    """Logits `[n, classes]` of the images to learn from, each from a head that did not see it."""
     labels = jnp.asarray(task.labels)
     hit = one_hot(labels, task.num_classes, jnp.int32)
     # An image's index among those of its class: every part has a share of each class.

@@ -40,7 +40,7 @@ class _LowRank(nnx.Module):
             seen = jnp.where(stay, seen / (1 - self.drop), 0.0)
         inner = jnp.einsum("q...i,qir->q...r", seen, self.down[...])
         added = jnp.einsum("q...r,qro->...qo", inner, self.up[...])
-        # Not alpha / rank.
+        # The scale is not alpha / rank.
         added = added.reshape(*x.shape[:-1], -1) / np.sqrt(inner.shape[-1])
         return self.linear(x) + added.astype(x.dtype)
 
@@ -62,20 +62,20 @@ def tune_towers(
     `lora` is CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541): adapters on queries, keys and
     values of every block of both towers, with dropout of their input. `norms` is the first stage of
     2SFS (Farina et al., arXiv 2503.11609): gains and offsets of the norms inside the blocks; those
-    before and after them stay, for the released code forgets to unfreeze them. Both minimise the
-    cross-entropy of scaled cosines with the texts, which every step encodes again, and take no
-    validation. Of 2SFS the second stage trains `methods.CLAP(penalty=0.0)` on features of the tuned
-    encoder, with `Recipe.published("two_stage", shots=...)`. Such an encoder has another
-    fingerprint: heads of the one refuse features of the other. `vision.Encoder.save_changes` writes
-    what was learned, `logitjax few-shot --towers=lora` does it all.
+    outside stay fixed, because the released code forgets to unfreeze them. Both minimise the
+    cross-entropy of scaled cosines with the texts, which are encoded again at every step, and use
+    no validation. The second stage of 2SFS trains `methods.CLAP(penalty=0.0)` on features of the
+    tuned encoder, with `Recipe.published("two_stage", shots=...)`. A tuned encoder has another
+    fingerprint, so heads of either refuse features of the other. `vision.Encoder.save_changes`
+    saves the learned weights; `logitjax few-shot --towers=lora` runs all of these steps.
 
     Args:
         encoder: A CLIP whose picture tower is a transformer.
-        images: Pictures as `vision.Encoder.encode` takes them, perhaps view after view of all, of
-            which each epoch takes the next.
+        images: Pictures as for `vision.Encoder.encode`, possibly several views, one view of all
+            pictures after another; each epoch uses the next view.
         labels: Classes of the pictures of one view.
-        tokens: A prompt for each class, of `vision.Encoder.tokenize`.
-        learn: Which weights.
+        tokens: A prompt for each class, from `vision.Encoder.tokenize`.
+        learn: The weights to train.
         recipe: `Recipe.published("clip_lora", shots=...)` or `"two_stage_norms"`.
         rank, dropout: Rank and dropout of the adapters.
         seed: Seed of the order, the adapters and the dropout.
@@ -131,7 +131,7 @@ def tune_towers(
         trained, state = step(trained, state, rest, images[rows], shown, key)
     learned = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(trained)}
     if learn == "lora":
-        # Products are added as they are.
+        # `Encoder.changed` has no factor for products, so `up` includes it.
         learned = {
             name.replace(".qkv.", ".qkv.kernel."): x / np.sqrt(rank) if name.endswith("up") else x
             for name, x in learned.items()

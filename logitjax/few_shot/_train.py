@@ -30,7 +30,7 @@ class Recipe:
         floor: Final rate of the cosine.
         warmup: Number of steps from 0 to `learning_rate`, before the cosine.
         first_epoch_rate: Rate of the whole first epoch, after which the cosine falls per epoch
-            instead of per step; None for neither. As in CLAP's code.
+            instead of per step, as in CLAP's code; None for a cosine per step from the start.
         weight_decay: Weight decay, decoupled in AdamW.
         algorithm: `'adamw'`, or `'sgd'` with momentum b1, which ignores `eps` and b2.
         eps: Term that AdamW adds to the root of the second moment.
@@ -60,7 +60,7 @@ class Recipe:
 
         They are `tip_adapter_f`, `clap` (also for ZS-LP), `pro_lip`, and, for `tune_towers` and its
         second stage, `clip_lora`, `two_stage_norms` and `two_stage` (for :class:`methods.CLAP`
-        without a penalty), whose steps grow with the `shots`. Others are a ValueError.
+        without a penalty), whose steps grow with the `shots`. Other names are a ValueError.
         """
         tower = dict(batch_size=32, learning_rate=2e-4, floor=1e-6, eps=1e-8)
         entries: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ class Recipe:
                 first_epoch_rate=1e-5,
             ),
             "clip_lora": dict(steps=500 * shots, **tower),
-            # .6 and .4 of 300 steps per shot.
+            # The stages take .6 and .4 of 300 steps per shot.
             "two_stage_norms": dict(steps=180 * shots, **tower),
             "two_stage": dict(steps=120 * shots, **tower),
             # All images in every step, one view after another; any rate of 1e-5 to 1e-2.
@@ -164,7 +164,7 @@ class Recipe:
         batches, batch = self.batches(num_examples), min(self.batch_size, num_examples)
         steps = self.total_steps(num_examples)
         epochs = -(-steps // batches)
-        # -1 is no image.
+        # -1 means no image.
         order = np.full((epochs, batches * batch), -1, np.int32)
         for epoch in range(epochs):
             rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
@@ -190,7 +190,7 @@ class Recipe:
 
         Args:
             state: The initial state, see `Method.init`.
-            order: `[steps, batch]` rows of `task.support`, see `order`; -1 is none.
+            order: `[steps, batch]` rows of `task.support`, see `order`; -1 means none.
             steps: Number of steps of the order to take; by default all. It may be traced, so that
                 one program serves any number of images. The rest of the order is ignored.
 
@@ -212,7 +212,7 @@ class Recipe:
         prepared = method.prepare(task.support)
         support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
         count = len(labels)
-        # Nothing is missing from a whole number of batches; otherwise rows may be.
+        # A whole number of batches has no padding; otherwise rows may be missing.
         full = steps is None and count % rows_of_step.shape[1] == 0
         total = len(rows_of_step) if steps is None else steps
         tx = self.optimizer(total)

@@ -1,4 +1,4 @@
-"""TransCLIP and TDA: pictures help each other, together or in their order, over any head."""
+"""TransCLIP and TDA: joint or online classification of pictures on top of any head."""
 
 import functools
 import math
@@ -24,9 +24,9 @@ def transduce(
     rounds: int = 10,
     neighbours: int = 3,
 ) -> Float[jax.Array, "n classes"]:
-    """Log-probabilities of pictures that are classified together, from those of a head.
+    """Log-probabilities of pictures classified together, from the logits of a head.
 
-    Classes are Gaussians with one diagonal covariance, fitted to all, and near pictures agree::
+    Classes are Gaussians with one diagonal covariance, fitted to all, and nearby pictures agree::
 
         z = softmax(log y + (ll + 50 / (2 neighbours) (W'z + W z)) / 50)     five times a round
         ll_ik = -|(f_i - mu_k) / sigma|^2 / 2;    mu_k of length one, sigma of all pictures
@@ -105,26 +105,26 @@ def adapt_online(
     shots: int = 3,
     negative_shots: int = 2,
 ) -> Float[jax.Array, "n classes"]:
-    """Logits of pictures in their order, each with the surest of those before it as a cache.
+    """Logits of pictures in their order, each with the most confident earlier ones as a cache.
 
     ::
 
         s + weight sum exp(-sharpness (1 - f.F)) onehot(class predicted for F)
           - negative sum exp(-(1 - f.G)) [.03 < p_k(G) < 1]
 
-    F are the `shots` pictures of least entropy of each predicted class, G the `negative_shots` of
-    those whose entropy is between .2 and .5 of the largest. As released, the entropy is in nats and
-    the largest in bits, so that .693 is the most; and a picture is in the caches before it is
-    scored itself. The order counts: name it. The first weights are those for ImageNet; the code has
-    others for each data set. Source: Karmanov et al., Efficient Test-Time Adaptation of
-    Vision-Language Models (CVPR 2024, arXiv 2403.18293).
+    F are the `shots` pictures with the lowest entropy of each predicted class, G the
+    `negative_shots` of those whose entropy is between .2 and .5 of the largest. As released, the
+    entropy is in nats and the largest in bits, so the maximum is .693; and a picture enters the
+    caches before it is scored itself. The order matters, so report it. The default weights are
+    those for ImageNet; the code has others for each data set. Source: Karmanov et al., Efficient
+    Test-Time Adaptation of Vision-Language Models (CVPR 2024, arXiv 2403.18293).
 
     Args:
         logits: `[n, classes]` of the zero-shot classifier, or of any head.
         features: `[n, features]` of the pictures.
         weight, sharpness: alpha and beta, 1 to 5 and 1 to 8 in the code.
-        negative: Weight of the pictures that say what a picture is not.
-        shots, negative_shots: Pictures of each class in the two caches.
+        negative: Weight of the pictures that indicate what a picture is not.
+        shots, negative_shots: Number of pictures of each class in the two caches.
 
     >>> import numpy as np
     >>> features = np.array([[1.0, 0], [0, 1], [0.8, 0.6]])
@@ -137,7 +137,7 @@ def adapt_online(
     classes, width = logits.shape[1], features.shape[1]
 
     def put(cache: tuple[Any, Any], where: Any, entropy: Any, item: Any, allowed: Any) -> Any:
-        """The cache with the picture in place of the worst of its class, if it is better."""
+        """Replace the worst picture of the class in a cache, if this one is better."""
         entropies, items = cache
         row, rows = entropies[where], items[where]
         better = allowed & (entropy < row[-1])

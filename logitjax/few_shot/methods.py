@@ -1,6 +1,6 @@
 """Few-shot methods with their settings as fields, for training and for `sweep`.
 
-`AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter` and `TipAdapterF`;
+`AMU` with the `Uncertainty` that weights its bias; the caches `TipAdapter` and `TipAdapterF`;
 solutions of linear systems: `GDA`, `ProKeR`, `ReHARK` and `TIMO`; and learned weights: `TaskRes`,
 `LinearProbe`, `LPPlusPlus`, and, kept near their initial value, `CLAP`, `ProLIP` and `ProLIPText`.
 All are `logitjax.few_shot.Method`.

@@ -1,4 +1,4 @@
-"""A backbone and a head, and their names in the literature."""
+"""Classifiers of a backbone and a head, by their names in the literature."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ class ImageClassifier(nnx.Module):
     def __call__(
         self, inputs: Float[Array, "batch ..."], *, train: bool = False
     ) -> Float[jax.Array, "batch classes"]:
-        """Logits; with ``train=True`` from batch statistics, which update the running ones."""
+        """Return logits; ``train=True`` uses batch statistics, which update the running ones."""
         return self.head(self.features(inputs, train=train))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""CLIP: a picture and a text become vectors in one space."""
+"""CLIP: vectors of pictures and texts in one space."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ from logitjax.vision._vit import (
 
 
 class _AttentionPool(nnx.Module):
-    """Attention pool with the mean of all positions as query; `c_proj` is left to the tower."""
+    """Attention pool with the mean of all positions as query; the tower applies `c_proj`."""
 
     def __init__(self, tokens: int, width: int, heads: int, out: int, dtype: Any, rngs: nnx.Rngs):
         self.heads = heads
@@ -46,8 +46,8 @@ class _AttentionPool(nnx.Module):
 class ModifiedResNet(nnx.Module):
     """CLIP's ResNet: three convolutions in the stem, pooling before strides, an attention pool.
 
-    By Radford et al. (arXiv 2103.00020), names as in OpenAI's code. Batch statistics are always the
-    running ones, because this is for frozen features.
+    Radford et al. (arXiv 2103.00020), with names as in OpenAI's code. Batch norms always use the
+    running statistics, because this is for frozen features.
     """
 
     def __init__(self, config: StagesConfig, *, dtype: Any, rngs: nnx.Rngs):
@@ -63,7 +63,7 @@ class ModifiedResNet(nnx.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = four_stages(
             width, 4 * width, config.blocks, norms, block
         )
-        tokens = config.grid**2 + 1  # and the mean
+        tokens = config.grid**2 + 1  # positions and the mean
         sizes = tokens, 32 * width, config.heads, config.embed_dim
         self.attnpool = _AttentionPool(*sizes, dtype, rngs)
 

@@ -20,7 +20,7 @@ _BPE_FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
 
 
 class CLIPTokenizer:
-    """Texts to rows of tokens for CLIP's text tower."""
+    """Tokenizer of texts for CLIP's text tower."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 77):
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -32,7 +32,7 @@ class CLIPTokenizer:
     def __call__(
         self, texts: Sequence[str], *, truncate: bool = True
     ) -> Int[np.ndarray, "batch length"]:
-        """int32 ``[batch, context_length]``: start, text, end, zeros."""
+        """Encode texts as int32 ``[batch, context_length]``: start, text, end, zeros."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
             # Twice, as in OpenAI's code.
@@ -47,7 +47,7 @@ class CLIPTokenizer:
 
 
 class SigLIPTokenizer:
-    """Texts to rows of tokens for SigLIP's text tower, padded as in its training."""
+    """Tokenizer of texts for SigLIP's text tower, with padding as in its training."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -60,10 +60,10 @@ class SigLIPTokenizer:
         self.end, self.pad = end, pad
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
-        """int32 ``[batch, context_length]``: text, end, padding; a long text is cut."""
+        """Encode texts as int32 ``[batch, context_length]``: text, end, padding; truncated."""
         rows = np.full((len(texts), self.context_length), self.pad, np.int32)
         for row, text in enumerate(texts):
-            # Both versions were trained this way, the first without punctuation.
+            # Both versions were trained on lower case, the first without punctuation.
             text = text.lower()
             if self.plain:
                 text = " ".join(text.translate(_NO_PUNCTUATION).split())
@@ -73,7 +73,7 @@ class SigLIPTokenizer:
 
 
 def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPTokenizer:
-    """The tokenizer in a directory or a file of merges; `open_clip` means that package's file."""
+    """Load a tokenizer from a directory or a file of merges; `open_clip` is that package's file."""
     if str(path) == "open_clip":
         path = package_file(
             "open_clip", _BPE_FILES[0], what="CLIP's merges", install="open_clip_torch==3.3.0"
@@ -93,7 +93,7 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     content = guard.read_bytes(path, most=guard.LIMITS.json_bytes)
     with guard.naming(path, "merges"):
-        # The start of gzip data.
+        # Signature of gzip data.
         zipped = content[:2] == b"\x1f\x8b"
         text = (guard.gunzip(content, "merges") if zipped else content).decode()
     # The first line names the version.
@@ -134,6 +134,6 @@ def _byte_symbols() -> list[str]:
     """A printable character for each byte, in the order of OpenAI's vocabulary."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
-    # Bytes that do not print.
+    # Bytes without a printable character.
     others = len([byte for byte in range(256) if byte not in plain])
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

@@ -26,7 +26,7 @@ class ConvNeXtConfig:
 
 
 class _Responses(nnx.Module):
-    """Channels compete: each is scaled by its norm over positions, relative to the others'."""
+    """Scaling of each channel by its norm over positions relative to the other channels'."""
 
     def __init__(self, width: int):
         # Initially the identity.
@@ -34,7 +34,7 @@ class _Responses(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Many squares are summed.
+        # float32, because many squares are summed.
         wide = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.square(wide).sum((1, 2), keepdims=True))
         relative = length / (length.mean(-1, keepdims=True) + _EPSILON)
@@ -85,7 +85,7 @@ class _Stage(nnx.Module):
 class ConvNeXt(nnx.Module):
     """ConvNeXt: a stem of patches, four stages of depthwise convolutions, the mean, a norm.
 
-    Liu et al. (arXiv 2201.03545), Woo et al. (2301.00808); names are ours.
+    Liu et al. (arXiv 2201.03545), Woo et al. (2301.00808). The names are this library's.
     """
 
     classifier_name = "fc"

@@ -22,7 +22,7 @@ from logitjax.vision._preprocessing import Preprocessing
 
 # Number of prompts encoded at once.
 _PROMPTS = 256
-# What `Encoder.save_changes` writes.
+# Kind of the files that `Encoder.save_changes` writes.
 CHANGES = "changes of an encoder"
 
 
@@ -33,13 +33,13 @@ class Encoder:
     Pictures must have the size ``preprocessing.size`` unless the network takes any.
 
     Attributes:
-        name: the user's name for it.
+        name: the user's name for the encoder.
         preprocessing: size and colours; normalisation happens inside.
         num_classes: number of classes of the class head; 0 if there is none.
         tokenizer: tokenizer of the text tower, or None.
         dtype: the name of its compute type.
-        changes: weights that differ from those of the encoder it began as, as of `changed`; and
-            that encoder's fingerprint. None for an encoder with the weights of its file.
+        changes: weights that differ from the original encoder's, in the form of `changed`, and the
+            original's fingerprint. None for an encoder with the weights of its file.
     """
 
     changes: tuple[str, Mapping[str, Any]] | None = None
@@ -76,7 +76,7 @@ class Encoder:
     def projection(self) -> tuple[np.ndarray, np.ndarray | None] | None:
         """The last linear map before the features: ``[hidden, features]`` and a bias.
 
-        CLIP has one. None if there is none, as in SigLIP, which ends in an MLP.
+        CLIP has one. None without such a map, as in SigLIP, which ends in an MLP.
         """
         last = getattr(self.model, "last_projection", None)
         if last is None:
@@ -98,12 +98,12 @@ class Encoder:
         return encoder
 
     def changed(self, changes: Mapping[str, Array]) -> "Encoder":
-        """The encoder with some other weights, whose fingerprint is another; this one stays.
+        """Return an encoder with some other weights and another fingerprint; this one is unchanged.
 
         Args:
-            changes: Weights by path, such as ``text.norm.scale``. ``PATH.down`` and ``PATH.up``,
-                `[parts, in, rank]` and `[parts, rank, out]`, are added to a kernel
-                `[in, parts * out]` as products. ValueError for a path or a shape that is not there.
+            changes: Weights by path, such as ``text.norm.scale``. The product of ``PATH.down``
+                `[parts, in, rank]` and ``PATH.up`` `[parts, rank, out]` is added to a kernel
+                `[in, parts * out]`. ValueError for an unknown path or a wrong shape.
         """
         model = nnx.clone(self.model)
         flat = {".".join(map(str, k)): (k, v) for k, v in nnx.to_flat_state(nnx.state(model))}
@@ -124,12 +124,12 @@ class Encoder:
         return encoder
 
     def save_changes(self, directory: str | os.PathLike[str], *, base: str) -> None:
-        """Writes `changes`, so that `load_encoder` of the directory makes the encoder again.
+        """Write `changes`, so that `load_encoder` can restore the encoder from the directory.
 
-        `base` is the encoder that it began as, by name or path. ValueError without changes.
+        `base` is the original encoder, by name or path. ValueError without changes.
         """
         if self.changes is None:
-            raise ValueError(f"encoder {self.name!r} has no changes: its own files have it")
+            raise ValueError(f"encoder {self.name!r} has no changes to write")
         fingerprint, changes = self.changes
         write_head(directory, dict(kind=CHANGES, base=base, fingerprint=fingerprint), changes)
 
@@ -138,14 +138,14 @@ class Encoder:
         """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
-        # SigLIP's is [1].
+        # SigLIP's has the shape [1].
         return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The encoder with its weights placed in this sharding, once instead of on every call.
 
-        It shares compiled programs. For pictures split over devices, weights should be replicated
-        on these: ``NamedSharding(mesh, PartitionSpec())``.
+        Both encoders share compiled programs. For pictures split over devices, replicate the
+        weights on them: ``NamedSharding(mesh, PartitionSpec())``.
         """
         # Compiled programs are shared.
         other = copy.copy(self)
@@ -168,7 +168,7 @@ class Encoder:
     def encode(
         self, images: Num[Array, "batch height width channels"]
     ) -> tuple[Float[jax.Array, "batch features"], Float[jax.Array, "batch classes"] | None]:
-        """Features and, with a class head, logits, from one pass.
+        """Return features and, with a class head, logits, from one pass.
 
         Float32 ``[batch, num_features]``, not normalised, and ``[batch, num_classes]`` or None.
 
@@ -185,13 +185,13 @@ class Encoder:
     def features(
         self, images: Num[Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch features"]:
-        """Features alone; see `encode`."""
+        """Return only the features of `encode`."""
         return self.encode(images)[0]
 
     def logits(
         self, images: Num[Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch classes"]:
-        """Logits of the class head, as from `encode`; ValueError if there is no class head."""
+        """Logits of the class head, as from `encode`; ValueError without a class head."""
         logits = self.encode(images)[1]
         if logits is None:
             raise ValueError(f"encoder {self.name!r} has no class head")
@@ -209,7 +209,7 @@ class Encoder:
     def text_features(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[jax.Array, "batch features"]:
-        """Features of texts, in the space of the pictures' features and not normalised either.
+        """Features of texts, in the space of the pictures' features, also not normalised.
 
         Tokens are from `tokenize`, the result is float32; ValueError without a text tower.
         """
@@ -228,7 +228,7 @@ class Encoder:
             w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
 
         Args:
-            class_names: in the form used in a sentence; ImageNet's numbers are a ValueError.
+            class_names: names as used in a sentence; ImageNet's WordNet ids are a ValueError.
             templates: prompts with ``{}`` for the name.
         """
         array = self.prompt_features(class_names, templates)
@@ -268,9 +268,9 @@ class Encoder:
     def fingerprint(self) -> str:
         """A sha256 of the architecture and every weight."""
         if self.changes is not None:
-            # Sums of products differ between machines in their last bits.
+            # The last bits of the products differ between machines.
             return digest(type(self.model).__name__, *self.changes)
-        # Neither attention heads nor the activation show in the weights.
+        # The weights show neither attention heads nor the activation.
         network = getattr(self.model, "backbone", self.model)
         config = repr(network.config) if hasattr(network, "config") else None
         weights = {str(path): v[...] for path, v in nnx.to_flat_state(self._state)}

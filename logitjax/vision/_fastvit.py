@@ -1,4 +1,4 @@
-"""FastViT, MobileCLIP's picture tower: multi-branch convolutions, each loaded as a single one."""
+"""FastViT, MobileCLIP's picture tower, with multi-branch convolutions merged when loaded."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ class FastViTConfig:
         hidden: Channels inside the MLP.
         layer_norm: Whether attention comes after a layer norm, as in MobileCLIP2-S3 and S4; batch
             norms are folded into the following projection.
-        activated: Whether a stage starts with an additional GELU, as MobileCLIP's do.
+        activated: Whether a stage starts with an additional GELU, as in MobileCLIP.
     """
 
     widths: tuple[int, ...]
@@ -110,7 +110,7 @@ class _Stage(nnx.Module):
 
 
 class FastViT(Projected):
-    """FastViT and MobileCLIP's S0 to S4 (arXiv 2303.14189, 2311.17049, 2508.20691)."""
+    """FastViT and the towers of MobileCLIP-S0 to S4 (arXiv 2303.14189, 2311.17049, 2508.20691)."""
 
     def __init__(self, config: FastViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -166,7 +166,7 @@ _SCALES += (("layer_scale_2", "mlp.fc2"),)
 
 
 def _ending(weights: Weights, suffix: str) -> list[str]:
-    """Names with this end, without it."""
+    """Names with this suffix, which is removed."""
     return [name.removesuffix(suffix) for name in weights if name.endswith(suffix)]
 
 
@@ -180,7 +180,7 @@ def affine(weights: dict[str, np.ndarray], norm: str) -> tuple[np.ndarray, np.nd
 
 
 def without_norms(weights: Weights) -> dict[str, np.ndarray]:
-    """timm's pairs of a convolution and its batch norm as a convolution with a bias."""
+    """Weights with each pair of a convolution and a batch norm as a convolution with a bias."""
     folded = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     for part in _ending(folded, ".bn.running_var"):
         factor, folded[f"{part}.bias"] = affine(folded, f"{part}.bn")

@@ -14,14 +14,14 @@ from logitjax.ops import mesh as on_mesh
 Images = Float[Array, "batch height width channels"]
 Features = Float[jax.Array, "batch features"]
 
-# He's initialisation over the outputs, as in all these networks.
+# He's initialisation by fan-out, as in all these networks.
 _he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _convolve(
     images: jax.Array, kernel: jax.Array, strides: Any, *args: Any, **options: Any
 ) -> jax.Array:
-    """XLA's convolution, which needs the result's sharding on meshes with Explicit axes."""
+    """Convolve with XLA, which needs the result's sharding on meshes with Explicit axes."""
     if kernel.shape[:2] == (1, 1) and set(strides) == {1}:
         # On CPUs the plain product is up to ten times faster than XLA's convolution.
         return jnp.matmul(images, kernel[0, 0], precision=options.get("precision"))
@@ -45,7 +45,7 @@ def conv(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A convolution padded by `(kernel - 1) // 2` as torch, or by `pad`; `same` as TensorFlow."""
+    """Convolution padded by `(kernel - 1) // 2` as in torch, by `pad`, or TensorFlow's `same`."""
     side = (kernel - 1) // 2 if pad is None else pad
     return nnx.Conv(
         in_features,
@@ -63,7 +63,7 @@ def conv(
 
 
 class DepthwiseConv(nnx.Module):
-    """One filter per channel, as shifted multiplications; or several, side by side."""
+    """Convolution with one or several filters per channel, as shifted multiplications."""
 
     # XLA's grouped convolution is slower on CPUs.
 
@@ -119,7 +119,7 @@ def batch_norm(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.BatchNorm:
-    """Statistics of the global batch: directly under `jit`, otherwise over `axis_name`."""
+    """Batch norm over the global batch: directly under `jit`, otherwise over `axis_name`."""
     return nnx.BatchNorm(
         # torch's momentum of 0.1 is the share of the new value.
         features,
@@ -132,8 +132,8 @@ def batch_norm(
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Normalisation in float32, whatever type its neighbours compute in."""
-    # E[x^2] - E[x]^2 cancels.
+    """Layer norm computed in float32, whatever the type of the network."""
+    # E[x^2] - E[x]^2 suffers from cancellation.
     options: dict[str, Any] = {"use_fast_variance": False, "dtype": jnp.float32}
     return nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs, **options)
 

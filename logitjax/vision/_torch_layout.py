@@ -16,9 +16,9 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# Of a kernel of torch's its axes in our layout, and the other way round.
+# Axes of torch's kernels in our layout, and the reverse.
 _HWIO, _OIHW = (2, 3, 1, 0), (3, 2, 0, 1)
-# Written by torch for every norm, and no part of the function.
+# Written by torch for every norm, but not part of the function.
 _IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
 
 
@@ -47,7 +47,7 @@ def torch_name(path: tuple[Any, ...]) -> str:
 
 
 def _turned(value: np.ndarray, leaf: str, axes: tuple[int, ...]) -> np.ndarray:
-    # Tables and vectors lie the same way on both sides.
+    # Tables and vectors have the same layout on both sides.
     if leaf != "kernel":
         return value
     return value.transpose(axes) if value.ndim == 4 else value.T
@@ -61,7 +61,7 @@ def fill_weights(
     if missing := sorted(set(names) - set(weights)):
         raise ValueError(f"weights lack {len(missing)} entries, the first is {missing[0]!r}")
     if unknown := sorted(set(weights) - set(names)):
-        raise ValueError(f"weights hold {len(unknown)} entries more, the first is {unknown[0]!r}")
+        raise ValueError(f"weights have {len(unknown)} unknown entries, such as {unknown[0]!r}")
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     for name, path in names.items():
         value, variable = _turned(np.asarray(weights[name]), str(path[-1]), _HWIO), flat[path]
@@ -75,7 +75,7 @@ def fill_weights(
 
 
 def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndarray]:
-    """Zeros in torch's shapes of the weights of a model, whose leaves may be only shapes."""
+    """Zeros in torch's shapes for a model's weights, whose leaves may be only shapes."""
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     zeros = {name: np.zeros(flat[path].shape, np.float32) for name, path in names.items()}
     return {name: _turned(value, str(names[name][-1]), _OIHW) for name, value in zeros.items()}

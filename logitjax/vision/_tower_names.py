@@ -1,4 +1,4 @@
-"""Towers of transformers, and CLIPs: names of their weights in ours, and sizes read off these."""
+"""Transformer towers and CLIPs: conversion of weight names, and sizes read from the weights."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from logitjax.vision._vit import (
 
 Weights = Mapping[str, np.ndarray]
 
-# Names of wrapper models of transformers.
+# Prefixes of transformers' wrapper models.
 PREFIX = re.compile(r"^(vision_model|vit|dinov2|dinov2_with_registers|resnet|convnext(v2)?)\.")
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 _ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
@@ -30,7 +30,7 @@ _TRANSFORMER = (
     (r"^embeddings\.class_embedding$", "class_token"),
     (r"^embeddings\.patch_embedding\.", "patch."),
     (r"^embeddings\.position_embedding\.weight$", "positions"),
-    # Their spelling.
+    # The spelling is transformers'.
     (r"^pre_layrnorm\.", "pre_norm."),
     (r"^post_layernorm\.", "norm."),
     (r"^final_layer_norm\.", "norm."),
@@ -106,7 +106,7 @@ _CONVNEXT = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "fc."),
 )
-# Of transformers, in torchvision's names.
+# From transformers' to torchvision's names.
 RESNET = (
     (r"^embedder\.embedder\.convolution\.", "conv1."),
     (r"^embedder\.embedder\.normalization\.", "bn1."),
@@ -135,7 +135,7 @@ def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
 
 
 def below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
-    """What begins with a prefix, without it."""
+    """Weights with a prefix, which is removed."""
     return {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
 
 
@@ -187,13 +187,13 @@ def convnext_names(weights: Weights) -> dict[str, np.ndarray]:
     for name, value in named.items():
         if ".grn." in name:
             named[name] = value.reshape(-1)
-        elif re.search(r"\.(up|down)\.weight$", name):  # of timm's perhaps convolutions of 1 x 1
+        elif re.search(r"\.(up|down)\.weight$", name):  # 1x1 convolutions in some of timm's
             named[name] = value.reshape(value.shape[:2])
     return named
 
 
 def count_of(named: Weights, prefix: str) -> int:
-    """Count of the numbers that follow a prefix, such as those of blocks."""
+    """Count the numbers that follow a prefix, such as those of blocks."""
     result = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in named)
     return len({match[1] for match in result if match})
 
@@ -203,7 +203,7 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
     width = named["norm.weight"].shape[0]
     activation = settings.get("hidden_act")
     gated = "blocks.0.gate.weight" in named
-    # DINOv2, which ignores the value in its file.
+    # DINOv2 ignores the value in its file.
     if gated and "positions" in named:
         activation = "silu"
     if activation is not None and activation not in _ACTIVATIONS:
@@ -214,7 +214,7 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
         default,
         width=width,
         layers=count_of(named, "blocks"),
-        # 64 channels each.
+        # Heads of 64 channels by default.
         heads=int(settings.get("num_attention_heads") or max(1, width // 64)),
         hidden=named["blocks.0.up.weight"].shape[0],
         activation=_ACTIVATIONS.get(str(activation), default.activation),
@@ -280,7 +280,7 @@ def two_towers(
     read: Mapping[str, Any],
     tower: Any = None,
 ) -> TowersConfig:
-    """Sizes of both towers in our names, from the settings of each; `tower` is a known one."""
+    """Sizes of both towers in our names, from their settings; `tower` is a known picture tower."""
     clip = tower is not None or "pre_norm.weight" in vision
     texts = dataclasses.replace(_CLIP, causal=read.get("causal", True)) if clip else _SIGLIP
     try:
@@ -310,7 +310,7 @@ def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConf
         raise ValueError(f"a ConvNeXt without {error.args[0]!r}") from None
 
 
-# Keys of open_clip's files that change a network in a way that ours does not know.
+# Keys of open_clip's files that change a network in unsupported ways.
 _STRANGE = re.compile(
     r"no_ln_pre|final_ln|pool_type|ls_init|attentional|proj_|(norm|act)_kwargs|embed_cls|eos_id|"
     r"hf_(model|pool|proj)"
@@ -320,10 +320,10 @@ _STRANGE = re.compile(
 def clip_config(
     weights: Weights, settings: Mapping[str, Any] | None = None, tower: Any = None
 ) -> TowersConfig:
-    """Sizes by the names of `CLIP`; heads and activation by the settings beside the weights.
+    """Sizes by the names of `CLIP`; heads and activation from the settings beside the weights.
 
-    Without settings heads are of 64 channels, and the activation is that of OpenAI's models.
-    `tower` is the configuration of a picture tower that is known.
+    Without settings heads have 64 channels, and the activation is that of OpenAI's models. `tower`
+    is the known configuration of a picture tower.
     """
     vision, text = below(weights, "vision."), below(weights, "text.")
     table = None if tower is not None else vision.get("attnpool.positional_embedding")
@@ -348,7 +348,7 @@ def clip_config(
 def _clip_settings(
     channels: int, settings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Heads and activations of both towers as transformers calls them; None by default."""
+    """Heads and activations of both towers in transformers' names; None by default."""
     settings, activation, causal = settings or {}, "quick_gelu", True
     heads: list[int | None] = [None, None]
     if "model_cfg" in settings:  # open_clip
@@ -367,12 +367,12 @@ def _clip_settings(
     return seen, read | {"causal": causal}
 
 
-# Numbers that OpenAI's archives carry along, and masks.
+# Further numbers in OpenAI's archives, and masks.
 _NO_CLIP_WEIGHTS = re.compile(
     r"(input_resolution|context_length|vocab_size|attn_mask|logit_bias|.*position_ids)$"
 )
 _OPENAI = (
-    # Of models with a separate text module.
+    # For models with a separate text module.
     (r"^text\.", ""),
     (r"^visual\.", "vision."),
     (r"^(transformer|ln_final)\.", r"text.\1."),
@@ -387,7 +387,7 @@ _OPENAI = (
     (r"\.mlp\.c_fc\.", ".up."),
     (r"\.mlp\.c_proj\.", ".down."),
 )
-# Of a vision transformer alone: a ResNet has other layers of these names.
+# Only for a vision transformer: a ResNet has other layers of these names.
 _OPENAI_VIT = (
     (r"^vision\.class_embedding$", "vision.class_token"),
     (r"^vision\.conv1\.", "vision.patch."),
@@ -403,7 +403,7 @@ def clip_names(weights: Weights) -> dict[str, np.ndarray]:
     if any(name.startswith("vision_model.") for name in weights):
         return _from_transformers(weights)
     rules = _OPENAI + (_OPENAI_VIT if "visual.class_embedding" in weights else ())
-    # These two are kept the other way round than the layers of torch.
+    # These two are stored transposed, unlike the layers of torch.
     turned = ("vision.projection.weight", "text.head.weight")
     return {k: v.T if k in turned else v for k, v in renamed(weights, rules).items()}
 

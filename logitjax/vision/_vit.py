@@ -72,7 +72,7 @@ class Rotary:
     across_first: bool = False
 
     def angles(self, rows: int, columns: int, width: int) -> np.ndarray:
-        """`[rows * columns, width]`, in float32."""
+        """Angles of all patches, float32 `[rows * columns, width]`."""
         sides = (
             self.start + (np.arange(n) + self.offset) * self.reach / n for n in (rows, columns)
         )
@@ -93,7 +93,7 @@ class ViTConfig:
             included in `patch_size`.
         registers: Number of tokens without a position after the class token.
         pre_norm: Whether a norm comes before the blocks, as in CLIP.
-        pooling: The feature: the output of the class token (`class`), the result of a learned probe
+        pooling: Source of the features: the class token (`class`), the result of a learned probe
             that attends to all patches (`probe`, as in SigLIP) or to the class token too
             (`probe_all`, as in PE), or the mean of the patches, after the last norm (`mean`) or
             before it (`mean_then_norm`).
@@ -163,7 +163,7 @@ def attend(
 
 
 def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
-    """Rotate the last tokens of `[batch, tokens, heads, width]`, which are patches, by these."""
+    """Rotate the patches, the last tokens of `[batch, tokens, heads, width]`, by these angles."""
     patches = x[:, -len(angles) :].astype(jnp.float32)
     first, second = jnp.split(patches, 2, -1)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # over heads
@@ -218,7 +218,7 @@ def _scaled(x: jax.Array, scale: Any) -> jax.Array:
 
 
 class _Probe(nnx.Module):
-    """A learned query attends to all patches; an MLP follows."""
+    """A learned query that attends to all patches, followed by an MLP."""
 
     def __init__(self, config: BlockConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.config = config
@@ -232,7 +232,7 @@ class _Probe(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
-        # The full projection of both: the query is one of 3 (N + 1) required rows.
+        # All of `qkv` is applied to both: the query is one of 3 (N + 1) required rows.
         q = jnp.split(self.qkv(probe), 3, -1)[0]
         _, k, v = jnp.split(self.qkv(x), 3, -1)
         x = self.out(attend(q, k, v, self.config.heads))[:, 0]
@@ -241,7 +241,7 @@ class _Probe(nnx.Module):
 
 
 class Projected(nnx.Module):
-    """A tower of pictures that a linear layer may project at its end; it has `hidden`."""
+    """A picture tower with a method `hidden` and possibly a linear projection at its end."""
 
     classifier_name = "fc"
     projection: Any
@@ -258,7 +258,7 @@ class Projected(nnx.Module):
         return None if self.projection is None else kernel_and_bias(self.projection)
 
     def hidden(self, images: Images) -> Features:
-        """float32 `[batch, hidden]`, the features before a projection."""
+        """The features before a projection, float32 `[batch, hidden]`."""
         raise NotImplementedError
 
 
@@ -340,7 +340,7 @@ class ViT(Projected):
             size = (rows * self.config.patch_size, columns * self.config.patch_size)
             raise ValueError(f"images: expected {expected} x {expected} pixels, got {size}")
         antialias = self.config.positions == "antialias"
-        # The class token's position is not in the picture.
+        # The class token has no place in the picture.
         first, rest = table[: -(grid**2)], table[-(grid**2) :].reshape(grid, grid, -1)
         down, across = (resize_matrix(grid, n, antialias=antialias) for n in (rows, columns))
         rest = jnp.einsum("ig,jh,ghd->ijd", down, across, rest, precision="highest")
@@ -357,7 +357,7 @@ def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
     wide = max(step, 1.0) if antialias else 1.0
     # torch's align_corners=False.
     centre = (np.arange(target) + 0.5) * step - 0.5
-    # Twice the kernel's reach beyond both edges, filled by repetition.
+    # Two more pixels beyond each edge, filled by repetition.
     places = np.arange(-2, source + 2) if not antialias else np.arange(source)
     x = np.abs(places - centre[:, None]) / wide
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -397,7 +397,7 @@ class StagesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """CLIP, or SigLIP of a fixed size; texts and pictures have equally many features.
+    """Sizes of CLIP, or SigLIP of a fixed size; texts and pictures have equally many features.
 
     `vision` is a `ViTConfig`, a `StagesConfig` or a `FastViTConfig`.
     """
@@ -410,7 +410,7 @@ class TowersConfig:
 
 
 class TextTower(nnx.Module):
-    """Texts to features: CLIP's at the end of a text or, with a bias, SigLIP's at the end of the
+    """Features of texts: CLIP's at the end of a text or, with a bias, SigLIP's at the end of the
     row."""
 
     def __init__(

@@ -61,12 +61,12 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
     for line in (
         "2 skipped because they cannot be read",
         "1 rotated by their EXIF tag",
-        "1 put on a white background because they are transparent",
+        "1 placed on a white background because they are transparent",
         "2 only the first of each is kept because their pixels are equal",
         "1 skipped because equal pixels occur in several classes",
-        "32 a class have the same pictures as 4.",
+        "32 a class use the same pictures as 4.",
         "Level with it on these pictures",
-        "By class, from the worst (at most 20):",
+        "By class, worst first (at most 20):",
         "most often taken for |",
         "| 4 a class | 12 (4 a class) | 9         | 3         |",
     ):
@@ -134,7 +134,7 @@ def test_a_folder_val_is_chosen_on_and_equal_pictures_are_not_tested_on(tmp_path
     alone = dataclasses.replace(config, data=f"folder:{tmp_path / 'train' / 'a'}")
     (tmp_path / "train" / "a" / "a").mkdir()
     (tmp_path / "train" / "a" / "1.png").rename(tmp_path / "train" / "a" / "a" / "1.png")
-    with pytest.raises(ValueError, match="data: expected two classes or more, got 'a' alone"):
+    with pytest.raises(ValueError, match="data: expected at least two classes, got only 'a'"):
         command._survey(alone, encoder)
 
 

@@ -207,7 +207,7 @@ def test_heads_that_are_damaged_or_missing_are_refused(tmp_path):
     record = storage.read_json(path)
     for change, message in [
         ({"kind": "other"}, "kind: expected 'few-shot head'"),
-        ({"method": {"name": "os", "settings": {}}}, "method: expected one that is known"),
+        ({"method": {"name": "os", "settings": {}}}, "method: expected a known one"),
         ({"class_names": ["0"]}, "a column for each of 1 classes"),
     ]:
         path.write_text(json.dumps(record | change))

@@ -44,7 +44,7 @@ def test_embeddings_and_probabilities_of_zero_shot_and_search_are_those_of_trans
     out = epath.Path(tmp_path) / "out"
     # As the flag has them.
     asked = zero_shot.Config(**given, classes=(", ".join(CLASSES),), prompts=(PROMPT,))
-    with pytest.raises(ValueError, match="classes: expected two names or more, got 'cat'"):
+    with pytest.raises(ValueError, match="classes: expected at least two names, got 'cat'"):
         dataclasses.replace(asked, classes=("cat",))
     zero_shot.run(asked, out)
     ((head, encoded),) = seen
