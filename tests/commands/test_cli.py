@@ -9,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 
 import jax
 import pytest
 from absl import flags
 from etils import epath
+from jax._src import compilation_cache
 
 from logitjax import models, training
 from logitjax.commands import _config_file, _flags, audit, cache_logits, cli, distill
@@ -442,6 +444,11 @@ def test_compiled_programs_lie_in_the_store_of_the_run_unless_they_have_a_place(
         jax.config.update("jax_compilation_cache_dir", before)
     home = os.path.expanduser("~/.cache/logitjax/compiled")
     assert caches == ["gs://bucket/run/.compiled", "elsewhere", home, "elsewhere"]
+    # A program with a flipped bit gave other numbers, or crashed.
+    stored = bytearray(compilation_cache.compress_executable(bytes(range(256)) * 9))
+    stored[len(stored) // 2] ^= 4
+    with pytest.raises(zlib.error):
+        compilation_cache.decompress_executable(bytes(stored))
 
 
 @pytest.mark.usefixtures("ended")
