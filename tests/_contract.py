@@ -682,7 +682,7 @@ ELSEWHERE = {
         storage.RowCache storage.ShardReader storage.digest storage.write_shards
         storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
         storage.option storage.progress storage.read_head storage.write_atomic storage.write_head
-        storage.kept storage.write_json
+        storage.kept
         leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.recover_log_probs
         fusion.vocabulary_map""",

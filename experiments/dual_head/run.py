@@ -37,7 +37,7 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
     else:
         lanes, record = fit(teaching, workdir / "teacher", seed=0)
     result = workdir / "teacher" / "result.json"
-    processes.run_on_first("teacher", lambda: storage.write_json(result, record))
+    processes.run_on_first("teacher", lambda: storage.kept(result, lambda: record))
     teacher = make_teacher(teaching.trainer, lanes, placed)
     logging.info("teacher %s: test accuracy %.4f", config.teacher, record["test"][0])
     results: dict[str, Any] = {"teacher": record, "arms": {}}

@@ -38,7 +38,7 @@ from etils import epath
 
 from logitjax import data, few_shot, processes, storage, vision
 from logitjax.commands.cli import field
-from logitjax.commands.few_shot_report import cell, columns, mistakes, report
+from logitjax.commands.few_shot_report import advised, cell, columns, mistakes, report
 from logitjax.commands.pictures import Encoders, describe
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
@@ -188,9 +188,7 @@ class Problem:
         numbers = range(self.config.samples)
         samples = [self.sample(shots, number) for number in numbers]
         # Fewer shots leave more pictures to test on.
-        room = dataclasses.replace(
-            self.sample(max(self.config.shots), 0), rest=self.sample(1, 0).rest
-        )
+        room = dataclasses.replace(self.first, rest=self.sample(1, 0).rest)
         task, held_out = self.pictures.stack(
             samples, room=room, validation=self.validation, test=self.test
         )
@@ -271,26 +269,12 @@ def _run(problem: Problem, out: epath.Path) -> None:
                 base = str(problem.config.encoder)
                 problem.encoder.save_changes(directory / "encoder", base=base)
             problem.head(candidate, records[name][most]["chosen"]).save(directory)
-    advice = _advice({name: records[name][most]["credit"] for name in chosen})
+    advice = advised({name: records[name][most]["credit"] for name in chosen})
     heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
     mistakes(problem, heads[advice[0]], out / "mistakes.html")
     text = report(problem, chosen, records, left_out, heads, advice)
     storage.write_atomic(out / "report.md", text)
     print(text)
-
-
-def _advice(credit: Mapping[str, Any]) -> tuple[str, str]:
-    """The recommended method, and the reason."""
-    judged = {name: list(map(np.asarray, samples)) for name, samples in credit.items() if samples}
-    if not judged:
-        # Nothing can choose among the methods: the first is shown.
-        return next(iter(credit)), "the first, because nothing was held out to choose among them"
-    name, accuracy, low, high = few_shot.recommend(judged)
-    return name, (
-        "recommended: on the pictures to choose on it is right most often and most sure of the "
-        f"classes. On pictures not used to choose, such a choice is right in {100 * accuracy:.1f} "
-        f"% [{100 * low:.1f}, {100 * high:.1f}]"
-    )
 
 
 def _read(config: Config) -> Problem:
@@ -387,47 +371,17 @@ def _encode(config: Config, out: epath.Path) -> Problem:
 
 def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epath.Path) -> str:
     """Train the towers on the first sample, unless `out` has them; return a note for the report."""
-    first = encoders.first
     # Samples depend only on the labels.
-    blank: dict[str, Any] = {
-        part: few_shot.Pictures(
-            features=np.ones((len(rows), 1)),
-            labels=images.labels[rows],
-            class_weights=np.ones((1, len(images.class_names))),
-        )
-        for part, (_, images, rows) in parts.items()
-    }
-    problem = Problem(config=config, **blank)
+    blank: dict[str, Any] = {}
+    for part, (_, images, rows) in parts.items():
+        ones = np.ones((len(rows), 1)), np.ones((1, len(images.class_names)))
+        same: Any = dict(features=ones[0], class_weights=ones[1])
+        blank[part] = few_shot.Pictures(labels=images.labels[rows], **same)
     _, images, rows = parts["pictures"]
-    chosen = rows[problem.first.train]
-    names, (shots,) = _words(images.class_names), config.shots
-    learn, kind = ("lora", "clip_lora") if config.towers == "lora" else ("norms", "two_stage_norms")
-    made_of = {
-        "encoder": first.fingerprint,
-        "pictures": storage.digest(images.fingerprint, chosen, length=12),
-        **{name: getattr(config, name) for name in ("towers", "views", "fit", "seed")},
-        "shots": shots,
-        "prompt": config.prompts[0],
-    }
-    manifest = storage.Manifest(out, "tuned towers")
-    with processes.first_before_others("tuned towers"):
-        if manifest.exists():
-            manifest.check(made_of)
-        else:
-            views = data.ImageViews.of(first, config.views, fit=config.fit, seed=config.seed)
-            seen = [views(images[row][0], row=row) for row in chosen.tolist()]
-            tuned = few_shot.tune_towers(
-                first,
-                np.stack(seen, 1).reshape(-1, *seen[0].shape[1:]),
-                images.labels[chosen],
-                first.tokenize([config.prompts[0].format(name) for name in names]),
-                learn=learn,
-                recipe=few_shot.Recipe.published(kind, shots=shots),
-                seed=config.seed,
-            )
-            tuned.save_changes(out, base=str(config.encoder))
-            manifest.write(made_of)
-    encoders.tuned(out)
+    chosen = rows[Problem(config=config, **blank).first.train]
+    texts = [config.prompts[0].format(name) for name in _words(images.class_names)]
+    how: dict[str, Any] = dict(learn=config.towers, shots=config.shots[0], views=config.views)
+    encoders.tune(images, chosen, texts, out, seed=config.seed, **how)
     return f"The towers ({config.towers}) learned from the {len(chosen)} pictures of the sample."
 
 

@@ -50,6 +50,20 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
     return names, rows, merged
 
 
+def advised(credit: Mapping[str, Any]) -> tuple[str, str]:
+    """The recommended method, and the reason."""
+    judged = {name: list(map(np.asarray, samples)) for name, samples in credit.items() if samples}
+    if not judged:
+        # Nothing can choose among the methods: the first is shown.
+        return next(iter(credit)), "the first, because nothing was held out to choose among them"
+    name, accuracy, low, high = few_shot.recommend(judged)
+    return name, (
+        "recommended: on the pictures to choose on it is right most often and most sure of the "
+        f"classes. On pictures not used to choose, such a choice is right in {100 * accuracy:.1f} "
+        f"% [{100 * low:.1f}, {100 * high:.1f}]"
+    )
+
+
 def report(
     problem: "Problem",
     chosen: Mapping[str, few_shot.Candidate],

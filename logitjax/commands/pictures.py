@@ -65,9 +65,37 @@ class Encoders:
         self._loaded += map(vision.load_encoder, specs[1:])
         self.first = self._loaded[0]
 
-    def tuned(self, directory: epath.Path) -> None:
-        """Replace the first encoder by the tuned one in a directory."""
-        encoder = vision.load_encoder(str(directory), base=self.specs[0])
+    def tune(
+        self,
+        images: data.ImageSet,
+        rows: np.ndarray,
+        texts: Sequence[str],
+        out: epath.Path,
+        *,
+        learn: Any,
+        shots: int,
+        views: str,
+        seed: int,
+    ) -> None:
+        """Train the first encoder's towers on these pictures, unless `out` has them; use those."""
+        made_of: dict[str, Any] = dict(towers=learn, shots=shots, views=views, seed=seed)
+        made_of |= dict(encoder=self.first.fingerprint, fit=self._fit, texts=list(texts))
+        made_of["pictures"] = storage.digest(images.fingerprint, rows, length=12)
+        kind = {"lora": "clip_lora", "norms": "two_stage_norms"}[learn]
+        manifest = storage.Manifest(out, "tuned towers")
+        with processes.first_before_others("tuned towers"):
+            if manifest.exists():
+                manifest.check(made_of)
+            else:
+                shown = data.ImageViews.of(self.first, views, fit=self._fit, seed=seed)
+                seen = [shown(images[row][0], row=row) for row in rows.tolist()]
+                pixels = np.stack(seen, 1).reshape(-1, *seen[0].shape[1:])
+                learned = (self.first, pixels, images.labels[rows], self.first.tokenize(texts))
+                recipe = few_shot.Recipe.published(kind, shots=shots)
+                encoder = few_shot.tune_towers(*learned, learn=learn, recipe=recipe, seed=seed)
+                encoder.save_changes(out, base=self.specs[0])
+                manifest.write(made_of)
+        encoder = vision.load_encoder(str(out), base=self.specs[0])
         encoder.tokenizer = self.first.tokenizer
         self.first = self._loaded[0] = encoder
         self.specs = [f"{self.specs[0]} tuned", *self.specs[1:]]

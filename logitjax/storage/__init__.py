@@ -19,7 +19,6 @@ from logitjax.storage._digest import digest as digest
 from logitjax.storage._failures import may_pass as may_pass
 from logitjax.storage._files import kept as kept
 from logitjax.storage._files import write_atomic as write_atomic
-from logitjax.storage._files import write_json as write_json
 from logitjax.storage._guard import read_json as read_json
 from logitjax.storage._heads import read_head as read_head
 from logitjax.storage._heads import write_head as write_head
