@@ -659,7 +659,8 @@ ELSEWHERE = {
         distillation.train_student
         distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
-        unlearning.judge unlearning.relearning
+        unlearning.judge unlearning.relearning unlearning.membership_auc
+        unlearning.exact_memorisation unlearning.extraction_strength
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from experiments.forgetting import tofu
 from experiments.forgetting.config import Config
 from experiments.forgetting.facts import facts
 from logitjax import unlearning
-from logitjax.unlearning import Row, tofu
+from logitjax.unlearning import Row
 
 # Rows of the parts of TOFU that are tested repeatedly, spread over all authors; and wrong answers
 # of an item, of its five.

@@ -1,9 +1,9 @@
-"""Making a model forget, and measuring whether it has: methods, assistants, TOFU.
+"""Making a model forget, and measuring whether it has: methods, assistants, verdicts.
 
 `METHODS` has the methods by name, each a `Method`: a frozen dataclass that declares its readings of
 a batch and its loss. Most train a model's own weights. The default trains an `Assistant`, whose
 logits are subtracted during decoding (`Assistant.beside`). `Unlearning` runs either on your own
-rows, and chooses without a retrained model. ``unlearning.tofu`` is the benchmark.
+rows, and chooses without a retrained model.
 """
 
 from logitjax.unlearning._method import Method as Method
@@ -18,7 +18,9 @@ from logitjax.unlearning._unlearn_config import UnlearnConfig as UnlearnConfig
 from logitjax.unlearning._verdict import judge as judge
 from logitjax.unlearning.assistant._assistant import Assistant as Assistant
 from logitjax.unlearning.assistant._deployed import Deployed as Deployed
-from logitjax.unlearning.measures import tofu as tofu
 from logitjax.unlearning.measures._examine import examine as examine
+from logitjax.unlearning.measures._membership import exact_memorisation as exact_memorisation
+from logitjax.unlearning.measures._membership import extraction_strength as extraction_strength
+from logitjax.unlearning.measures._membership import membership_auc as membership_auc
 from logitjax.unlearning.measures._relearn import relearning as relearning
 from logitjax.unlearning.methods import METHODS as METHODS

@@ -10,16 +10,10 @@ import pytest
 from hypothesis import strategies as st
 from scipy import stats
 
-from logitjax.evaluation import rouge
-from logitjax.unlearning import tofu
-from logitjax.unlearning.measures._forget_quality import forget_quality
-from logitjax.unlearning.measures._membership import (
-    exact_memorisation,
-    extraction_strength,
-    membership_auc,
-    privleak,
-)
-from logitjax.unlearning.measures._truth_ratio import (
+from experiments.forgetting import tofu
+from experiments.forgetting.tofu._forget_quality import forget_quality
+from experiments.forgetting.tofu._metrics import privleak
+from experiments.forgetting.tofu._truth_ratio import (
     answer_probability,
     log_truth_ratio,
     model_utility,
@@ -27,6 +21,12 @@ from logitjax.unlearning.measures._truth_ratio import (
     truth_ratio,
     truth_ratio_forget,
     truth_ratio_utility,
+)
+from logitjax.evaluation import rouge
+from logitjax.unlearning.measures._membership import (
+    exact_memorisation,
+    extraction_strength,
+    membership_auc,
 )
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

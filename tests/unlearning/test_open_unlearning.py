@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from logitjax.models import load_model, with_layout
-from logitjax.unlearning import Deployed, tofu
-from logitjax.unlearning.measures._forget_quality import forget_quality
-from logitjax.unlearning.measures._membership import (
-    detection_rate,
-    exact_memorisation,
-    extraction_strength,
-    membership_auc,
-    min_k,
-    privleak,
-    zlib_loss,
-)
-from logitjax.unlearning.measures._truth_ratio import (
+from experiments.forgetting import tofu
+from experiments.forgetting.tofu._forget_quality import forget_quality
+from experiments.forgetting.tofu._metrics import privleak
+from experiments.forgetting.tofu._truth_ratio import (
     answer_probability,
     log_truth_ratio,
     normalised_probability,
@@ -28,6 +19,16 @@ from logitjax.unlearning.measures._truth_ratio import (
     truth_ratio,
     truth_ratio_forget,
     truth_ratio_utility,
+)
+from logitjax.models import load_model, with_layout
+from logitjax.unlearning import Deployed
+from logitjax.unlearning.measures._membership import (
+    detection_rate,
+    exact_memorisation,
+    extraction_strength,
+    membership_auc,
+    min_k,
+    zlib_loss,
 )
 
 RNG = np.random.default_rng(0)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.forgetting import tofu
 from logitjax.evaluation import PromptTemplate, score_rows
-from logitjax.unlearning import tofu
 from tests._nll import nll_from_apply
 from tests.data._tokenizers import ByteTokenizer
 from tests.unlearning.test_tofu_data import FILES

@@ -6,8 +6,8 @@ import pathlib
 import pytest
 from etils import epath
 
+from experiments.forgetting import tofu
 from logitjax import storage
-from logitjax.unlearning import tofu
 
 FILES = pathlib.Path(__file__).parent / "tofu"
 

@@ -39,19 +39,6 @@ def min_k(nll: Any, *, k: float = 0.4) -> float:
     return float(np.sort(nll)[-max(1, int(k * len(nll))) :].mean())
 
 
-def privleak(auc: float, reference_auc: float = 0.5) -> float:
-    """The distance of an attack's success from that on a retrained model, in percent.
-
-    100 ((1 - auc) - (1 - ref)) / (1 - ref): 0 is ideal; below it texts still look known, above it
-    deliberately forgotten. As in MUSE (arXiv 2407.06460) and OpenUnlearning (with 1e-10 added to
-    the denominator).
-    """
-    for name, value in (("auc", auc), ("reference_auc", reference_auc)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
-    return 100.0 * (reference_auc - auc) / (1.0 - reference_auc + 1e-10)
-
-
 def zlib_loss(nll: Any, text: str) -> float:
     """Sum of a text's losses divided by its compressed size in bytes.
 

@@ -30,10 +30,10 @@ The truth ratio has two published forms (``geometric``, the default, and ``arith
 by .04 in model utility: say which one a number has.
 """
 
-from logitjax.unlearning.measures._evaluate_tofu import evaluate as evaluate
-from logitjax.unlearning.measures._tofu import Item as Item
-from logitjax.unlearning.measures._tofu import Subset as Subset
-from logitjax.unlearning.measures._tofu import load as load
-from logitjax.unlearning.measures._tofu import subset as subset
-from logitjax.unlearning.measures._tofu_metrics import Evaluation as Evaluation
-from logitjax.unlearning.measures._tofu_metrics import metrics_from_logs as metrics_from_logs
+from experiments.forgetting.tofu._data import Item as Item
+from experiments.forgetting.tofu._data import Subset as Subset
+from experiments.forgetting.tofu._data import load as load
+from experiments.forgetting.tofu._data import subset as subset
+from experiments.forgetting.tofu._evaluate import evaluate as evaluate
+from experiments.forgetting.tofu._metrics import Evaluation as Evaluation
+from experiments.forgetting.tofu._metrics import metrics_from_logs as metrics_from_logs

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.unlearning.measures._forget_quality import ForgetQuality, forget_quality
-from logitjax.unlearning.measures._membership import membership_auc, privleak
-from logitjax.unlearning.measures._tofu_logs import Log, column, items_of, read_logs
-from logitjax.unlearning.measures._truth_ratio import (
+from experiments.forgetting.tofu._forget_quality import ForgetQuality, forget_quality
+from experiments.forgetting.tofu._logs import Log, column, items_of, read_logs
+from experiments.forgetting.tofu._truth_ratio import (
     UTILITY_PARTS,
     UTILITY_SETS,
     Form,
@@ -22,6 +21,7 @@ from logitjax.unlearning.measures._truth_ratio import (
     truth_ratio_forget,
     truth_ratio_utility,
 )
+from logitjax.unlearning import membership_auc
 
 # Sets whose answers TOFU compares with wrong ones.
 _OPTIONS = ("real_authors", "world_facts")
@@ -277,3 +277,16 @@ def _membership(logs: Mapping[str, Log], reference: Mapping[str, Log]) -> Member
         return None
     base = 0.5 if aucs[1] is None else aucs[1]
     return Membership(auc=aucs[0], reference_auc=base, privleak=privleak(aucs[0], base))
+
+
+def privleak(auc: float, reference_auc: float = 0.5) -> float:
+    """The distance of an attack's success from that on a retrained model, in percent.
+
+    100 ((1 - auc) - (1 - ref)) / (1 - ref): 0 is ideal; below it texts still look known, above it
+    deliberately forgotten. As in MUSE (arXiv 2407.06460) and OpenUnlearning (with 1e-10 added to
+    the denominator).
+    """
+    for name, value in (("auc", auc), ("reference_auc", reference_auc)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+    return 100.0 * (reference_auc - auc) / (1.0 - reference_auc + 1e-10)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.forgetting.tofu._data import Item
+from experiments.forgetting.tofu._logs import plain
+from experiments.forgetting.tofu._metrics import Evaluation, metrics_from_logs
+from experiments.forgetting.tofu._truth_ratio import Form, normalised_probability, truth_ratio
 from logitjax.data import TokenizerLike
 from logitjax.evaluation import NllFn, PromptTemplate, rouge, score_rows
-from logitjax.unlearning.measures._membership import exact_memorisation, extraction_strength
-from logitjax.unlearning.measures._tofu import Item
-from logitjax.unlearning.measures._tofu_logs import plain
-from logitjax.unlearning.measures._tofu_metrics import Evaluation, metrics_from_logs
-from logitjax.unlearning.measures._truth_ratio import Form, normalised_probability, truth_ratio
+from logitjax.unlearning import exact_memorisation, extraction_strength
 
 # (prompts, most new tokens) -> the continuation of each prompt.
 GenerateFn = Callable[[list[np.ndarray], int], Sequence[Any]]
