@@ -12,7 +12,7 @@ from experiments.forgetting import tofu
 from logitjax.evaluation import PromptTemplate, score_rows
 from tests._nll import nll_from_apply
 from tests.data._tokenizers import ByteTokenizer
-from tests.unlearning.test_tofu_data import FILES
+from tests.experiments.test_tofu_data import FILES
 
 TEMPLATE = PromptTemplate(before="Q: ", after="\nA: ")
 VOCAB = ByteTokenizer.vocab_size
