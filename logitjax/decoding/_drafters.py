@@ -90,7 +90,7 @@ class Beside:
             last = self.plan.vocab_size - 1
             ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
         else:
-            ids = _Ids(lambda x: mapping.to_small(x, 0), mapping.to_large)
+            ids = _Ids(mapping.to_small, mapping.to_large)
 
         def num_read(read: jax.Array) -> jax.Array:
             # As far as the text it read still matches, despite later changes of drafts and slots.

@@ -75,7 +75,7 @@ class Plan:
         """Tokens of the large model as each stream reads them."""
         if self.token_map is None:
             return [tokens] * self.streams
-        small = self.token_map.to_small(tokens, 0)
+        small = self.token_map.to_small(tokens)
         return [tokens, *[small] * (self.streams - 1)]
 
     @property

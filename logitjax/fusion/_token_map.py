@@ -11,12 +11,17 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.ops import Array, AxisName, checks, log_softmax
 
-# Text that tokenizers often split differently: spaces, digits, case, accents, code, emoji.
+# Text that tokenizers often split or normalise differently: spaces, digits, case, accents, code,
+# emoji; compatibility characters, which NFKC replaces, and ends of lines. Not combining accents:
+# Qwen's tokenizer joins them, the same in tiktoken leaves that to its caller.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  Two spaces, a\ttab\nand a line; 3.14159 and 2,024 are numbers, and so is 1000000.",
     "It's the student's don't-care ANTIDISESTABLISHMENTARIANISM, naïve café Ærøskøbing.",
     "for (int i = 0; i < n; ++i) { sum += x[i] * y[i]; }  # 注释 コメント 🙂",
+    "ﬁne ① Ａ½ x² ™\u00a0…",
+    "one\r\ntwo\rthree\n\n\nfour \n",
+    " lead and trail ",
 )
 _LEAST_OVERLAP = 0.9
 _LEAST_ORDER = 0.99
@@ -26,10 +31,15 @@ _NOWHERE = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """The small vocabulary's token for each of a large one, -1 for none; hashable."""
+    """The small vocabulary's token for each of a large one, -1 for none; hashable.
+
+    `stand_ins` are what the small model reads in place of tokens that it lacks, int32 `[large]`; by
+    default its token 0.
+    """
 
     small_ids: np.ndarray
     small_size: int
+    stand_ins: Any = None
 
     def __post_init__(self) -> None:
         ids = np.array(self.small_ids, np.int32)
@@ -38,18 +48,21 @@ class TokenMap:
                 f"small_ids: expected one id below {self.small_size} (or -1) a token, got shape "
                 f"{ids.shape} with values up to {ids.max(initial=-1)}"
             )
-        # Its hash depends on its numbers, which must then not change.
-        ids.setflags(write=False)
-        object.__setattr__(self, "small_ids", ids)
+        instead = np.zeros_like(ids) if self.stand_ins is None else np.array(self.stand_ins)
+        read = np.where(ids < 0, instead, ids).astype(np.int32)
+        for name, value in (("small_ids", ids), ("stand_ins", read)):
+            # Its hash depends on its numbers, which must then not change.
+            value.setflags(write=False)
+            object.__setattr__(self, name, value)
+
+    def _key(self) -> tuple[bytes, bytes, int]:
+        return self.small_ids.tobytes(), self.stand_ins.tobytes(), self.small_size
 
     def __hash__(self) -> int:
-        return hash((self.small_ids.tobytes(), self.small_size))
+        return hash(self._key())
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TokenMap):
-            return NotImplemented
-        same = self.small_size == other.small_size
-        return same and np.array_equal(self.small_ids, other.small_ids)
+        return self._key() == other._key() if isinstance(other, TokenMap) else NotImplemented
 
     @property
     def large_size(self) -> int:
@@ -66,12 +79,11 @@ class TokenMap:
         same = np.array_equal(self.small_ids, np.arange(self.large_size))
         return same and self.large_size == self.small_size
 
-    def to_small(self, tokens: Int[Array, "*batch"], unknown: int) -> Int[Array, "*batch"]:
-        """The small model's ids of the large model's tokens, `unknown` for missing ones."""
+    def to_small(self, tokens: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+        """The small model's ids of the large model's tokens, or what stands in for them."""
         # Prompts are mapped on the host: on the device, each length would need its own programs.
         xp = np if isinstance(tokens, np.ndarray) else jnp
-        ids = xp.asarray(self.small_ids)[tokens]
-        return xp.where(ids < 0, unknown, ids)
+        return xp.asarray(self.stand_ins)[tokens]
 
     def to_large(
         self,
@@ -179,11 +191,13 @@ def vocabulary_map(
 
     Fusing next-token distributions makes sense only if both models split text into the same tokens.
     With tokenizers, `probes` test this. Plain vocabularies can be judged only by their spelling and
-    numbering: tokenizers that were derived from one another keep the order of ids.
+    numbering: tokenizers that were derived from one another keep the order of ids. A model that
+    lacks a token reads the longest ending of it that it knows.
 
     Args:
         large, small: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
-            mapping from token to id, or the tokens in the order of their ids.
+            `tiktoken.Encoding`, a mapping from token to id, or the tokens in the order of their
+            ids. Tokens are strings or bytes; beside bytes, a tokenizer has `token_bytes`.
         probes: texts that both tokenizers must split alike.
         least_overlap: share of the small vocabulary that must be in the large one.
 
@@ -197,6 +211,8 @@ def vocabulary_map(
     ValueError: these are different tokenizers: 0 of the small vocabulary's 2 tokens are in ...
     """
     large_vocab, small_vocab = _vocabulary(large, "large"), _vocabulary(small, "small")
+    if any(isinstance(next(iter(v)), bytes) for v in (large_vocab, small_vocab)):
+        large_vocab, small_vocab = _in_bytes(large, large_vocab), _in_bytes(small, small_vocab)
     large_size, small_size = (max(v.values()) + 1 for v in (large_vocab, small_vocab))
     ids = np.full(large_size, -1, np.int32)
     common = [token for token in small_vocab if token in large_vocab]
@@ -222,7 +238,12 @@ def vocabulary_map(
                 f"{_ADVICE}; if it is the same one, hand in the tokenizers instead of their "
                 "vocabularies"
             )
-    return TokenMap(ids, small_size)
+    stand_ins = np.zeros_like(ids)
+    for token in large_vocab.keys() - small_vocab.keys():
+        endings = (token[start:] for start in range(1, len(token)))
+        known = next((small_vocab[text] for text in endings if text in small_vocab), 0)
+        stand_ins[large_vocab[token]] = known
+    return TokenMap(ids, small_size, stand_ins)
 
 
 _ADVICE = (
@@ -231,10 +252,12 @@ _ADVICE = (
 )
 
 
-def _vocabulary(source: Any, name: str) -> Mapping[str, int]:
+def _vocabulary(source: Any, name: str) -> Mapping[Any, int]:
     holder = getattr(source, "backend", source)
     if hasattr(holder, "get_vocab"):
         source = holder.get_vocab()
+    elif hasattr(holder, "token_byte_values"):  # of tiktoken
+        return {text: holder.encode_single_token(text) for text in holder.token_byte_values()}
     if isinstance(source, Mapping):
         vocabulary = dict(source)
     elif isinstance(source, Sequence) and not isinstance(source, str):
@@ -247,6 +270,15 @@ def _vocabulary(source: Any, name: str) -> Mapping[str, int]:
     if not vocabulary:
         raise ValueError(f"{name}: the vocabulary is empty")
     return vocabulary
+
+
+def _in_bytes(source: Any, vocabulary: Mapping[Any, int]) -> Mapping[bytes, int]:
+    """A vocabulary spelled in bytes, without special tokens."""
+    if isinstance(next(iter(vocabulary)), bytes):
+        return vocabulary
+    if not hasattr(source, "token_bytes"):
+        raise TypeError("large, small: expected a tokenizer beside a vocabulary in bytes")
+    return {text: id_ for id_, text in enumerate(source.token_bytes()) if text}
 
 
 def _encoder(source: Any) -> Callable[[str], list[int]] | None:

@@ -112,3 +112,30 @@ def test_models_of_other_tokens_write_together():
         ValueError, match="text: expected bytes that tokens can spell, got b'ababc'"
     ):
         alone[0].feed(b"c")
+
+
+def test_the_union_of_the_likeliest_tokens():
+    """By hand: after the end, mine likes ab (.6) and a (.3), the other b (.5) and a (.4)."""
+    mine, other = np.full((6, 6), -20.0), np.full((6, 6), -20.0)
+    letters = ["</s>", "b", "a", "aa", "bb", "bab"]
+    mine[:, [2, 0, 5]], other[:, [1, 2, 0]] = np.log([0.6, 0.3, 0.1]), np.log([0.5, 0.4, 0.1])
+    pairs = (markov(mine), tokenizer(TEXTS)), (markov(other), tokenizer(letters))
+
+    def after_ab(table, end):
+        # Then both want to stop.
+        table[[1, 2]] = np.where(np.arange(6) == end, 0, -20.0)
+
+    after_ab(mine, 5), after_ab(other, 0)
+    both = ByteEnsemble(
+        (markov(mine), tokenizer(TEXTS)), experts=[(markov(other), tokenizer(letters))]
+    )
+    # Union of two each: ab, a, b. Mine: ab .6, a .3, b 0: shares 2/3, 1/3, 0. The other spells ab
+    # by a first: .4, .4, .5: shares 4/13, 4/13, 5/13. Means .487, .321, .192.
+    assert both.generate_union("", max_tokens=1, top=2) == "ab"
+    assert both.generate_union("", max_tokens=5, top=2) == "ab"
+    alone = ByteEnsemble(pairs[1])
+    assert alone.generate_union("", max_tokens=1, top=2) == "b"
+    proxy = ByteEnsemble(
+        pairs[0], experts=pairs[1:], bases=pairs[:1], fuse=fusion.ProxyTuning(alpha=1.0)
+    )
+    assert proxy.generate_union("", max_tokens=1, top=2) == "b"

@@ -1,5 +1,7 @@
 """Vocabularies that are padded, extended, renumbered; and those of other tokenizers."""
 
+import unicodedata
+
 import jax
 import numpy as np
 import pytest
@@ -32,7 +34,10 @@ def test_added_tokens_map_to_nothing():
     np.testing.assert_array_equal(mapping.small_ids[:size], np.arange(size))
     assert mapping.small_ids[size:].tolist() == [size, -1]
     assert not mapping.is_identity
-    np.testing.assert_array_equal(mapping.to_small(np.array([5, size + 1]), unknown=0), [5, 0])
+    # The ending of "<b>" that the small vocabulary has.
+    np.testing.assert_array_equal(
+        mapping.to_small(np.array([5, size + 1])), [5, mapping.small_ids[ord(">") - ord("!")]]
+    )
     assert vocabulary_map(byte_pairs(MERGES), byte_pairs(MERGES)).is_identity
 
 
@@ -61,6 +66,51 @@ def test_renumbered_tokenizers_are_the_same_tokenizer():
 
     mapping = vocabulary_map(ours, Renumbered())
     np.testing.assert_array_equal(mapping.small_ids, 255 - np.arange(256))
+
+
+@pytest.mark.parametrize("change", ["NFKC", "\r\n", "rstrip"])
+def test_tokenizers_that_change_text_are_not_the_same(change):
+    ours = byte_pairs([])
+
+    class Changing:
+        def get_vocab(self):
+            return ours.backend.get_vocab()
+
+        def encode(self, text):
+            if change == "\r\n":
+                text = text.replace(change, "\n")
+            else:
+                text = text.rstrip() if change == "rstrip" else unicodedata.normalize(change, text)
+            return ours.encode(text)
+
+    for pair in ((ours, Changing()), (Changing(), ours)):
+        with pytest.raises(ValueError, match="different tokenizers: they cut"):
+            vocabulary_map(*pair)
+
+
+def test_the_same_tokenizer_spelled_in_bytes():
+    ours = byte_pairs(MERGES, ["<a>"])
+    ranks = {text: i for i, text in enumerate(reversed(ours.token_bytes())) if text}
+
+    class Encoding:
+        """As of tiktoken."""
+
+        def token_byte_values(self):
+            return sorted(ranks)
+
+        def encode_single_token(self, text):
+            return ranks[text]
+
+        def encode(self, text):
+            return [ranks[ours.token_bytes()[i]] for i in ours.encode(text)]
+
+    expected = [ranks.get(text, -1) for text in ours.token_bytes()][: 256 + len(MERGES)]
+    mapping = vocabulary_map(ours, Encoding())
+    assert mapping.small_ids.tolist() == expected
+    plain = dict(zip(filter(None, ours.token_bytes()), range(len(expected))))
+    assert vocabulary_map(plain, ours).small_ids.tolist() == list(range(len(expected)))
+    with pytest.raises(TypeError, match="expected a tokenizer beside a vocabulary in bytes"):
+        vocabulary_map(ranks, ["a", "b"])
 
 
 def test_fusion_on_the_overlap():
