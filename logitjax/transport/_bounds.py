@@ -16,17 +16,8 @@ import optax
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.transport._graph import (
-    Graph,
-    RoundedMatrix,
-    RowStatistics,
-    check_power,
-    check_weights,
-    node_weights,
-    num_nodes,
-    rounded,
-    row_statistics,
-)
+from logitjax.transport import _graph as graphs
+from logitjax.transport._graph import Graph, RoundedMatrix, RowStatistics, num_nodes
 from logitjax.transport._rounding import (
     UNDERFLOW,
     Order,
@@ -72,7 +63,7 @@ def first_lower_bound(
     References:
         Memoli (2011), definition 6.1; InfiGFusion (arXiv 2505.13893) prints it as the distance.
     """
-    check_power(p)
+    graphs.check_power(p)
     local, other, a, b = _statistics(c, d, c_weights, d_weights)
     least = _least(local, other, "mean", (c_weights, d_weights), (a, b), p)
     return lowered(least, p=p, root=_formed(c) + _formed(d))
@@ -142,8 +133,8 @@ def third_lower_bound(
     Equal sizes without weights: exact, by the Hungarian algorithm; else its dual is ascended. The
     value of any dual solution is a lower bound. The gradient is that at the matching found.
     """
-    c, d = rounded(c, c_weights), rounded(d, d_weights)
-    a, b = node_weights(c, c_weights), node_weights(d, d_weights)
+    c, d = graphs.rounded(c, c_weights), graphs.rounded(d, d_weights)
+    a, b = graphs.node_weights(c, c_weights), graphs.node_weights(d, d_weights)
     x, y, root, n = c.matrix, d.matrix, c.error + d.error, len(a)
     if n == len(b) and c_weights is None and d_weights is None:
         x, y = jnp.sort(x, axis=1), jnp.sort(y, axis=1)
@@ -225,11 +216,11 @@ def dual_value(
 
 
 def _statistics(c: Graph, d: Graph, c_weights: Weights, d_weights: Weights) -> tuple[Any, ...]:
-    check_weights("c_weights", c_weights, num_nodes(c))
-    check_weights("d_weights", d_weights, num_nodes(d))
+    graphs.check_weights("c_weights", c_weights, num_nodes(c))
+    graphs.check_weights("d_weights", d_weights, num_nodes(d))
     return (
-        *(row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
-        *(node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
+        *(graphs.row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
+        *(graphs.node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
     )
 
 

@@ -11,17 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from logitjax.transport import _graph as graphs
 from logitjax.transport._bounds import check_equal_sizes, least_assignment, row_costs
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    RoundedMatrix,
-    dense_matrix,
-    diagonal,
-    num_nodes,
-    rounded,
-    row_statistics,
-)
+from logitjax.transport._graph import FactoredGraph, Graph, RoundedMatrix
 from logitjax.transport._rounding import (
     Order,
     Scalar,
@@ -46,7 +38,7 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
         Gilmore (1962) and Lawler (1963), relaxed by Gelbrich's moments; its use here is ours.
     """
     check_equal_sizes(c, d, "diagonal_lower_bound")
-    n = num_nodes(c)
+    n = graphs.num_nodes(c)
     (local, own_error, *rest), (other, other_error, *others) = (_apart(g) for g in (c, d))
     value = _sorted_distance(local, other, own_error, other_error) + _rest_distance(rest, others)
     formed = sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
@@ -71,7 +63,7 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
         Lawler, The quadratic assignment problem (1963).
     """
     check_equal_sizes(c, d, "gilmore_lawler")
-    c, d = (rounded(g) for g in jax.lax.stop_gradient((c, d)))
+    c, d = (graphs.rounded(g) for g in jax.lax.stop_gradient((c, d)))
     x, y = c.matrix, d.matrix
     n = len(x)
     plain, matching = _assign(x, y, jnp.zeros_like(x))
@@ -128,11 +120,11 @@ def _pinned(x: Square, y: Square) -> Vector:
 
 def _apart(graph: Graph) -> tuple[jax.Array, ...]:
     """Diagonal ``[n]`` and its error; mean, deviation, RMS of the other entries of rows; theirs."""
-    n = num_nodes(graph)
-    local, others = diagonal(graph), max(n - 1, 1)
+    n = graphs.num_nodes(graph)
+    local, others = graphs.diagonal(graph), max(n - 1, 1)
     if not isinstance(graph, FactoredGraph):
         # Without subtraction of squares.
-        rest = _off_diagonal(dense_matrix(graph))
+        rest = _off_diagonal(graphs.dense_matrix(graph))
         count, own_error = gamma(2 * n), jnp.zeros_like(local)
         mean = rest.sum(1) / others
         deviation = safe_sqrt(jnp.square(rest - mean[:, None]).sum(1) / others)
@@ -140,7 +132,7 @@ def _apart(graph: Graph) -> tuple[jax.Array, ...]:
         mean_error = count * jnp.abs(rest).sum(1) / others
         errors = mean_error, mean_error + count * deviation, count * rms
     else:
-        s = row_statistics(graph, None)
+        s = graphs.row_statistics(graph, None)
         own_error = gamma(len(graph.values)) * local
         # The statistics include all n entries of a row: subtract its diagonal one.
         mean = (n * s.mean - local) / others
