@@ -29,19 +29,14 @@ class CLIPTokenizer:
             raise ValueError(f"not a tokenizer of CLIP: it lacks {_START} or {_END}")
         self.start, self.end = start, end
 
-    def __call__(
-        self, texts: Sequence[str], *, truncate: bool = True
-    ) -> Int[np.ndarray, "batch length"]:
-        """Encode texts as int32 ``[batch, context_length]``: start, text, end, zeros."""
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
+        """Encode texts as int32 ``[batch, context_length]``: start, text, end, zeros; truncated."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
             # Twice, as in OpenAI's code.
             cleaned = html.unescape(html.unescape(text)).strip()
-            ids = self.tokenizer.encode(cleaned)
-            room = self.context_length - 2
-            if len(ids) > room and not truncate:
-                raise ValueError(f"text {text!r} has {len(ids)} tokens, more than {room}")
-            ids = [self.start, *ids[:room], self.end]
+            ids = self.tokenizer.encode(cleaned)[: self.context_length - 2]
+            ids = [self.start, *ids, self.end]
             rows[row, : len(ids)] = ids
         return rows
 
