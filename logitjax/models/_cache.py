@@ -55,7 +55,10 @@ class Cache:
         >>> [k.shape for k in cache.keys[0]]
         [(3, 2, 16, 8), (3, 2, 16, 8)]
         """
-        slots = {w: cache_slots(w, max_length, ring_slack) for w in config.layer_windows}
+        slots = {
+            w: max_length if w is None else min(w + ring_slack, max_length)
+            for w in config.layer_windows
+        }
 
         def arrays() -> tuple:
             segments = []
@@ -79,10 +82,6 @@ class Cache:
 
 def kind_name(window: Window) -> str:
     return "global" if window is None else f"local_{window}"
-
-
-def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
-    return max_length if window is None else min(window + ring_slack, max_length)
 
 
 def write_slots(

@@ -38,16 +38,12 @@ def _slope_of_weights(losses: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
 
 
-def _value_only(sweep: Sweep, operands: Operands, weights):
-    outputs, _ = engine.swept(sweep, operands)
-    losses = sweep.statistic.losses(outputs, operands.tokens)
-    return engine.first_shard(sweep, (weighted_sum(losses, weights), outputs))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[jax.Array, Any]:
     """Like `run_unreduced`, but return `sum(weights * losses)`, and outputs without a gradient."""
-    return _value_only(sweep, operands, weights)
+    outputs, _ = engine.swept(sweep, operands)
+    losses = sweep.statistic.losses(outputs, operands.tokens)
+    return engine.first_shard(sweep, (weighted_sum(losses, weights), outputs))
 
 
 def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
