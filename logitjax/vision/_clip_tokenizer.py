@@ -94,12 +94,12 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     # The first line names the version.
     lines = text.split("\n")[1 : _MERGES + 1]
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
+    tokenizers = require("tokenizers", extra="models")
     if vocab is None:
-        symbols = _byte_symbols()
         # OpenAI's order: bytes, bytes that end a word, then merges.
+        symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
         tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
         vocab = {token: i for i, token in enumerate([*tokens, _START, _END])}
-    tokenizers = require("tokenizers", extra="models")
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False
@@ -123,12 +123,3 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     )
     backend.add_special_tokens([_START, _END])
     return Tokenizer(backend, bos_id=vocab[_START], eos_id=vocab[_END], pad_id=0)
-
-
-def _byte_symbols() -> list[str]:
-    """A printable character for each byte, in the order of OpenAI's vocabulary."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    plain += range(ord("®"), ord("ÿ") + 1)
-    # Bytes without a printable character.
-    others = len([byte for byte in range(256) if byte not in plain])
-    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]
