@@ -62,7 +62,8 @@ def make_context(
         if window is None and time > size:
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
         slots = caching.write_slots(positions, size, window)
-        stored = caching.write_positions(before, positions, slots)
+        rows = jnp.arange(len(before))[:, None]
+        stored = jnp.asarray(before).at[rows, slots].set(positions, mode="drop")
         # Elsewhere new tokens overwrite nothing that the first of them still sees.
         concatenate = window is not None and time > 1 and size < window + time - 1
         seen = stored

@@ -95,15 +95,6 @@ def write_slots(
     return jnp.where(keep, positions % slots, slots)  # a ring
 
 
-def write_positions(
-    stored: Int[Array, "batch slots"],
-    positions: Int[Array, "batch time"],
-    slots: Int[Array, "batch time"],
-) -> Int[jax.Array, "batch slots"]:
-    rows = jnp.arange(stored.shape[0])[:, None]
-    return jnp.asarray(stored).at[rows, slots].set(positions, mode="drop")
-
-
 def write_vectors(
     cached: Float[Array, "batch heads slots dim"],
     new: Float[Array, "batch time heads dim"],
