@@ -9,16 +9,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from logitjax.data import _images as pictures
 from logitjax.data._examples import parse_split, slice_of
-from logitjax.data._images import (
-    as_bytes,
-    check_numbers,
-    class_folders,
-    open_labelled_images,
-    open_picture,
-    pictures_below,
-    read_picture,
-)
 from logitjax.data._places import fetched, manual_dir
 from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
 from logitjax.storage import digest, read_json
@@ -123,7 +115,7 @@ class ImageSet(Sequence):
             ValueError: a row is out of range.
         """
         chosen = np.asarray(rows)
-        check_numbers(chosen, len(self), "rows")
+        pictures.check_numbers(chosen, len(self), "rows")
         chosen = chosen.astype(np.int64)
         captions = self.captions
         if captions is not None:
@@ -152,7 +144,7 @@ class ImageSet(Sequence):
 
         def look(row: int) -> tuple[str, Iterable[str]]:
             try:
-                picture, done = open_picture(epath.Path(files[row]))
+                picture, done = pictures.open_picture(epath.Path(files[row]))
             except ValueError as error:
                 return "", [str(error)]
             return digest(np.asarray(picture)), done
@@ -223,10 +215,10 @@ def load_image_set(
         root = epath.Path(location).expanduser()
         if name == "all" and (splits := _splits_in(root)):
             raise ValueError(f"split: expected one of {', '.join(splits)}, the splits of {root}")
-        files, classes = class_folders(root if name == "all" else root / name)
+        files, classes = pictures.class_folders(root if name == "all" else root / name)
         result = _files(files, classes)
     elif kind == "pictures" and location and name == "all":
-        files = pictures_below(epath.Path(location).expanduser())
+        files = pictures.pictures_below(epath.Path(location).expanduser())
         result = _files([(path, 0) for path in files], ["picture"])
     elif kind == "recognition" and location:
         result = _recognition(location, name, data_dir)
@@ -269,7 +261,7 @@ def _files(
 
     def read(index: int) -> tuple[np.ndarray, int]:
         path, label = files[index]
-        return np.asarray(read_picture(path)), label
+        return np.asarray(pictures.read_picture(path)), label
 
     return ImageSet(
         read,
@@ -288,7 +280,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> I
         raise ValueError(
             f"labels: expected one for each of {len(images)} images, got {len(labels)}"
         )
-    check_numbers(labels, len(classes), "labels")
+    pictures.check_numbers(labels, len(classes), "labels")
     return ImageSet(
         lambda index: (_three_channels(images[index]), int(labels[index])),
         lambda: labels,
@@ -305,7 +297,7 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
 
 
 def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
-    builder, picture, label = open_labelled_images(name, split, data_dir)
+    builder, picture, label = pictures.open_labelled_images(name, split, data_dir)
     import tensorflow_datasets as tfds
 
     from logitjax.data._tfds import fingerprint_of
@@ -314,7 +306,7 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
 
     def read(index: int) -> tuple[np.ndarray, int]:
         row = rows[index]
-        return _three_channels(as_bytes(row[picture])), int(row[label])
+        return _three_channels(pictures.as_bytes(row[picture])), int(row[label])
 
     def labels() -> np.ndarray:
         # Only labels, without decoding pixels.
@@ -351,7 +343,7 @@ def _stamps(directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet
     root = fetched(places, data_dir=data_dir, what="stamps", install=_STAMPS_INSTALL)
     files, captions = [], []
     for number, folder in enumerate(STAMPS):
-        for path in pictures_below(root / folder):
+        for path in pictures.pictures_below(root / folder):
             text = path.with_suffix(".txt")
             # Mirrored copies have none.
             if text.exists():

@@ -130,25 +130,9 @@ class PackedDataset:
         rows = global_indices(step, length=len(self), seed=seed, batch_size=batch_size)
         return rows[local]
 
-    def batch(
-        self,
-        step: int,
-        *,
-        seed: int,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> Batch:
-        """Read this process's part of batch `step`; `batch_size` is the global one."""
-        return self.rows(
-            self.indices(
-                step,
-                seed=seed,
-                batch_size=batch_size,
-                process_index=process_index,
-                process_count=process_count,
-            )
-        )
+    def batch(self, step: int, **places: int) -> Batch:
+        """Read this process's part of batch `step`; the arguments are those of `indices`."""
+        return self.rows(self.indices(step, **places))
 
     def rows(self, indices: Sequence[int] | Int[np.ndarray, "batch"]) -> Batch:
         """Read the given rows as a batch; an index of -1 gives a row of padding."""
@@ -186,13 +170,9 @@ class PackedDataset:
         """
         local = process_rows(batch_size, process_index, process_count)
         count = len(self) if max_rows is None else min(max_rows, len(self))
-
-        def produce() -> Iterator[Batch]:
-            for begin in range(0, count, batch_size):
-                places = np.arange(begin, begin + batch_size)
-                yield self.rows(np.where(places < count, places, -1)[local])
-
-        return read_ahead(produce(), _PREFETCH)
+        places = (np.arange(begin, begin + batch_size) for begin in range(0, count, batch_size))
+        batches = (self.rows(np.where(rows < count, rows, -1)[local]) for rows in places)
+        return read_ahead(batches, _PREFETCH)
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:

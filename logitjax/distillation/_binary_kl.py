@@ -148,9 +148,6 @@ def binary_kl_norm(
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL-Norm; the closed
         form is ours and agrees with the released code where that is finite.
     """
-
-    def half_gap(student: jax.Array, teacher: jax.Array) -> jax.Array:
-        return _log_cosh((student - teacher) / 2.0)
-
+    half_gap = lambda student, teacher: _log_cosh((student - teacher) / 2.0)  # noqa: E731
     logits, classes = (student_logits, teacher_logits), (vocab_where, axis_name)
     return _by_class(half_gap, logits, classes, temperature, reduction)

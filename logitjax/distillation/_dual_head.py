@@ -119,14 +119,10 @@ class DualHead(nnx.Module):
         return jnp.asarray(self.aux(jnp.asarray(features)), jnp.float32)
 
     def both(
-        self,
-        features: Float[Array, "*batch features"],
-        *,
-        train: bool = False,
-        key: jax.Array | None = None,
+        self, features: Float[Array, "*batch features"], **options: Any
     ) -> tuple[Float[jax.Array, "*batch classes"], Float[jax.Array, "*batch classes"]]:
-        """Logits of the first and of the second head."""
-        return self(features), self.auxiliary(features, train=train, key=key)
+        """Logits of the first and of the second head, with the options of `auxiliary`."""
+        return self(features), self.auxiliary(features, **options)
 
     def without_auxiliary(self) -> nnx.Linear:
         """The first head, which is all that a trained model needs."""

@@ -1,25 +1,3 @@
-"""Universal logit distance: compare two models regardless of their vocabularies.
-
-A data-parallel step under `pmap`, with a teacher of another vocabulary:
-
->>> import jax
->>> import numpy as np
->>> from logitjax.distillation import universal_logit_distance
->>> def step(kernel, inputs, teacher_logits):
-...     def loss_fn(kernel):
-...         return universal_logit_distance(inputs @ kernel, teacher_logits, top_k=3).mean()
-...
-...     loss, grad = jax.value_and_grad(loss_fn)(kernel)
-...     return kernel - jax.lax.pmean(grad, "data"), jax.lax.pmean(loss, "data")
->>> step = jax.pmap(step, axis_name="data", in_axes=(None, 0, 0), out_axes=None)
->>> inputs = np.ones((jax.local_device_count(), 2, 3))
->>> teacher_logits = np.ones((jax.local_device_count(), 2, 5)) * np.arange(5.0)
->>> kernel, loss = step(np.eye(3, 4), inputs, teacher_logits)
->>> kernel, better = step(kernel, inputs, teacher_logits)
->>> float(better) < float(loss)
-True
-"""
-
 import jax
 import jax.numpy as jnp
 from jax import lax

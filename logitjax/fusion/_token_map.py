@@ -1,7 +1,7 @@
 """Models of one tokenizer whose vocabularies are padded, extended or numbered differently."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from logitjax.ops import Array, AxisName, checks, log_softmax
 # Text that tokenizers often split or normalise differently: spaces, digits, case, accents, code,
 # emoji; compatibility characters, which NFKC replaces, and ends of lines. Not combining accents:
 # Qwen's tokenizer joins them, the same in tiktoken leaves that to its caller.
-PROBES = (
+_PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  Two spaces, a\ttab\nand a line; 3.14159 and 2,024 are numbers, and so is 1000000.",
     "It's the student's don't-care ANTIDISESTABLISHMENTARIANISM, naïve café Ærøskøbing.",
@@ -184,21 +184,18 @@ class OverlapFusion:
         return jnp.pad(fused, padding, constant_values=-jnp.inf), info
 
 
-def vocabulary_map(
-    large: Any, small: Any, *, probes: Iterable[str] = PROBES, least_overlap: float = _LEAST_OVERLAP
-) -> TokenMap:
+def vocabulary_map(large: Any, small: Any, *, least_overlap: float = _LEAST_OVERLAP) -> TokenMap:
     """The token map of two vocabularies of one tokenizer; different tokenizers are refused.
 
     Fusing next-token distributions makes sense only if both models split text into the same tokens.
-    With tokenizers, `probes` test this. Plain vocabularies can be judged only by their spelling and
-    numbering: tokenizers that were derived from one another keep the order of ids. A model that
-    lacks a token reads the longest ending of it that it knows.
+    With tokenizers, texts that others split differently test this. Plain vocabularies can be judged
+    only by their spelling and numbering: tokenizers that were derived from one another keep the
+    order of ids. A model that lacks a token reads the longest ending of it that it knows.
 
     Args:
         large, small: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
             `tiktoken.Encoding`, a mapping from token to id, or the tokens in the order of their
             ids. Tokens are strings or bytes; beside bytes, a tokenizer has `token_bytes`.
-        probes: texts that both tokenizers must split alike.
         least_overlap: share of the small vocabulary that must be in the large one.
 
     Raises:
@@ -226,7 +223,7 @@ def vocabulary_map(
         )
     encoders = [_encoder(t) for t in (large, small)]
     if all(encoders):
-        _check_probes(encoders, ids, small, probes)
+        _check_probes(encoders, ids)
     else:
         # Plain vocabularies cannot split text: their numbering is the only evidence.
         stored = ids[ids >= 0]
@@ -296,9 +293,9 @@ def _encoder(source: Any) -> Callable[[str], list[int]] | None:
     return encode
 
 
-def _check_probes(encoders: Any, ids: np.ndarray, small: Any, probes: Iterable[str]) -> None:
+def _check_probes(encoders: Any, ids: np.ndarray) -> None:
     encode_large, encode_small = encoders
-    for text in probes:
+    for text in _PROBES:
         large_ids, small_ids = encode_large(text), encode_small(text)
         mapped = [int(ids[token]) for token in large_ids]
         if mapped != small_ids:

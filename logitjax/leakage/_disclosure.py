@@ -172,22 +172,6 @@ class Choice:
         return (2 * 1.96 * self.temperature / width) ** 2 * spread
 
 
-@dataclasses.dataclass
-class Told:
-    """The disclosure about one context, in three columns."""
-
-    # Nats, the logarithm of the number of possible answers; never an underestimate.
-    hard: float = 0.0
-    # `Choice.soft` of the draws without any cut.
-    soft: float = 0.0
-    # Number of draws under each `Choice.certificate`.
-    certificates: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-
-    def least_errors(self, half_range: float) -> float:
-        """Minimum sum of a test's errors between two rows, by `soft` (Bretagnolle and Huber)."""
-        return 0.5 * math.exp(-self.soft * half_range**2)
-
-
 class Ledger:
     """Adds up the information in answers about each context, over all clients.
 
@@ -203,40 +187,34 @@ class Ledger:
     >>> ledger = Ledger(limit=25.0)
     >>> [ledger.charge("a context", request, 10.8) for request in (1, 1, 2, 3)]
     [True, True, True, False]
-    >>> ledger["a context"].hard
+    >>> ledger["a context"]
     21.6
     """
 
     def __init__(self, limit: float = math.inf):
         self.limit = limit
-        self._contexts: dict[Hashable, Told] = collections.defaultdict(Told)
+        # Nats, the logarithm of the number of possible answers; never an underestimate.
+        self._contexts: dict[Hashable, float] = collections.defaultdict(float)
         self._answered: set[Hashable] = set()
 
-    def __getitem__(self, context: Hashable) -> Told:
-        return self._contexts.get(context, Told())
+    def __getitem__(self, context: Hashable) -> float:
+        return self._contexts.get(context, 0.0)
 
     def add(self, context: Hashable, nats: float) -> None:
         """Add charges from before this ledger began: a ledger that forgets bounds nothing."""
-        self._contexts[context].hard += nats
+        self._contexts[context] += nats
 
-    def charge(
-        self, context: Hashable, answer: Hashable, nats: float, choice: Choice | None = None
-    ) -> bool:
+    def charge(self, context: Hashable, answer: Hashable, nats: float) -> bool:
         """Charge an answer once; False, and no charge, if it would exceed the limit.
 
         Args:
             answer: The parts of the request that determine the answer.
             nats: Logarithm of the number of possible answers.
-            choice: The way it was chosen, for the other columns.
         """
-        notes = self._contexts[context]
         if not nats or (context, answer) in self._answered:
             return True
-        if notes.hard + nats > self.limit:
+        if self[context] + nats > self.limit:
             return False
         self.add(context, nats)
         self._answered.add((context, answer))
-        if choice is not None:
-            notes.soft += choice.soft
-            notes.certificates.update([choice.certificate] if choice.certificate else [])
         return True

@@ -52,17 +52,15 @@ class HttpOracle(Meter):
         """Send one query per prompt, without a bias."""
         return self._all([(prompt, None) for prompt in prompts], temperature)
 
-    def ask_biased(
-        self, prompt: Any, bias_tokens: Any, bias_values: Any, *, temperature: float = 0.0
-    ) -> Answer:
-        """Send many queries about one prompt, each with its own logit bias."""
+    def ask_biased(self, prompt: Any, bias_tokens: Any, bias_values: Any) -> Answer:
+        """Send many queries about one prompt, each with its own logit bias, at temperature 0."""
         tokens = np.asarray(bias_tokens)
         amounts = np.broadcast_to(np.asarray(bias_values, float), tokens.shape)
         biases: list[Any] = [collections.defaultdict(float) for _ in tokens]
         for added, row, sizes in zip(biases, tokens.tolist(), amounts.tolist(), strict=True):
             for token, size in zip(row, sizes, strict=True):
                 added[str(token)] += size
-        return self._all([(prompt, bias) for bias in biases], temperature)
+        return self._all([(prompt, bias) for bias in biases], 0.0)
 
     def draws(self, prompt: Any, fields: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Tokens drawn after a prompt, `[n]`, for requests with each of these fields."""

@@ -20,9 +20,7 @@ class Asked(Protocol):
 
     def ask(self, prompts: Any, /, *, temperature: float = 0.0) -> Answer: ...
 
-    def ask_biased(
-        self, prompt: Any, bias_tokens: Any, bias_values: Any, /, *, temperature: float = 0.0
-    ) -> Answer: ...
+    def ask_biased(self, prompt: Any, bias_tokens: Any, bias_values: Any, /) -> Answer: ...
 
 
 class BudgetExhaustedError(ValueError):
@@ -118,10 +116,8 @@ class LogitOracle(Meter):
         prompt: Sequence[int] | Array,
         bias_tokens: Array | Sequence[Sequence[int]],
         bias_values: Array | Sequence[Sequence[float]],
-        *,
-        temperature: float = 0.0,
     ) -> Answer:
-        """Answer many queries about one prompt, each with its own logit bias.
+        """Answer many queries about one prompt, each with its own logit bias, at temperature 0.
 
         As `ask`, with ``[n, biased]`` tokens and nats; ValueError if the policy refuses them.
         """
@@ -144,7 +140,7 @@ class LogitOracle(Meter):
                 part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
             served = np.broadcast_to(row, (size, row.shape[-1]))
-            result = self._report(served, [prompt] * size, temperature, part, values)
+            result = self._report(served, [prompt] * size, 0.0, part, values)
             answers.append([array[: size - short] for array in result])
         return self.counted(answers)
 

@@ -5,15 +5,9 @@ import math
 
 import numpy as np
 
+from logitjax.leakage import _residual as residuals
 from logitjax.leakage._gram import Spectrum, Table, spectrum
-from logitjax.leakage._residual import (
-    Residual,
-    are_cut_off,
-    first_of_alike,
-    holds_vector,
-    residual,
-    rows_apart,
-)
+from logitjax.leakage._residual import Residual
 from logitjax.leakage._spectrum import fit_white_noise, spectrum_gaps
 
 # A direction counts from this factor above the noise's edge, and closes the interval from here.
@@ -105,10 +99,10 @@ def judge_width(
     exact = step * (math.sqrt(len(gram)) + math.sqrt(table.rows.shape[1]))
     if not np.trace(gram) > exact**2:
         return _open("only rounding is seen")
-    if are_cut_off(table.rows):
+    if residuals.are_cut_off(table.rows):
         # Such rows are not linear images of hidden states, so their span says nothing about those.
         return _open("many values of a row are its smallest: they are cut off, or were filled in")
-    once = first_of_alike(table.rows, gram, 2 * step)
+    once = residuals.first_of_alike(table.rows, gram, 2 * step)
     if alike := int((~once).sum()):
         table = dataclasses.replace(table, rows=table.rows[once], means=table.means[once])
         gram = gram[np.ix_(once, once)]
@@ -158,7 +152,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
     for sweep in range(_SWEEPS):
         noise = fit_white_noise(view.values, view.rows, view.columns)
         k = noise.above if noise else view.rows // 2
-        left = residual(view.table, view.spectrum, k)
+        left = residuals.residual(view.table, view.spectrum, k)
         if noise and left.even:
             # Tokens that differ make a few rows look even too, beyond too many directions.
             clear = 3 * k <= view.rows or view.values[k - 1] > _CLOSED * noise.edge
@@ -166,7 +160,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
             if clear:
                 break
         if sweep < _SWEEPS - 1:
-            view = _evened(view, residual(view.table, view.spectrum, _gap(view)))
+            view = _evened(view, residuals.residual(view.table, view.spectrum, _gap(view)))
     if fit is None:
         gaps = spectrum_gaps(view.values)[: len(view.values) // 2]
         message = "no white noise explains the smaller singular values, however rows are scaled"
@@ -199,7 +193,7 @@ def _of_noisy_rows(view: _View) -> OutputWidth:
     if left.lone:
         closed = False
         message += ", and one of them may be a single loud row"
-    if rows_apart(view.gram, squares) < 1.2 * k + 2:
+    if residuals.rows_apart(view.gram, squares) < 1.2 * k + 2:
         closed = False
         message += ", and few rows differ by more than that"
     width = OutputWidth(
@@ -240,7 +234,7 @@ def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
     left, values = view.spectrum.left[:, :k], view.values[:k]
     rows, tokens = view.scales
     turned = sigma * math.sqrt(max(1, view.rows - k))
-    if k > 1 and holds_vector(rows @ left, float(rows @ rows), values, turned):
+    if k > 1 and residuals.holds_vector(rows @ left, float(rows @ rows), values, turned):
         lower = min(lower, k - 1)
         message += (
             f"; all rows share an offset: {k} is the width behind a LayerNorm, {k - 1} with a bias "
@@ -252,7 +246,7 @@ def _less_shared(view: _View, width: OutputWidth, sigma: float) -> OutputWidth:
     for where, block in view.table.blocks():
         inside += left.T @ (block @ tokens[where]) / values
     turned = sigma * math.sqrt(max(1, len(tokens) - k))
-    if holds_vector(inside, float(tokens @ tokens), values, turned):
+    if residuals.holds_vector(inside, float(tokens @ tokens), values, turned):
         lower = min(lower, k - 1)
         message += f"; log-probabilities that were not centred have one direction more than {k - 1}"
     return dataclasses.replace(width, lower=lower, reason=message)
@@ -262,7 +256,7 @@ def _independent(view: _View, most: int) -> int:
     """This many directions, up to `most`, exceed independent noise of any variances."""
 
     def stands(k: int) -> bool:
-        edge = residual(view.table, view.spectrum, k).edge
+        edge = residuals.residual(view.table, view.spectrum, k).edge
         return bool(view.values[k] > max(_COUNTED * edge, view.spectrum.floor))
 
     low, high = 0, min(most, view.rows - 1, len(view.values))

@@ -10,15 +10,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from logitjax.models import _cache as caching
 from logitjax.models._blocked_attention import blocked_attention
-from logitjax.models._cache import (
-    Cache,
-    kind_name,
-    position_mask,
-    write_positions,
-    write_slots,
-    write_vectors,
-)
+from logitjax.models._cache import Cache
 from logitjax.models._config import DecoderConfig, Kind, Window
 from logitjax.models._lora import linear_map, project
 from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
@@ -63,12 +57,13 @@ def make_context(
     concatenate = False
     lengths = seen = None
     if cache is not None:
-        before = cache.positions[kind_name(window)]
+        before = cache.positions[caching.kind_name(window)]
         size = before.shape[1]
         if window is None and time > size:
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
-        slots = write_slots(positions, size, window)
-        stored = write_positions(before, positions, slots)
+        slots = caching.write_slots(positions, size, window)
+        rows = jnp.arange(len(before))[:, None]
+        stored = jnp.asarray(before).at[rows, slots].set(positions, mode="drop")
         # Elsewhere new tokens overwrite nothing that the first of them still sees.
         concatenate = window is not None and time > 1 and size < window + time - 1
         seen = stored
@@ -78,7 +73,7 @@ def make_context(
             first = jnp.where(new < 0, jnp.iinfo(new.dtype).max, new).min(axis=1, keepdims=True)
             # Positions that are written again are seen once, with their new values.
             seen = jnp.concatenate([jnp.where(before < first, before, -1), new], axis=1)
-        mask = position_mask(positions, seen, window)
+        mask = caching.position_mask(positions, seen, window)
     elif implementation == "blocked" or (implementation is None and time >= LONG):
         # No mask is formed: for 32,768 tokens it would be as large as the scores.
         segments = jnp.zeros(positions.shape, jnp.int32) if segment_ids is None else segment_ids
@@ -108,7 +103,7 @@ def make_context(
 
 def _longest(cache: Cache | None) -> int | None:
     """Maximum sequence length of a cache; a window's ring sets none."""
-    stored = None if cache is None else cache.positions.get(kind_name(None))
+    stored = None if cache is None else cache.positions.get(caching.kind_name(None))
     return None if stored is None else stored.shape[1]
 
 
@@ -155,7 +150,7 @@ def attend(
     mask = context.mask
     if mask is None:
         index = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
-        mask = position_mask(index, index, context.window)
+        mask = caching.position_mask(index, index, context.window)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     return attend_heads_first(query, key, value, mask, scale=scale, softcap=softcap)
 
@@ -297,7 +292,7 @@ class Attention(nnx.Module):
             out = attend(query, key, value, context, scale=scale, softcap=softcap)
         else:
             old, new = cache, (key, value)
-            cache = tuple(write_vectors(c, n, context.slots) for c, n in zip(old, new))
+            cache = tuple(caching.write_vectors(c, n, context.slots) for c, n in zip(old, new))
             seen = cache
             if context.concatenate:
                 seen = (

@@ -55,7 +55,10 @@ class Cache:
         >>> [k.shape for k in cache.keys[0]]
         [(3, 2, 16, 8), (3, 2, 16, 8)]
         """
-        slots = {w: cache_slots(w, max_length, ring_slack) for w in config.layer_windows}
+        slots = {
+            w: max_length if w is None else min(w + ring_slack, max_length)
+            for w in config.layer_windows
+        }
 
         def arrays() -> tuple:
             segments = []
@@ -81,10 +84,6 @@ def kind_name(window: Window) -> str:
     return "global" if window is None else f"local_{window}"
 
 
-def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
-    return max_length if window is None else min(window + ring_slack, max_length)
-
-
 def write_slots(
     positions: Int[Array, "batch time"], slots: int, window: Window
 ) -> Int[jax.Array, "batch time"]:
@@ -94,15 +93,6 @@ def write_slots(
     if window is not None and positions.shape[1] > 1:
         keep &= positions > positions.max(axis=1, keepdims=True) - slots
     return jnp.where(keep, positions % slots, slots)  # a ring
-
-
-def write_positions(
-    stored: Int[Array, "batch slots"],
-    positions: Int[Array, "batch time"],
-    slots: Int[Array, "batch time"],
-) -> Int[jax.Array, "batch slots"]:
-    rows = jnp.arange(stored.shape[0])[:, None]
-    return jnp.asarray(stored).at[rows, slots].set(positions, mode="drop")
 
 
 def write_vectors(

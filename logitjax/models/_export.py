@@ -16,7 +16,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._hf_config import config_to_hf
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.models._weight_map import TensorSpec, hf_tensors, interleaved
-from logitjax.ops import Array, Codes
+from logitjax.ops import Codes
 from logitjax.storage import require, write_atomic
 
 # Shards being written, and those of a replaced model.
@@ -50,8 +50,9 @@ def _values(tensor: TensorSpec, params: dict, places: list, dtype: Any) -> np.nd
             if index is not None:
                 leaf = leaf[index] if isinstance(leaf, np.ndarray) else _sliced(leaf, index)
         leaf = leaf.dense().astype(dtype) if isinstance(leaf, Codes) else leaf
-        values = _on_host(leaf)
-        values = values.T if tensor.transpose else values
+        if not isinstance(leaf, np.ndarray) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        values = np.asarray(leaf).T if tensor.transpose else np.asarray(leaf)
         parts.append(interleaved(values, tensor) if tensor.rope_heads else values)
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)
     return np.ascontiguousarray(joined)
@@ -59,12 +60,6 @@ def _values(tensor: TensorSpec, params: dict, places: list, dtype: Any) -> np.nd
 
 # One program for all rows.
 _sliced = jax.jit(operator.getitem)
-
-
-def _on_host(array: Array) -> np.ndarray:
-    if isinstance(array, np.ndarray) or array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def save_pretrained(

@@ -150,7 +150,7 @@ def load_model(
     progress.mark(f"loading {spec}", log=True)
     seed = tiny_seed(spec)
     if seed is not None:
-        return tiny_decoder(seed)
+        return tiny_decoder(np.uint32(seed))
     path = find_checkpoint(spec)
     source: TensorSource
     if path.is_dir():

@@ -1,10 +1,8 @@
 """A toy decoder that needs no files: for smoke runs and tests."""
 
-import functools
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from logitjax.models._config import DecoderConfig
@@ -35,12 +33,8 @@ def tiny_config(*, layers: int = 2) -> DecoderConfig:
     )
 
 
-def tiny_decoder(seed: int = 0, *, layers: int = 2) -> Decoder:
-    """A random decoder of a few thousand weights for `byte_tokenizer`."""
-    return _decoder(np.uint32(seed), layers)
-
-
 # One program for all seeds: a separate initialiser would be several.
-@functools.partial(nnx.jit, static_argnums=1)
-def _decoder(seed: Any, layers: int) -> Decoder:
-    return Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(jax.random.key(seed)))
+@nnx.jit
+def tiny_decoder(seed: Any) -> Decoder:
+    """A random decoder of a few thousand weights for `byte_tokenizer`."""
+    return Decoder(tiny_config(), rngs=nnx.Rngs(jax.random.key(seed)))

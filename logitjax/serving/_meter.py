@@ -1,7 +1,6 @@
 """Charges for an answer, token by token, if choices are metered."""
 
 import collections
-import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from logitjax.decoding import Request
-from logitjax.leakage import Choice, Ledger
+from logitjax.leakage import Ledger
 from logitjax.serving._errors import ApiError
 from logitjax.serving._policy import Disclosure, advance
 from logitjax.serving._schema import CompletionRequest
@@ -36,8 +35,6 @@ class Meter:
         self._echoed = 0.0 if completion.prompt_shown is None else cells
         # Values of the first tokens are the same for all clients; a drawn token's are its own.
         self._same = not policy.sampled
-        names = [field.name for field in dataclasses.fields(Choice)]
-        self._choice = Choice(**{name: getattr(completion.sampling, name) for name in names})
         self._prompt: Sequence[int] = np.asarray(request.prompt).tolist()
         self._wants, self._digest = request.max_new_tokens, hashlib.blake2b(digest_size=8)
 
@@ -57,7 +54,7 @@ class Meter:
             raise ApiError(
                 429,
                 f"a context may reveal {self._ledger.limit:g} nats: for this one "
-                f"{self._ledger[context].hard:.4g} are used, and this answer may reveal "
+                f"{self._ledger[context]:.4g} are used, and this answer may reveal "
                 f"{self._token + self._values:.4g} more; they are not renewed",
                 code="insufficient_quota",
             )
@@ -71,11 +68,11 @@ class Meter:
     def _pay(self) -> bool:
         draw = self._draw.tobytes()
         values = self._charge(b"values" if self._same else b"own" + draw, self._values)
-        return values and self._charge(draw, self._token, self._choice)
+        return values and self._charge(draw, self._token)
 
-    def _charge(self, answer: bytes, nats: float, choice: Choice | None = None) -> bool:
+    def _charge(self, answer: bytes, nats: float) -> bool:
         context = self._digest.hexdigest()
-        before = self._ledger[context].hard
-        paid = self._ledger.charge(context, answer, nats, choice)
-        self.told[context] += self._ledger[context].hard - before
+        before = self._ledger[context]
+        paid = self._ledger.charge(context, answer, nats)
+        self.told[context] += self._ledger[context] - before
         return paid

@@ -329,7 +329,9 @@ class Scheduler:
     def _empty(self, row: int, placed: list[tuple[int, Any]]) -> bool:
         """Put the jobs of one prompt into slots; return whether there were enough."""
         group = self._reading[row]
-        report = self._report_of(row) if group[0].prompt.report else ()
+        report: list[Token] = []
+        if group[0].prompt.report:
+            report = [one for part in self.reader.report(row) for one in self._tokens(part)[0]]
         while group:
             job = group[0]
             job.prompt_report = report
@@ -389,9 +391,6 @@ class Scheduler:
         self._jobs[slot] = job
         self._started[slot] = time.monotonic()
         return emitted
-
-    def _report_of(self, row: int) -> list[Token]:
-        return [token for part in self.reader.report(row) for token in self._tokens(part)[0]]
 
     def _tokens(self, emitted: Any) -> list[list[Token]]:
         """Select the parts of emitted tokens that a policy reports, row by row."""

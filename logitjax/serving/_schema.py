@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Optional
 import pydantic
 from pydantic import BaseModel, Field
 
+from logitjax.leakage import Choice
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import MOST_STOP_IDS, Disclosure
@@ -20,20 +21,13 @@ _MOST_STOPS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingFields:
+class SamplingFields(Choice):
     """All fields of a request that determine the drawn tokens; a policy judges them together.
 
     `structure` is a kind to follow (`json`, `regex`, `choice`, `grammar`) and its text, and
     `structure_field` the field that a client named it in.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None

@@ -21,16 +21,8 @@ from logitjax.distillation import (
     TokenSet,
     Vocabularies,
 )
+from logitjax.testing import _properties as props
 from logitjax.testing._loss import check_loss
-from logitjax.testing._properties import (
-    attempt,
-    batch_mesh,
-    equal,
-    fail,
-    frozen_value,
-    is_float,
-    selected,
-)
 
 # All sizes differ, so that a mixed-up axis cannot fit.
 _ROWS, _LENGTH, _WIDTH, _TEACHER_WIDTH, _VOCAB = 4, 3, 5, 6, 11
@@ -70,7 +62,7 @@ def check_term(
     >>> from logitjax.distillation.terms import SFT
     >>> check_term(SFT(), skip=("jit", "mesh", "explicit", "shards"))
     """
-    properties = selected((*_OWN, *_OF_LOSSES, *_ON_MESHES), skip)
+    properties = props.selected((*_OWN, *_OF_LOSSES, *_ON_MESHES), skip)
     setting = _Setting.of(term, dict(batch or {}), seed)
     for name in _OWN[:2]:
         if name in properties:
@@ -83,7 +75,9 @@ def check_term(
         labels={"labels": _VOCAB},
         where="where",
         shared=setting.shared,
-        constant=[n for n, x in setting.arrays.items() if n not in setting.learns and is_float(x)],
+        constant=[
+            n for n, x in setting.arrays.items() if n not in setting.learns and props.is_float(x)
+        ],
         skip=(*everywhere, *(set(_OF_LOSSES + _ON_MESHES) - set(properties))),
         seed=seed,
     )
@@ -217,7 +211,7 @@ class _Setting:
         )[0]
 
     def check_value(self) -> None:
-        frozen_value("value", self.term, Term)
+        props.frozen_value("value", self.term, Term)
 
     def check_needs(self) -> None:
         def without(**changes: Any) -> None:
@@ -235,8 +229,8 @@ class _Setting:
             except ValueError as error:
                 if self.objective.names[0] in str(error):
                     return
-                fail("needs", lost, f"expected an error that names the term, got {error}")
-            fail("needs", lost, f"expected an error where there is no {lost}, got none")
+                props.fail("needs", lost, f"expected an error that names the term, got {error}")
+            props.fail("needs", lost, f"expected an error where there is no {lost}, got none")
 
         for column in self.columns:
             without(**{column: None})
@@ -259,10 +253,10 @@ class _Setting:
 
     def compare(self, name: str, total: Callable[..., Any]) -> None:
         run = jax.jit(self.value_and_gradients(total))
-        value, gradients = jax.device_get(attempt(name, run, self.arrays))
-        equal(name, "sum", value, self.whole[0])
+        value, gradients = jax.device_get(props.attempt(name, run, self.arrays))
+        props.equal(name, "sum", value, self.whole[0])
         for array, gradient in gradients.items():
-            equal(name, f"gradient of {array}", gradient, self.whole[1][array], atol=1e-4)
+            props.equal(name, f"gradient of {array}", gradient, self.whole[1][array], atol=1e-4)
 
     def check_parts(self) -> None:
         def total(**arrays: Any) -> Any:
@@ -276,7 +270,7 @@ class _Setting:
         self.compare("parts", total)
 
     def check_shards(self) -> None:
-        mesh = batch_mesh(_ROWS, AxisType.Auto)
+        mesh = props.batch_mesh(_ROWS, AxisType.Auto)
         specs = {n: P() if n in self.shared else P("data") for n in self.arrays}
 
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs,), out_specs=P())

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,19 +44,30 @@ class MetricAccumulator:
 
 
 class MetricWriter:
-    """Takes scalars; this base class, used on all processes but the first, writes nothing."""
+    """Passes scalars on to other writers; without any, as on all processes but the first, to none.
+
+    Writers are its subclasses, which override what they do themselves.
+    """
+
+    _writers: Sequence["MetricWriter"] = ()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        pass
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)
 
     def resume(self, step: int) -> None:
         """Drop what a killed run wrote after this step."""
+        for writer in self._writers:
+            writer.resume(step)
 
     def flush(self) -> None:
-        pass
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
         self.flush()
+        for writer in self._writers:
+            writer.close()
 
 
 class JsonlWriter(MetricWriter):
@@ -202,27 +213,6 @@ class TerminalWriter(MetricWriter):
             logging.set_verbosity(self._verbosity)
 
 
-class MultiWriter(MetricWriter):
-    def __init__(self, writers: Iterable[MetricWriter]):
-        self._writers = tuple(writers)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for writer in self._writers:
-            writer.write_scalars(step, scalars)
-
-    def resume(self, step: int) -> None:
-        for writer in self._writers:
-            writer.resume(step)
-
-    def flush(self) -> None:
-        for writer in self._writers:
-            writer.flush()
-
-    def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
-
-
 _TRACKERS: Mapping[str, Callable[[epath.Path], MetricWriter]] = {
     "tensorboard": lambda folder: TensorBoardWriter(folder / "tensorboard"),
     "wandb": WandbWriter,
@@ -239,10 +229,11 @@ def make_writer(
         workdir: folder for ``metrics.jsonl`` and the trackers' files; None for the log alone.
         track: trackers: ``tensorboard``, ``wandb`` (offline by default), ``terminal`` for curves.
     """
-    if jax.process_index() != 0:
-        return MetricWriter()
-    writers: list[MetricWriter] = [LogWriter()] if log else []
-    if workdir is not None:
-        writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
-        writers += [_TRACKERS[name](epath.Path(workdir)) for name in track]
-    return MultiWriter(writers)
+    writer = MetricWriter()
+    if jax.process_index() == 0:
+        writers: list[MetricWriter] = [LogWriter()] if log else []
+        if workdir is not None:
+            writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
+            writers += [_TRACKERS[name](epath.Path(workdir)) for name in track]
+        writer._writers = writers
+    return writer

@@ -1,6 +1,7 @@
 """Learning rates and the optimizer of all recipes, from optax."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -72,20 +73,16 @@ class Schedule:
         self,
         *,
         weight_decay: float = 0.0,
-        no_decay: str = r"(bias|scale|norm)",
-        clip: float | None = 1.0,
-        b1: float = 0.9,
         # As usual for language models; Adam's own is 0.999.
         b2: float = 0.95,
         eps: float = 1e-8,
         trainable: str | None = None,
     ) -> optax.GradientTransformation:
-        """AdamW with this learning rate, decay, clipping and frozen parameters.
+        """AdamW with this learning rate and frozen parameters; gradients have a norm of at most 1.
+
+        Biases and norms do not decay.
 
         Args:
-            no_decay: parameters whose path matches this regular expression do not decay. The number
-                of dimensions cannot decide this: the norms of a stack of layers are matrices.
-            clip: bound on the global norm of the gradient, or None.
             trainable: if given, parameters whose path does not match are frozen, without state.
 
         >>> import numpy as np
@@ -97,12 +94,12 @@ class Schedule:
         """
 
         def decays(params: Any) -> Any:
-            return jax.tree.map(lambda matched: not matched, on_mesh.path_mask(params, no_decay))
+            # Not by the number of dimensions: the norms of a stack of layers are matrices.
+            return jax.tree.map(operator.not_, on_mesh.path_mask(params, r"(bias|scale|norm)"))
 
-        tx = optax.adamw(self, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
-        if clip is not None:
-            # Before Adam, whose moments must not include the spike.
-            tx = optax.chain(optax.clip_by_global_norm(clip), tx)
+        tx = optax.adamw(self, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+        # Before Adam, whose moments must not include the spike.
+        tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
         if trainable is None:
             return tx
 

@@ -16,28 +16,10 @@ import optax
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.transport._graph import (
-    Graph,
-    RoundedMatrix,
-    RowStatistics,
-    check_power,
-    check_weights,
-    node_weights,
-    num_nodes,
-    rounded,
-    row_statistics,
-)
-from logitjax.transport._rounding import (
-    UNDERFLOW,
-    Order,
-    Scalar,
-    Square,
-    Vector,
-    Weights,
-    distance,
-    gamma,
-    lowered,
-)
+from logitjax.transport import _graph as graphs
+from logitjax.transport import _rounding as rounding
+from logitjax.transport._graph import Graph, RoundedMatrix, RowStatistics, num_nodes
+from logitjax.transport._rounding import UNDERFLOW, Order, Scalar, Square, Vector, Weights
 from logitjax.transport._sorted import least_transport
 
 # Pairs of rows compared at once by the third bound.
@@ -72,10 +54,10 @@ def first_lower_bound(
     References:
         Memoli (2011), definition 6.1; InfiGFusion (arXiv 2505.13893) prints it as the distance.
     """
-    check_power(p)
+    graphs.check_power(p)
     local, other, a, b = _statistics(c, d, c_weights, d_weights)
     least = _least(local, other, "mean", (c_weights, d_weights), (a, b), p)
-    return lowered(least, p=p, root=_formed(c) + _formed(d))
+    return rounding.lowered(least, p=p, root=_formed(c) + _formed(d))
 
 
 def moment_lower_bound(
@@ -104,9 +86,9 @@ def moment_lower_bound(
     def least(name: str) -> jax.Array:
         return _least(local, other, name, (c_weights, d_weights), (a, b), 2)
 
-    apart = (least("mean") + least("deviation")) * (1 - gamma(0))
+    apart = (least("mean") + least("deviation")) * (1 - rounding.gamma(0))
     # Graphs rounded when they were formed are nearer to the given ones than to each other.
-    return lowered(jnp.maximum(apart, least("rms")), p=2, root=_formed(c) + _formed(d))
+    return rounding.lowered(jnp.maximum(apart, least("rms")), p=2, root=_formed(c) + _formed(d))
 
 
 def _formed(graph: Graph) -> Any:
@@ -123,8 +105,8 @@ def _least(
 ) -> Scalar:
     f, g = (getattr(s, name) for s in (first, other))
     errors = (getattr(s, f"{name}_error") for s in (first, other))
-    root = sum(distance(error, w, p) for error, w in zip(errors, a_b, strict=True))
-    return least_transport(f, g, *weights, p=p, root=root * (1 + gamma(len(f) + len(g))))
+    root = sum(rounding.distance(error, w, p) for error, w in zip(errors, a_b, strict=True))
+    return least_transport(f, g, *weights, p=p, root=root * (1 + rounding.gamma(len(f) + len(g))))
 
 
 def third_lower_bound(
@@ -142,8 +124,8 @@ def third_lower_bound(
     Equal sizes without weights: exact, by the Hungarian algorithm; else its dual is ascended. The
     value of any dual solution is a lower bound. The gradient is that at the matching found.
     """
-    c, d = rounded(c, c_weights), rounded(d, d_weights)
-    a, b = node_weights(c, c_weights), node_weights(d, d_weights)
+    c, d = graphs.rounded(c, c_weights), graphs.rounded(d, d_weights)
+    a, b = graphs.node_weights(c, c_weights), graphs.node_weights(d, d_weights)
     x, y, root, n = c.matrix, d.matrix, c.error + d.error, len(a)
     if n == len(b) and c_weights is None and d_weights is None:
         x, y = jnp.sort(x, axis=1), jnp.sort(y, axis=1)
@@ -152,14 +134,14 @@ def third_lower_bound(
         raw = jnp.mean(jnp.mean(jnp.abs(x - y[columns]) ** p, axis=1))
         # The dual's value, with the gradient of the matching's cost.
         value = (raw - jax.lax.stop_gradient(raw)) + least / n
-        return lowered(value, p=p, relative=gamma(2 * n), root=root)
+        return rounding.lowered(value, p=p, relative=rounding.gamma(2 * n), root=root)
 
     def cost(row: jax.Array, other: jax.Array) -> jax.Array:
         return least_transport(row, other, a, b, p=p)
 
     costs = jax.lax.map(lambda row: jax.vmap(lambda other: cost(row, other))(y), x)
     value, absolute = dual_value(costs, a, b)
-    return lowered(value, p=p, absolute=absolute, root=root)
+    return rounding.lowered(value, p=p, absolute=absolute, root=root)
 
 
 def least_assignment(costs: Square) -> tuple[Scalar, Order]:
@@ -173,7 +155,7 @@ def least_assignment(costs: Square) -> tuple[Scalar, Order]:
     columns = jnp.zeros(n, jnp.int32).at[i].set(k.astype(jnp.int32))
     matched = costs[jnp.arange(n), columns]
     # Steps smaller than this are rounding that cycles.
-    least_step = 4 * gamma(0) * jnp.abs(costs).max()
+    least_step = 4 * rounding.gamma(0) * jnp.abs(costs).max()
 
     def relax(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         v, _, step = state
@@ -184,7 +166,7 @@ def least_assignment(costs: Square) -> tuple[Scalar, Order]:
     v, _, _ = jax.lax.while_loop(lambda state: state[1] & (state[2] < n), relax, start)
     # Feasible by construction, however far v is from the best prices.
     u = jnp.min(costs - v, axis=1)
-    slack = gamma(n) * (jnp.abs(u).sum() + jnp.abs(v).sum())
+    slack = rounding.gamma(n) * (jnp.abs(u).sum() + jnp.abs(v).sum())
     return jax.lax.stop_gradient(u.sum() + v.sum() - 2 * slack), columns
 
 
@@ -220,16 +202,16 @@ def dual_value(
     u = jax.lax.stop_gradient(jnp.min(fixed - v, axis=1))
     v = jnp.min(costs - u[:, None], axis=0)
     n = len(a) + len(b)
-    slack = 2 * gamma(2 * n) * (a @ jnp.abs(u) + b @ jnp.abs(v))
+    slack = 2 * rounding.gamma(2 * n) * (a @ jnp.abs(u) + b @ jnp.abs(v))
     return a @ u + b @ v, jax.lax.stop_gradient(slack)
 
 
 def _statistics(c: Graph, d: Graph, c_weights: Weights, d_weights: Weights) -> tuple[Any, ...]:
-    check_weights("c_weights", c_weights, num_nodes(c))
-    check_weights("d_weights", d_weights, num_nodes(d))
+    graphs.check_weights("c_weights", c_weights, num_nodes(c))
+    graphs.check_weights("d_weights", d_weights, num_nodes(d))
     return (
-        *(row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
-        *(node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
+        *(graphs.row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
+        *(graphs.node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
     )
 
 

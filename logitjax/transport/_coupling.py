@@ -9,21 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.ops import Array, checks
+from logitjax.transport import _graph as graphs
 from logitjax.transport._features import drop_negative
 from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
     ProductGraph,
     RoundedMatrix,
-    check_power,
     dense_factor,
-    dense_factors,
-    dense_matrix,
-    largest,
-    node_weights,
     num_nodes,
-    product_error,
-    rank,
 )
 from logitjax.transport._linear import Linear, linear_at_coupling
 from logitjax.transport._rounding import UNDERFLOW, Scalar, Weights, gamma, real
@@ -70,7 +64,7 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
     References:
         Memoli (2011), definition 5.7, without his factor 1/2.
     """
-    check_power(p)
+    graphs.check_power(p)
     rows, columns, mass = coupling.rows, coupling.columns, coupling.mass
     checks.shapes(
         rows=(rows, "int pairs"), columns=(columns, "int pairs"), mass=(mass, "float pairs")
@@ -114,8 +108,8 @@ def coupling_cost(
     # Mass that must be moved before the masses have the marginals of a coupling.
     surplus = (
         jnp.maximum(1 - mass.sum(), 0.0)
-        + jnp.maximum(row_mass - node_weights(c, c_weights), 0.0).sum()
-        + jnp.maximum(column_mass - node_weights(d, d_weights), 0.0).sum()
+        + jnp.maximum(row_mass - graphs.node_weights(c, c_weights), 0.0).sum()
+        + jnp.maximum(column_mass - graphs.node_weights(d, d_weights), 0.0).sum()
         + jnp.maximum(-mass, 0.0).sum() * 4
         + 4 * gamma(pairs + n + m)
     )
@@ -159,7 +153,7 @@ def coupling_cost(
     most = jnp.where(root > 0, jnp.maximum(most, UNDERFLOW), most)
     most = (most + root) if p == 1 else jnp.square(jnp.sqrt(most) + root)
     # No two entries are further apart, wherever the surplus goes.
-    reach = (largest(c) + largest(d)) ** p
+    reach = (graphs.largest(c) + graphs.largest(d)) ** p
     added, most_added = linear_at_coupling(linear, coupling, 2 * surplus)
     most = most + 2 * surplus * reach + most_added
     return Cost(value + added, jax.lax.stop_gradient(most + gamma(8) * jnp.abs(most)))
@@ -170,7 +164,7 @@ def formation_error(
 ) -> Any:
     """Bound the errors of the entries in `_entrywise_cost`, in the norm of the coupling."""
     if isinstance(graph, FactoredGraph | ProductGraph):
-        return product_error(graph, mass, nodes)
+        return graphs.product_error(graph, mass, nodes)
     return graph.error if isinstance(graph, RoundedMatrix) else 0.0
 
 
@@ -200,10 +194,11 @@ def _entrywise_cost(
 def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], jax.Array]:
     """A function from pair indices to rows of the graph, with all pairs' nodes as columns."""
     nodes = jnp.asarray(nodes)
-    if isinstance(graph, FactoredGraph | ProductGraph) and num_nodes(graph) > 2 * rank(graph):
-        left, right = (x[:, nodes] for x in dense_factors(graph))
+    factored = isinstance(graph, FactoredGraph | ProductGraph)
+    if factored and num_nodes(graph) > 2 * graphs.rank(graph):
+        left, right = (x[:, nodes] for x in graphs.dense_factors(graph))
         return lambda here: left[:, here].T @ right
-    matrix = dense_matrix(graph)
+    matrix = graphs.dense_matrix(graph)
 
     def rows(here: jax.Array) -> jax.Array:
         return matrix[nodes[here]][:, nodes]

@@ -12,13 +12,7 @@ from jaxtyping import Float, Int
 
 from logitjax import ops
 from logitjax.ops import Array
-from logitjax.transport._features import (
-    drop_negative,
-    gather_positions,
-    merged_rows,
-    sparse_difference,
-    sparse_products,
-)
+from logitjax.transport import _features as features
 from logitjax.transport._rounding import (
     Scalar,
     Vector,
@@ -94,12 +88,12 @@ def _dense_distance(z: Array, w: Array, axis: str | None) -> tuple[jax.Array, ja
 def _sparse_distance(
     c: FactoredGraph, d: FactoredGraph, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    local = merged_rows(c.values, c.ids, d.values, d.ids)
-    every = tuple(gather_positions(x, x.ndim - 2, axis) for x in local)
+    local = features.merged_rows(c.values, c.ids, d.values, d.ids)
+    every = tuple(features.gather_positions(x, x.ndim - 2, axis) for x in local)
 
     def one(*parts: jax.Array) -> Any:
         arguments: Any = (*parts, num_nodes(c))
-        return sparse_difference(*arguments)
+        return features.sparse_difference(*arguments)
 
     for _ in range(local[0].ndim - 2):
         one = jax.vmap(one)
@@ -169,7 +163,7 @@ def dense_factor(graph: FactoredGraph) -> jax.Array:
         return values
     rows = jnp.arange(values.shape[0])[:, None]
     empty = jnp.zeros((values.shape[0], num_nodes(graph)), values.dtype)
-    return empty.at[rows, drop_negative(graph.ids)].add(values, mode="drop")
+    return empty.at[rows, features.drop_negative(graph.ids)].add(values, mode="drop")
 
 
 def dense_matrix(graph: Any) -> jax.Array:
@@ -232,7 +226,7 @@ def norms_squared(graph: FactoredGraph) -> jax.Array:
     if graph.ids is None:
         return squares.sum(0)
     empty = jnp.zeros(num_nodes(graph), squares.dtype)
-    return empty.at[drop_negative(graph.ids)].add(squares, mode="drop")
+    return empty.at[features.drop_negative(graph.ids)].add(squares, mode="drop")
 
 
 def largest(graph: Graph) -> Scalar:
@@ -345,12 +339,12 @@ def moments(graph: FactoredGraph | ProductGraph, weights: Weights) -> tuple[Vect
             return mean, jnp.square(z.T @ z) @ a
         gram = (z * a) @ z.T
         return mean, jnp.sum(z * (gram @ z), axis=0)
-    ids = drop_negative(graph.ids)
+    ids = features.drop_negative(graph.ids)
     along = z * a.at[ids].get(mode="fill", fill_value=0.0)
     zeros = jnp.zeros(n, z.dtype)
     mean = zeros.at[ids].add(z * along.sum(-1, keepdims=True), mode="drop")
     # (Z A Z^T Z) at the ids: the weights go with the left factor of the inner product.
-    _, products = sparse_products(z, ids, z, ids, n, left=along)
+    _, products = features.sparse_products(z, ids, z, ids, n, left=along)
     return mean, zeros.at[ids].add(z * products, mode="drop")
 
 

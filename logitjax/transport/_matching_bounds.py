@@ -11,28 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from logitjax.transport import _graph as graphs
+from logitjax.transport import _rounding as rounding
 from logitjax.transport._bounds import check_equal_sizes, least_assignment, row_costs
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    RoundedMatrix,
-    dense_matrix,
-    diagonal,
-    num_nodes,
-    rounded,
-    row_statistics,
-)
-from logitjax.transport._rounding import (
-    Order,
-    Scalar,
-    Square,
-    Vector,
-    deviation_of,
-    gamma,
-    lowered,
-    safe_sqrt,
-    sqrt_error,
-)
+from logitjax.transport._graph import FactoredGraph, Graph, RoundedMatrix
+from logitjax.transport._rounding import Order, Scalar, Square, Vector
 
 
 def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
@@ -46,11 +29,11 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
         Gilmore (1962) and Lawler (1963), relaxed by Gelbrich's moments; its use here is ours.
     """
     check_equal_sizes(c, d, "diagonal_lower_bound")
-    n = num_nodes(c)
+    n = graphs.num_nodes(c)
     (local, own_error, *rest), (other, other_error, *others) = (_apart(g) for g in (c, d))
     value = _sorted_distance(local, other, own_error, other_error) + _rest_distance(rest, others)
     formed = sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
-    return lowered(value / n**2, p=2, relative=gamma(0), root=formed)
+    return rounding.lowered(value / n**2, p=2, relative=rounding.gamma(0), root=formed)
 
 
 def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]:
@@ -71,7 +54,7 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
         Lawler, The quadratic assignment problem (1963).
     """
     check_equal_sizes(c, d, "gilmore_lawler")
-    c, d = (rounded(g) for g in jax.lax.stop_gradient((c, d)))
+    c, d = (graphs.rounded(g) for g in jax.lax.stop_gradient((c, d)))
     x, y = c.matrix, d.matrix
     n = len(x)
     plain, matching = _assign(x, y, jnp.zeros_like(x))
@@ -86,7 +69,9 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
         untried = jnp.inf if branches == n else -least[-1]
         branched = jnp.minimum(matched.min(), jnp.maximum(untried, plain))
         plain = jnp.maximum(plain, branched)
-    return lowered(plain / n**2, p=2, relative=gamma(4 * n), root=c.error + d.error), matching
+    return rounding.lowered(
+        plain / n**2, p=2, relative=rounding.gamma(4 * n), root=c.error + d.error
+    ), matching
 
 
 def _assign(x: Square, y: Square, linear: Square) -> tuple[Scalar, Order]:
@@ -128,30 +113,30 @@ def _pinned(x: Square, y: Square) -> Vector:
 
 def _apart(graph: Graph) -> tuple[jax.Array, ...]:
     """Diagonal ``[n]`` and its error; mean, deviation, RMS of the other entries of rows; theirs."""
-    n = num_nodes(graph)
-    local, others = diagonal(graph), max(n - 1, 1)
+    n = graphs.num_nodes(graph)
+    local, others = graphs.diagonal(graph), max(n - 1, 1)
     if not isinstance(graph, FactoredGraph):
         # Without subtraction of squares.
-        rest = _off_diagonal(dense_matrix(graph))
-        count, own_error = gamma(2 * n), jnp.zeros_like(local)
+        rest = _off_diagonal(graphs.dense_matrix(graph))
+        count, own_error = rounding.gamma(2 * n), jnp.zeros_like(local)
         mean = rest.sum(1) / others
-        deviation = safe_sqrt(jnp.square(rest - mean[:, None]).sum(1) / others)
-        rms = safe_sqrt(jnp.square(rest).sum(1) / others)
+        deviation = rounding.safe_sqrt(jnp.square(rest - mean[:, None]).sum(1) / others)
+        rms = rounding.safe_sqrt(jnp.square(rest).sum(1) / others)
         mean_error = count * jnp.abs(rest).sum(1) / others
         errors = mean_error, mean_error + count * deviation, count * rms
     else:
-        s = row_statistics(graph, None)
-        own_error = gamma(len(graph.values)) * local
+        s = graphs.row_statistics(graph, None)
+        own_error = rounding.gamma(len(graph.values)) * local
         # The statistics include all n entries of a row: subtract its diagonal one.
         mean = (n * s.mean - local) / others
-        small = gamma(0) * (n * jnp.abs(s.mean) + local)
+        small = rounding.gamma(0) * (n * jnp.abs(s.mean) + local)
         mean_error = (n * s.mean_error + own_error + small) / others
         square = (n * s.square - local * local) / others
-        small = gamma(0) * (n * jnp.abs(s.square) + local * local)
+        small = rounding.gamma(0) * (n * jnp.abs(s.square) + local * local)
         square_error = (n * s.square_error + 3 * own_error * local + small) / others
-        rms = safe_sqrt(square)
-        deviation, deviation_error = deviation_of(mean, square, mean_error, square_error)
-        errors = mean_error, deviation_error, sqrt_error(square, square_error)
+        rms = rounding.safe_sqrt(square)
+        deviation, deviation_error = rounding.deviation_of(mean, square, mean_error, square_error)
+        errors = mean_error, deviation_error, rounding.sqrt_error(square, square_error)
     return (
         local,
         jax.lax.stop_gradient(own_error),
@@ -176,7 +161,9 @@ def _sorted_distance(f: Vector, g: Vector, f_error: Vector, g_error: Vector) -> 
     n = len(f)
     raw = jnp.sum(jnp.square(jnp.sort(f) - jnp.sort(g)))
     root = jnp.sqrt(jnp.sum(jnp.square(f_error))) + jnp.sqrt(jnp.sum(jnp.square(g_error)))
-    return lowered(raw, p=2, relative=gamma(n), root=root * (1 + gamma(n)))
+    return rounding.lowered(
+        raw, p=2, relative=rounding.gamma(n), root=root * (1 + rounding.gamma(n))
+    )
 
 
 def _off_diagonal(x: Square) -> Float[jax.Array, "n rest"]:

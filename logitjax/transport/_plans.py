@@ -8,18 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    ProductGraph,
-    RoundedMatrix,
-    applied,
-    factor_norms,
-    largest,
-    node_weights,
-    rank,
-    row_statistics,
-)
+from logitjax.transport import _graph as graphs
+from logitjax.transport._graph import FactoredGraph, Graph, ProductGraph, RoundedMatrix, applied
 from logitjax.transport._linear import Linear, linear_at_plan
 from logitjax.transport._rounding import Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
@@ -127,11 +117,11 @@ def plan_cost(
 
     `sum_ij C_ij^2 a_i a_j + sum_kl D_kl^2 b_k b_l - 2 <C P D^T, P>`
     """
-    weights = node_weights(c, c_weights), node_weights(d, d_weights)
+    weights = graphs.node_weights(c, c_weights), graphs.node_weights(d, d_weights)
     far = sum(jnp.abs(x - w).sum() for x, w in zip(plan.marginals(), weights, strict=True))
     plan, distance = repaired(plan, *weights)
     sides = [
-        jnp.sum(w * row_statistics(g, marginal).square)
+        jnp.sum(w * graphs.row_statistics(g, marginal).square)
         for g, w, marginal in zip((c, d), weights, (c_weights, d_weights), strict=True)
     ]
     if plan.right is None:
@@ -142,18 +132,18 @@ def plan_cost(
     # Each of the three sums is at most this, also with absolute values of factors for C.
     sizes = [_size(g, w, local) for g, w, local in zip((c, d), weights, sides, strict=True)]
     count = 3 * sum(map(len, weights)) + 4 * plan.left.shape[1]
-    count += 2 * sum(rank(g) for g in (c, d) if isinstance(g, FactoredGraph | ProductGraph))
+    count += 2 * sum(graphs.rank(g) for g in (c, d) if isinstance(g, FactoredGraph | ProductGraph))
     most = jnp.maximum(sum(sides) - 2 * both, 0.0) + 2 * gamma(count) * jnp.square(sum(sizes))
     formed = error + sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
     most = jnp.square(jnp.sqrt(most) + formed)
     # The two sums of squares depend only on the weights: the product moves with the plan.
-    most += 4 * distance * (1 + distance) * largest(c) * largest(d)
+    most += 4 * distance * (1 + distance) * graphs.largest(c) * graphs.largest(d)
     most += linear_at_plan(linear, plan.left, plan.right, distance)
     return jnp.where(far <= 2 * _FAR, most + gamma(8) * jnp.abs(most), jnp.nan)
 
 
 def _size(graph: Graph, weights: jax.Array, square: jax.Array) -> jax.Array:
     if isinstance(graph, FactoredGraph | ProductGraph):
-        norms = [weights @ x for x in factor_norms(graph)]
+        norms = [weights @ x for x in graphs.factor_norms(graph)]
         return jnp.sqrt(norms[0]) * jnp.sqrt(norms[1])
     return jnp.sqrt(square)

@@ -9,23 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from logitjax.ops import checks
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    ProductGraph,
-    dense_matrix,
-    factor_norms,
-    half_exponent,
-    largest,
-    multiply,
-    node_weights,
-    num_nodes,
-    parts,
-    rank,
-    row_statistics,
-    shifted,
-    with_parts,
-)
+from logitjax.transport import _graph as graphs
+from logitjax.transport._graph import FactoredGraph, Graph, ProductGraph, largest, parts, with_parts
 from logitjax.transport._linear import Linear
 from logitjax.transport._rounding import (
     Scalar,
@@ -93,7 +78,7 @@ def known_parts(name: str, graph: Graph, low: Any, *, wide: bool) -> tuple[Pair,
 
 
 def scaled(
-    graphs: Sequence[Pair],
+    pairs: Sequence[Pair],
     halves: Sequence[Any],
     weights: tuple[Weights, Weights],
     linear: Linear,
@@ -105,11 +90,11 @@ def scaled(
 
     `halves` are powers of four that were removed before. It also returns the bounds' loss by casts.
     """
-    inner = [half_exponent(jax.lax.stop_gradient(graph)) for graph, _ in graphs]
-    items = [shifted(graph, -h) for (graph, _), h in zip(graphs, inner, strict=True)]
+    inner = [graphs.half_exponent(jax.lax.stop_gradient(graph)) for graph, _ in pairs]
+    items = [graphs.shifted(graph, -h) for (graph, _), h in zip(pairs, inner, strict=True)]
     errors = [
-        _cast_error(g, low if low is None else shifted(low, -h), w, h)
-        for g, (_, low), w, h in zip(items, graphs, weights, inner, strict=True)
+        _cast_error(g, low if low is None else graphs.shifted(low, -h), w, h)
+        for g, (_, low), w, h in zip(items, pairs, weights, inner, strict=True)
     ]
     halves = [h + jnp.asarray(before, h.dtype) for h, before in zip(inner, halves, strict=True)]
     # The unit is the reported float32 number, so its rounding is no error.
@@ -122,7 +107,7 @@ def scaled(
         error = factor * (errors[0] + rounding) + errors[1]
         rest = {"linear": None, "error": jax.lax.stop_gradient(error)}
         units = 2 * jnp.stack(halves)
-        return (multiply(c, factor), d), rest, rms[1], jnp.stack(rms), (0, units)
+        return (graphs.multiply(c, factor), d), rest, rms[1], jnp.stack(rms), (0, units)
     # A graph of zeros has no scale: next to a tiny one it must not set the other's.
     scales = [
         jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
@@ -130,12 +115,12 @@ def scaled(
     ]
     common = jnp.maximum(*scales)
     common = jnp.where(common == _NO_SCALE, 0, common)
-    both = [shifted(g, h - common) for g, h in zip(items, halves, strict=True)]
+    both = [graphs.shifted(g, h - common) for g, h in zip(items, halves, strict=True)]
     error = sum(
         times_power_of_two(e, 2 * (h - common)) for e, h in zip(errors, halves, strict=True)
     )
     if isinstance(linear, ProductGraph):
-        linear = shifted(linear, -p * common)
+        linear = graphs.shifted(linear, -p * common)
     elif linear is not None:
         linear = times_power_of_two(real(linear), -2 * p * common)
     unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
@@ -145,11 +130,11 @@ def scaled(
 
 def _norm(graph: Graph, weights: Weights) -> Scalar:
     """At least the graph's norm in L_2 of the weights, with absolute values in its products."""
-    a = node_weights(graph, weights)
+    a = graphs.node_weights(graph, weights)
     if isinstance(graph, FactoredGraph | ProductGraph):
-        norms = [safe_sqrt(jnp.sum(a * norm)) for norm in factor_norms(graph)]
-        return norms[0] * norms[1] * (1 + gamma(num_nodes(graph) + rank(graph)))
-    return safe_sqrt(a @ (jnp.square(dense_matrix(graph)) @ a)) * (1 + gamma(2 * num_nodes(graph)))
+        norms = [safe_sqrt(jnp.sum(a * norm)) for norm in graphs.factor_norms(graph)]
+        return norms[0] * norms[1] * (1 + gamma(len(a) + graphs.rank(graph)))
+    return safe_sqrt(a @ (jnp.square(graphs.dense_matrix(graph)) @ a)) * (1 + gamma(2 * len(a)))
 
 
 def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Array:
@@ -157,7 +142,7 @@ def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Arra
     info = jnp.finfo(real(0.0).dtype)
     factored = isinstance(graph, FactoredGraph | ProductGraph)
     # Programs flush subnormal numbers to zero.
-    flushed = 4.0 * (rank(graph) if factored else 1) * power_of_two(info.minexp - 2 * half)
+    flushed = 4.0 * (graphs.rank(graph) if factored else 1) * power_of_two(info.minexp - 2 * half)
     # Squares of such small numbers are negligible next to these.
     matters = half < info.minexp // 4
     if low is None:
@@ -166,12 +151,12 @@ def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Arra
     safe = jnp.where(most > 0, most, 1.0)
     low = with_parts(low, [real(x) / safe for x in parts(low)])
     if factored:
-        a = node_weights(graph, weights)
+        a = graphs.node_weights(graph, weights)
         (left, right), (left_low, right_low) = (
-            [jnp.sqrt(jnp.sum(a * norm)) for norm in factor_norms(g)] for g in (graph, low)
+            [jnp.sqrt(jnp.sum(a * norm)) for norm in graphs.factor_norms(g)] for g in (graph, low)
         )
         error = left_low * (right + most * right_low) + right_low * left
-        error *= 1 + gamma(num_nodes(graph) + rank(graph))
+        error *= 1 + gamma(graphs.num_nodes(graph) + graphs.rank(graph))
     else:
         error = _norm(low, weights)
     # The pair itself has twice the digits of its type.
@@ -181,7 +166,7 @@ def _cast_error(graph: Graph, low: Any, weights: Weights, half: Any) -> jax.Arra
 
 def _rms(graph: Graph, weights: Weights) -> Scalar:
     """The RMS entry as a float32 number; 1 if all are zero."""
-    square = node_weights(graph, weights) @ row_statistics(graph, weights).square
+    square = graphs.node_weights(graph, weights) @ graphs.row_statistics(graph, weights).square
     rms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
     # XLA removes a conversion to float32 and back, but not this.
     return jax.lax.reduce_precision(rms, exponent_bits=8, mantissa_bits=23)

@@ -9,18 +9,11 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.ops import Array
+from logitjax.vision import _vit as vit
 from logitjax.vision._fastvit import FastViT, FastViTConfig
 from logitjax.vision._layers import Features, Images, avg_pool, batch_norm, conv
 from logitjax.vision._resnet import Bottleneck, four_stages
-from logitjax.vision._vit import (
-    StagesConfig,
-    TextTower,
-    TowersConfig,
-    ViT,
-    ViTConfig,
-    attend,
-    kernel_and_bias,
-)
+from logitjax.vision._vit import StagesConfig, TextTower, TowersConfig, ViT, ViTConfig
 
 
 class _AttentionPool(nnx.Module):
@@ -40,7 +33,7 @@ class _AttentionPool(nnx.Module):
         x = jnp.concatenate([x.mean(1, keepdims=True), x], 1)  # [batch, 1 + positions, width]
         x = (x + self.positional_embedding[...]).astype(x.dtype)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        return attend(q, k, v, self.heads)[:, 0]
+        return vit.attend(q, k, v, self.heads)[:, 0]
 
 
 class ModifiedResNet(nnx.Module):
@@ -72,7 +65,7 @@ class ModifiedResNet(nnx.Module):
 
     @property
     def last_projection(self) -> tuple[jax.Array, jax.Array | None]:
-        return kernel_and_bias(self.attnpool.c_proj)
+        return vit.kernel_and_bias(self.attnpool.c_proj)
 
     def hidden(self, images: Images) -> Features:
         x = jnp.asarray(images)

@@ -29,19 +29,14 @@ class CLIPTokenizer:
             raise ValueError(f"not a tokenizer of CLIP: it lacks {_START} or {_END}")
         self.start, self.end = start, end
 
-    def __call__(
-        self, texts: Sequence[str], *, truncate: bool = True
-    ) -> Int[np.ndarray, "batch length"]:
-        """Encode texts as int32 ``[batch, context_length]``: start, text, end, zeros."""
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
+        """Encode texts as int32 ``[batch, context_length]``: start, text, end, zeros; truncated."""
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
             # Twice, as in OpenAI's code.
             cleaned = html.unescape(html.unescape(text)).strip()
-            ids = self.tokenizer.encode(cleaned)
-            room = self.context_length - 2
-            if len(ids) > room and not truncate:
-                raise ValueError(f"text {text!r} has {len(ids)} tokens, more than {room}")
-            ids = [self.start, *ids[:room], self.end]
+            ids = self.tokenizer.encode(cleaned)[: self.context_length - 2]
+            ids = [self.start, *ids, self.end]
             rows[row, : len(ids)] = ids
         return rows
 
@@ -99,12 +94,12 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     # The first line names the version.
     lines = text.split("\n")[1 : _MERGES + 1]
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
+    tokenizers = require("tokenizers", extra="models")
     if vocab is None:
-        symbols = _byte_symbols()
         # OpenAI's order: bytes, bytes that end a word, then merges.
+        symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
         tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
         vocab = {token: i for i, token in enumerate([*tokens, _START, _END])}
-    tokenizers = require("tokenizers", extra="models")
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False
@@ -128,12 +123,3 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     )
     backend.add_special_tokens([_START, _END])
     return Tokenizer(backend, bos_id=vocab[_START], eos_id=vocab[_END], pad_id=0)
-
-
-def _byte_symbols() -> list[str]:
-    """A printable character for each byte, in the order of OpenAI's vocabulary."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    plain += range(ord("®"), ord("ÿ") + 1)
-    # Bytes without a printable character.
-    others = len([byte for byte in range(256) if byte not in plain])
-    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

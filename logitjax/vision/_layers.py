@@ -1,5 +1,6 @@
 """Layers shared by the image classifiers: torch's convolutions and batch normalisation."""
 
+import functools
 import math
 from typing import Any
 
@@ -111,24 +112,9 @@ class DepthwiseConv(nnx.Module):
         return jnp.asarray(out)
 
 
-def batch_norm(
-    features: int,
-    *,
-    epsilon: float = 1e-5,
-    axis_name: str | None = None,
-    dtype: Any = None,
-    rngs: nnx.Rngs,
-) -> nnx.BatchNorm:
-    """Batch norm over the global batch: directly under `jit`, otherwise over `axis_name`."""
-    return nnx.BatchNorm(
-        # torch's momentum of 0.1 is the share of the new value.
-        features,
-        momentum=0.9,
-        epsilon=epsilon,
-        axis_name=axis_name,
-        dtype=dtype,
-        rngs=rngs,
-    )
+# Over the global batch: directly under `jit`, otherwise over `axis_name`. Torch's momentum, 0.1, is
+# the share of the new value.
+batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -6,15 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.vision._layers import (
-    DepthwiseConv,
-    Features,
-    Images,
-    batch_norm,
-    conv,
-    global_mean,
-    max_pool,
-)
+from logitjax.vision import _layers as layers
+from logitjax.vision._layers import DepthwiseConv, Features, Images
 
 # Channels, blocks, kernel, stride of the first block, expansion.
 _STAGES = (
@@ -46,14 +39,14 @@ class _Block(nnx.Module):
         # Without expansion it would be a 1x1 convolution of the same width.
         self.expand = expand > 1
         if self.expand:
-            self.expand_conv = conv(in_features, wide, 1, **conv_options)
-            self.bn0 = batch_norm(wide, **options)
+            self.expand_conv = layers.conv(in_features, wide, 1, **conv_options)
+            self.bn0 = layers.batch_norm(wide, **options)
         self.depthwise_conv = DepthwiseConv(
             wide, kernel=kernel, stride=stride, same=True, **conv_options
         )
-        self.bn1 = batch_norm(wide, **options)
-        self.project_conv = conv(wide, features, 1, **conv_options)
-        self.bn2 = batch_norm(features, **options)
+        self.bn1 = layers.batch_norm(wide, **options)
+        self.project_conv = layers.conv(wide, features, 1, **conv_options)
+        self.bn2 = layers.batch_norm(features, **options)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         running, out = not train, x
@@ -78,8 +71,8 @@ class EfficientNetLite0(nnx.Module):
     ):
         options = {"epsilon": 1e-3, "axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = 1280
-        self.conv_stem = conv(channels, 32, 3, stride=2, same=True, dtype=dtype, rngs=rngs)
-        self.bn0 = batch_norm(32, **options)
+        self.conv_stem = layers.conv(channels, 32, 3, stride=2, same=True, dtype=dtype, rngs=rngs)
+        self.bn0 = layers.batch_norm(32, **options)
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
@@ -88,8 +81,8 @@ class EfficientNetLite0(nnx.Module):
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features
         self.blocks = nnx.List(blocks)
-        self.conv_head = conv(previous, self.num_features, 1, dtype=dtype, rngs=rngs)
-        self.bn1 = batch_norm(self.num_features, **options)
+        self.conv_head = layers.conv(previous, self.num_features, 1, dtype=dtype, rngs=rngs)
+        self.bn1 = layers.batch_norm(self.num_features, **options)
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         running = not train
@@ -98,7 +91,7 @@ class EfficientNetLite0(nnx.Module):
         for block in self.blocks:
             x = block(x, train=train)
         x = nnx.relu6(self.bn1(self.conv_head(x), use_running_average=running))
-        return global_mean(x)
+        return layers.global_mean(x)
 
 
 # (channels, kernel, stride, padding), or the kernel of a max-pooling of stride 2.
@@ -129,7 +122,7 @@ class ConvFeatures(nnx.Module):
                 continue
             width, kernel, stride, pad = layer
             options: Any = dict(stride=stride, pad=pad, use_bias=True, dtype=dtype, rngs=rngs)
-            modules[str(number)] = conv(previous, width, kernel, **options)
+            modules[str(number)] = layers.conv(previous, width, kernel, **options)
             order.append((str(number), 0))
             # The ReLU has a number too.
             number, previous = number + 2, width
@@ -139,5 +132,5 @@ class ConvFeatures(nnx.Module):
     def __call__(self, images: Images) -> Features:
         x = jnp.asarray(images)
         for name, pool in self.order:
-            x = max_pool(x, pool, 2) if pool else nnx.relu(self.features[name](x))
-        return global_mean(x)
+            x = layers.max_pool(x, pool, 2) if pool else nnx.relu(self.features[name](x))
+        return layers.global_mean(x)

@@ -8,15 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.vision._layers import (
-    Features,
-    Images,
-    avg_pool,
-    batch_norm,
-    conv,
-    global_mean,
-    max_pool,
-)
+from logitjax.vision import _layers as layers
+from logitjax.vision._layers import Features, Images
 
 
 class BasicBlock(nnx.Module):
@@ -24,10 +17,10 @@ class BasicBlock(nnx.Module):
 
     def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
-        self.conv1 = conv(in_features, features, 3, stride=stride, **conv_options)
-        self.bn1 = batch_norm(features, **options)
-        self.conv2 = conv(features, features, 3, **conv_options)
-        self.bn2 = batch_norm(features, **options)
+        self.conv1 = layers.conv(in_features, features, 3, stride=stride, **conv_options)
+        self.bn1 = layers.batch_norm(features, **options)
+        self.conv2 = layers.conv(features, features, 3, **conv_options)
+        self.bn2 = layers.batch_norm(features, **options)
         self.downsample = _shortcut(in_features, features, stride, options)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -58,22 +51,22 @@ class Bottleneck(nnx.Module):
         self.pool = stride if pooled else 1
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
         narrow = features // 4 * widen
-        self.conv1 = conv(in_features, narrow, 1, **conv_options)
-        self.bn1 = batch_norm(narrow, **options)
+        self.conv1 = layers.conv(in_features, narrow, 1, **conv_options)
+        self.bn1 = layers.batch_norm(narrow, **options)
         # CLIP averages instead.
         step = 1 if pooled else stride
-        self.conv2 = conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
-        self.bn2 = batch_norm(narrow, **options)
-        self.conv3 = conv(narrow, features, 1, **conv_options)
-        self.bn3 = batch_norm(features, **options)
+        self.conv2 = layers.conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
+        self.bn2 = layers.batch_norm(narrow, **options)
+        self.conv3 = layers.conv(narrow, features, 1, **conv_options)
+        self.bn3 = layers.batch_norm(features, **options)
         self.downsample = _shortcut(in_features, features, stride, options, pooled)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         running = not train
         out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
         out = nnx.relu(self.bn2(self.conv2(out), use_running_average=running))
-        out = self.bn3(self.conv3(avg_pool(out, self.pool)), use_running_average=running)
-        return _joined(avg_pool(x, self.pool), out, self.downsample, running)
+        out = self.bn3(self.conv3(layers.avg_pool(out, self.pool)), use_running_average=running)
+        return _joined(layers.avg_pool(x, self.pool), out, self.downsample, running)
 
 
 def _shortcut(
@@ -84,8 +77,8 @@ def _shortcut(
         return None
     conv_options = {key: options[key] for key in ("dtype", "rngs")}
     step = 1 if pooled else stride
-    project = conv(in_features, features, 1, stride=step, **conv_options)
-    return nnx.List([project, batch_norm(features, **options)])
+    project = layers.conv(in_features, features, 1, stride=step, **conv_options)
+    return nnx.List([project, layers.batch_norm(features, **options)])
 
 
 def _joined(x: jax.Array, out: jax.Array, shortcut: Any, running: bool) -> jax.Array:
@@ -142,8 +135,8 @@ class CifarResNet(nnx.Module):
             raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, ...), got {depth}")
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = widths[3]
-        self.conv1 = conv(channels, widths[0], 3, dtype=dtype, rngs=rngs)
-        self.bn1 = batch_norm(widths[0], **options)
+        self.conv1 = layers.conv(channels, widths[0], 3, dtype=dtype, rngs=rngs)
+        self.bn1 = layers.batch_norm(widths[0], **options)
         self.layer1 = _stage(widths[0], widths[1], blocks, 1, options)
         self.layer2 = _stage(widths[1], widths[2], blocks, 2, options)
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, options)
@@ -152,7 +145,7 @@ class CifarResNet(nnx.Module):
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         for block in (*self.layer1, *self.layer2, *self.layer3):
             x = block(x, train=train)
-        return global_mean(x)
+        return layers.global_mean(x)
 
 
 class ResNet(nnx.Module):
@@ -186,8 +179,8 @@ class ResNet(nnx.Module):
         more = 4 if bottleneck else 1
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
-        self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
-        self.bn1 = batch_norm(64, **options)
+        self.conv1 = layers.conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
+        self.bn1 = layers.batch_norm(64, **options)
         self.layer1, self.layer2, self.layer3, self.layer4 = four_stages(
             64, 64 * more, blocks, options, block
         )
@@ -195,7 +188,7 @@ class ResNet(nnx.Module):
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
         if not self.small_stem:
-            x = max_pool(x, 3, 2, pad=1)
+            x = layers.max_pool(x, 3, 2, pad=1)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             x = block(x, train=train)
-        return global_mean(x)
+        return layers.global_mean(x)

@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from logitjax.vision import _tower_names as towers
 from logitjax.vision._fastvit import FastViTConfig, fastvit_config, fastvit_names, without_norms
 from logitjax.vision._preprocessing import Preprocessing
-from logitjax.vision._tower_names import (
-    Weights,
-    flatten_tokens,
-    join_projections,
-    renamed,
-    vit_config,
-)
+from logitjax.vision._tower_names import Weights
 from logitjax.vision._vit import Pooling, Rotary, ViTConfig
 
 _NAMES = (
@@ -104,7 +99,7 @@ def timm_tower(
     elif _GELU_TANH.match(architecture):
         activation = "gelu_pytorch_tanh"
     dino, core = "dinov3" in architecture, "_pe_core_" in architecture
-    config = vit_config(
+    config = towers.vit_config(
         named,
         {
             "num_attention_heads": arguments.get("num_heads", heads),
@@ -143,12 +138,12 @@ def timm_tower(
 
 
 def _vit_names(weights: Weights) -> dict[str, np.ndarray]:
-    named = renamed(without_norms(weights), _NAMES)
+    named = towers.renamed(without_norms(weights), _NAMES)
     for leaf in ("weight", "bias"):
         parts = [f"pool.{part}.{leaf}" for part in ("q", "kv")]
         if set(parts) <= set(named):
             named[f"pool.qkv.{leaf}"] = np.concatenate([named.pop(part) for part in parts])
-    join_projections(named)
+    towers.join_projections(named)
     for name in [n for n in named if re.match(r"blocks\.\d+\.up\.", n)]:
         down = named.get(re.sub(r"up\..*", "down.weight", name))
         # One projection holds both halves of a SwiGLU.
@@ -172,7 +167,7 @@ def _pairs_apart(named: dict[str, np.ndarray], heads: int) -> None:
 
 def _tokens(named: dict[str, np.ndarray]) -> None:
     """Tokens and positions in `ViT`'s form: a position for the class token, none for others."""
-    flatten_tokens(named)
+    towers.flatten_tokens(named)
     if "positions" not in named:
         return
     table, first = named["positions"], int("class_token" in named)

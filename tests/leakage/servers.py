@@ -73,12 +73,12 @@ class Server(Meter):
         none = np.zeros(0, int)
         return self._answers([(prompt, none, none) for prompt in prompts], temperature)
 
-    def ask_biased(self, prompt, tokens, values, *, temperature=0.0):
+    def ask_biased(self, prompt, tokens, values):
         if self.policy.bias == "none":
             raise ValueError("bias_tokens: expected none")
         return self._answers(
             [(prompt, *both) for both in zip(np.asarray(tokens), np.asarray(values), strict=True)],
-            temperature,
+            0.0,
         )
 
     def _answers(self, queries, temperature):

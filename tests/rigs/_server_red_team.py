@@ -120,9 +120,7 @@ def _charged(
         if reply is not None:
             spelled = team.spelled(reply.body)
             ledger.charge("row", "values" + spelled * again, policy.value_nats(vocab))
-            ledger.charge(
-                "row", spelled, len(reply.tokens) * np.log(vocab), team.choice_of(reply.body)
-            )
+            ledger.charge("row", spelled, len(reply.tokens) * np.log(vocab))
     return replies
 
 
@@ -163,7 +161,7 @@ def attacked(
             body = {"prompt": [1], "max_tokens": 1, "return_tokens_as_token_ids": True}
             readings = attack(asker, body | {"logprobs": 0}, vocab=vocab, letters=letters)
             line = {"model": Path(spec).stem, "policy": name, "attacker": attacker}
-            line |= {"queries": queries - asker.left, "bound": float(ledger["row"].hard)}
+            line |= {"queries": queries - asker.left, "bound": float(ledger["row"])}
             line |= readings.judge(row.astype(float), policy.noise)
             for what in ("nats", "bound"):
                 line[f"{what} per 1,000"] = 1000 * line[what] / max(1, line["queries"])

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax.distillation.tokenizers._alignment import Chunks
-from logitjax.losses import Blocks, Head, sweep
+from logitjax.losses import Head, sweep
 from logitjax.models import Tokenizer
 from logitjax.ops import Array, AxisName, Number, checks, gather_at
 from logitjax.ops import mesh as on_mesh
@@ -48,19 +48,11 @@ def linear_likelihood(
     head: Head | Float[Array, "rows columns"],
     labels: Int[Array, "*batch"],
     boundary: TokenSet,
-    *,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
+    **options: Any,
 ) -> Likelihood:
     """Log-probabilities of labels and of word beginnings, from one sweep; differentiable."""
-    return sweep.run(
-        LikelihoodStatistic(boundary),
-        hidden,
-        head,
-        tokens={"labels": labels},
-        blocks=blocks,
-        axis_name=axis_name,
-    )
+    tokens = {"labels": labels}
+    return sweep.run(LikelihoodStatistic(boundary), hidden, head, tokens=tokens, **options)
 
 
 class _Sums(NamedTuple):

@@ -435,13 +435,9 @@ def _reader(
             vocab_size=tokenizer.vocab_size,
             api_key=reading.api_key,
         )
-    mesh, dtype = _devices_of(reading), reading.dtype
+    # With local devices alone a process need not wait for the others.
+    devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
+    mesh, dtype = training.make_mesh("fsdp:-1", devices=devices), reading.dtype
     options = {"dtype": dtype, "param_dtype": dtype, "layout": reading.layout}
     load = functools.partial(models.load, spec, mesh=mesh, **options)
     return model_reader((lambda: loaded[spec]) if spec in loaded else load, kept, mesh)
-
-
-def _devices_of(reading: Reading) -> Mesh:
-    # With local devices alone a process need not wait for the others.
-    devices = jax.local_devices() if reading.teacher_devices == "local" else jax.devices()
-    return training.make_mesh("fsdp:-1", devices=devices)

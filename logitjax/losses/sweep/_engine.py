@@ -87,12 +87,6 @@ def head_block(projection: Projection, start, size: int) -> Head:
     return dataclasses.replace(head, kernel=kernel.astype(compute_dtype(projection)), bias=bias)
 
 
-def block_logits(projection: Projection, head: Head, valid):
-    hidden = projection.hidden.astype(head.kernel.dtype)
-    logits = contract(hidden, (hidden.ndim - 1,), head.kernel, (1 - head.axis,))
-    return finished_logits(logits, head, projection.inverse_temperature, valid)
-
-
 def finished_logits(logits, head: Head, inverse_temperature, valid):
     """Turn `hidden @ kernel` into a statistic's input: bias, cap, temperature, then the mask."""
     if head.bias is not None:
@@ -139,10 +133,11 @@ def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
 
 
 def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock:
-    logits = [
-        block_logits(side, head, columns.valid)
-        for side, head in zip(operands.sides, columns.heads, strict=True)
-    ]
+    logits = []
+    for side, head in zip(operands.sides, columns.heads, strict=True):
+        hidden = side.hidden.astype(head.kernel.dtype)
+        product = contract(hidden, (hidden.ndim - 1,), head.kernel, (1 - head.axis,))
+        logits.append(finished_logits(product, head, side.inverse_temperature, columns.valid))
     teacher = logits[1] if len(logits) == 2 else None
     location = (columns.columns, columns.first)
     return LogitBlock(logits[0], teacher, *location, operands.tokens, sweep.together)

@@ -7,15 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from logitjax.losses.sweep._engine import (
-    Operands,
-    Projection,
-    Sweep,
-    blockwise_gradients,
-    contract,
-    raw_gradient,
-    sum_dtype,
-)
+from logitjax.losses.sweep import _engine as engine
+from logitjax.losses.sweep._engine import Operands, Projection, Sweep
 from logitjax.losses.sweep._head import Head
 from logitjax.losses.sweep._kernel_inputs import Inputs
 from logitjax.losses.sweep._tiles import Grid, hidden_steps, tile_grid
@@ -28,7 +21,7 @@ def _slope(sweep: Sweep, grid: Grid, at: Inputs) -> tuple[jax.Array, jax.Array]:
     block = grid.block(at, here, tokens)
     raw = sweep.statistic.gradient(residuals, cotangents, block)
     side = Projection(at.hidden[0], here.heads[0], here.scales[0])
-    return raw_gradient(side, block, raw, counts), counts
+    return engine.raw_gradient(side, block, raw, counts), counts
 
 
 def _of_hidden(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> None:
@@ -46,7 +39,7 @@ def _of_hidden(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> 
             w = kernel[:, some] if axis == 0 else kernel[some]
             if exists is not None:
                 w = jnp.where(exists, w, jnp.zeros((), w.dtype))
-            total[:, some] += contract(raw, (1,), w, (axis,))
+            total[:, some] += engine.contract(raw, (1,), w, (axis,))
 
     # Values past the end of the vocabulary are arbitrary, and zero times them may be nan.
     last = grid.shape[1] - 1
@@ -78,7 +71,7 @@ def _of_head(sweep: Sweep, grid: Grid, at: Inputs, out: Any, scratch: Any) -> No
             x = hidden[:, some]
             if counts is not None:
                 x = jnp.where(counts, x, jnp.zeros((), x.dtype))
-            scratch[0][:, some] += contract(cast, (0,), x, (0,))
+            scratch[0][:, some] += engine.contract(cast, (0,), x, (0,))
 
     # As above, for hidden states of unused positions.
     all_count = jnp.min(jnp.where(counts, 1.0, 0.0)) > 0
@@ -104,7 +97,7 @@ def tile_gradients(
 ) -> tuple[jax.Array, Head]:
     tree = (operands.tokens, residuals, cotangents, counts)
     student = operands.student
-    dtype, width = sum_dtype(student), student.hidden.shape[1]
+    dtype, width = engine.sum_dtype(student), student.hidden.shape[1]
 
     def sums(size: int, out: Any) -> int:
         # The sum, and twice the output.
@@ -133,4 +126,4 @@ def tile_gradients(
 
 @tile_gradients.defjvp
 def _gradients_jvp(interpret: Any, sweep: Sweep, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(functools.partial(blockwise_gradients, sweep), primals, tangents)
+    return jax.jvp(functools.partial(engine.blockwise_gradients, sweep), primals, tangents)

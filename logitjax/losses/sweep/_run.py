@@ -15,16 +15,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
 from logitjax import ops
+from logitjax.losses.sweep import _engine as engine
 from logitjax.losses.sweep._blocks import Blocks, Sizes
-from logitjax.losses.sweep._engine import (
-    Operands,
-    Projection,
-    Sweep,
-    any_of,
-    drop_integers,
-    run_unreduced,
-    sum_dtype,
-)
+from logitjax.losses.sweep._engine import Operands, Projection, Sweep
 from logitjax.losses.sweep._head import Head
 from logitjax.losses.sweep._statistic import Statistic
 from logitjax.losses.sweep._weighted import run_weighted, weighted_sum
@@ -92,7 +85,7 @@ def run(
             raise ValueError(
                 f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"
             )
-        weights = weights.astype(sum_dtype(operands.student))
+        weights = weights.astype(engine.sum_dtype(operands.student))
     # Outside shard_map, where arrays still know their devices.
     platform = ops.mesh.platform_of(operands.student.hidden, operands.student.head.kernel)
     local = (statistic, Blocks() if blocks is None else blocks, platform)
@@ -194,7 +187,7 @@ def _local(
     # Outside the custom rule, so that its transpose sums the gradients of replicated arrays.
     operands, existing = jax.tree.map(lambda x: ops.mesh.vary(x, varying), (operands, existing))
     if existing is None:
-        outputs = run_unreduced(config, operands)
+        outputs = engine.run_unreduced(config, operands)
     else:
         outputs = run_weighted(config, operands, existing)
     if axis_name is not None:
@@ -217,7 +210,7 @@ def _losses_forward(statistic: Statistic, batch_ndim: int, outputs: Any, tokens:
 
 
 def _losses_backward(statistic: Statistic, batch_ndim: int, pull: Any, cotangents: Any) -> Any:
-    counts = any_of(drop_integers(cotangents), batch_ndim)
+    counts = engine.any_of(engine.drop_integers(cotangents), batch_ndim)
 
     def quiet(gradient: jax.Array) -> jax.Array:
         if gradient.dtype == jax.dtypes.float0:
@@ -240,7 +233,7 @@ def _projection(name: str, hidden: Any, head: Any, temperature: Number) -> Proje
         raise ValueError(f"{name}: expected at least one axis, got a scalar")
     resolved = Head.of(head).resolve(hidden.shape[-1], name.replace("hidden", "head"))
     projection = Projection(hidden, jax.tree.map(jnp.asarray, resolved), None)
-    scale = 1.0 / jnp.asarray(temperature, sum_dtype(projection))
+    scale = 1.0 / jnp.asarray(temperature, engine.sum_dtype(projection))
     return projection._replace(inverse_temperature=lax.stop_gradient(scale))
 
 

@@ -10,26 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from logitjax.losses.sweep._engine import (
-    Operands,
-    Projection,
-    Split,
-    Sweep,
-    add_to_head,
-    block_numbers,
-    column_block,
-    column_ids,
-    drop_integers,
-    first_shard,
-    form_block,
-    head_and_hidden_gradient,
-    head_block,
-    raw_gradient,
-    silenced,
-    split_operands,
-    sum_dtype,
-    swept,
-)
+from logitjax.losses.sweep import _engine as engine
+from logitjax.losses.sweep._engine import Operands, Projection, Split, Sweep
 from logitjax.losses.sweep._statistic import LogitBlock
 
 
@@ -56,23 +38,19 @@ def _slope_of_weights(losses: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
 
 
-def _value_only(sweep: Sweep, operands: Operands, weights):
-    outputs, _ = swept(sweep, operands)
-    losses = sweep.statistic.losses(outputs, operands.tokens)
-    return first_shard(sweep, (weighted_sum(losses, weights), outputs))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[jax.Array, Any]:
     """Like `run_unreduced`, but return `sum(weights * losses)`, and outputs without a gradient."""
-    return _value_only(sweep, operands, weights)
+    outputs, _ = engine.swept(sweep, operands)
+    losses = sweep.statistic.losses(outputs, operands.tokens)
+    return engine.first_shard(sweep, (weighted_sum(losses, weights), outputs))
 
 
 def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     student = operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
-    tokens, location = split_operands(operands, split)
-    wide = sum_dtype(student)
+    tokens, location = engine.split_operands(operands, split)
+    wide = engine.sum_dtype(student)
 
     def positions(d_head, xs):
         losses, outputs, d_hidden, d_head = _one_block(sweep, location(xs[0]), xs[1], d_head)
@@ -82,20 +60,20 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     start = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), student.head))
     d_head, per_token = split.each(positions, start, (tokens, split(weights)))
     losses, outputs, d_hidden = split.join(per_token)
-    total = first_shard(sweep, (weighted_sum(losses, weights), outputs))
+    total = engine.first_shard(sweep, (weighted_sum(losses, weights), outputs))
     d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, student.head)
     return total, ((d_hidden, d_head), _slope_of_weights(losses, weights))
 
 
 def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
     """Losses and gradients of one block of positions, added to the head's gradient so far."""
-    statistic, dtype = sweep.statistic, sum_dtype(operands.student)
-    numbers = block_numbers(sweep, operands)
+    statistic, dtype = sweep.statistic, engine.sum_dtype(operands.student)
+    numbers = engine.block_numbers(sweep, operands)
     batch = operands.student.hidden.shape[:-1]
 
     def first(state, index):
-        columns = column_block(sweep, operands, index)
-        block = form_block(sweep, operands, columns)
+        columns = engine.column_block(sweep, operands, index)
+        block = engine.form_block(sweep, operands, columns)
         return statistic.absorb(state, block, None), (block.student, block.teacher)
 
     def again(state, xs, passed):
@@ -118,18 +96,18 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
     outputs = sweep.vary(outputs)
     losses, pull = jax.vjp(lambda outputs: statistic.losses(outputs, operands.tokens), outputs)
     (cotangents,) = pull(weights.astype(losses.dtype))
-    cotangents = drop_integers(cotangents)
+    cotangents = engine.drop_integers(cotangents)
     counts = weights != 0
-    operands = silenced(operands, counts)
+    operands = engine.silenced(operands, counts)
 
     def backward(carry, xs):
         d_hidden, d_head = carry
         start, block = kept_block(sweep, operands, *xs)
-        head = head_block(operands.student, start, sweep.block)
+        head = engine.head_block(operands.student, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
-        raw = raw_gradient(operands.student, block, raw, counts[..., None])
-        d_hidden, block_head = head_and_hidden_gradient(sweep, operands, head, raw, d_hidden)
-        return (d_hidden, add_to_head(d_head, block_head, start)), None
+        raw = engine.raw_gradient(operands.student, block, raw, counts[..., None])
+        d_hidden, block_head = engine.head_and_hidden_gradient(sweep, operands, head, raw, d_hidden)
+        return (d_hidden, engine.add_to_head(d_head, block_head, start)), None
 
     d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, dtype))
     (d_hidden, d_head), _ = lax.scan(backward, (d_hidden, d_head), (numbers, logits))
@@ -139,7 +117,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
 def kept_block(sweep: Sweep, operands: Operands, index, logits):
     """Return a block whose logits were kept, and its first column."""
     student, teacher = logits
-    start, columns, first = column_ids(sweep, operands, index)
+    start, columns, first = engine.column_ids(sweep, operands, index)
     block = LogitBlock(student, teacher, columns, first, operands.tokens, sweep.together)
     return start, block
 
