@@ -111,12 +111,9 @@ class Measured:
         )
 
     def _alone(self, variant: Variant, name: str, split: str) -> dict[str, float]:
-        return arms.score_alone(
-            self.lineup.scored(variant, name, split),
-            self.lineup.head_of(variant),
-            block_size=self.config.block_size,
-            options=self._options(name),
-        )
+        size, options = self.config.block_size, self._options(name)
+        inputs = self._scored([variant] * 3, name, split), self._heads([variant] * 3)
+        return arms.score(*inputs, {}, block_size=size, options=options)["large"]
 
     def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, float]]:
         """The harness's metrics by arm, all of which answer without examples."""
