@@ -51,7 +51,7 @@ def peak_rss(shape: Shape, kind: str, peer: str) -> int:
     """The most memory a fresh process has held after a step, in bytes."""
     run, inputs = jax.jit(vocabulary.form_step(kind, peer)), vocabulary.inputs(shape)
     jax.block_until_ready(run(inputs))
-    return suite.peak_rss_bytes()
+    return suite.memory_bytes("VmHWM")
 
 
 def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,8 +4,6 @@ import dataclasses
 import importlib
 import pkgutil
 import re
-import resource
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,16 +100,12 @@ def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     return int(analysis.temp_size_in_bytes)
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage starts from the parent's memory at the fork.
-        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if match:
-            return int(match[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def memory_bytes(field: str, process: int | str = "self") -> int:
+    """Bytes that a process holds (VmRSS), or has held at most (VmHWM); on Linux."""
+    # Unlike these, getrusage starts from the parent's memory at the fork.
+    status = Path(f"/proc/{process}/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def write(result: Result, options: Options) -> str:
@@ -160,13 +154,7 @@ def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValue
         raise app.UsageError(f"name: expected one of {', '.join(existing)}, got {unknown[0]!r}")
     for name in existing if "all" in expected else expected:
         module, _ = load(package, name)
-        options = Options(
-            directory=home / name,
-            scale=values.scale,
-            repeats=values.repeats,
-            only=values.only,
-            against=values.against,
-            templates=values.templates and Path(values.templates),
-            seed=values.seed,
-        )
+        given = {n: values[n].value for n in ("scale", "repeats", "only", "against", "seed")}
+        templates = values.templates and Path(values.templates)
+        options = Options(directory=home / name, templates=templates, **given)
         print(f"\n## {name}\n\n{write(module.run(options), options)}", flush=True)
