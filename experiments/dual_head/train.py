@@ -145,8 +145,9 @@ class Trainer:
                 "examples"
             )
         self.dense = course.network.startswith("mlp-")
-        one_by_one = not self.dense
-        self.over_lanes: Any = jax.lax.map if one_by_one else lambda f, lanes: jax.vmap(f)(lanes)
+        self.over_lanes: Any = jax.lax.map
+        if self.dense:
+            self.over_lanes = lambda function, lanes: jax.vmap(function)(lanes)
         self.stepwise = not self.dense and placed.mesh.devices.flat[0].platform == "cpu"
         self.make = functools.partial(
             create_network, course.network, task.num_classes, task.shape, arm.auxiliary
