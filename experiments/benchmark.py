@@ -1,8 +1,7 @@
 """Run benchmarks: ``python -m experiments.benchmark [all | NAME ...] [--list] [--scale=...]``.
 
-Each leaves ``results.json``, ``table.csv``, ``table.md`` and plots under ``WORKDIR/NAME``, prints
-its table, and says whether it met the figures that were promised. ``--page`` prints finished
-results as Markdown.
+Each leaves ``results.json``, ``report.md`` and plots under ``WORKDIR/NAME``, prints its table, and
+says whether it met the figures that were promised.
 """
 
 from experiments import benchmarks

@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments.shared import figures
-from experiments.shared.report import bar, format_value, markdown_table
+from experiments.shared.report import format_value, markdown_table
 from logitjax import storage
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -56,12 +56,6 @@ def take(workdir: pathlib.Path, name: str, page: str, docs: pathlib.Path = DOCS)
         ValueError: A value in it is a path of this machine.
     """
     result = json.loads((workdir / "results.json").read_text())
-    if "rows" in result:  # a benchmark's
-        bars = [
-            bar(b["name"], b["value"], f"{b['sense']} {b['limit']:g}", b["met"])
-            for b in result["bars"]
-        ]
-        result["tables"] = {"measured": result["rows"]} | ({"bars": bars} if bars else {})
     record = {
         "title": _title(result["command"]),
         "command": result["command"],

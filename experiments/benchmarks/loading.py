@@ -17,16 +17,13 @@ _CHILD = """
 import json, sys, time
 import jax, jax.numpy as jnp
 from flax import nnx
+from experiments.shared.suite import memory_bytes
 from logitjax import models, training
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 spec, layout, dtype = sys.argv[1:]
 jnp.zeros(()).block_until_ready()
 # A child inherits its parent's peak through getrusage, not through VmHWM.
-before, start = status("VmRSS"), time.perf_counter()
+before, start = memory_bytes("VmRSS"), time.perf_counter()
 mesh = training.make_mesh("expert:8") if "experts" in spec else None
 model = models.load_model(
     spec, layout=layout, param_dtype=jnp.dtype(dtype), mesh=mesh, rules=models.DECODER_RULES
@@ -35,7 +32,7 @@ leaves = jax.tree.leaves(nnx.state(model))
 jax.block_until_ready(leaves)
 seconds = time.perf_counter() - start
 size = sum(leaf.nbytes for leaf in leaves)
-print(json.dumps({"seconds": seconds, "size": size, "peak": status("VmHWM") - before}))
+print(json.dumps({"seconds": seconds, "size": size, "peak": memory_bytes("VmHWM") - before}))
 """
 
 _EXPORT = """

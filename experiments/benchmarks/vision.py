@@ -4,7 +4,7 @@
 
 EfficientNet-Lite0 names the 20 labelled ImageNet photographs of foolbox, at 224 pixels; then its
 and AlexNet's pictures a second are measured, in batches of 16 on all cores. If the interpreter in
-``LOGITJAX_TORCH_PYTHON`` has torch, both are timed there as well, in its own process, with as many
+``LOGITJAX_TORCH_PYTHON`` has timm, both are timed there as well, in its own process, with as many
 threads. ``make few-shot-data`` fetches weights and photographs.
 """
 

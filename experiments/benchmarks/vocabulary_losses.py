@@ -36,7 +36,7 @@ from etils import epath
 
 from experiments.benchmarks import _vocabulary as vocabulary
 from experiments.benchmarks._vocabulary import KINDS, PEERS, Shape
-from experiments.shared import figures, records, suite, timing
+from experiments.shared import figures, peers, records, suite, timing
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
@@ -51,7 +51,7 @@ def peak_rss(shape: Shape, kind: str, peer: str) -> int:
     """The most memory a fresh process has held after a step, in bytes."""
     run, inputs = jax.jit(vocabulary.form_step(kind, peer)), vocabulary.inputs(shape)
     jax.block_until_ready(run(inputs))
-    return suite.peak_rss_bytes()
+    return suite.memory_bytes("VmHWM")
 
 
 def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -143,28 +143,11 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
     )
 
 
-class _Steps(contextlib.AbstractContextManager["_Steps"]):
-    """A process that runs steps of a form, by the losses of a tree, and reports their times."""
-
-    def __init__(self, tree: Path, *arguments: Any):
-        one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", vocabulary.__file__, *map(str, arguments)],
-            env=os.environ | one | {"PYTHONPATH": os.fspath(tree)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *, first: bool = False) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        if not first:
-            print(file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
-
-    def __exit__(self, *error: Any) -> None:
-        self._process.communicate()
+def _steps(tree: Path, *arguments: Any) -> Any:
+    """A process that runs steps of a form, by the losses of a tree, and says their times."""
+    one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-P", vocabulary.__file__, *arguments)
+    return peers.asking(*command, **one, PYTHONPATH=os.fspath(tree))
 
 
 def _against(options: suite.Options) -> suite.Result:
@@ -182,11 +165,9 @@ def _against(options: suite.Options) -> suite.Result:
             for start in range(min(_STARTS, options.repeats)):
                 with contextlib.ExitStack() as stack:
                     steps = {
-                        name: stack.enter_context(_Steps(tree, kind, what, *shape))
+                        name: stack.enter_context(_steps(tree, kind, what, *shape))
                         for name, (tree, what) in sides.items()
                     }
-                    for one in steps.values():
-                        one(first=True)
                     for turn in range(start, options.repeats, _STARTS):
                         # Forward and backward order, so that none is always first.
                         for name in list(steps)[:: 1 if turn % 2 else -1]:

@@ -5,9 +5,8 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import pydantic
 import yaml
 
@@ -221,8 +220,3 @@ def write(claim: Claim, folder: pathlib.Path = CLAIMS) -> None:
 def rounded(value: float) -> float:
     """A number with the digits that the files use."""
     return float(f"{value:.4g}") if math.isfinite(value) else value
-
-
-def arrays(inputs: dict[str, list[float]]) -> dict[str, Any]:
-    """Inputs of a formula as arrays."""
-    return {name: np.array(values) for name, values in inputs.items()}

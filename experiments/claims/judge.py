@@ -11,16 +11,7 @@ import numpy as np
 
 from experiments.claims import record as records_of
 from experiments.claims import statistics
-from experiments.claims.claim import (
-    Arithmetic,
-    Claim,
-    Contrast,
-    Effect,
-    Setting,
-    Verdict,
-    arrays,
-    rounded,
-)
+from experiments.claims.claim import Arithmetic, Claim, Contrast, Effect, Setting, Verdict, rounded
 from experiments.claims.record import Record
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -39,7 +30,7 @@ def compute(arithmetic: Arithmetic) -> list[float]:
     Raises:
         ValueError: The formula holds anything else.
     """
-    inputs = arrays(arithmetic.inputs)
+    inputs = {name: np.array(values) for name, values in arithmetic.inputs.items()}
 
     def value(node: ast.expr) -> Any:
         match node:

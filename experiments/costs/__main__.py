@@ -8,7 +8,6 @@ written out to the vocabulary (`logits`), and the first 40 of them (`top`).
 import functools
 import itertools
 import json
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from etils import epath
 
+from experiments.shared.records import kept
 from experiments.shared.scaling import closed_form_rows
 from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import ops
@@ -63,12 +64,8 @@ _PARTS: Mapping[str, Callable[[], Any]] = {"closed_form": _closed_form, "vq": _v
 
 def main(argv: list[str]) -> None:
     """The command; finished measurements are not repeated."""
-    path = pathlib.Path(flags.FLAGS.workdir) / "rounds.json"
-    if not path.exists():
-        result = _PARTS[argv[1]]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path.read_text())
+    path = epath.Path(flags.FLAGS.workdir) / "rounds.json"
+    print(json.dumps(kept(path, _PARTS[argv[1]]), indent=1))
 
 
 if __name__ == "__main__":

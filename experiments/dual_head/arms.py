@@ -89,13 +89,10 @@ class Arm:
 
 def arms(config: Config) -> dict[str, Arm]:
     """Every arm by its name."""
-    binary = (
-        distillation.binary_kl if config.logit_loss == "binary_kl" else distillation.binary_kl_norm
-    )
 
     def logit_loss(student: Any, teacher: Any, labels: Any) -> Any:
         del labels
-        return binary(student, teacher, temperature=config.binary_temperature)
+        return distillation.binary_kl_norm(student, teacher, temperature=2.0)
 
     def kd(student: Any, teacher: Any, labels: Any, *, temperature: float) -> Any:
         del labels
@@ -108,7 +105,7 @@ def arms(config: Config) -> dict[str, Arm]:
 
     def dkd(student: Any, teacher: Any, labels: Any) -> Any:
         return distillation.decoupled_knowledge_distillation(
-            student, teacher, labels, other_weight=config.dkd_beta, temperature=config.temperature
+            student, teacher, labels, other_weight=8.0, temperature=config.temperature
         )
 
     def standardized(student: Any, teacher: Any, labels: Any) -> Any:

@@ -69,11 +69,6 @@ class Config:
     )
     stop_epoch: int = field(0, "Epoch from which alpha is 0. 0 for never.")
     temperature: float = field(4.0, "Temperature of kd, dkd and dist.")
-    dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
-    binary_temperature: float = field(2.0, "Temperature of the logit loss.")
-    logit_loss: str = field(
-        "binary_kl_norm", "Loss of single and dual.", choices=("binary_kl_norm", "binary_kl")
-    )
     diagnose_every: int = field(
         2, "Number of epochs between measures of neural collapse, for the first seed.", minimum=1
     )

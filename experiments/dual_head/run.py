@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import logging as python_logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,12 +42,22 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
     results: dict[str, Any] = {"teacher": record, "arms": {}}
     for name in config.arm:
         arm = existing[name]
+        taught_by = teacher if arm.logit_loss is not None else None
+
         # One compilation for all seeds of a course; none if all are on disk.
-        scorer = functools.cache(functools.partial(_student, config, placed, arm, teacher))
+        @functools.cache
+        def scorer(course: Course, arm: Arm = arm, teacher: Any = taught_by) -> Scorer:
+            return Scorer(Trainer(config, placed, arm, course, teacher=teacher))
+
         course = Course.of_student(config, arm)
         for seed in range(config.seeds):
             directory = workdir / "arms" / name / f"seed-{seed}"
-            train = functools.partial(_fit_arm, scorer, course, directory, seed)
+
+            def train(
+                course: Course = course, directory: epath.Path = directory, seed: int = seed
+            ) -> Record:
+                return fit(scorer(course), directory, seed=seed, diagnose=True)[1]
+
             record = kept(directory / "result.json", train)
             # The first seed chooses the rate of every alpha; the others take it.
             if not seed:
@@ -65,17 +74,6 @@ def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
             )
             results["arms"].setdefault(name, []).append(record)
     return results
-
-
-def _student(config: Config, placed: Placed, arm: Arm, teacher: Teacher, course: Course) -> Scorer:
-    taught_by = teacher if arm.logit_loss is not None else None
-    return Scorer(Trainer(config, placed, arm, course, teacher=taught_by))
-
-
-def _fit_arm(
-    scorer: Callable[[Course], Scorer], course: Course, directory: epath.Path, seed: int
-) -> Record:
-    return fit(scorer(course), directory, seed=seed, diagnose=True)[1]
 
 
 def fit(

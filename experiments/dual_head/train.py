@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +145,9 @@ class Trainer:
                 "examples"
             )
         self.dense = course.network.startswith("mlp-")
-        self.over_lanes = _vmap if self.dense else jax.lax.map
+        self.over_lanes: Any = jax.lax.map
+        if self.dense:
+            self.over_lanes = lambda function, lanes: jax.vmap(function)(lanes)
         self.stepwise = not self.dense and placed.mesh.devices.flat[0].platform == "cpu"
         self.make = functools.partial(
             create_network, course.network, task.num_classes, task.shape, arm.auxiliary
@@ -292,10 +294,6 @@ class Trainer:
             "key": jax.random.fold_in(jax.random.key(seed), number),
             "on": on,
         }
-
-
-def _vmap(function: Callable[[Any], Any], lanes: Any) -> Any:
-    return jax.vmap(function)(lanes)
 
 
 def _after(state: training.TrainState, lanes: Any, steps: int) -> training.TrainState:

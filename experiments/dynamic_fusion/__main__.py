@@ -13,8 +13,7 @@ the paper's grid, and the root searches of `logitjax.fusion`. `report.md` has NL
 accuracy, the share of the gap to the ceiling that is closed, as (x - base) / (ceiling - base) and
 as the paper's ratio x / ceiling, tokens a second, and a plot of alpha over tokens.
 
-With `--domain=gsm8k:DIR` (or `trivia_qa`, `cnn_dm`, `truthful_qa`, `mmlu`) experts learn
-a published task and every arm answers its test questions, which are graded as published.
+With `--graded=gsm8k`, or another task of lm-evaluation-harness, every arm answers its questions.
 
 Models and the hidden states that their heads see are kept in `--models_dir` and shared between
 runs. You may kill it at any time: the same command continues where it stopped.

@@ -93,22 +93,6 @@ def _static_sums(
     return jax.lax.map(one, alphas)
 
 
-class Totals:
-    """Means by arm, collected block by block."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, dict[str, Any]] = {}
-        self.count = 0
-
-    def add(self, arm: str, sums: Mapping[str, Any]) -> None:
-        stored = self.sums.setdefault(arm, {})
-        for name, value in jax.device_get(dict(sums)).items():
-            stored[name] = stored.get(name, 0.0) + np.asarray(value, np.float64)
-
-    def means(self, arm: str) -> dict[str, Any]:
-        return {name: value / self.count for name, value in self.sums[arm].items()}
-
-
 def score(
     scored: Sequence[Scored],
     heads: Sequence[np.ndarray],
@@ -125,40 +109,35 @@ def score(
         static: alphas of `static ALPHA` arms.
         options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
     """
-    totals = Totals()
+    totals: dict[str, dict[str, Any]] = {}
+    count = 0
+
+    def add(arm: str, sums: Mapping[str, Any]) -> None:
+        stored = totals.setdefault(arm, {})
+        for name, value in jax.device_get(dict(sums)).items():
+            stored[name] = stored.get(name, 0.0) + np.asarray(value, np.float64)
+
     choices = None if options is None else jnp.asarray(options)
     for block in blocks(scored, heads, block_size):
-        totals.count += int(block.where.sum())
+        count += int(block.where.sum())
         rest = (block.labels, block.where, choices)
         alone = {"large": block.large, "base": block.base}
         alone |= {f"expert {i}": logits for i, logits in enumerate(block.experts)}
         for name, logits in alone.items():
-            totals.add(name, _sums(logits, {}, *rest))
+            add(name, _sums(logits, {}, *rest))
         inputs = (block.large, block.experts, block.base)
         for name, strategy in arms.items():
-            totals.add(name, _sums(*_fused(*inputs, strategy=strategy), *rest))
+            add(name, _sums(*_fused(*inputs, strategy=strategy), *rest))
         if static:
             alphas = jnp.asarray(static, jnp.float32)
             values = jax.device_get(_static_sums(*inputs, *rest, alphas))
             for i, alpha in enumerate(static):
                 one = {name: value[i] for name, value in values.items()}
-                totals.add(static_name(alpha), one | {"alpha": alpha * block.where.sum()})
+                add(static_name(alpha), one | {"alpha": alpha * block.where.sum()})
     return {
-        name: {key: float(value) for key, value in totals.means(name).items()}
-        for name in totals.sums
+        name: {key: float(value / count) for key, value in sums.items()}
+        for name, sums in totals.items()
     }
-
-
-def score_alone(
-    scored: Scored, head: np.ndarray, *, block_size: int, options: Sequence[int] | None = None
-) -> dict[str, float]:
-    """Mean NLL and accuracy of one model."""
-    totals = Totals()
-    choices = None if options is None else jnp.asarray(options)
-    for block in blocks([scored, scored, scored], [head] * 3, block_size):
-        totals.count += int(block.where.sum())
-        totals.add("model", _sums(block.large, {}, block.labels, block.where, choices))
-    return {key: float(value) for key, value in totals.means("model").items()}
 
 
 def static_name(alpha: float) -> str:

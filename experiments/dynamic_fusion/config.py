@@ -21,8 +21,7 @@ class Config:
     )
     general: str = field("tfds:wiki_summaries", "Text to heal on, and to score as general text.")
     domain: str = field(
-        "tfds:experiments.dynamic_fusion.first_folio:FirstFolio",
-        "Text of the first domain, or a task as gsm8k:DIR.",
+        "tfds:experiments.dynamic_fusion.first_folio:FirstFolio", "Text of the first domain."
     )
     task: str = field("topics:tfds:wiki_summaries", "Second domain: topics:SOURCE or letters.")
     models_dir: str = field(".cache/dynamic_fusion", "Folder of the models, which runs share.")
@@ -42,9 +41,10 @@ class Config:
     test_tokens: int = field(1024, "Number of tokens of each text to report on.")
     validation_questions: int = field(96, "Number of questions for choosing the static alpha.")
     test_questions: int = field(192, "Number of questions to report on.")
-    graded_questions: int = field(
-        1000, "Number of questions to answer if the first domain is a task."
+    graded: str = field(
+        "", "Task of lm-evaluation-harness to answer as well, such as gsm8k. Empty for none."
     )
+    graded_questions: int = field(1000, "Number of its questions to answer.")
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
     seeds: int = field(1, "Number of seeds, each with experts and a ceiling of its own.")
     block_size: int = field(64, "Number of positions whose logits are in memory at once.")
@@ -98,13 +98,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "demo": dict(),
     "report": dict(seeds=3),
-    # Once for each of the paper's tasks: --domain=gsm8k:DIR, truthful_qa:DIR, trivia_qa:DIR,
-    # cnn_dm:DIR and, which no expert was tuned on, mmlu:DIR.
+    # Once for each of the paper's tasks: gsm8k, truthfulqa_mc1, triviaqa, cnn_dailymail_abisee and,
+    # which no expert was tuned on, mmlu. Data: jsonl of prompt and response, in the task's words.
     "paper": dict(
         large="hf:meta-llama/Llama-2-13b-hf",
         base="hf:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
         general="tfds:wiki_summaries",
-        domain="gsm8k:data/gsm8k",
+        domain="jsonl:data/gsm8k",
+        graded="gsm8k",
         task="topics:tfds:ag_news_subset",
         train_embeddings=True,
         seq_len=1024,

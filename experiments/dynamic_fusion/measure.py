@@ -11,12 +11,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments.dynamic_fusion import arms, graded_tasks
+from experiments.dynamic_fusion import arms
 from experiments.dynamic_fusion.config import Config
 from experiments.dynamic_fusion.data import load_task, load_text
 from experiments.dynamic_fusion.train import Lineup, Scored, Variant
 from experiments.shared.records import kept
-from logitjax import decoding, models, processes
+from logitjax import decoding, models
 from logitjax.fusion import DynamicFusion, ProxyTuning
 
 #: The data an expert is tuned on, and the data sets that it is scored on, its own first.
@@ -32,7 +32,6 @@ class Measured:
     directory: epath.Path
     lineup: Lineup
     tokenizer: models.Tokenizer
-    graded: graded_tasks.Graded | None = None
 
     def models(self, domains: Sequence[str], seed: int) -> list[Variant]:
         """Large model, base, experts."""
@@ -53,7 +52,7 @@ class Measured:
     def score_seed(self, seed: int) -> dict[str, Any]:
         """Means of every arm by line-up and data set, and the static alphas that were chosen.
 
-        If the domain is a graded task, also the mean grade of its answers, by arm.
+        With a task of lm-evaluation-harness, also what it makes of each arm's answers.
         """
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
         record["search"] = {}
@@ -78,7 +77,7 @@ class Measured:
                 )
                 for name in names
             }
-            if domain == "domain" and self.graded is not None:
+            if domain == "domain" and self.config.graded:
                 record["graded"] = self._grade(ceiling, chosen[domain], seed)
             self.lineup.forget(ceiling)
         both = tuple(SETS)
@@ -112,17 +111,17 @@ class Measured:
         )
 
     def _alone(self, variant: Variant, name: str, split: str) -> dict[str, float]:
-        return arms.score_alone(
-            self.lineup.scored(variant, name, split),
-            self.lineup.head_of(variant),
-            block_size=self.config.block_size,
-            options=self._options(name),
-        )
+        size, options = self.config.block_size, self._options(name)
+        inputs = self._scored([variant] * 3, name, split), self._heads([variant] * 3)
+        return arms.score(*inputs, {}, block_size=size, options=options)["large"]
 
-    def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, Any]]:
-        assert self.graded is not None
-        config, kind = self.config, self.graded.kind
-        questions = self.graded.splits["test"][: config.graded_questions]
+    def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, float]]:
+        """The harness's metrics by arm, all of which answer without examples."""
+        import lm_eval
+
+        from logitjax.integrations.lm_eval import LogitjaxLM
+
+        config = self.config
         large, base, expert = self.models(["domain"], seed)
 
         def fused(strategy: Any) -> Any:
@@ -140,17 +139,19 @@ class Measured:
             "ceiling": lambda: ceiling.model,
         }
 
-        def measure(name: str) -> dict[str, Any]:
+        def measure(name: str) -> dict[str, float]:
             logging.info("seed %d: answers of %s", seed, name)
-            grades = graded_tasks.grade(
-                arms_[name](),
-                kind,
-                questions,
-                self.tokenizer,
-                batch_size=config.task_batch,
-                max_prompt=config.seq_len,
+            loaded = (arms_[name](), self.tokenizer, ())
+            evaluation: Any = lm_eval.simple_evaluate(
+                LogitjaxLM(loaded, batch_size=config.task_batch),
+                tasks=[config.graded],
+                num_fewshot=0,
+                limit=config.graded_questions,
+                bootstrap_iters=0,
             )
-            return {"grade": statistics.fmean(grades), "questions": len(grades)}
+            scores = evaluation["results"][config.graded]
+            numbers = {n: v for n, v in scores.items() if isinstance(v, float | int)}
+            return {n.removesuffix(",none"): v for n, v in numbers.items() if "," in n}
 
         return {
             name: self._kept(f"seed-{seed}-graded-{name}", functools.partial(measure, name))
@@ -233,14 +234,9 @@ def open_lineup(config: Config, workdir: epath.Path) -> Measured:
     """Load the tokenizer and pack the texts; models are made when they are needed."""
     root = epath.Path(config.models_dir or workdir / "models").expanduser()
     tokenizer = models.load_tokenizer(config.large)
-    graded, domain = None, config.domain
-    if graded_tasks.is_graded(domain):
-        graded = graded_tasks.load_graded(domain)
-        with processes.first_before_others("questions"):
-            domain = graded_tasks.write_for_tuning(graded, workdir / "data" / "questions")
     texts = {
         name: load_text(spec, tokenizer, seq_len=config.seq_len, directory=workdir / "data" / name)
-        for name, spec in (("general", config.general), ("domain", domain))
+        for name, spec in (("general", config.general), ("domain", config.domain))
     }
     sizes = {
         "train": config.task_examples,
@@ -248,6 +244,4 @@ def open_lineup(config: Config, workdir: epath.Path) -> Measured:
         "test": config.test_questions,
     }
     task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
-    return Measured(
-        config, workdir / "results", Lineup(config, root, texts, task), tokenizer, graded
-    )
+    return Measured(config, workdir / "results", Lineup(config, root, texts, task), tokenizer)

@@ -41,7 +41,7 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     for title, rows in tables:
         text += f"\n## {title}\n\n{markdown_table(rows)}\n"
     if "graded" in seeds[0]:
-        text += f"\n## Answers to the first domain's questions\n\n{markdown_table(graded(seeds))}\n"
+        text += f"\n## Answers graded by lm-evaluation-harness\n\n{markdown_table(graded(seeds))}\n"
     if results["speeds"]:
         text += f"\n## Greedy decoding, one row\n\n{markdown_table(results['speeds'])}\n"
     text += f"\n![alpha over tokens](alpha.png)\n\n{_NOTES}\n"
@@ -89,25 +89,21 @@ def single_table(seeds: Sequence[Any], domain: str, name: str) -> list[dict[str,
 
 
 def graded(seeds: Sequence[Any]) -> list[dict[str, Any]]:
-    """Mean grade of every arm's answers, and its place between large model and ceiling."""
+    """The harness's metrics of every arm, and their place between large model and ceiling."""
     rows = []
-    for arm in seeds[0]["graded"]:
-        grades = [100 * seed["graded"][arm]["grade"] for seed in seeds]
-        ends = [
-            [100 * seed["graded"][end]["grade"] for end in ("large", "ceiling")] for seed in seeds
-        ]
-        gaps = [gap_closed(grade, *end) for grade, end in zip(grades, ends, strict=True)]
-        items = [gap for gap in gaps if gap is not None]
-        ratios = [100 * g / end[1] for g, end in zip(grades, ends, strict=True) if end[1]]
-        rows.append(
-            {
-                "arm": arm,
-                "grade %": mean_and_spread(grades),
-                "gap closed %": mean_and_spread(items) if items else None,
-                "paper's ratio %": mean_and_spread(ratios) if ratios else None,
-                "questions": seeds[0]["graded"][arm]["questions"],
-            }
-        )
+    for arm, metrics in seeds[0]["graded"].items():
+        for metric in metrics:
+            scores, starts, ends = (
+                [100 * seed["graded"][name][metric] for seed in seeds]
+                for name in (arm, "large", "ceiling")
+            )
+            gaps = [gap_closed(*one) for one in zip(scores, starts, ends, strict=True)]
+            items = [gap for gap in gaps if gap is not None]
+            ratios = [100 * score / end for score, end in zip(scores, ends, strict=True) if end]
+            row = {"arm": arm, "metric": metric, "%": mean_and_spread(scores)}
+            row["gap closed %"] = mean_and_spread(items) if items else None
+            row["paper's ratio %"] = mean_and_spread(ratios) if ratios else None
+            rows.append(row)
     return rows
 
 

@@ -114,12 +114,7 @@ class Lineup:
         """A model's head: the large model's own array if all share it."""
         if not self.config.base and not self.config.train_embeddings:
             return self.head
-        path = variant.directory / "head.npy"
-        if not processes.broadcast_from_first(path.exists):
-            head = _head_rows(variant.model)
-            processes.run_on_first(f"{path}", lambda: _save(path, head))
-        with path.open("rb") as file:
-            return np.load(file)
+        return _array(variant.directory / "head.npy", variant, _head_rows)
 
     def scored(self, variant: Variant, name: str, split: str) -> Scored:
         """Compute a head's inputs on a split of a text or of the task, once."""
@@ -129,15 +124,8 @@ class Lineup:
             directory = (
                 variant.directory / f"task-{split}-{digest(self.task.fingerprint, length=12)}"
             )
-            path = directory / "hidden.npy"
-            if not processes.broadcast_from_first(path.exists):
-                model = variant.model
-                processes.run_on_first(
-                    f"{path}",
-                    lambda: _save(path, answer_states(model, questions, config.batch_size)),
-                )
-            with path.open("rb") as file:
-                return Scored(np.load(file), questions.answers)
+            states = functools.partial(answer_states, questions=questions, size=config.batch_size)
+            return Scored(_array(directory / "hidden.npy", variant, states), questions.answers)
         text = self.texts[name]
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
         key = digest(text.fingerprint, tokens, config.batch_size, length=12)
@@ -293,8 +281,18 @@ def _here(leaf: jax.Array) -> jax.Array:
     return jnp.asarray(np.asarray(leaf)) if len(leaf.devices()) > 1 else leaf
 
 
-def _save(path: epath.Path, array: np.ndarray) -> None:
-    storage.write_atomic(path, lambda file: np.save(file, array))
+def _array(
+    path: epath.Path, variant: Variant, make: Callable[[models.Decoder], np.ndarray]
+) -> np.ndarray:
+    """An array of a model, which process 0 makes and saves if it is not there."""
+    if not processes.broadcast_from_first(path.exists):
+        # All processes train the model.
+        model = variant.model
+        processes.run_on_first(
+            f"{path}", lambda: storage.write_atomic(path, lambda file: np.save(file, make(model)))
+        )
+    with path.open("rb") as file:
+        return np.load(file)
 
 
 def _file_identity(spec: str) -> list[Any]:

@@ -16,8 +16,7 @@ one and two teachers of a healed student, and the pair with roles exchanged. It 
 Arms (`--loss`, repeatable): `sft` is next-token cross-entropy. `kl` adds KL from the sources' top
 logits with the exact tail mass, which needs the same vocabulary. `uld` adds universal logit
 distance, `gld` graph-on-logits distillation, and `uld+gld` both, which is InfiGFusion. `kl_only`
-leaves SFT out. `dual` adds a second LM head, dropped afterwards, that regresses the sources' top
-logits. Weights follow the paper: (1 - mix) SFT + mix (...).
+leaves SFT out. Weights follow the paper: (1 - mix) SFT + mix (...).
 
 With several learning rates, mixes or graph losses each arm chooses its own on validation data, in
 equally many trials with the first seed. `--drop_layers` may be repeated; all but the first use the

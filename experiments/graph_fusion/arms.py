@@ -18,7 +18,7 @@ class Settings:
     """Settings that distinguish the runs of one arm, apart from layers and seeds.
 
     Attributes:
-        arm: One of `config.ARMS`, or `dual`.
+        arm: One of `config.ARMS`.
         learning_rate: Peak.
         mix: Weight of the distillation terms; SFT gets the rest.
         gld: The graph loss and its weight.
@@ -61,9 +61,7 @@ class Settings:
             )
             sft = ((distillation.terms.SFT(), 1 - self.mix),) if self.mix < 1 else ()
             terms = (*sft, *parts)
-        return distillation.Objective(
-            terms=terms, teachers=config.source_weight or (1.0,) * len(config.sources)
-        )
+        return distillation.Objective(terms=terms, teachers=(1.0,) * len(config.sources))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

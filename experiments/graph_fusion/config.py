@@ -12,8 +12,6 @@ ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
 CROSS: tuple[str, ...] = ("first_piece", "pkl", "hybrid", "hkl", "alm")
 # ULD beside graphs of other rows, which are unrelated to this one: the null of `uld+gld`.
 NULL = "uld+gld_other"
-# A second head learns the teachers' logits; it needs their vocabulary, as kl does.
-DUAL = "dual"
 # Settings that the arms or the models determine.
 _NOT_READ = (
     "terms", "teacher_reads", "tail_samples", "api_key", "batch_size", "dtype", "layout"
@@ -40,7 +38,6 @@ class Config:
         without=_NOT_READ,
         rename={"teachers": "source", "top_k": "cache_top_k"},
     )
-    source_weight: tuple[float, ...] = field((), "Weight of each source. Equal by default.")
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.", execution=True)
     drop_arm: tuple[str, ...] = field(
         (), "Arm to train at all numbers of layers but the first. By default all arms."
@@ -93,7 +90,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.freeze_below and self.layout != "listed":
             raise ValueError("freeze_below: expected listed layers, stacked ones train together")
-        existing = (*ARMS, *CROSS, NULL, DUAL)
+        existing = (*ARMS, *CROSS, NULL)
         for arm in (*self.loss, *self.drop_arm):
             if arm not in existing:
                 raise ValueError(f"loss: expected some of {', '.join(existing)}, got {arm!r}")
@@ -108,10 +105,6 @@ class Config:
         grid = len(self.learning_rate) + len(self.mix) + len(self.gld) - 2
         if self.chooses and self.trials < grid:
             raise ValueError(f"trials: expected at least the {grid} of the grid, got {self.trials}")
-        if self.source_weight and len(self.source_weight) != len(self.sources):
-            raise ValueError(
-                f"source_weight: {len(self.source_weight)} weights for {len(self.sources)} sources"
-            )
 
     def of_part(self, name: str) -> "Config":
         """The configuration of one part."""
@@ -177,7 +170,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         drop_layers=(1,),
         source=("tiny:1",),
         data="text:LICENSE",
-        loss=(*ARMS, DUAL),
+        loss=ARMS,
         seq_len=64,
         batch_size=2,
         eval_batch=2,

@@ -20,7 +20,6 @@ NAMES = {
     "gld": "SFT + GLD",
     "uld+gld": "SFT + ULD + GLD (InfiGFusion)",
     "uld+gld_other": "SFT + ULD + GLD to another row",
-    "dual": "SFT + second head",
     "first_piece": "SFT + first piece",
     "pkl": "SFT + P-KL, corrected (X-Token)",
     "hybrid": "SFT + hybrid, corrected (GOLD)",

@@ -108,21 +108,9 @@ class Pruned:
     @functools.cached_property
     def scorer(self) -> distillation.Scorer:
         """Held-out scores, with one program for all arms."""
-        return self._scorer(self.student)
-
-    def of_arm(self, arm: str) -> tuple[distillation.Student, distillation.Scorer]:
-        """An arm's student and its scorer: a term may train arrays of its own beside."""
-        config = self.session.config
-        objective = arms.first_settings(config, arm).objective(config)
-        student = distillation.Student.of(self.model, freeze=self.freeze, objective=objective)
-        if "terms" not in student.trained:
-            return self.student, self.scorer
-        return student, self._scorer(student)
-
-    def _scorer(self, student: distillation.Student) -> distillation.Scorer:
         session = self.session
         about = course(session.config, arms.first_settings(session.config, "sft"), 0)
-        return distillation.Scorer(student, session.corpus, about, mesh=session.mesh)
+        return distillation.Scorer(self.student, session.corpus, about, mesh=session.mesh)
 
     @functools.cached_property
     def _step(self) -> training.EvalStep:
@@ -303,7 +291,7 @@ def run_arm(
     """One run of one arm: trained, scored, kept as `outcome.json`."""
     session, name = pruned.session, f"{settings.name}/seed-{seed}"
     directory = pruned.directory / name
-    student, scorer = pruned.of_arm(settings.arm)
+    student, scorer = pruned.student, pruned.scorer
 
     @functools.cache
     def trained() -> distillation.Trained:
@@ -343,7 +331,7 @@ def run_arm(
         }
 
     record = kept(directory / "outcome.json", make)
-    if pruned.topics is not None and student is pruned.student and not validate:
+    if pruned.topics is not None and not validate:
         # Trials skip the topics; the one that became the first run is trained again for them.
         record |= kept(directory / "topics.json", lambda: _topics(pruned, trained().params))
     # A finished run needs no checkpoint, and those of many trials would fill a disk.

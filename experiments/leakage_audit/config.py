@@ -22,25 +22,7 @@ DEMO = (
     "draws",
     "argmax",
 )
-REPORT = (
-    *DEMO[:4],
-    "round_5",
-    "noise_0.1",
-    "noise_0.3",
-    "noise_1",
-    "noise_3",
-    "floor_-10",
-    "floor_-6",
-    "top_5000",
-    "top_1000",
-    "top_200",
-    "top_20",
-    "top_5",
-    "top_5_bias",
-    "sampling",
-    "draws",
-    "argmax",
-)
+REPORT = (*DEMO, "round_5", "noise_0.1", "noise_3", "floor_-6", "top_5000", "top_200")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,17 +35,13 @@ class Rows:
     def vocab(self) -> int:
         return self.head.shape[0]
 
-    def oracle(
-        self, policy: leakage.LogitPolicy, seed: int, budget: int | None = None
-    ) -> leakage.LogitOracle:
+    def oracle(self, policy: leakage.LogitPolicy, seed: int) -> leakage.LogitOracle:
         """The model behind a policy; its answers come from the table, not from the network."""
 
         def apply(tokens: Any) -> np.ndarray:
             return self.logits[[self.order[row.tobytes()] for row in np.asarray(tokens, np.int32)]]
 
-        return leakage.LogitOracle(
-            apply, policy, seed=seed, budget=budget, batch_size=64, cache_size=64
-        )
+        return leakage.LogitOracle(apply, policy, seed=seed, batch_size=64, cache_size=64)
 
 
 def load(config: Config, workdir: epath.Path) -> Rows:

@@ -11,8 +11,8 @@ For TPUs the real compiler compiles ahead of time, on any machine (the extra `pl
 newer). It gives bytes of a device, floating-point work, collectives by kind and bytes, and the
 compiler's own verdict. No weights and no data are read. For GPUs the program is compiled for as
 many CPU devices in the same mesh, and the result is marked as an estimate. Results are kept under
-`--workdir`; `--markdown` prints all of them as the tables of docs/plans.md, and `--report` writes
-these with a picture to WORKDIR/report.
+`--workdir`; `--report` prints all of them as the tables of docs/plans.md, and writes these with a
+picture to WORKDIR/report.
 """
 
 import dataclasses
@@ -394,19 +394,17 @@ def keep(plan: Plan, workdir: epath.Path) -> None:
 def _main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     workdir = epath.Path(values.workdir)
-    if values.markdown:
-        print(markdown(read(workdir)))
-        return
     try:
         if values.report:
             items = read(workdir)
             compiled = sorted({plan.versions for plan in items})
-            write_report(
+            text = write_report(
                 workdir / "report",
                 f"# Plans\n\n{markdown(items)}\n\n![memory of a device](memory.png)",
                 tables=tables(items) | {"compiled with": [{"versions": v} for v in compiled]},
                 pictures={"memory": picture(items)},
             )
+            print(text)
             return
         if (values.experiment is None) == (values.command is None):
             raise ValueError(
@@ -485,6 +483,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("smallest", False, "Look for the smallest slice in which the run fits.")
     runs.define_flags()
     flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")
-    flags.DEFINE_bool("markdown", False, "Print the stored plans as tables, and stop.")
-    flags.DEFINE_bool("report", False, "Write them, and a picture, to WORKDIR/report, and stop.")
+    flags.DEFINE_bool("report", False, "Report the stored plans in WORKDIR/report, and stop.")
     app.run(_main)

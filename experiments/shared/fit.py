@@ -10,6 +10,7 @@ import jax
 import optax
 from etils import epath
 
+from experiments.shared import shapes
 from logitjax import models, ops, processes, training
 from logitjax.training import Program
 
@@ -34,11 +35,7 @@ class Update:
     def program(self, name: str, params: Any, batch: Any, constants: Any = None) -> Program:
         """The update of abstract parameters and constants, for a plan."""
         state = training.TrainState.abstract(params, self.tx, mesh=self.mesh, rules=self.rules)
-        placed = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            constants,
-            self.rules.shardings(constants, self.mesh),
-        )
+        placed = shapes.placed(self.mesh, constants, self.rules)
         return Program(name=name, jitted=self.step, arguments=(state, batch, placed))
 
 

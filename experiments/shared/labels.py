@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 
 # Sides of a point where a name may be, the most readable first, and distances in pixels.
 _SIDES = [(1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 1), (-1, 0), (-1, -1)]
@@ -98,13 +99,7 @@ def apart(centres: Sequence[float], gap: float, low: float, high: float) -> np.n
     # Subtracting the steps turns "at least a gap apart" into "not decreasing".
     order = np.argsort(centres, kind="stable")
     steps = gap * np.arange(len(order))
-    blocks: list[tuple[float, int]] = []
-    for value in np.asarray(centres, np.float64)[order] - steps:
-        blocks.append((float(value), 1))
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (b, n), (a, m) = blocks.pop(), blocks.pop()
-            blocks.append(((a * m + b * n) / (m + n), m + n))
-    result = np.repeat([value for value, _ in blocks], [count for _, count in blocks])
+    result = scipy.optimize.isotonic_regression(np.asarray(centres, float)[order] - steps).x
     top = high - gap * (len(order) - 1)
     # No room for all: centred, they stick out at both ends alike.
     low, top = (low, top) if low <= top else ((low + top) / 2, (low + top) / 2)

@@ -1,4 +1,4 @@
-"""Programs beside this one: references in torch, and servers of the library."""
+"""Programs beside this one: references to ask, and servers of the library."""
 
 import contextlib
 import json
@@ -14,23 +14,14 @@ from typing import IO, Any, cast
 
 
 @contextlib.contextmanager
-def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Iterator[Callable[..., Any] | None]:
-    """A script in the interpreter with torch that ``LOGITJAX_TORCH_PYTHON`` names.
-
-    The script prints ``ready``, and one line of JSON for each line that it reads.
+def asking(*command: Any, **variables: str) -> Iterator[Callable[..., Any] | None]:
+    """A program that prints ``ready``, and one line of JSON for each line that it reads.
 
     Yields:
-        A function that queries it; None at the smoke scale, and without such an interpreter.
+        A function that queries it; None if it does not start.
     """
-    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
-    if not python or smoke:
-        yield None
-        return
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # Of the cores that this process may use, as XLA counts them.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    command = [python, os.fspath(script), *map(str, arguments), str(cores)]
-    process = subprocess.Popen(command, **pipes)
+    process = subprocess.Popen(list(map(str, command)), env=os.environ | variables, **pipes)
     with process, cast(IO[str], process.stdin) as send, cast(IO[str], process.stdout) as receive:
 
         def ask(*question: Any) -> Any:
@@ -40,8 +31,22 @@ def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Iterator[Callable[
 
         ready = receive.readline().strip() == "ready"
         if not ready:
-            print(f"torch: {python} did not start")
+            print(f"{command[0]} did not start")
         yield ask if ready else None
+
+
+def torch_peer(script: Path, *arguments: Any, smoke: bool) -> Any:
+    """A script in the interpreter with torch that ``LOGITJAX_TORCH_PYTHON`` names.
+
+    Returns:
+        As `asking`; None in its place at the smoke scale, and without such an interpreter.
+    """
+    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
+    if not python or smoke:
+        return contextlib.nullcontext()
+    # Of the cores that this process may use, as XLA counts them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return asking(python, script, *arguments, cores)
 
 
 @contextlib.contextmanager

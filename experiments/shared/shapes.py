@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from logitjax import models, training
+from logitjax.ops.sharding import ShardingRules
 
 # Those in the form of the hub say their `model_type`.
 _TABLE = json.loads(Path(__file__).with_name("decoders.json").read_text())
@@ -43,6 +44,15 @@ def replicated(mesh: Any, tree: Any) -> Any:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def placed(mesh: Any, tree: Any, rules: ShardingRules = models.DECODER_RULES) -> Any:
+    """Abstract arrays with the sharding that rules give them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        rules.shardings(tree, mesh),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from experiments.shared import shapes
 from logitjax import losses, models, training
 from logitjax.distillation import (
     ChunkScores,
@@ -95,7 +96,7 @@ def update_programs(
     if on_policy.share:
         batch["columns"] = {"log_probs": rows(jnp.float32, length - 1)}
     state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=models.DECODER_RULES)
-    placed = _placed(frozen | ({"teachers": heads} if heads else {}), mesh)
+    placed = shapes.placed(mesh, frozen | ({"teachers": heads} if heads else {}))
     yield training.Program(
         name=name,
         jitted=step,
@@ -199,17 +200,9 @@ def _reading(
 
     tokens = columns["tokens"]
     number = jax.ShapeDtypeStruct(tokens.shape[:1], jnp.int64, sharding=tokens.sharding)
-    arguments = (_placed(params, mesh), dict(columns), number)
+    arguments = (shapes.placed(mesh, params), dict(columns), number)
     return training.Program(
         name=f"reading of {name}", jitted=jax.jit(read), arguments=arguments, calls=calls
-    )
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        models.DECODER_RULES.shardings(tree, mesh),
     )
 
 

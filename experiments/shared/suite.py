@@ -1,13 +1,9 @@
 """Shared parts of benchmarks and rigs: options, bars, output files, and the command."""
 
-import csv
 import dataclasses
 import importlib
-import json
 import pkgutil
 import re
-import resource
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +11,10 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from etils import epath
 
 from experiments.shared import figures
-from experiments.shared.report import bar, command, environment, markdown_table
+from experiments.shared.report import bar, markdown_table, write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,48 +100,23 @@ def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     return int(analysis.temp_size_in_bytes)
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage starts from the parent's memory at the fork.
-        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if match:
-            return int(match[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def memory_bytes(field: str, process: int | str = "self") -> int:
+    """Bytes that a process holds (VmRSS), or has held at most (VmHWM); on Linux."""
+    # Unlike these, getrusage starts from the parent's memory at the fork.
+    status = Path(f"/proc/{process}/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
-def write(name: str, result: Result, options: Options) -> str:
-    """Write ``results.json``, ``table.csv``, ``table.md``, pictures; return the text to print."""
-    options.directory.mkdir(parents=True, exist_ok=True)
-    rows = [dict(row) for row in result.rows]
-    bars = [bar.as_row() for bar in result.bars]
-    record = {
-        "name": name,
-        "scale": options.scale,
-        "command": command(),
-        "environment": environment(),
-        "rows": rows,
-        "bars": [dataclasses.asdict(bar) | {"met": bar.met} for bar in result.bars],
-        "pictures": {name: dataclasses.asdict(p) for name, p in result.pictures.items()},
-    }
-    (options.directory / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with (options.directory / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    text = markdown_table(rows)
-    if bars:
-        text += "\n\n" + markdown_table(bars)
-    (options.directory / "table.md").write_text(text + "\n")
-    for name, picture in result.pictures.items():
-        # A scale or a selection of parts may leave nothing to draw.
-        if not picture.panels:
-            continue
-        text += f"\nplot: {figures.draw(options.directory / f'{name}.png', picture)}"
-    return text
+def write(result: Result, options: Options) -> str:
+    """Write ``report.md``, ``results.json`` and pictures; return the text to print."""
+    tables = {"measured": [dict(row) for row in result.rows]}
+    if result.bars:
+        tables["bars"] = [bar.as_row() for bar in result.bars]
+    # A scale or a selection of parts may leave nothing to draw.
+    pictures = {name: picture for name, picture in result.pictures.items() if picture.panels}
+    text = "\n\n".join(map(markdown_table, tables.values()))
+    return write_report(epath.Path(options.directory), text, tables=tables, pictures=pictures)
 
 
 def names(package: types.ModuleType) -> list[str]:
@@ -159,26 +131,6 @@ def load(package: types.ModuleType, name: str) -> tuple[Any, str]:
     return module, (module.__doc__ or "").strip().splitlines()[0]
 
 
-def page(package: types.ModuleType, workdir: Path) -> str:
-    """Finished full-scale results, one section each: title, command, versions, tables."""
-    sections = []
-    for name in names(package):
-        path = workdir / name / "results.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
-        if record.get("scale") != "full":
-            continue
-        machine = record["environment"]
-        bars = [Bar(**{k: v for k, v in b.items() if k != "met"}) for b in record["bars"]]
-        sections += [
-            f"## {name}\n\n{load(package, name)[1]}\n",
-            f"`{record['command']}`, Python {machine['python']}, "
-            f"jax {machine['jax']}, {machine['device']}.\n",
-            markdown_table(record["rows"]) + "\n",
-        ]
-        sections += [markdown_table([bar.as_row() for bar in bars]) + "\n"] if bars else []
-    return "\n".join(sections)
-
-
 def main(package: types.ModuleType, workdir: str) -> None:
     """The command of a package of benchmarks; `workdir` is the default folder of results."""
     flags.DEFINE_bool("list", False, "Name all and stop.")
@@ -189,28 +141,20 @@ def main(package: types.ModuleType, workdir: str) -> None:
     flags.DEFINE_string("templates", None, "Archives with chat templates, for compatibility.")
     flags.DEFINE_integer("seed", None, "Draws fresh cases, for mutations.")
     flags.DEFINE_string("workdir", workdir, "Results go to WORKDIR/NAME.")
-    flags.DEFINE_bool("page", False, "Print WORKDIR's results as sections of a page, and stop.")
     app.run(lambda argv: _run(package, argv, flags.FLAGS))
 
 
 def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValues) -> None:
     existing, home = names(package), Path(values.workdir)
-    if values.page or values.list:
-        lines = (f"{name:24s} {load(package, name)[1]}" for name in existing)
-        print(page(package, home) if values.page else "\n".join(lines))
+    if values.list:
+        print("\n".join(f"{name:24s} {load(package, name)[1]}" for name in existing))
         return
     expected = list(argv[1:]) or ["all"]
     if unknown := sorted(set(expected) - {*existing, "all"}):
         raise app.UsageError(f"name: expected one of {', '.join(existing)}, got {unknown[0]!r}")
     for name in existing if "all" in expected else expected:
         module, _ = load(package, name)
-        options = Options(
-            directory=home / name,
-            scale=values.scale,
-            repeats=values.repeats,
-            only=values.only,
-            against=values.against,
-            templates=values.templates and Path(values.templates),
-            seed=values.seed,
-        )
-        print(f"\n## {name}\n\n{write(name, module.run(options), options)}", flush=True)
+        given = {n: values[n].value for n in ("scale", "repeats", "only", "against", "seed")}
+        templates = values.templates and Path(values.templates)
+        options = Options(directory=home / name, templates=templates, **given)
+        print(f"\n## {name}\n\n{write(module.run(options), options)}", flush=True)

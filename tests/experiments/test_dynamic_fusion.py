@@ -1,5 +1,6 @@
 """The dynamic fusion experiment: a smoke run through its command line, and what scores mean."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -65,21 +66,24 @@ def test_same_command_again_trains_nothing_and_scores_what_is_missing(finished, 
 
 
 @pytest.mark.slow
-def test_a_published_task_as_the_first_domain_is_answered_by_every_arm(tmp_path):
-    for split, count in (("train", 60), ("test", 8)):
-        rows = [
-            {"question": f"How much is {i} and {i}?", "answer": f"Twice.\n#### {2 * i}"}
-            for i in range(count)
-        ]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    changes = {**CHANGES, "domain": f"gsm8k:{tmp_path}", "graded_questions": 4}
+def test_a_task_of_the_harness_is_answered_by_every_arm(tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from tests.rigs import _judges_tasks
+
+    monkeypatch.setattr(_judges_tasks, "_articles", lambda rng, count: [])
+    *_, name = _judges_tasks.write_tasks(tmp_path, 8)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    asked = functools.partial(lm_eval.simple_evaluate, task_manager=tasks)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", asked)
+    changes = {**CHANGES, "graded": name, "graded_questions": 4}
     config = dynamic_fusion.Config(**{**dynamic_fusion.PRESETS["smoke"], **changes})
     dynamic_fusion.run(config, epath.Path(tmp_path / "run"))
-    report = (tmp_path / "run/report.md").read_text()
-    assert "## Answers to the first domain's questions" in report
+    assert "## Answers graded" in (tmp_path / "run/report.md").read_text()
     seed = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert set(seed["graded"]) >= {"large", "expert", "proxy", "static", "dlf grid", "ceiling"}
-    assert all(grades["questions"] == 4 for grades in seed["graded"].values())
+    assert all(0 <= scores["exact_match"] <= 1 for scores in seed["graded"].values())
 
 
 @pytest.fixture(scope="module")

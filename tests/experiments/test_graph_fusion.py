@@ -112,8 +112,6 @@ def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
 
 
 def test_wrong_names_and_numbers_are_refused():
-    with pytest.raises(ValueError, match="2 weights for 1 sources"):
-        config(source_weight=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"loss: expected some of sft, .*got 'jsd'"):
         config(loss=("jsd",))
 

@@ -38,11 +38,12 @@ def test_bars_know_their_sense():
 def test_results_are_written(tmp_path):
     options = suite.Options(directory=tmp_path / "x", scale="smoke")
     result = suite.Result(rows=[{"n": 1}], bars=[suite.Bar(name="b", value=2.0, limit=1.0)])
-    text = suite.write("x", result, options)
+    text = suite.write(result, options)
     assert "MISSED" in text
-    record = json.loads((tmp_path / "x" / "results.json").read_text())
-    assert record["rows"] == [{"n": 1}]
-    assert record["bars"][0]["met"] is False
+    assert (tmp_path / "x" / "report.md").read_text() == text
+    tables = json.loads((tmp_path / "x" / "results.json").read_text())["tables"]
+    assert tables["measured"] == [{"n": 1}]
+    assert tables["bars"][0]["promised"] == "<= 1"
 
 
 @pytest.mark.parametrize("package", [benchmarks, rigs], ids=["benchmarks", "rigs"])
@@ -52,16 +53,3 @@ def test_every_benchmark_and_rig_says_what_it_is(package):
         module, line = suite.load(package, name)
         assert line
         assert callable(module.run)
-
-
-def test_page_shows_finished_results_of_full_scale(tmp_path):
-    bar = suite.Bar(name="time", value=3.0, limit=2.0)
-    result = suite.Result(rows=[{"step": "one", "seconds": 0.5}], bars=[bar])
-    for name, scale in (("replica", "full"), ("loading", "smoke")):
-        options = suite.Options(directory=tmp_path / name, scale=scale)
-        suite.write(name, result, options)
-    text = suite.page(benchmarks, tmp_path)
-    assert "## replica" in text
-    assert "| one  | 0.5     |" in text
-    assert "MISSED" in text
-    assert "loading" not in text

@@ -8,6 +8,7 @@ imported but by `ours`, for an interpreter may have the peer alone.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,22 +17,6 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-# Each peer, and the package that it is from.
-PACKAGES = {
-    "ours": "logitjax",
-    "ours_dense": "logitjax",
-    "optax": "optax",
-    "tokamax_xla": "tokamax",
-    "tokamax_chunked": "tokamax",
-    "tokamax_mosaic": "tokamax",
-    "maxtext": "maxtext",
-    "tunix": "google-tunix",
-    "levanter": "marin-levanter",
-    "levanter_fast": "marin-levanter",
-    "trl": "trl",
-    "liger": "liger-kernel",
-}
 
 
 class NotOffered(Exception):
@@ -112,10 +97,6 @@ def _tokamax(case: Any, hidden: Any, kernel: Any, implementation: str = "xla") -
     )
 
 
-def _tokamax_chunked(case: Any, hidden: Any, kernel: Any) -> Any:
-    return _tokamax(case, hidden, kernel, "chunked_xla")
-
-
 def _tokamax_mosaic(case: Any, hidden: Any, kernel: Any) -> Any:
     """The two kernels for TPUs, interpreted; each is an operation of its own."""
     from tokamax._src.ops.linear_softmax_cross_entropy_loss import pallas_mosaic_tpu as mosaic
@@ -190,10 +171,6 @@ def _levanter(case: Any, hidden: Any, kernel: Any, implementation: str = "xla") 
     )
 
 
-def _levanter_fast(case: Any, hidden: Any, kernel: Any) -> Any:
-    return _levanter(case, hidden, kernel, "xla_fast_bwd")
-
-
 def _trl(case: Any, hidden: Any, kernel: Any) -> Any:
     import torch
     from trl.kernels import ChunkedLogProbFunction
@@ -227,19 +204,23 @@ def _liger(case: Any, hidden: Any, kernel: Any) -> Any:
     return mean * int(counts.sum())
 
 
-PEERS: dict[str, Callable[..., Any]] = {
-    "ours": _ours,
-    "ours_dense": _ours_dense,
-    "optax": _optax,
-    "tokamax_xla": _tokamax,
-    "tokamax_chunked": _tokamax_chunked,
-    "tokamax_mosaic": _tokamax_mosaic,
-    "maxtext": _maxtext,
-    "tunix": _tunix,
-    "levanter": _levanter,
-    "levanter_fast": _levanter_fast,
-    "trl": _trl,
-    "liger": _liger,
+# Of each peer the package that it is from, and its losses.
+PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "ours": ("logitjax", _ours),
+    "ours_dense": ("logitjax", _ours_dense),
+    "optax": ("optax", _optax),
+    "tokamax_xla": ("tokamax", _tokamax),
+    "tokamax_chunked": ("tokamax", functools.partial(_tokamax, implementation="chunked_xla")),
+    "tokamax_mosaic": ("tokamax", _tokamax_mosaic),
+    "maxtext": ("maxtext", _maxtext),
+    "tunix": ("google-tunix", _tunix),
+    "levanter": ("marin-levanter", _levanter),
+    "levanter_fast": (
+        "marin-levanter",
+        functools.partial(_levanter, implementation="xla_fast_bwd"),
+    ),
+    "trl": ("trl", _trl),
+    "liger": ("liger-kernel", _liger),
 }
 
 
@@ -269,7 +250,7 @@ def _jax_answer(peer: str, case: Any) -> tuple[Any, Any, Any]:
             kernel = jax.device_put(kernel, jax.P(None, "tensor"))
 
         def weighted(hidden: Any, kernel: Any) -> tuple[Any, Any]:
-            values = PEERS[peer](case, hidden, kernel)
+            values = PEERS[peer][1](case, hidden, kernel)
             weights = case.factors
             total = jnp.where(weights == 0, 0.0, values * weights).sum() if values.ndim else values
             return total, values
@@ -291,14 +272,14 @@ def _torch_answer(peer: str, case: Any) -> tuple[Any, Any, Any]:
     case.teacher_head = array(case.teacher_head, case.head_type)
     hidden = array(case.hidden, case.hidden_type).requires_grad_()
     kernel = array(case.kernel, case.head_type).requires_grad_()
-    values = PEERS[peer](case, hidden, kernel)
+    values = PEERS[peer][1](case, hidden, kernel)
     (values * torch.tensor(case.factors)).sum().backward() if values.ndim else values.backward()
     return tuple(x.detach().float().numpy() for x in (values, hidden.grad, kernel.grad))
 
 
 def _version(peer: str) -> str:
-    if PACKAGES[peer] != "logitjax":
-        return importlib.metadata.version(PACKAGES[peer])
+    if not peer.startswith("ours"):
+        return importlib.metadata.version(PEERS[peer][0])
     import logitjax
 
     return logitjax.__version__

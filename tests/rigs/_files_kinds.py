@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gzip
-import itertools
 import json
 import os
 import random
@@ -36,6 +35,7 @@ MESSAGES = [
 Random = random.Random
 # Bombs and good files of each kind are fewer.
 _FIRST = 100
+_CODEC = storage.ArrayCodec({"x": ("float32", (4,))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,16 +320,12 @@ def _write_head(directory: Path, number: int, rng: Random) -> None:
     (directory / "head.safetensors").write_bytes(content)
 
 
-def _codec() -> Any:
-    return storage.ArrayCodec({"x": ("float32", (4,))})
-
-
 @functools.cache
 def _cache_files() -> dict[str, bytes]:
     import tempfile
 
     home = Path(tempfile.mkdtemp()) / "cache"
-    cache = storage.RowCache(home, _codec(), made_from={"data": "d"})
+    cache = storage.RowCache(home, _CODEC, made_from={"data": "d"})
     cache.fill(range(6), lambda rows: {"x": np.ones((len(rows), 4))}, batch_size=3)
     return {str(p.relative_to(home)): p.read_bytes() for p in home.rglob("*") if p.is_file()}
 
@@ -348,7 +344,7 @@ def _write_rows(directory: Path, number: int, rng: Random) -> None:
 
 
 def _load_rows(directory: Path) -> int:
-    cache = storage.RowCache(directory, _codec(), made_from={"data": "d"})
+    cache = storage.RowCache(directory, _CODEC, made_from={"data": "d"})
     return _size(cache.read([0, 5]))
 
 
@@ -420,4 +416,4 @@ def numbers_of(kind: str, count: int) -> list[int]:
     """Numbers of about so many files of a kind, the bombs first and the others spread."""
     whole = KINDS[kind].count
     step = max(1, whole // max(1, count))
-    return list(itertools.islice(range(0, whole, step), count))
+    return list(range(0, whole, step))[:count]

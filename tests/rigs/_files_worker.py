@@ -6,7 +6,6 @@ python -m tests.rigs._files_worker DIRECTORY < kinds_and_numbers
 import contextlib
 import json
 import os
-import re
 import resource
 import shutil
 import sys
@@ -15,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from experiments.shared.suite import memory_bytes
 from tests.rigs._files_kinds import KINDS, seeded
 
 # A backstop: what asks for more at once fails at once.
@@ -51,12 +51,6 @@ def _writes(mode: Any) -> bool:
     return isinstance(mode, str) and bool(set(mode) & set("wax+"))
 
 
-def _memory(field: str) -> int:
-    """Bytes that the process holds now (VmRSS), or at most since `_forget` (VmHWM)."""
-    line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(line[1]) * 1024 if line else 0
-
-
 def _forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -68,7 +62,7 @@ def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
     KINDS[kind].write(directory, number, seeded(kind, number))
     os.chdir(home)
     fate, text, tensors = "loaded", "", 0
-    before = _memory("VmRSS")
+    before = memory_bytes("VmRSS")
     _forget()
     # Of the processor: on a machine that is shared, the clock says what others do.
     watch.on, start = True, time.process_time()
@@ -86,7 +80,7 @@ def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
     except BaseException as error:  # PanicException of Rust is one
         fate, text = "wrong", f"{type(error).__name__}: {error}"
     seconds, watch.on = time.process_time() - start, False
-    over = _memory("VmHWM") - before - int(1.3 * tensors)
+    over = memory_bytes("VmHWM") - before - int(1.3 * tensors)
     ran = [*watch.seen, *(["ran"] if (home / "ran").exists() else [])]
     watch.seen.clear()
     shutil.rmtree(directory)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 EDGES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 EXTREMES = {"max": "min", "maximum": "minimum", "argmax": "argmin", "pmax": "pmin", "any": "all"}
 EXTREMES |= {after: before for before, after in EXTREMES.items()}
-# Which argument comes first decides nothing, or at once an error of another kind.
 # Pairs of arguments whose exchange goes through without an error of its own.
 _ROLES = (
     {"student", "teacher"},
@@ -192,10 +191,7 @@ def _stop_gradient(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 def _alike(first: ast.expr, second: ast.expr) -> bool:
     """Whether two arguments seem to be of one kind, by what they are called."""
-    ours, their_parts = (
-        {part for name in _names(side) for part in name.strip("_").split("_")}
-        for side in (first, second)
-    )
+    ours, their_parts = (set(filter(None, _root(x).split("_"))) for x in (first, second))
     if not ours or not their_parts:
         return False
     roles = any(ours & pair and their_parts & pair - ours for pair in _ROLES)
@@ -203,12 +199,11 @@ def _alike(first: ast.expr, second: ast.expr) -> bool:
     return roles or letters or bool(ours & their_parts)
 
 
-def _names(node: ast.expr) -> list[str]:
+def _root(node: ast.expr) -> str:
     """The name of a variable, an attribute, or of what one is indexed from."""
     while isinstance(node, ast.Subscript | ast.UnaryOp):
         node = node.value if isinstance(node, ast.Subscript) else node.operand
-    name = _name(node)
-    return [name] if name else []
+    return _name(node)
 
 
 def _swap(source: Source, node: ast.AST) -> Iterator[Edit]:

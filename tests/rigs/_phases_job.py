@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from logitjax import data, processes, storage, training
+from logitjax import data, models, processes, storage, training
 from logitjax.commands import cli
 from tests.rigs import _faults_job
 
@@ -23,17 +23,6 @@ class Config:
     """One setting that decides nothing."""
 
     name: str = cli.field("phases", "A name.")
-
-
-class _Bytes:
-    vocab_size, bos_id, eos_id, pad_id, fingerprint = 257, None, 256, 256, "bytes"
-
-    def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        del add_bos
-        return list(text.encode())
-
-    def decode(self, ids: Any) -> str:
-        return bytes(int(i) for i in ids if i < 256).decode()
 
 
 def _read_source(rows: data.PackedDataset, directory: epath.Path) -> storage.RowCache:
@@ -62,8 +51,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     """All phases, one after another."""
     del config
     text = [{"text": f"the {word}th of many words. " * 4} for word in range(64)]
+    streams = {"model": models.load_tokenizer("tiny")}
     with processes.first_before_others("pack"):
-        rows = data.pack(text, {"model": _Bytes()}, seq_len=65, directory=workdir / "packed")
+        rows = data.pack(text, streams, seq_len=65, directory=workdir / "packed")
     source = _read_source(rows, workdir / "source")
     mesh = training.make_mesh("data:-1")
     share = training.BatchLayout(mesh).rows(8)

@@ -1,6 +1,5 @@
-"""Models that servers are tried with, and clients of a server over HTTP and in this process."""
+"""Models that servers are tried with, and clients of a server over HTTP."""
 
-import asyncio
 import http.client
 import json
 import pathlib
@@ -47,36 +46,3 @@ def post(connection: http.client.HTTPConnection, body: Any) -> tuple[int, Any, b
     connection.request("POST", COMPLETIONS, raw, JSON)
     answer = connection.getresponse()
     return answer.status, answer.headers, answer.read()
-
-
-async def call(
-    app: Any, body: Any, *, path: str = COMPLETIONS, method: str = "POST"
-) -> tuple[int, Any]:
-    """The same to an application in this process, without HTTP."""
-    raw, sent = json.dumps(body).encode(), False
-    status, parts = 0, []
-
-    async def receive() -> Any:
-        nonlocal sent
-        if sent:
-            await asyncio.Event().wait()
-        sent = True
-        return {"type": "http.request", "body": raw, "more_body": False}
-
-    async def send(message: Any) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            parts.append(message.get("body", b""))
-
-    scope = {
-        "type": "http",
-        "method": method,
-        "path": path,
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "http_version": "1.1",
-    }
-    await app(scope, receive, send)
-    return status, json.loads(b"".join(parts))

@@ -11,7 +11,8 @@ from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.serving import ServerConfig, build_app
-from tests.rigs._server_client import call, small_decoder
+from tests.rigs._server_client import COMPLETIONS, small_decoder
+from tests.serving._inside import call, running
 
 
 async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_mb: int) -> Any:
@@ -27,10 +28,10 @@ async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_mb: int) -> 
 
     async def one(tail: Sequence[int]) -> list[str]:
         body = {"prompt": [*prefix, *tail], "max_tokens": 16, "temperature": 0, "logprobs": 0}
-        _, answer = await call(app, body | {"return_tokens_as_token_ids": True})
+        _, answer = await call(app, COMPLETIONS, body | {"return_tokens_as_token_ids": True})
         return answer["choices"][0]["logprobs"]["tokens"]
 
-    async with app.router.lifespan_context(app):
+    async with running(app):
         answers = await asyncio.gather(*map(one, tails))
         reader = app.state.service.scheduler.reader
         return reader.tokens_read, reader.tokens_reused, answers

@@ -23,7 +23,8 @@ from logitjax.leakage import Ledger, LogitPolicy
 from logitjax.serving import ServerConfig, build_app
 from tests.rigs import _red_team as team
 from tests.rigs._red_team import Asker, Body, Reply, attackers
-from tests.rigs._server_client import call
+from tests.rigs._server_client import COMPLETIONS
+from tests.serving._inside import call
 
 # A request is a token or two long: more slots would be decoded empty.
 QUERIES, _SLOTS = 1000, 2
@@ -88,7 +89,7 @@ class Server:
 
     async def _one(self, body: Body) -> Reply | None:
         for _ in range(4):
-            status, answer = await call(self._app, body)
+            status, answer = await call(self._app, COMPLETIONS, body)
             if status == 200:
                 break
             if status not in (400, 429):
@@ -146,7 +147,7 @@ def attacked(
         app.state.service.scheduler.steps = 1
         context = app.router.lifespan_context(app)
         runner.run(context.__aenter__())
-        _, described = runner.run(call(app, None, path="/openapi.json", method="GET"))
+        _, described = runner.run(call(app, "/openapi.json", method="GET"))
         schema = described["components"]["schemas"]["Completion"]
         for attacker, attack in attackers(schema).items():
             file = folder / f"{Path(spec).stem}, {name}, {attacker}.json"

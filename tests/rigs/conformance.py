@@ -182,7 +182,7 @@ def _interpreter(peer: str) -> str | None:
     if peer.startswith("ours"):
         return sys.executable
     named = os.environ.get("LOGITJAX_PEER_PYTHONS", "").split(":")
-    ask = f"import importlib.metadata as m; m.version({peers.PACKAGES[peer]!r})"
+    ask = f"import importlib.metadata as m; m.version({peers.PEERS[peer][0]!r})"
     for python in (sys.executable, *filter(None, named)):
         if subprocess.run([python, "-c", ask], capture_output=True).returncode == 0:
             return python
@@ -204,7 +204,7 @@ def run(options: suite.Options) -> suite.Result:
         for name in names:
             python = _interpreter(name)
             if python is None:
-                package = peers.PACKAGES[name]
+                package = peers.PEERS[name][0]
                 logging.warning("%s: left out, for %s is in no interpreter here", name, package)
                 continue
             environment = dict(

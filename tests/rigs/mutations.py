@@ -374,7 +374,7 @@ def _described(case: Case) -> str:
 
 
 def run(options: suite.Options) -> suite.Result:
-    """Tries every mutant of the areas that were asked for, and writes ``report.md``."""
+    """Tries every mutant of the areas that were asked for, and writes ``mutants.md``."""
     known_areas = areas(ROOT)
     chosen_areas = {name: known_areas[name] for name in options.parts(list(known_areas))}
     if options.smoke:
@@ -393,7 +393,7 @@ def run(options: suite.Options) -> suite.Result:
     laboratory = Laboratory(ROOT, directory, package="logitjax", marks="not slow or every_change")
     verdicts = {case.key: seen["verdict"] for case, seen in examine(laboratory, tried, record)}
     outcomes = [(case, verdicts.get(case.key, "equivalent")) for case in chosen]
-    (directory / "report.md").write_text(_page(outcomes))
+    (directory / "mutants.md").write_text(_page(outcomes))
     for case, verdict in outcomes:
         if verdict == "survived":
             print("\n" + _described(case), flush=True)

@@ -77,13 +77,6 @@ def _loaded(directory: pathlib.Path, clients: int, seconds: float) -> Found:
     ]
 
 
-def resident_bytes(process: subprocess.Popen) -> int:
-    for line in pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmRSS")
-
-
 def _load(address: str, process: subprocess.Popen, clients: int, seconds: float) -> dict[str, Any]:
     """Every client asks again as soon as it has its answer, or as it is told to wait."""
     codes: collections.Counter = collections.Counter()
@@ -114,7 +107,7 @@ def _load(address: str, process: subprocess.Popen, clients: int, seconds: float)
 
     def watch() -> None:
         while time.monotonic() - begun < seconds:
-            memory.append((time.monotonic() - begun, resident_bytes(process)))
+            memory.append((time.monotonic() - begun, suite.memory_bytes("VmRSS", process.pid)))
             time.sleep(0.5)
 
     with concurrent.futures.ThreadPoolExecutor(clients + 1) as pool:

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
+from typing import Any
 
 
-async def call(app, path, body=None, *, key=None, method="POST"):
+async def call(app, path, body=None, *, key=None, method="POST") -> tuple[int, Any]:
     """``(status, decoded body)``; of a stream the list of its events."""
     raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = [(b"content-type", b"application/json")]
