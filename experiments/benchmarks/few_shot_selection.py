@@ -87,34 +87,32 @@ def measure(one: Set, methods: tuple[str, ...], validation: Any) -> dict[str, An
         for number in range(_SAMPLES)
     ]
     task, held_out = one.pictures.stack(samples, room=samples[0], test=one.test)
-    credit, test = {}, {}
+    part = "train" if validation == "folds" else "calibration"
+    candidates, probabilities, test = {}, {}, {}
     for name in methods:
         candidate = existing[name].at_scale(one.pictures.scale)
-        labels = one.pictures.labels[samples[0].train]
-        scores = few_shot.sweep(
-            candidate.method,
-            task,
-            held_out,
-            training=candidate.recipe,
-            grid=candidate.grid,
-            sequential=True,
-            folds=candidate.folds(labels) if validation == "folds" else 0,
-        )
-        judged = scores["train" if validation == "folds" else "validation"]
-        chosen = few_shot.best_setting(judged)
-        credit[name] = list(judged["credit"])
-        test[name] = float(scores["test"]["accuracy"][np.arange(_SAMPLES), chosen].mean())
-    name, accuracy, *_ = few_shot.recommend(credit)
-    best = max(test, key=lambda method: test[method])
+        folds = candidate.folds(task.labels[0]) if validation == "folds" else 0
+        scores, best = candidate.sweep(task, held_out, part, sequential=True, folds=folds)
+        candidates[name], probabilities[name] = candidate, scores[part]["probabilities"]
+        test[name] = float(scores["test"]["accuracy"][np.arange(_SAMPLES), best].mean())
+    members, promise, *_ = few_shot.recommend(probabilities, held_out[part][1])
+    mixed = [candidates[name].at(setting) for name, (setting, _) in members.items()]
+    weights = [weight for _, weight in members.values()]
+    right = []
+    for sample in samples:
+        chosen_on = one.pictures[sample.validation] if len(sample.validation) else None
+        head = few_shot.fit(mixed, one.pictures[sample.train], chosen_on, weights=weights)
+        right.append(head.accuracy(one.test))
+    best, accuracy = max(test, key=lambda method: test[method]), float(np.mean(right))
     return {
         "set": one.name,
         "chosen by": validation,
         "shots": one.shots,
-        "recommended": name,
+        "recommended": ", ".join(f"{weight:.2f} {n}" for n, (_, weight) in members.items()),
         "best": best,
-        "test": 100 * test[name],
-        "regret": 100 * (test[best] - test[name]),
-        "error": 100 * (accuracy - test[name]),
+        "test": 100 * accuracy,
+        "regret": 100 * (test[best] - accuracy),
+        "error": 100 * (promise - accuracy),
     }
 
 

@@ -77,7 +77,7 @@ def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> R
         samples = samples.with_auxiliary(arm.auxiliary)
         held_out = samples.held_out
         options: Any = {"first": first, "sequential": config.at_once == 1, "mesh": mesh}
-        scores, best, _ = candidate.sweep(
+        scores, best = candidate.sweep(
             samples.task, held_out, "validation", seed=config.seed, **options
         )
         rows = np.arange(len(best))

@@ -43,12 +43,8 @@ def run(config: Config, out: epath.Path) -> None:
         raise ValueError(
             f"encoder: expected an encoder, because {config.head} was trained on files, got none"
         )
-    encoders = pictures.Encoders(
-        list(map(str, specs)),
-        base=config.encoder,
-        fit=head.about.get("fit", "crop"),
-        batch_size=config.batch_size,
-    )
+    fit = head.about.get("fit", "crop")
+    encoders = pictures.Encoders(list(map(str, specs)), config, base=config.encoder, fit=fit)
     classifier = {"class_weights": head.class_weights, "class_names": head.class_names}
     new, files = encoders.encode_folder(config.pictures, out, scale=head.scale, **classifier)
     pictures.write_answers(head, new, files, out, config.coverage)

@@ -16,11 +16,13 @@ The encoder's text tower encodes the class names in `--prompts`; or give `--clas
 
 Every method tries the same number of settings and chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
-pictures or, without any, on those outside the sample. OUT/report.md lists accuracies by method and
-shots and recommends a method, OUT/mistakes.html shows its mistakes, and OUT/heads/METHOD is the
-head of the first sample with the most shots, for `logitjax classify`:
+pictures or, without any, on those outside the sample. OUT/heads/METHOD is the head of the first
+sample with the most shots. OUT/heads/mixture, the recommended one, adds the probabilities of a few
+of them, with the weights that make the labels of the validation pictures likeliest. OUT/report.md
+lists accuracies by method and shots, and OUT/mistakes.html shows the mixture's mistakes. Both kinds
+of head are for `logitjax classify`:
 
-    head = few_shot.load("OUT/heads/gda")
+    head = few_shot.load("OUT/heads/mixture")
     head.predict(features)
 
 You may kill the run at any time: the same command continues without training anything twice. See
@@ -38,7 +40,7 @@ from etils import epath
 
 from logitjax import data, few_shot, processes, storage, vision
 from logitjax.commands.cli import field
-from logitjax.commands.few_shot_report import advised, cell, columns, mistakes, report
+from logitjax.commands.few_shot_report import MIXTURE, advised, cell, columns, mistakes, report
 from logitjax.commands.pictures import Encoders, describe
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
@@ -123,11 +125,13 @@ class Config:
                 "validation pictures outside the sample, because the encoder learns from the sample"
             )
         candidates = few_shot.Candidate.all() | self.of_towers
-        for name in self.method:
-            if name != "all" and name not in candidates:
+        for name in (name for name in self.method if name != "all"):
+            if name not in candidates:
                 raise ValueError(
                     f"method: expected all or one of {', '.join(candidates)}, got {name!r}"
                 )
+            if self.data and not self.auxiliary and "auxiliary" in candidates[name].method.needs:
+                raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
         for prompt in self.prompts:
             if "{}" not in prompt:
                 raise ValueError(f"prompts: expected {{}} in place of the name, got {prompt!r}")
@@ -183,8 +187,11 @@ class Problem:
         rows, files = self.first.rest, self.files.get("pictures", ())
         return self.pictures[rows], [files[row] for row in rows] if files else ()
 
-    def score(self, candidate: few_shot.Candidate, shots: int) -> dict[str, Any]:
-        """Score every sample at its chosen setting; one program serves all shots."""
+    def score(self, candidate: few_shot.Candidate, shots: int, path: epath.Path) -> dict[str, Any]:
+        """Score every sample at its chosen setting; one program serves all shots.
+
+        With the most shots, `path` gets the probabilities of the pictures to choose on, if any.
+        """
         numbers = range(self.config.samples)
         samples = [self.sample(shots, number) for number in numbers]
         # Fewer shots leave more pictures to test on.
@@ -195,19 +202,18 @@ class Problem:
         folds = 0
         if self.config.validation == "folds" and self.validation is None:
             folds = min(candidate.folds(self.pictures.labels[one.train]) for one in samples)
-        scores, best, chosen = candidate.sweep(
-            task,
-            held_out,
-            "train" if folds else "validation",
-            seed=self.config.seed,
-            sequential=True,
-            folds=folds,
+        part = "train" if folds else "calibration"
+        scores, best = candidate.sweep(
+            task, held_out, part, seed=self.config.seed, sequential=True, folds=folds
         )
-        judged = scores.get("train", scores.get("validation"))
-        credit = judged["credit"].astype(float).round(4).tolist() if judged else []
-        record: dict[str, Any] = {"credit": credit, "chosen": chosen}
+        record: dict[str, Any] = {"best": best.tolist()}
+        if part in scores and shots == max(self.config.shots):
+            # float16 is as precise as an estimate of a probability needs.
+            small = {"probabilities": scores[part]["probabilities"].astype(np.float16)}
+            small["labels"] = held_out[part][1]
+            storage.write_atomic(path, lambda file: np.savez(file, **small))
         rows = np.arange(len(best))
-        record |= {part: result["accuracy"][rows, best].tolist() for part, result in scores.items()}
+        record |= {name: score["accuracy"][rows, best].tolist() for name, score in scores.items()}
         images, labels = held_out["test"]
         # Padding rows have the label -1, which no argmax returns.
         right = np.asarray(images.zero_shot).argmax(-1) == labels
@@ -215,25 +221,30 @@ class Problem:
         record["updates"] = candidate.updates(len(samples[0].train))
         return record
 
-    def head(self, candidate: few_shot.Candidate, chosen: Mapping[str, list[float]]) -> Any:
-        """Fit the head of the first sample with the most shots, as `few_shot.fit` does."""
+    def save_head(self, directory: epath.Path, candidate: Any, **about: Any) -> None:
+        """Save the head of the first sample with the most shots, as `few_shot.fit` fits it.
+
+        Several candidates are mixed: `mixture` in `about`, the further entries of ``head.json``,
+        has the setting and the weight of each. A head in the directory with these entries stays.
+        """
+        path = directory / "head.json"
+        if path.exists() and about.items() <= storage.read_json(path)["about"].items():
+            return
         sample, config = self.first, self.config
         validation = self.pictures[sample.validation] if len(sample.validation) else None
         if self.validation is not None:
             validation = self.validation
+        weights = [weight for _, weight in about.get(MIXTURE, {}).values()] or None
         head = few_shot.fit(
-            candidate.at({name: values[0] for name, values in chosen.items()}),
-            self.pictures[sample.train],
-            validation,
-            seed=config.seed,
+            candidate, self.pictures[sample.train], validation, weights=weights, seed=config.seed
         )
         files = self.files.get("pictures", ())
-        about = {
-            name: getattr(config, name)
-            for name in ("encoder", "auxiliary", "tokenizer", "fit", "prompts", "features")
-        }
+        for name in ("encoder", "auxiliary", "tokenizer", "fit", "prompts", "features"):
+            about[name] = getattr(config, name)
         about["pictures"] = [files[row] for row in sample.train] if files else []
-        return dataclasses.replace(head, about=about)
+        if self.encoder is not None and self.encoder.changes is not None:
+            self.encoder.save_changes(directory / "encoder", base=str(config.encoder))
+        dataclasses.replace(head, about=about).save(directory)
 
 
 def run(config: Config, out: epath.Path) -> None:
@@ -255,22 +266,30 @@ def _run(problem: Problem, out: epath.Path) -> None:
     # The results in the folder belong to these pictures.
     storage.Manifest(out, "few-shot run").claim(problem.made_of)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
+    judged: dict[str, Any] = {}
     for name, candidate in chosen.items():
         for shots in names:
             path = out / "results" / f"{name}_{shots}.json"
             if not path.exists():
                 storage.progress.mark(f"training {name}, {shots} shots", log=True)
-            score = functools.partial(problem.score, candidate, shots)
+            arrays = path.with_suffix(".npz")
+            score = functools.partial(problem.score, candidate, shots, arrays)
             records[name][shots] = storage.kept(path, score)
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
-        directory = out / "heads" / name
-        if not (directory / "head.json").exists():
-            if problem.encoder is not None and problem.encoder.changes is not None:
-                base = str(problem.config.encoder)
-                problem.encoder.save_changes(directory / "encoder", base=base)
-            problem.head(candidate, records[name][most]["chosen"]).save(directory)
-    advice = advised({name: records[name][most]["credit"] for name in chosen})
-    heads = {name: few_shot.load(out / "heads" / name) for name in chosen}
+            if shots == most and arrays.exists():
+                judged[name] = storage.weights.read_npz(arrays)
+        problem.save_head(out / "heads" / name, candidate.at(records[name][most]["best"][0]))
+    advice = next(iter(chosen)), "the first, because nothing was held out to choose among them"
+    if judged:
+        probabilities = {name: arrays["probabilities"] for name, arrays in judged.items()}
+        labels = next(iter(judged.values()))["labels"]
+        members, *estimate = few_shot.recommend(probabilities, labels)
+        advice = MIXTURE, advised(members, *estimate)
+        mixed = [chosen[name].at(setting) for name, (setting, _) in members.items()]
+        about = {name: list(pair) for name, pair in members.items()}
+        problem.save_head(out / "heads" / MIXTURE, mixed, mixture=about)
+    names_of_heads = dict.fromkeys([*chosen, advice[0]])
+    heads = {name: few_shot.load(out / "heads" / name) for name in names_of_heads}
     mistakes(problem, heads[advice[0]], out / "mistakes.html")
     text = report(problem, chosen, records, left_out, heads, advice)
     storage.write_atomic(out / "report.md", text)
@@ -316,12 +335,8 @@ def _digest(places: Sequence[Any]) -> str:
 def _encode(config: Config, out: epath.Path) -> Problem:
     """Encode the pictures, and the classes with the text tower."""
     assert config.encoder is not None
-    encoders = Encoders(
-        [config.encoder, *([config.auxiliary] if config.auxiliary else [])],
-        tokenizer=config.tokenizer,
-        fit=config.fit,
-        batch_size=config.batch_size,
-    )
+    specs = [config.encoder, *([config.auxiliary] if config.auxiliary else [])]
+    encoders = Encoders(specs, config, fit=config.fit)
     # Invalid inputs are refused before hours of encoding.
     parts, notes = _survey(config, encoders.first)
     if config.towers != "frozen":
@@ -386,18 +401,7 @@ def _tune(config: Config, encoders: Encoders, parts: Mapping[str, Any], out: epa
 
 
 def _survey(config: Config, encoder: vision.Encoder) -> tuple[dict[str, Any], list[str]]:
-    """The split, the pictures and the usable rows of each part, and remarks for the report.
-
-    Refuses methods and pictures for which no head can be trained.
-    """
-    candidates = few_shot.Candidate.all(config.grid, steps=config.steps) | config.of_towers
-    for name in config.method:
-        if (
-            name != "all"
-            and "auxiliary" in candidates[name].method.needs
-            and config.auxiliary is None
-        ):
-            raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
+    """The split, pictures and usable rows of each part if heads can be trained, and remarks."""
     data.ImageViews.of(encoder, config.views, fit=config.fit, seed=config.seed)
     parts: dict[str, Any] = {}
     notes: list[str] = []
@@ -491,7 +495,7 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         if not missing:
             single = not candidate.folds(pictures.labels[learnt])
             if config.validation == "none" or (config.validation == "folds" and single):
-                candidate = dataclasses.replace(candidate, grid=None, before=())
+                candidate = dataclasses.replace(candidate, grid=None)
             chosen[name] = candidate.at_scale(pictures.scale)
         elif name in config.method:
             raise ValueError(f"method: expected {missing[0]}, which {name} needs, got none")

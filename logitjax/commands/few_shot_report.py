@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Maximum number of classes in a report.
 _CLASSES = 20
+# Name of the recommended head.
+MIXTURE = "mixture"
 
 
 def cell(values: Sequence[float]) -> str:
@@ -50,17 +52,16 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
     return names, rows, merged
 
 
-def advised(credit: Mapping[str, Any]) -> tuple[str, str]:
-    """The recommended method, and the reason."""
-    judged = {name: list(map(np.asarray, samples)) for name, samples in credit.items() if samples}
-    if not judged:
-        # Nothing can choose among the methods: the first is shown.
-        return next(iter(credit)), "the first, because nothing was held out to choose among them"
-    name, accuracy, low, high = few_shot.recommend(judged)
-    return name, (
-        "recommended: on the pictures to choose on it is right most often and most sure of the "
-        f"classes. On pictures not used to choose, such a choice is right in {100 * accuracy:.1f} "
-        f"% [{100 * low:.1f}, {100 * high:.1f}]"
+def advised(
+    members: Mapping[str, tuple[int, float]], accuracy: float, low: float, high: float
+) -> str:
+    """The mixture and its expected accuracy in words."""
+    parts = sorted(members.items(), key=lambda one: -one[1][1])
+    weights = ", ".join(f"{name} ({weight:.2f})" for name, (_, weight) in parts)
+    return (
+        f"recommended: it adds the probabilities of {weights}, with the settings and weights that "
+        "make the labels of the pictures to choose on likeliest. On pictures not used to choose, "
+        f"such a mixture is right in {100 * accuracy:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     )
 
 
@@ -81,7 +82,8 @@ def report(
         return {"method": name, **cells}
 
     # For tuned towers zero-shot is a method.
-    rows = [row("zero-shot", "zero_shot", records[best])] if config.towers == "frozen" else []
+    first, *_ = records.values()
+    rows = [row("zero-shot", "zero_shot", first)] if config.towers == "frozen" else []
     for name, by_shots in records.items():
         cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
         rows.append(row(name, "test", by_shots) | cost)
@@ -118,6 +120,7 @@ def _of_best(
         reach = 1.96 * gap.std() / math.sqrt(len(gap))
         if name != best and abs(gap.mean()) <= reach + 1 / len(gap):
             level.append(f"{name} ({100 * gap.mean():+.1f} +- {100 * reach:.1f})")
+    single = max((n for n in right if n != best), key=lambda n: right[n].sum(), default=best)
     classes = []
     for number in np.unique(test.labels).tolist():
         answers = np.bincount(predicted[best][test.labels == number], minlength=len(names))
@@ -129,7 +132,8 @@ def _of_best(
     worst = [row for _, row in sorted(classes, key=lambda one: one[0])[:_CLASSES]]
     return [
         f"The head of the first sample gets {int(score.sum())} of {len(score)} pictures right, "
-        f"{100 * score.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}].",
+        f"{100 * score.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}]. Of the methods by "
+        f"themselves `{single}` is best, with {int(right[single].sum())}.",
         "Level with it on these pictures (points, and the 95 % interval of the paired difference): "
         + (", ".join(level) or "none")
         + ".",

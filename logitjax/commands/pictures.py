@@ -52,16 +52,10 @@ class Encoders:
     """
 
     def __init__(
-        self,
-        specs: Sequence[str],
-        *,
-        tokenizer: str | None = None,
-        base: str | None = None,
-        fit: str = "crop",
-        batch_size: int = 16,
+        self, specs: Sequence[str], config: Any, *, base: str | None = None, fit: str = "crop"
     ):
-        self.specs, self._fit, self._batch_size = specs, fit, batch_size
-        self._loaded = [vision.load_encoder(specs[0], tokenizer=tokenizer, base=base)]
+        self.specs, self._fit, self._batch_size = specs, fit, config.batch_size
+        self._loaded = [vision.load_encoder(specs[0], tokenizer=config.tokenizer, base=base)]
         self._loaded += map(vision.load_encoder, specs[1:])
         self.first = self._loaded[0]
 

@@ -28,9 +28,7 @@ class Config(pictures.Folder):
 
 def run(config: Config, out: epath.Path) -> None:
     """Encode and compare the pictures, and write the results."""
-    encoders = pictures.Encoders(
-        [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
-    )
+    encoders = pictures.Encoders([config.encoder], config)
     first, file = encoders.first, epath.Path(config.query)
     if file.is_file():
         pixels = np.asarray(data.read_picture(file))

@@ -37,9 +37,7 @@ class Config(pictures.Folder):
 
 def run(config: Config, out: epath.Path) -> None:
     """Encode the pictures, predict their classes, and write the results."""
-    encoders = pictures.Encoders(
-        [config.encoder], tokenizer=config.tokenizer, batch_size=config.batch_size
-    )
+    encoders = pictures.Encoders([config.encoder], config)
     weights = np.asarray(encoders.first.zero_shot(config.names, config.prompts))
     scale = encoders.first.logit_scale
     new, files = encoders.encode_folder(

@@ -22,7 +22,7 @@ from logitjax.few_shot._labelled import read_pictures as read_pictures
 from logitjax.few_shot._method import FewShotTask as FewShotTask
 from logitjax.few_shot._method import Inputs as Inputs
 from logitjax.few_shot._method import Method as Method
-from logitjax.few_shot._recommend import recommend as recommend
+from logitjax.few_shot._mixture import recommend as recommend
 from logitjax.few_shot._sweep import best_setting as best_setting
 from logitjax.few_shot._sweep import sweep as sweep
 from logitjax.few_shot._towers import tune_towers as tune_towers

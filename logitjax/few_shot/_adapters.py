@@ -23,12 +23,6 @@ from logitjax.ops import Array, Number, checks
 CLIP_SCALE = 100.0
 
 
-def cache_logits(features: Array, keys: Array, values: Array, sharpness: Number) -> jax.Array:
-    """Labels of the cached images weighted by similarity: `exp(-b (1 - f @ F.T)) @ L`."""
-    affinity = checks.as_float(features, "features") @ checks.as_float(keys, "keys").T
-    return jnp.exp(-sharpness * (1.0 - affinity)) @ checks.as_float(values, "values")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TipAdapter(Method):
     """Tip-Adapter: a cache of the labelled images, without training.
@@ -46,13 +40,12 @@ class TipAdapter(Method):
     trains: ClassVar[bool] = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         keys = task.mean_view("features", self)
         return State(keys, one_hot(task.labels, task.num_classes, keys.dtype))
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        return cache_logits(features, state.trained, state.fixed, self.sharpness)
+        return jnp.exp(-self.sharpness * (1.0 - features @ state.trained.T)) @ state.fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,6 @@ class TaskRes(Method):
     scale: Number = CLIP_SCALE
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         features = needed(task.support.features, "features", self)
         return State(jnp.zeros((features.shape[-1], task.num_classes), features.dtype), None)
 
@@ -109,7 +101,6 @@ class LinearProbe(Method):
         return self
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         features = task.mean_view(self.source, self)
         kernel = jnp.zeros((features.shape[-1], task.num_classes), features.dtype)
         return State({"kernel": kernel, "bias": jnp.zeros_like(kernel[0])}, None)
@@ -147,7 +138,6 @@ class LPPlusPlus(Method):
     trains: ClassVar[bool] = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         weights = needed(task.class_weights, "class_weights", self)
         features = task.mean_view("features", self)
         return State(self._solve(features, jnp.asarray(task.labels), weights), weights)
@@ -229,7 +219,6 @@ class CLAP(Method):
     scale: Number = CLIP_SCALE
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         weights = needed(task.class_weights, "class_weights", self)
         task.check()
         zero_shot = checks.as_float(task.support.zero_shot, "zero_shot")
@@ -273,7 +262,6 @@ class ProLIP(Method):
     needs: ClassVar[tuple[str, ...]] = ("hidden", "projection")
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         task.check()
         weights = needed(task.class_weights, "class_weights", self)
         projection = needed(task.projection, "projection", self)
@@ -309,7 +297,6 @@ class ProLIPText(ProLIP):
     needs: ClassVar[tuple[str, ...]] = ("texts", "text_projection")
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         task.check()
         projection = needed(task.text_projection, "text_projection", self)
         # A mean of linear maps is the map of a mean.

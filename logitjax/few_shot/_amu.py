@@ -69,16 +69,6 @@ class Uncertainty:
 class AMU(Method):
     """AMU-Tuning as in the released code; :meth:`paper` follows the paper's figure.
 
-    ============= ============================ ========================================
-    \\             paper                        released code
-    ============= ============================ ========================================
-    bias          `x W`                      `z(x W)`
-    uncertainty   kurtosis of the logits       none in the published commands; the option
-                                               `moment`: kurtosis of probabilities / 250
-    exponent rho  not known, .4 here           .4
-    beta, lambda  not known, .5 and .35 here   .5 and .35 (ViT-B/16), .65 and .45 (MindSpore, RN50)
-    ============= ============================ ========================================
-
     Without the z-score the bias keeps the scale of features of length one, and weight decay and
     learning rate determine its influence. The released code takes the best epoch on the test set;
     this class does not. Source: Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
@@ -119,30 +109,27 @@ class AMU(Method):
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
         return State(kernel, None)
 
-    def prepare(self, inputs: Inputs) -> Inputs:
-        if self.uncertainty is None:
-            return inputs
-        return dataclasses.replace(inputs, weight=self.uncertainty.weight(inputs.zero_shot))
-
     def auxiliary_logits(self, state: State, inputs: Inputs) -> jax.Array:
         """The bias alone, before its weights: a classifier independent of the zero-shot one."""
         logits = needed(inputs.auxiliary, "auxiliary", self) @ state.trained.T
         return z_score(logits) if self.standardize else logits
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        bias = self.auxiliary_logits(state, inputs)
-        inputs = self.prepare(inputs) if inputs.weight is None else inputs
-        return bias if inputs.weight is None else inputs.weight * bias
+        return self._weighted(self.auxiliary_logits(state, inputs), inputs)
+
+    def _weighted(self, bias: jax.Array, inputs: Inputs) -> jax.Array:
+        if self.uncertainty is None:
+            return bias
+        return self.uncertainty.weight(inputs.zero_shot) * bias
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         """Loss of the fused logits, and of the bias alone so that it is useful on its own.
 
         `(1 - lambda) * CE(bias, y) + lambda * CE(s0 + beta * weight * bias, y)`
         """
-        inputs = self.prepare(inputs) if inputs.weight is None else inputs
         bias = self.auxiliary_logits(state, inputs)
-        weighted = bias if inputs.weight is None else inputs.weight * bias
-        fused = checks.as_float(inputs.zero_shot, "zero_shot") + self.beta * weighted
+        zero_shot = checks.as_float(inputs.zero_shot, "zero_shot")
+        fused = zero_shot + self.beta * self._weighted(bias, inputs)
         alone, both = cross_entropy(bias, labels), cross_entropy(fused, labels)
         share: Any = self.fusion_share
         return (1.0 - share) * alone + share * both

@@ -24,13 +24,11 @@ class Candidate:
         method: The method at its published setting, used if nothing can be chosen.
         recipe: Its training; None for a method without training.
         grid: Columns of equal length, as for `sweep`; None if there is nothing to choose.
-        before: Grids to search first, one after another; later grids replace their fields' values.
     """
 
     method: Method
     recipe: Recipe = Recipe()  # noqa: RUF009 (frozen)
     grid: Mapping[str, Sequence[float]] | None = None
-    before: tuple[Mapping[str, Sequence[float]], ...] = ()
 
     @classmethod
     def all(
@@ -45,14 +43,13 @@ class Candidate:
 
         A method whose paper searches two numbers has a grid of two columns, others of one. Recipes
         are the published ones; methods without one for all features take `steps` of 32 images.
-        Only `timo_s` repeats its authors' search, 20 settings and then 90.
 
         Args:
             grid: `'small'` for 4 settings, `'full'` for 12; anything else is a ValueError.
             epochs, batch_size: Epochs and batch size of AMU.
 
-        >>> sorted({candidate.settings for candidate in Candidate.all().values()})
-        [4, 110]
+        >>> {candidate.settings for candidate in Candidate.all().values()}
+        {4}
         """
         if grid not in ("small", "full"):
             raise ValueError(f"grid: expected small or full, got {grid!r}")
@@ -64,34 +61,24 @@ class Candidate:
         """The candidate for zero-shot logits that are cosines of this scale."""
         return dataclasses.replace(self, method=self.method.at_scale(scale))
 
-    def at(self, settings: Mapping[str, float]) -> "Candidate":
-        """The candidate with these settings, and nothing left to choose."""
-        method, recipe = with_settings(self.method, self.recipe, dict(settings))
+    def at(self, setting: int) -> "Candidate":
+        """The candidate with the setting of this number, and nothing left to choose."""
+        values = {name: column[setting] for name, column in (self.grid or {}).items()}
+        method, recipe = with_settings(self.method, self.recipe, values)
         return Candidate(method=method, recipe=recipe)
 
     def sweep(
         self, task: FewShotTask, held_out: Mapping[str, tuple[Inputs, Any]], by: str, **options: Any
-    ) -> tuple[dict[str, Any], np.ndarray, dict[str, list[float]]]:
-        """Return `sweep`'s scores with the grid, each run's best setting, and its values.
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Return `sweep`'s scores with the grid, and each run's best setting.
 
         Args:
-            by: Name of the images to choose on: `"validation"`, or `"train"` with folds; without
+            by: Name of the images to choose on: `"calibration"`, or `"train"` with folds; without
                 them the first setting is used.
         """
-        chosen: dict[str, list[float]] = {}
-        runs, grids = np.arange(len(task.labels)), (*self.before, self.grid or {})
-        for grid in grids:
-            length, *_ = [*map(len, grid.values()), 1]
-            kept = {k: np.repeat(np.array(x)[:, None], length, 1) for k, x in chosen.items()}
-            columns = kept | {
-                k: np.tile(np.asarray(x, np.float32), (len(runs), 1)) for k, x in grid.items()
-            }
-            scores = sweep(
-                self.method, task, held_out, training=self.recipe, grid=columns, **options
-            )
-            best = best_setting(scores[by]) if by in scores else 0 * runs
-            chosen = {name: column[runs, best].tolist() for name, column in columns.items()}
-        return scores, best, chosen
+        scores = sweep(self.method, task, held_out, training=self.recipe, grid=self.grid, **options)
+        none = np.zeros(len(task.labels), int)
+        return scores, best_setting(scores[by]) if by in scores else none
 
     def updates(self, images: int) -> int:
         """Number of gradient steps on this many labelled images."""
@@ -108,9 +95,8 @@ class Candidate:
 
     @property
     def settings(self) -> int:
-        """Number of settings to choose among, one after another."""
-        grids = (*self.before, self.grid or {})
-        return sum(max(map(len, grid.values()), default=1) for grid in grids)
+        """Number of settings to choose among."""
+        return max(map(len, (self.grid or {}).values()), default=1)
 
     def program(
         self,
@@ -128,9 +114,7 @@ class Candidate:
         (count, shown), recipe = task.labels.shape, self.recipe
         # The shape of `Recipe.order`, with an axis of runs.
         order = (count, recipe.total_steps(shown), min(recipe.batch_size, shown))
-        # Number of settings in the last grid; 1 if no field is searched.
-        length, *_ = [*map(len, (self.grid or {}).values()), 1]
-        columns = array((count, length), jnp.float32)
+        columns = array((count, self.settings), jnp.float32)
         runs = Runs(
             numbers=array((count,), jnp.int32),
             settings=dict.fromkeys([*(self.grid or {}), ""], columns),
@@ -229,13 +213,4 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
     return {
         name: Candidate(method=method, recipe=recipe, grid=_grid(few, **ranges))
         for name, (method, recipe, ranges) in table.items()
-    } | {"timo_s": _timo_s(short)}
-
-
-def _timo_s(recipe: Recipe) -> Candidate:
-    """TIMO-S's search as released: `sharpness` on the texts alone, then `text` and `kept`."""
-    texts = dict(sharpness=list(range(5, 101, 5)), pictures=[0.0] * 20)
-    pairs = [(10.0**power, step / 9) for step in range(10) for power in range(-4, 5)]
-    text, kept = map(list, zip(*pairs))
-    grid = dict(text=text, kept=kept, pictures=[1.0] * len(pairs))
-    return Candidate(method=methods.TIMO(), recipe=recipe, grid=grid, before=(texts,))
+    }

@@ -99,7 +99,6 @@ class GDA(Method):
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         """The state before any gradient step, here the final one; errors as for `check`."""
-        del key
         self.check(task)
         features, labels = task.every_view("features", self)
         weights, bias = gaussian_classifier(features, labels, task.num_classes)
@@ -139,7 +138,6 @@ class ProKeR(Method):
         return jnp.exp(-self.sharpness * (1.0 - left @ right.T))
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         weights = needed(task.class_weights, "class_weights", self)
         features, labels = task.every_view("features", self)
         present = labels >= 0
@@ -203,7 +201,6 @@ class ReHARK(Method):
         return narrow + self.mix * (wide - narrow)
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         features, labels = task.every_view("features", self)
         weights = self._shaped(needed(task.class_weights, "class_weights", self).T)
         features = self._shaped(features)
@@ -260,7 +257,6 @@ class TIMO(Method):
     needs: ClassVar[tuple[str, ...]] = ("texts",)
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        del key
         texts = needed(task.texts, "texts", self)
         if task.text_projection is not None:
             texts = texts @ needed(task.text_projection, "text_projection", self)

@@ -3,22 +3,21 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.core import Tracer
 from jaxtyping import Float, Int
-from scipy.special import softmax
 
 from logitjax.few_shot import methods
 from logitjax.few_shot._candidates import Candidate
-from logitjax.few_shot._labelled import Pictures, finite, unit
-from logitjax.few_shot._method import CLASSIFIER, FewShotTask, Inputs, Method, State
-from logitjax.few_shot._sweep import fold_logits
+from logitjax.few_shot._labelled import Pictures, Sample, finite, unit
+from logitjax.few_shot._method import Inputs, Method, State
+from logitjax.few_shot._mixture import Mixture, likeliest_weights
+from logitjax.few_shot._sweep import learn
 from logitjax.ops import Array
 from logitjax.storage import guard, read_head, write_head
 
@@ -161,14 +160,15 @@ def _fused(
     # Traced, so that heads with one setting share a program.
     state, class_weights = learnt
     inputs = Inputs.of(features, class_weights, scale=scale, auxiliary=auxiliary, hidden=hidden)
-    return method.logits(state, method.prepare(inputs))
+    return method.logits(state, inputs)
 
 
 def fit(
-    candidate: Candidate | str,
+    candidate: Candidate | str | Sequence[Candidate | str],
     pictures: Pictures,
     validation: Pictures | None = None,
     *,
+    weights: Sequence[float] | None = None,
     folds: int = 0,
     seed: int = 0,
 ) -> FittedHead:
@@ -179,10 +179,13 @@ def fit(
     ValueError for an unknown method, missing features, or pictures that the method refuses.
 
     Args:
-        candidate: The method with its recipe and settings, or its name in `Candidate.all()`.
+        candidate: The method with its recipe and settings, or its name in `Candidate.all()`; or
+            several, whose probabilities are mixed.
         pictures: Pictures to learn from.
         validation: Other pictures to choose on, with features of the same encoders. Without them
             the method keeps its published setting, as in CLAP's protocol, or uses folds.
+        weights: Weights of several methods; by default those that make the labels of the pictures
+            likeliest that calibrate the heads. Methods with the weight 0 are left out.
         folds: Number of parts of the training pictures to choose on instead, as for `sweep`.
         seed: Seed of the order of pictures, and of a random initialisation.
 
@@ -194,6 +197,9 @@ def fit(
     >>> head.predict(features[:4]).tolist()
     [0, 1, 2, 0]
     """
+    if not isinstance(candidate, Candidate | str):
+        options: Any = dict(folds=folds, seed=seed)
+        return _mixed([fit(one, pictures, validation, **options) for one in candidate], weights)
     if isinstance(candidate, str):
         existing = Candidate.all()
         if candidate not in existing:
@@ -203,40 +209,62 @@ def fit(
     for name in candidate.method.needs:
         if getattr(pictures, name) is None:
             raise ValueError(f"{name}: expected features, which the method reads, got none")
-    task = pictures.task
+    every = Sample(np.arange(len(pictures)), *np.zeros((2, 0), int))
+    task, shown = pictures.stack([every], room=every, validation=validation)
+    part = "train" if validation is None else "calibration"
     if candidate.grid and (folds or validation is not None):
-        # `sweep` needs an axis of runs, except for arrays shared by all runs.
-        fixed = dict.fromkeys(CLASSIFIER)
-        one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
-        shared = {name: getattr(task, name) for name in fixed}
-        name, shown = ("validation", validation) if validation is not None else ("train", pictures)
-        *_, best = candidate.sweep(
-            dataclasses.replace(one, **shared),
-            {name: (shown.inputs[None], shown.labels[None])},
-            name,
-            seed=seed,
-            # Uses the memory of one setting, not of the grid.
-            sequential=True,
-            folds=0 if validation is not None else folds,
-        )
-        candidate = candidate.at({field: values[0] for field, values in best.items()})
+        options: Any = dict(seed=seed, folds=folds, sequential=True)
+        _, best = candidate.sweep(task, {part: shown[part]}, part, **options)
+        candidate = candidate.at(best[0])
+    method = candidate.method
+    # Refuses here what it cannot see inside `jit`.
+    method.check(pictures.task)
+    folds = candidate.folds(pictures.labels) if validation is None else 0
+    held_out = {part: shown[part]} if folds or validation is not None else {}
+    scores = learn(method, candidate.recipe, task, held_out, folds=folds, seed=seed)
     head = FittedHead(
-        method=candidate.method,
-        state=_learnt(candidate, task, seed),
+        method=method,
+        state=scores["state"],
         class_weights=pictures.class_weights,
         scale=pictures.scale,
         class_names=pictures.class_names,
-        encoders=pictures.encoders[: 1 + ("auxiliary" in candidate.method.needs)],
+        encoders=pictures.encoders[: 1 + ("auxiliary" in method.needs)],
         examples=pictures.features,
         example_labels=pictures.labels,
         likeness=_likeness(pictures.features),
     )
-    if validation is not None:
-        return _calibrated(head, head.logits(**head.inputs(validation)), validation.labels)
-    if parts := candidate.folds(pictures.labels):
-        logits = _learnt(candidate, task, seed, folds=parts, images=pictures.inputs)
-        return _calibrated(head, logits, pictures.labels)
-    return head
+    if part not in scores:
+        return head
+    labels = shown[part][1][0]
+    return dataclasses.replace(
+        head,
+        temperature=float(scores[part]["temperature"]),
+        calibration=np.asarray(scores[part]["probabilities"])[np.arange(len(labels)), labels],
+    )
+
+
+def _mixed(heads: Sequence[FittedHead], weights: Sequence[float] | None) -> FittedHead:
+    """The mixture of heads that learned from the same pictures."""
+    each = [head.calibration for head in heads]
+    likely = None if not each or each[0] is None else np.stack(each, 1)
+    if weights is None and likely is not None:
+        weights = likeliest_weights(np.maximum(likely, 1e-6)).tolist()
+    shares = np.asarray(() if weights is None else weights, np.float32)
+    if shares.shape != (len(heads),) or not shares.any() or shares.min() < 0:
+        raise ValueError(
+            f"weights: expected one for each of {len(heads)} methods, or pictures that choose "
+            f"them, got {weights}"
+        )
+    shares, kept = shares / shares.sum(), np.flatnonzero(shares)
+    heads = [heads[number] for number in kept]
+    temperatures = np.float32([head.temperature for head in heads])
+    return dataclasses.replace(
+        max(heads, key=lambda head: len(head.encoders)),
+        method=Mixture(methods=tuple(head.method for head in heads)),
+        state=State(tuple(head.state for head in heads), (shares[kept], temperatures)),
+        temperature=1.0,
+        calibration=None if likely is None else likely @ shares,
+    )
 
 
 def _likeness(features: np.ndarray) -> float:
@@ -246,52 +274,6 @@ def _likeness(features: np.ndarray) -> float:
     np.fill_diagonal(cosines, -1.0)
     nearest = cosines.max(1)
     return max(-1.0, float(2 * nearest.min() - np.median(nearest)) - 1e-3)
-
-
-def _calibrated(head: FittedHead, logits: Any, labels: np.ndarray) -> FittedHead:
-    """The head at the temperature with the highest likelihood of pictures that it did not see."""
-    logits, rows = np.asarray(logits, np.float64), np.arange(len(labels))
-    # One picture's worth of doubt: if all are right, no head becomes infinitely sure.
-    doubt = 1 / (1 + len(labels))
-    least = doubt / logits.shape[1]
-    losses = {
-        t: -np.log((1 - doubt) * softmax(logits / t, 1)[rows, labels] + least).mean()
-        for t in np.geomspace(0.01, 100, 161).tolist()
-    }
-    temperature = min(losses, key=lambda t: losses[t])
-    right = softmax(logits / temperature, 1)[rows, labels].astype(np.float32)
-    return dataclasses.replace(head, temperature=temperature, calibration=right)
-
-
-def _learnt(
-    candidate: Candidate, task: FewShotTask, seed: int, *, folds: int = 0, images: Any = None
-) -> Any:
-    """State of the first run of a `sweep` with this seed, or with folds the images' logits."""
-    method, recipe = candidate.method, candidate.recipe
-    method.check(task)
-    order = None
-    if method.trains:
-        # The order of run 0 of a sweep.
-        order = recipe.order((seed, 0), len(task.labels), views=task.views)
-
-    def learn(task: FewShotTask, order: Any) -> State:
-        state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
-        if order is None:
-            return state
-        # No step may see an excluded row.
-        if folds:
-            order = jnp.where(jnp.asarray(task.labels)[order % len(task.labels)] < 0, -1, order)
-        # Counts the valid rows of each batch.
-        steps = len(order) if folds else None
-        return recipe.train(method, task, state, order, steps=steps)[0]
-
-    @jax.jit
-    def run(task: FewShotTask, order: Any, images: Any) -> Any:
-        if not folds:
-            return learn(task, order)
-        return fold_logits(method, lambda one: learn(one, order), task, images, folds)
-
-    return run(task, order, images)
 
 
 def load(directory: str | os.PathLike[str]) -> FittedHead:
@@ -346,7 +328,9 @@ def _filled(form: Any, tensors: Mapping[str, np.ndarray]) -> Any:
 
 
 def _described(value: Any) -> Any:
-    """A method or an `Uncertainty` as its name and its fields."""
+    """A method, an `Uncertainty` or several of them as names and fields."""
+    if isinstance(value, tuple):
+        return [_described(each) for each in value]
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         settings = {field.name: _described(getattr(value, field.name)) for field in fields}
@@ -356,10 +340,12 @@ def _described(value: Any) -> Any:
 
 def _method_of(record: Any) -> Any:
     """The inverse of `_described`."""
+    if isinstance(record, list):
+        return tuple(_method_of(each) for each in record)
     if not isinstance(record, dict):
         return record
     # Only the library's methods: a file must not name arbitrary classes.
-    kind: Any = getattr(methods, str(record["name"]), None)
+    kind: Any = (vars(methods) | {"Mixture": Mixture}).get(str(record["name"]))
     if not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(f"method: expected a known one, got {guard.short(record['name'])}")
     return kind(**{name: _method_of(value) for name, value in record["settings"].items()})

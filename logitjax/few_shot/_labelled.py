@@ -204,8 +204,8 @@ class Pictures:
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
         """Stack samples along an axis of runs and pad them, for `sweep`.
 
-        Returns the training task, and by name the pictures of `"validation"`, if any, `"test"` and
-        `"train"`, the training pictures.
+        Returns the training task, and by name the pictures of `"calibration"`, which choose
+        settings, if any, `"test"` and `"train"`, the training pictures.
 
         Args:
             samples: One sample of these pictures for each run.
@@ -232,9 +232,9 @@ class Pictures:
             return jax.tree.map(lambda x: np.repeat(x[None], len(samples), 0), every)
 
         fixed = {name: getattr(self, name) for name in CLASSIFIER}
-        held_out = {"validation": part("validation")} if len(room.validation) else {}
+        held_out = {"calibration": part("validation")} if len(room.validation) else {}
         if validation is not None:
-            held_out["validation"] = whole(validation)
+            held_out["calibration"] = whole(validation)
         task = FewShotTask(support=support, labels=labels, views=len(views), **fixed)
         held_out["test"] = part("rest") if test is None else whole(test)
         return task, held_out | {"train": part("train")}

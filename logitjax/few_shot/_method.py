@@ -22,14 +22,12 @@ class Inputs:
         features: `[*batch, features]` of the encoder of these logits, rows of length one.
         auxiliary: `[*batch, auxiliary]` of another encoder, rows of length one.
         hidden: `[*batch, hidden]` of the first encoder before its last projection, of any length.
-        weight: `[*batch, 1]`, set by :meth:`Method.prepare` if it depends only on the image.
     """
 
     zero_shot: Any
     features: Any = None
     auxiliary: Any = None
     hidden: Any = None
-    weight: Any = None
 
     @classmethod
     def of(
@@ -191,10 +189,6 @@ class Method:
         """The state before any gradient step; `key` is for methods with a random initialisation."""
         raise NotImplementedError
 
-    def prepare(self, inputs: Inputs) -> Inputs:
-        """Compute once the parts that depend only on the images."""
-        return inputs
-
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         """`s_bias`, `[*batch, classes]`."""
         raise NotImplementedError
@@ -231,22 +225,17 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     and becomes 0. (`distillation.standardize_logits` adds to the deviation.)
     """
     logits = checks.as_float(logits, "logits")
-    deviation, count = centred(logits, logits != -jnp.inf)
+    deviation, present = logits, logits != -jnp.inf
+    count = present.sum(-1, keepdims=True)
+    # The first mean has rounding errors.
+    for _ in range(2):
+        deviation = jnp.where(present, deviation, 0.0)
+        mean = deviation.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+        deviation = jnp.where(present, deviation - mean, 0.0)
     variance = jnp.square(deviation).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1)
     flat = variance == 0
     # The inner one keeps nan out of gradients.
     return deviation * jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
-
-
-def centred(values: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Deviations from the mean of the existing entries, 0 elsewhere; and their number."""
-    count = where.sum(-1, keepdims=True)
-    # The first mean has rounding errors.
-    for _ in range(2):
-        values = jnp.where(where, values, 0.0)
-        mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
-        values = jnp.where(where, values - mean, 0.0)
-    return values, count
 
 
 def without_zero_shot(logits: jax.Array, zero_shot: Array) -> jax.Array:

@@ -115,8 +115,8 @@ def sweep(
     Returns:
         For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and for AMU also
         `auxiliary_accuracy`, that of the bias alone. For `"train"`, which exists only with folds,
-        and `"validation"` also `credit` `[runs, settings, m]`: the probability of the label at the
-        temperature with the highest likelihood, plus 1 if predicted; -1 for negative labels.
+        and `"calibration"` also `temperature`, the divisor of the logits that makes the labels
+        likeliest, and `probabilities` `[runs, settings, m, classes]` with it.
 
     Raises:
         TypeError: Labels that are not integers.
@@ -203,7 +203,30 @@ def _padded(runs: Runs, multiple: int) -> Runs:
     return _with(jax.tree.map(lambda x: x[rows], bare), shared)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "folds", "mesh"))
+def learn(
+    method: Method,
+    recipe: Recipe,
+    task: FewShotTask,
+    held_out: Mapping[str, tuple[Inputs, Any]],
+    *,
+    folds: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Train the single run of a task as in a `sweep`: its scores, and `state`."""
+    one, labels = np.zeros(1, int), np.asarray(task.labels)
+    order, steps = _orders(one, labels, labels.size, recipe, views=task.views, seed=seed)
+    runs = Runs(
+        numbers=one, settings={"": np.zeros((1, 1))}, task=task, orders=order, held_out=held_out
+    )
+    options: dict[str, Any] = dict(training=recipe, sequential=True, folds=folds, keep=True)
+    result = compiled_sweep(runs, steps if method.trains else 0, seed, method=method, **options)
+    return jax.tree.map(lambda x: x[0, 0], result)
+
+
+_OPTIONS = ("method", "training", "sequential", "folds", "mesh", "keep")
+
+
+@functools.partial(jax.jit, static_argnames=_OPTIONS)
 def compiled_sweep(
     runs: Runs,
     steps: Any,
@@ -214,11 +237,12 @@ def compiled_sweep(
     sequential: bool,
     folds: int = 0,
     mesh: Mesh | None = None,
+    keep: bool = False,
 ) -> Any:
     """The compiled part of :func:`sweep`: every run with every setting, trained and scored."""
     bare, shared = _apart(runs)
     arguments = (bare, shared, steps, jax.random.key(seed))
-    run = functools.partial(_sweep, method, training, sequential, folds)
+    run = functools.partial(_sweep, method, training, sequential, folds, keep)
     if mesh is None or mesh.size == 1:
         return run(*arguments)
     split, full = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
@@ -234,6 +258,7 @@ def _sweep(
     training: Recipe,
     sequential: bool,
     folds: int,
+    keep: bool,
     runs: Runs,
     shared: Mapping[str, Any],
     steps: Any,
@@ -254,14 +279,15 @@ def _sweep(
             orders = jnp.where(present, run.orders, -1) if folds else run.orders
             return recipe.train(config, task, state, orders, steps=steps)[0]
 
-        state, scores = learnt(task), {}
+        state = learnt(task)
+        scores: dict[str, Any] = {"state": state} if keep else {}
         for name, (images, existing) in run.held_out.items():
             if name == "train":
                 logits = fold_logits(config, learnt, task, images, folds)
-                scores[name] = _scores(logits, existing, each=True)
+                scores[name] = _scores(logits, existing, calibrate=True)
                 continue
             logits = _in_batches(config.logits, state, images, batch_size)
-            scores[name] = _scores(logits, existing, each=name == "validation")
+            scores[name] = _scores(logits, existing, calibrate=name == "calibration")
             if alone := getattr(config, "auxiliary_logits", None):
                 logits = _in_batches(alone, state, images, batch_size)
                 scores[name]["auxiliary_accuracy"] = _scores(logits, existing)["accuracy"]
@@ -308,25 +334,39 @@ def _in_batches(run: Callable[..., jax.Array], state: State, inputs: Any, size: 
     return jax.lax.map(lambda x: run(state, x), inputs, batch_size=size)
 
 
-def _scores(logits: jax.Array, labels: jax.Array, *, each: bool = False) -> dict[str, jax.Array]:
+def _scores(
+    logits: jax.Array, labels: jax.Array, *, calibrate: bool = False
+) -> dict[str, jax.Array]:
     present = labels >= 0
 
     def share(values: jax.Array) -> jax.Array:
         return jnp.where(present, values, 0).sum() / jnp.maximum(present.sum(), 1)
 
-    def losses(temperature: Any) -> jax.Array:
-        return cross_entropy(logits / temperature, jnp.where(present, labels, 0))
-
     # The argmax of logits with a nan is the first nan, and may be the label by chance.
     right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
-    scores = {"accuracy": share(right), "cross_entropy": share(losses(1.0))}
-    if each:
-        # Logits may be cosines, or hundreds of times as large.
-        temperatures = jnp.geomspace(0.1, 300.0, 30)
-        totals = jax.lax.map(lambda t: share(losses(t)), temperatures)
-        likely = jnp.nan_to_num(jnp.exp(-losses(temperatures[totals.argmin()])))
-        scores["credit"] = jnp.where(present, right + likely, -1.0)
+    losses = cross_entropy(logits, jnp.where(present, labels, 0))
+    scores = {"accuracy": share(right), "cross_entropy": share(losses)}
+    if calibrate:
+        temperature = _likeliest_temperature(logits, labels)
+        calm = jnp.nan_to_num(jax.nn.softmax(logits / temperature))
+        scores |= {"temperature": temperature, "probabilities": calm}
     return scores
+
+
+def _likeliest_temperature(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The divisor of logits `[n, classes]` that makes the labels `[n]` likeliest; -1 for none."""
+    present = labels >= 0
+    # One picture's worth of doubt: if all are right, no head becomes infinitely sure.
+    doubt = 1 / (1 + present.sum())
+
+    def loss(temperature: jax.Array) -> jax.Array:
+        likely = jnp.exp(-cross_entropy(logits / temperature, jnp.where(present, labels, 0)))
+        values = jnp.log((1 - doubt) * likely + doubt / logits.shape[-1])
+        return -jnp.where(present, values, 0.0).sum()
+
+    # Logits may be cosines, or hundreds of times as large.
+    temperatures = jnp.geomspace(0.01, 300.0, 81)
+    return temperatures[jax.lax.map(loss, temperatures).argmin()]
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -28,7 +28,6 @@ class Recipe:
         batch_size: Images per step; the last batch of an epoch is short if they do not divide.
         learning_rate: Learning rate of the first step; a cosine lowers it to 0 step by step.
         floor: Final rate of the cosine.
-        warmup: Number of steps from 0 to `learning_rate`, before the cosine.
         first_epoch_rate: Rate of the whole first epoch, after which the cosine falls per epoch
             instead of per step, as in CLAP's code; None for a cosine per step from the start.
         weight_decay: Weight decay, decoupled in AdamW.
@@ -41,7 +40,6 @@ class Recipe:
     batch_size: int = 8
     learning_rate: Any = 1e-3
     floor: float = 0.0
-    warmup: int = 0
     first_epoch_rate: float | None = None
     weight_decay: Any = 0.01
     algorithm: Literal["adamw", "sgd"] = "adamw"
@@ -99,8 +97,7 @@ class Recipe:
         # `training.Schedule` takes an `int`; this way one program serves every number of images.
 
         def rate(step: Any) -> Any:
-            rest = jnp.maximum(1, total_steps - self.warmup)
-            share = jnp.clip((step - self.warmup) / rest, 0.0, 1.0)
+            share = jnp.minimum(step / total_steps, 1.0)
             if self.first_epoch_rate is not None:
                 epoch = step * self.epochs // total_steps
                 share = jnp.maximum(epoch - 1, 0) / self.epochs
@@ -108,8 +105,7 @@ class Recipe:
             falling = self.floor + (self.learning_rate - self.floor) * cosine
             if self.first_epoch_rate is not None:
                 return jnp.where(epoch > 0, falling, self.first_epoch_rate)
-            rising = self.learning_rate * step / max(1, self.warmup)
-            return jnp.where(step < self.warmup, rising, falling)
+            return falling
 
         if self.algorithm == "sgd":
             # As in torch, decay is part of the gradient and passes through the momentum.
@@ -209,8 +205,8 @@ class Recipe:
         """
         task.check()
         _check_order(order, task)
-        prepared = method.prepare(task.support)
-        support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
+        arrays = (task.support, task.labels, order)
+        support, labels, rows_of_step = jax.tree.map(jnp.asarray, arrays)
         count = len(labels)
         # A whole number of batches has no padding; otherwise rows may be missing.
         full = steps is None and count % rows_of_step.shape[1] == 0

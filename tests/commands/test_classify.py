@@ -11,6 +11,7 @@ from etils import epath
 from logitjax import few_shot, storage, vision
 from logitjax.commands import classify
 from logitjax.commands import few_shot as command
+from logitjax.few_shot._mixture import likeliest_weights
 
 
 def phone_folder(root):
@@ -65,6 +66,8 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
         "2 only the first of each is kept because their pixels are equal",
         "1 skipped because equal pixels occur in several classes",
         "32 a class use the same pictures as 4.",
+        "`mixture` is recommended: it adds the probabilities of",
+        "Of the methods by themselves `",
         "Level with it on these pictures",
         "By class, worst first (at most 20):",
         "most often taken for |",
@@ -83,7 +86,9 @@ def test_phone_pictures_become_a_head_and_new_pictures_get_classes(tmp_path, cap
     for name in ("blue/0.png", "red/clear.png", "white/half.png"):
         (new / name.replace("/", "_")).write_bytes((tmp_path / "pictures" / name).read_bytes())
     answers = epath.Path(tmp_path) / "answers"
-    asked = classify.Config(head=str(out / "heads" / "pro_ker"), pictures=str(tmp_path / "new"))
+    mixture = few_shot.load(out / "heads" / "mixture")
+    assert mixture.about["mixture"].keys() <= {"tip_adapter", "pro_ker"}
+    asked = classify.Config(head=str(out / "heads" / "mixture"), pictures=str(tmp_path / "new"))
     classify.run(asked, answers)
     rows = list(csv.DictReader((answers / "predictions.csv").read_text().splitlines()))
     assert [epath.Path(row["picture"]).name for row in rows] == ["blue_0.png", "red_clear.png"]
@@ -158,22 +163,91 @@ def test_probabilities_are_as_sure_as_right_and_sets_hold_the_class():
     assert not few.predict_sets(**few.inputs(test), coverage=0.9).all(1).any()
 
 
-def test_the_estimate_of_the_recommended_method_has_no_bias():
+def test_the_estimate_of_the_recommended_mixture_has_no_bias():
     rng = np.random.default_rng(0)
-    errors = []
-    for seed in range(40):
+    errors, labels = [], np.zeros((1, 40), int)
+    for seed in range(20):
         # Twenty methods of four settings that are all right in 70 % of the pictures.
-        right = {str(n): [(rng.random((4, 40)) < 0.7) * 1.0] for n in range(20)}
-        errors.append(few_shot.recommend(right, seed=seed)[1] - 0.7)
-        best = max(one[0].mean(1).max() for one in right.values())
-        assert best > 0.78
-    assert abs(np.mean(errors)) < 0.02
+        right = rng.random((20, 1, 4, 40)) < 0.7
+        sure = np.where(right, rng.uniform(0.5, 1, right.shape), rng.uniform(0, 0.5, right.shape))
+        probabilities = {str(n): np.stack([p, 1 - p], -1) for n, p in enumerate(sure)}
+        members, estimate, *_ = few_shot.recommend(probabilities, labels, seed=seed)
+        # New pictures: as many methods as are mixed are right independently.
+        new = rng.random((len(members), 4000)) < 0.7
+        p = np.where(new, rng.uniform(0.5, 1, new.shape), rng.uniform(0, 0.5, new.shape))
+        weights = np.array([weight for _, weight in members.values()])
+        errors.append(estimate - (weights @ p > 0.5).mean())
+        mixed = sum(w * probabilities[name][0, at, :, 0] for name, (at, w) in members.items())
+        assert (mixed > 0.5).mean() > 0.8
+    assert abs(np.mean(errors)) < 0.05
 
 
-def test_of_methods_that_are_right_as_often_the_surer_one_is_recommended():
-    # Whether right, and the probability of the label.
-    vague, sure = (np.array([[1.6, 1.6, p, 0.1, -1.0]]) for p in (0.2, 0.4))
-    assert few_shot.recommend({"vague": [vague], "sure": [sure]})[0] == "sure"
-    # Being right is worth more than being a little surer.
-    often = np.array([[1.6, 1.6, 1.5, 0.0, -1.0]])
-    assert few_shot.recommend({"sure": [sure], "often": [often]})[0] == "often"
+def test_weights_of_a_mixture_by_hand():
+    # One method knows three pictures of four, the other the fourth: (3 log w + log(1 - w))' = 0.
+    right = np.array([[0.8, 1e-9]] * 3 + [[1e-9, 0.8]])
+    np.testing.assert_allclose(likeliest_weights(right), [0.75, 0.25], atol=1e-6)
+    # w / (w + .5 (1 - w)) is highest at w = 1.
+    np.testing.assert_array_equal(likeliest_weights(np.array([[0.8, 0.4]] * 9)), [1, 0])
+
+
+def test_a_mixture_is_never_less_likely_than_its_best_method():
+    rng = np.random.default_rng(0)
+    for methods in (2, 5, 30):
+        for count in (3, 20):
+            right = rng.beta(0.5, 0.5, size=(count, methods)) + 1e-6
+            weights = likeliest_weights(right)
+            assert weights.sum() == pytest.approx(1)
+            assert weights.min() >= 0
+            assert np.log(right @ weights).sum() >= np.log(right).sum(0).max() - 1e-9
+
+
+@pytest.mark.many_programs("three methods learn by themselves and in a mixture")
+def test_a_mixture_adds_probabilities_and_is_read_as_it_was_saved(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(120) % 3
+    weights = np.eye(8)[:, :3]
+    features = weights.T[labels] + 0.6 * rng.normal(size=(120, 8))
+    more = dict(auxiliary=features[:, ::-1] + 0.3 * rng.normal(size=(120, 8)))
+    pictures = few_shot.Pictures(
+        features=features, labels=labels, class_weights=weights, scale=5.0, **more
+    )
+    learned, held_out, test = pictures[:24], pictures[24:60], pictures[60:]
+    names = ("tip_adapter", "gda", "linear_probe_auxiliary")
+    heads = [few_shot.fit(name, learned, held_out) for name in names]
+    mixture = few_shot.fit(names, learned, held_out, weights=(1.0, 0.0, 3.0))
+    every = [head.predict_proba(**head.inputs(test)) for head in heads]
+    expected = 0.25 * every[0] + 0.75 * every[2]
+    np.testing.assert_allclose(mixture.predict_proba(**mixture.inputs(test)), expected, atol=1e-5)
+    mixture.save(tmp_path / "head")
+    read = few_shot.load(tmp_path / "head")
+    assert read.method == mixture.method
+    assert read.method.needs == ("auxiliary",)
+    np.testing.assert_array_equal(
+        read.logits(**read.inputs(test)), mixture.logits(**mixture.inputs(test))
+    )
+    # The sets hold the class as often as they should.
+    sets = read.predict_sets(**read.inputs(test), coverage=0.8)
+    assert 0.65 < sets[np.arange(60), test.labels].mean() < 0.97
+    # Without weights, those that make the labels of the pictures held out likeliest.
+    chosen = few_shot.fit(names, learned, held_out)
+    likely = np.stack([head.calibration for head in heads], 1)
+    assert np.log(chosen.calibration).sum() >= np.log(likely).sum(0).max() - 1e-3
+    with pytest.raises(ValueError, match="weights: expected one for each of 3 methods"):
+        few_shot.fit(names, learned, held_out, weights=(1.0, 2.0))
+
+
+def test_a_method_that_is_best_everywhere_is_recommended_alone():
+    labels = np.arange(20)[None] % 2
+    p = np.where(labels == 0, 0.9, 0.1)
+    best = np.stack([p, 1 - p], -1)[:, None]
+    vague = 0.5 + (best - 0.5) / 4
+    # The second setting is wrong everywhere.
+    both = {"vague": np.repeat(vague, 2, 1), "best": np.concatenate([1 - best, best], 1)}
+    members, accuracy, low, high = few_shot.recommend(both, labels)
+    assert members == {"best": (1, 1.0)}
+    assert (accuracy, high) == pytest.approx((1.0, 1.0))
+    assert 0.8 < low < 0.9
+    # Pictures without a label count for nothing.
+    some = np.where(np.arange(20) < 16, labels, -1)
+    assert few_shot.recommend(both, some)[0] == members
+    with pytest.raises(ValueError, match="probabilities: expected labelled pictures"):
+        few_shot.recommend(both, some - 5)

@@ -48,6 +48,11 @@ def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_pat
     head = few_shot.fit("pro_ker", pictures[sample.train], pictures[sample.validation])
     saved = few_shot.load(out / "heads" / "pro_ker")
     assert saved.method == head.method
+    mixture = few_shot.load(out / "heads" / "mixture")
+    ((setting, weight),) = mixture.about["mixture"].values()
+    assert (mixture.method.methods, weight) == (
+        (few_shot.Candidate.all()["pro_ker"].at_scale(20.0).at(setting).method,), 1.0
+    )  # fmt: skip
     rest = pictures[sample.rest]
     np.testing.assert_array_equal(saved.logits(rest.features), head.logits(rest.features))
     record = json.loads((out / "results" / "pro_ker_4.json").read_text())
@@ -55,7 +60,8 @@ def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_pat
     assert record["zero_shot"][0] < record["test"][0]
     report = (out / "report.md").read_text()
     assert (
-        f"{int(np.sum(saved.predict(rest.features) == rest.labels))} of 48 pictures right" in report
+        f"{int(np.sum(mixture.predict(rest.features) == rest.labels))} of 48 pictures right"
+        in report
     )
     # What was trained is not trained again.
     monkeypatch.setattr(few_shot, "sweep", None)

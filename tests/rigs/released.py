@@ -9,6 +9,7 @@ is the CLIP whose towers learn. Without interpreter or clone a method is `missin
 the paper's and not the released one, the table says so.
 """
 
+import itertools
 import os
 import subprocess
 import tempfile
@@ -102,10 +103,9 @@ def _rows(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def _timo_s() -> Iterator[dict[str, Any]]:
     """Every setting of both stages, the second at a sharpness of 35."""
-    search = few_shot.Candidate.all()["timo_s"]
-    for grid in (*search.before, {"sharpness": [35.0] * 90, **(search.grid or {})}):
-        for values in zip(*grid.values(), strict=True):
-            yield dict(zip(grid, values))
+    yield from (dict(sharpness=float(number), pictures=0.0) for number in range(5, 101, 5))
+    for step, power in itertools.product(range(10), range(-4, 5)):
+        yield dict(sharpness=35.0, text=10.0**power, kept=step / 9, pictures=1.0)
 
 
 def _ours(rows: dict[str, np.ndarray], clip: Path) -> dict[str, np.ndarray]:
