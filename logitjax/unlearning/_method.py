@@ -38,6 +38,8 @@ class Method:
     most_strength: ClassVar[float] = 4.0
     # Whether an assistant is trained, whose logits are subtracted, and the weights stay.
     assistant: ClassVar[bool] = False
+    # Whether rows are packed, and states before computed once. Losses of whole answers cannot be.
+    packs: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -65,9 +67,11 @@ class Method:
         """The method's own constant arrays, `Read.fixed`; `key` comes from `jax.random.key`."""
         return None
 
-    def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
+    def states_before(
+        self, model: Decoder, tokens: Any, fixed: Any, segments: Any = None
+    ) -> jax.Array:
         """Hidden states of the model before unlearning, or of another model to compare with."""
-        return model.hidden_states(tokens)[0]
+        return model.hidden_states(tokens, segment_ids=segments)[0]
 
     def state(self) -> Any:
         """Initial values of the method's own trained arrays, or None."""

@@ -219,7 +219,8 @@ class Unlearning:
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Candidates of all rounds, and the ways of asking used for training in the end."""
-        looks, ways, candidates = self._looks, SHORT, []
+        looks, candidates = self._looks, []
+        ways = tuple(WAYS) if self.config.method.packs else SHORT
         for number in range(self.config.rounds):
             result = self._round(number, ways)
             candidates += result
