@@ -1,6 +1,7 @@
 """An optimiser step of unlearning on rows of your own, and its batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ _KEPT = 4
 _TEXT_SHARE = 0.5
 # In packed batches, where a line holds some four rows or a window of text.
 _PACKED_SHARE, _A_LINE = 0.25, 4
-# Windows of text that packed batches use, and lines that one pass reads.
-_WINDOWS, _AT_ONCE = 128, 4
+# Windows of text that packed batches use, rows that one pass reads, and most numbers to store.
+_WINDOWS, _AT_ONCE, _STORED = 128, 16, 2**29
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,31 +47,27 @@ def make_update(
     instead: Sequence[Sequence[str]] = (),
 ) -> Update:
     """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
-    sides, packs, seed = _sides(questions, ways, instead), config.method.packs, config.seed
+    sides, packs = _sides(questions, ways, instead), config.method.packs
     count = min(config.batch_size, len(sides["forget"]["tokens"]))
     size, share = _KEPT * config.batch_size, _TEXT_SHARE
     if packs:
         sides["text"] = {name: values[:_WINDOWS] for name, values in sides["text"].items()}
-        sides = {name: _served(model, config, rows) for name, rows in sides.items()}
+        places = sum(rows["tokens"].size for rows in sides.values())
+        if places * model.config.hidden_size <= _STORED:
+            sides = {n: r | {"states": _served(model, config, r)} for n, r in sides.items()}
         # Lines instead of rows.
         count = -(-config.batch_size // _A_LINE)
         size, share = _KEPT * count, _PACKED_SHARE
     few = int(share * size) if len(sides["text"]["tokens"]) else 0
     amounts = {"forget": count, "instead": count, "retain": size - few, "text": few}
-    salts = {"forget": 0, "instead": 0, "retain": 1, "text": 2}
-    starts = {
-        name: _starts(sides[name], amount, config, salts[name]) if packs else amount
-        for name, amount in amounts.items()
-        if amount and name in sides
-    }
+    starts = {name: _starts(sides[name], amounts[name], config, name) for name in sides}
 
     def drawn(rows: Mapping[str, Any], name: str, step: int) -> dict[str, np.ndarray]:
-        at = starts[name]
-        ends = at[step : step + 2] if packs else (step * at, (step + 1) * at)
-        return _picked(rows, range(*ends), seed, salts[name])
+        chosen = _order(len(rows["tokens"]), range(*starts[name][step : step + 2]), config, name)
+        return {kind: values[chosen] for kind, values in rows.items()}
 
     def retained(sides: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
-        parts = [drawn(sides[name], name, step) for name in ("retain", "text") if name in starts]
+        parts = [drawn(sides[name], name, step) for name in ("retain", "text") if amounts[name]]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def batches(step: int) -> dict[str, Any]:
@@ -143,15 +140,10 @@ def _sides(
     return {name: Row.padded(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
 
 
-def _sizes(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Lengths of rows up to their last answer token."""
-    return rows["tokens"].shape[1] - rows["mask"][:, ::-1].argmax(axis=1)
-
-
 def _spans(rows: Mapping[str, np.ndarray]) -> list[tuple[int, slice]]:
-    """A line and a place in it for each row, in order, side by side."""
+    """A line and a place in it for each row up to its last answer token, side by side."""
     length, line, end, spans = rows["tokens"].shape[1], 0, 0, []
-    for size in map(int, _sizes(rows)):
+    for size in (length - rows["mask"][:, ::-1].argmax(axis=1)).tolist():
         line, end = (line + 1, size) if end + size > length else (line, end + size)
         spans.append((line, slice(end - size, end)))
     return spans
@@ -168,28 +160,23 @@ def _packed(rows: Mapping[str, np.ndarray], lines: int) -> dict[str, np.ndarray]
     return packed
 
 
-def _served(
-    model: Decoder, config: UnlearnConfig, rows: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Rows with the hidden states that they are compared with, which no step changes."""
+def _served(model: Decoder, config: UnlearnConfig, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Hidden states that rows are compared with, which no step changes."""
     method, (graphdef, state) = config.method, nnx.split(model)
-    fixed, spans = method.fixed(model.config, jax.random.key(config.seed)), _spans(rows)
-    lines = -(-(spans[-1][0] + 1) // _AT_ONCE) * _AT_ONCE if spans else 0
-    packed = _packed(rows, lines)
+    fixed = method.fixed(model.config, jax.random.key(config.seed))
+    states = np.zeros((*rows["tokens"].shape, model.config.hidden_size), np.float32)
 
     @jax.jit
     def read(state: Any, tokens: Any, segments: Any) -> jax.Array:
         return method.states_before(nnx.merge(graphdef, state), tokens, fixed, segments)
 
-    parts = [
-        np.asarray(read(state, *(packed[n][at : at + _AT_ONCE] for n in ("tokens", "segments"))))
-        for at in range(0, lines, _AT_ONCE)
-    ]
-    width = model.config.hidden_size
-    states = np.zeros((*rows["tokens"].shape, width), np.float32)
-    for row, (line, span) in enumerate(spans):
-        states[row, : span.stop - span.start] = parts[line // _AT_ONCE][line % _AT_ONCE, span]
-    return rows | {"states": states}
+    for first in range(0, len(states), _AT_ONCE):
+        some = {name: values[first : first + _AT_ONCE] for name, values in rows.items()}
+        packed = _packed(some, _AT_ONCE)
+        lines = np.asarray(read(state, packed["tokens"], packed["segments"]))
+        for row, (line, span) in enumerate(_spans(some), first):
+            states[row, : span.stop - span.start] = lines[line, span]
+    return states
 
 
 def _scored(
@@ -205,32 +192,28 @@ def _scored(
     return {"nats": scores.totals(), "tokens": scores.counts()}
 
 
-def _picked(
-    rows: Mapping[str, np.ndarray], places: range, seed: int, salt: int
-) -> dict[str, np.ndarray]:
-    """The rows of a step: every epoch all of them once, in an order of its own."""
-    chosen = [_row_at(place, len(rows["tokens"]), seed, salt) for place in places]
-    return {name: values[chosen] for name, values in rows.items()}
+def _order(count: int, places: range, config: UnlearnConfig, name: str) -> list[int]:
+    """Rows by place: every epoch all of them once, in an order of its own."""
 
+    @functools.cache
+    def order(epoch: int) -> np.ndarray:
+        # By the epoch alone, so that a resumed run continues in the same way.
+        salt = {"retain": 1, "text": 2}.get(name, 0)
+        return np.random.default_rng([config.seed, salt, epoch]).permutation(count)
 
-def _row_at(place: int, count: int, seed: int, salt: int) -> int:
-    # By the place alone, so that a resumed run continues in the same way.
-    order = np.random.default_rng([seed, salt, place // count]).permutation(count)
-    return int(order[place % count])
+    return [int(order(place // count)[place % count]) for place in places]
 
 
 def _starts(
-    rows: Mapping[str, np.ndarray], lines: int, config: UnlearnConfig, salt: int
-) -> list[int]:
-    """The place of each step's first row, if as many rows are taken as fit into these lines."""
-    (count, length), sizes, starts = rows["tokens"].shape, _sizes(rows), [0]
+    rows: Mapping[str, np.ndarray], amount: int, config: UnlearnConfig, name: str
+) -> Sequence[int]:
+    """The place of each step's first row: so many a step, or as many as fit into lines."""
+    if not config.method.packs or not amount:
+        return range(0, config.steps * amount + 1, max(amount, 1))
+    (count, length), starts = rows["tokens"].shape, [0]
     for _ in range(config.steps):
-        place, line, end = starts[-1], 0, 0
-        while True:
-            size = sizes[_row_at(place, count, config.seed, salt)]
-            line, end = (line + 1, size) if end + size > length else (line, end + size)
-            if line == lines:
-                break
-            place += 1
-        starts.append(place)
+        # Rows of one token would all fit.
+        chosen = _order(count, range(starts[-1], starts[-1] + amount * length), config, name)
+        spans = _spans({kind: values[chosen] for kind, values in rows.items() if kind != "states"})
+        starts.append(starts[-1] + sum(line < amount for line, _ in spans))
     return starts

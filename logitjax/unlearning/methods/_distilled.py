@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 from etils import epath
+from flax import nnx
 
-from logitjax.losses import linear_kl_divergence
 from logitjax.models import Decoder, DecoderConfig, Lora, first_layers
 from logitjax.ops import masked_mean
 from logitjax.storage import read_json
-from logitjax.unlearning._method import Means, Method
+from logitjax.unlearning._method import Means, Method, divergence
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._reads import Need, Read
 from logitjax.unlearning.assistant._assistant import relative_states
@@ -51,14 +51,10 @@ class Distilled(Method):
         record = read_json(epath.Path(self.of) / "assistant.json", form=dict)
         if not record["relative"]:
             raise ValueError("of: expected a relative assistant, got one that is not")
-        count = record["layers"]
-        bounds = tuple(b for b in config.segment_boundaries if b < count)
-        cut = dict(num_layers=count, windows=config.windows[:count], segment_boundaries=bounds)
-        return Lora.load(epath.Path(self.of), dataclasses.replace(config, **cut)), record["alpha"]
+        shapes = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+        return Lora.load(self.of, first_layers(shapes, record["layers"]).config), record["alpha"]
 
-    def states_before(
-        self, model: Decoder, tokens: Any, fixed: Any, segments: Any = None
-    ) -> jax.Array:
+    def states_before(self, model: Decoder, tokens: Any, fixed: Any, segments: Any = None) -> Any:
         hidden = super().states_before(model, tokens, fixed, segments)
         if fixed is None:
             return hidden
@@ -68,9 +64,5 @@ class Distilled(Method):
         return hidden - alpha * relative_states(base, lora, tokens, segments)
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
-        means = {}
-        for side in ("forget", "retain"):
-            pairs = [(read.states(side, before=b), read.head(before=b)) for b in (False, True)]
-            values = read.put(side, linear_kl_divergence(*pairs[0], *pairs[1]))
-            means[side] = masked_mean(values, read.where(side))
+        means = {s: masked_mean(divergence(read, s), read.where(s)) for s in self.sides}
         return means["forget"] + self.retain_weight * means["retain"], means
