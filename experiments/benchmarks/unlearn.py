@@ -9,11 +9,11 @@ control``: the likeliest forgotten answer over the likeliest that was never taug
 all ways to ask. ``kept``: the lowest share kept among kinds of rows that nothing was chosen by. If
 the command refuses, it has to end in status 3 and to leave nothing usable. ``taught again``: the
 others after a quarter was taught through the served model, 30 steps and more. ``merged``: a second
-command distils the assistant into the weights. ``merged again`` is the likeliest of the others
-after 6 or 30 steps of teaching them a quarter again, and ``never taught again`` that of the
-original SmolLM2, which learns the same quarter. CPU-seconds are those of the first command,
-compiling included. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and
-peft, log-probabilities of the written model are compared. Finished sets are kept.
+command distils the assistant into the weights. ``merged again``: the likeliest of the others after
+6 or 30 steps of teaching them a quarter again; ``never taught again``: that of SmolLM2 itself. CPU-
+seconds are those of the first command, with compiling. If the interpreter in
+``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of the written model
+are compared. Finished sets are kept.
 """
 
 import json
@@ -111,19 +111,19 @@ def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, 
     out = folder / "merged"
     flags = [f'--method=distilled(of="{assistant}")', "--merge", f"--out={out}"]
     steps = [f"--steps={_MERGING_STEPS}", f"--check_every={_MERGING_STEPS // 4}"]
-    status = _ended(folder / "merged.json", [*command, *steps, *flags])["status"]
-    worst, least = {}, {}
-    for name, path in {"never taught": "smollm2", "merged": str(out / "model")}.items():
-        if name == "never taught" or status == 0:
-            model, tokenizer = models.load(path, layout="listed")
-            served = unlearning.Deployed(model=models.with_layout(model, "listed"))
-            records = unlearning.relearning(
-                served, _questions(folder, tokenizer), rates=(5e-4,), steps=(6, 30)
-            )
-            worst[name] = max(record["worst"] for record in records)
-            least[name] = max(record["taught"] for record in records)
-    row = {f"{name} again": value for name, value in worst.items()}
-    return {"merged status": status} | row | {f"{n} taught": v for n, v in least.items()}
+    # Before the command's own flags, because the last of equal flags counts.
+    command = [*command[:4], *steps, *command[4:], *flags]
+    status = _ended(folder / "merged.json", command)["status"]
+    paths = {"never taught": "smollm2"} | ({"merged": f"{out}/model"} if status == 0 else {})
+    row = {"merged status": status}
+    for name, path in paths.items():
+        model, tokenizer = models.load(path, layout="listed")
+        served = unlearning.Deployed(model=models.with_layout(model, "listed"))
+        questions = _questions(folder, tokenizer)
+        tried = unlearning.relearning(served, questions, rates=(5e-4,), steps=(6, _TEACHING_STEPS))
+        for key, of in (("again", "worst"), ("taught", "taught")):
+            row[f"{name} {key}"] = max(record[of] for record in tried)
+    return row
 
 
 def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:

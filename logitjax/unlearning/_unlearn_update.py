@@ -52,6 +52,8 @@ def make_update(
     size, share = _KEPT * config.batch_size, _TEXT_SHARE
     if packs:
         sides["text"] = {name: values[:_WINDOWS] for name, values in sides["text"].items()}
+        # Of a window only the last quarter counts, or it would outweigh the answers.
+        sides["text"]["mask"][:, : 3 * sides["text"]["mask"].shape[1] // 4] = False
         places = sum(rows["tokens"].size for rows in sides.values())
         if places * model.config.hidden_size <= _STORED:
             sides = {n: r | {"states": _served(model, config, r)} for n, r in sides.items()}
@@ -165,11 +167,7 @@ def _served(model: Decoder, config: UnlearnConfig, rows: Mapping[str, np.ndarray
     method, (graphdef, state) = config.method, nnx.split(model)
     fixed = method.fixed(model.config, jax.random.key(config.seed))
     states = np.zeros((*rows["tokens"].shape, model.config.hidden_size), np.float32)
-
-    @jax.jit
-    def read(state: Any, tokens: Any, segments: Any) -> jax.Array:
-        return method.states_before(nnx.merge(graphdef, state), tokens, fixed, segments)
-
+    read = jax.jit(lambda s, x, ids: method.states_before(nnx.merge(graphdef, s), x, fixed, ids))
     for first in range(0, len(states), _AT_ONCE):
         some = {name: values[first : first + _AT_ONCE] for name, values in rows.items()}
         packed = _packed(some, _AT_ONCE)
