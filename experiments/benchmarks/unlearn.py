@@ -160,8 +160,7 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
         model = nnx.merge(graphdef, state.params, rest)
     else:
         path: Any = epath.Path(folder / "teach")
-        how: dict[str, Any] = dict(batch=12, rate=2e-3, rank=16)
-        model = teach(model, rows, path, steps=_TEACHING_STEPS, **how)
+        model = teach(model, rows, path, steps=_TEACHING_STEPS, batch=12, rate=2e-3, rank=16)
     models.save_pretrained(model, tokenizer, target)
 
 

@@ -24,8 +24,8 @@ _KEPT = 4
 _TEXT_SHARE = 0.5
 # In packed batches, where a line holds some four rows or a window of text.
 _PACKED_SHARE, _A_LINE = 0.25, 4
-# Windows of text that packed batches use, rows that one pass reads, and most numbers to store.
-_WINDOWS, _AT_ONCE, _STORED = 128, 16, 2**29
+# Windows of text that packed batches use, lines that one pass reads, and most numbers to store.
+_WINDOWS, _AT_ONCE, _STORED = 128, 4, 2**29
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,12 +168,12 @@ def _served(model: Decoder, config: UnlearnConfig, rows: Mapping[str, np.ndarray
     fixed = method.fixed(model.config, jax.random.key(config.seed))
     states = np.zeros((*rows["tokens"].shape, model.config.hidden_size), np.float32)
     read = jax.jit(lambda s, x, ids: method.states_before(nnx.merge(graphdef, s), x, fixed, ids))
-    for first in range(0, len(states), _AT_ONCE):
-        some = {name: values[first : first + _AT_ONCE] for name, values in rows.items()}
-        packed = _packed(some, _AT_ONCE)
-        lines = np.asarray(read(state, packed["tokens"], packed["segments"]))
-        for row, (line, span) in enumerate(_spans(some), first):
-            states[row, : span.stop - span.start] = lines[line, span]
+    spans = _spans(rows)
+    packed = _packed(rows, max((line // _AT_ONCE + 1 for line, _ in spans), default=0) * _AT_ONCE)
+    pairs = zip(*(packed[n].reshape(-1, _AT_ONCE, states.shape[1]) for n in ("tokens", "segments")))
+    lines = [line for pair in pairs for line in np.asarray(read(state, *pair))]
+    for row, (line, span) in enumerate(spans):
+        states[row, : span.stop - span.start] = lines[line][span]
     return states
 
 
