@@ -190,19 +190,26 @@ def test_packed_rows_are_distilled_as_rows_alone_from_states_computed_once(tmp_p
     }
     texts = {"train": rng.integers(1, 99, (8, 64), np.int32)}
     questions = unlearning.Questions.of(parts, tokenizer, texts=texts)
-    config = unlearning.UnlearnConfig(method=method, steps=3, adapters=False)
+    config = unlearning.UnlearnConfig(method=method, steps=12, adapters=False)
     update = make_update(model, questions, config, ways=("asked", "in context"))
     alone, _ = method.make_loss(model)
     alone, packed = jax.jit(alone), jax.jit(update.loss_fn)
     # The weights have changed since the states were computed.
     now = jax.tree.map(lambda x: x + np.float32(0.02 * rng.normal(size=x.shape)), update.constants)
-    for step in range(3):
+    seen = set()
+    for step in range(12):
         batch, rows = update.batches(step), {}
         for side, lines in batch.items():
             each = [lines["segments"] == n for n in range(lines["segments"].max() + 1)]
             pairs = [(lines["tokens"][at], lines["mask"][at]) for at in each]
             rows[side] = Row.padded(pairs, lines["tokens"].shape[1])
-        expected = alone(now, rows, None, update.constants)[0]
-        np.testing.assert_allclose(
-            packed(now, batch, None, update.constants)[0], expected, rtol=1e-4
-        )
+            seen |= {ids.tobytes() for ids, _ in pairs}
+        if step < 2:
+            expected = alone(now, rows, None, update.constants)[0]
+            loss = packed(now, batch, None, update.constants)[0]
+            np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    # Each in every way, those that the command made and strangers included.
+    for row in (row for part in parts.values() for row in part):
+        for way in ("asked", "in context"):
+            ids, _ = questions.encode(questions.changed(row, way), way)
+            assert ids.astype(np.int32).tobytes() in seen
