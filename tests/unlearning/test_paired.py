@@ -204,7 +204,7 @@ def test_packed_rows_are_distilled_as_rows_alone_from_states_computed_once(tmp_p
             pairs = [(lines["tokens"][at], lines["mask"][at]) for at in each]
             rows[side] = Row.padded(pairs, lines["tokens"].shape[1])
             seen |= {ids.tobytes() for ids, _ in pairs}
-        if step < 2:
+        if not step:
             expected = alone(now, rows, None, update.constants)[0]
             loss = packed(now, batch, None, update.constants)[0]
             np.testing.assert_allclose(loss, expected, rtol=1e-4)
