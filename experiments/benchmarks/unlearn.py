@@ -182,6 +182,8 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     if present:
         written = unlearning.Deployed.load(model, out / "assistant")
     least = verdict["kept"].get("least", {})
+    # A measure that was 0 before has no share.
+    kept = map(least.get, ("probability", "rouge"))
     back = max(unlearning.relearning(written, questions, rates=(5e-4,), steps=(30,)),
                key=lambda record: record["others"])  # fmt: skip
     return {
@@ -191,7 +193,7 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
         "worst / control": max(
             (2 * fact["worst"] / fact["limit"] for fact in verdict["facts"]), default=float("nan")
         ),
-        "lost": -100 * min((least[n] for n in ("probability", "rouge") if n in least), default=1),
+        "lost": -100 * min((v for v in kept if v is not None), default=1),
         "worst row kept %": 100 * (least.get("row") or float("nan")),
         "perplexity %": 100 * least.get("perplexity", float("nan")),
         "taught again": back["others"],
