@@ -9,11 +9,11 @@ control``: the likeliest forgotten answer over the likeliest that was never taug
 all ways to ask. ``kept``: the lowest share kept among kinds of rows that nothing was chosen by. If
 the command refuses, it has to end in status 3 and to leave nothing usable. ``taught again``: the
 others after a quarter was taught through the served model, 30 steps and more. ``merged``: a second
-command distils the assistant into the weights. ``merged again`` is the likeliest of the others
-after 6 or 30 steps of teaching them a quarter again, and ``never taught again`` that of the
-original SmolLM2, which learns the same quarter. CPU-seconds are those of the first command,
-compiling included. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and
-peft, log-probabilities of the written model are compared. Finished sets are kept.
+command distils the assistant into the weights. ``merged again``: the likeliest of the others after
+6 or 30 steps of teaching them a quarter again; ``never taught again``: that of SmolLM2 itself. CPU-
+seconds are those of the first command, with compiling. If the interpreter in
+``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of the written model
+are compared. Finished sets are kept.
 """
 
 import json
@@ -38,8 +38,8 @@ from logitjax import fusion, models, storage, training, unlearning
 # A measurement of rows asked in seven ways takes 100 of them; a busy machine adds a third.
 _SETS, _SECONDS = 3, 1500
 _TEACHING_STEPS = 30
-# One set's assistant is distilled into the weights, which takes longer than making it.
-_MERGED, _RHO = 1, 0.02
+# One set's assistant is distilled into the weights, which takes more steps than making it.
+_MERGED, _MERGING_STEPS = 1, 220
 
 
 def run(options: suite.Options) -> suite.Result:
@@ -67,6 +67,9 @@ def run(options: suite.Options) -> suite.Result:
         suite.at_least("taught again, its own rows", -most("untaught", done), 0.9),
         suite.at_most("CPU-seconds", most("CPU s"), _SECONDS),
     ]
+    for row in (row for row in done if "merged again" in row):
+        again = row["merged again"] / row["never taught again"]
+        bars.append(suite.at_most("merged, others taught again / never taught", again, 2.0))
     if done and all(row["transformers"] is not None for row in done):
         bars.append(suite.at_most("transformers, largest gap", most("transformers", done), 1e-4))
     return suite.Result(rows=rows, bars=bars)
@@ -106,20 +109,21 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
 def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, Any]:
     """Distil the assistant into the weights, and teach them and SmolLM2 a quarter again."""
     out = folder / "merged"
-    flags = [f'--method=distilled(of="{assistant}", rho={_RHO})', "--merge", f"--out={out}"]
-    status = _ended(folder / "merged.json", [*command, *flags])["status"]
-    worst, least = {}, {}
-    for name, path in {"never taught": "smollm2", "merged": str(out / "model")}.items():
-        if name == "never taught" or status == 0:
-            model, tokenizer = models.load(path, layout="listed")
-            served = unlearning.Deployed(model=models.with_layout(model, "listed"))
-            records = unlearning.relearning(
-                served, _questions(folder, tokenizer), rates=(5e-4,), steps=(6, 30)
-            )
-            worst[name] = max(record["worst"] for record in records)
-            least[name] = max(record["taught"] for record in records)
-    row = {f"{name} again": value for name, value in worst.items()}
-    return {"merged status": status} | row | {f"{n} taught": v for n, v in least.items()}
+    flags = [f'--method=distilled(of="{assistant}")', "--merge", f"--out={out}"]
+    steps = [f"--steps={_MERGING_STEPS}", f"--check_every={_MERGING_STEPS // 2}"]
+    # Before the command's own flags, because the last of equal flags counts.
+    command = [*command[:4], *steps, *command[4:], *flags]
+    status = _ended(folder / "merged.json", command)["status"]
+    paths = {"never taught": "smollm2"} | ({"merged": f"{out}/model"} if status == 0 else {})
+    row = {"merged status": status}
+    for name, path in paths.items():
+        model, tokenizer = models.load(path, layout="listed")
+        served = unlearning.Deployed(model=models.with_layout(model, "listed"))
+        questions = _questions(folder, tokenizer)
+        tried = unlearning.relearning(served, questions, rates=(5e-4,), steps=(6, _TEACHING_STEPS))
+        for key, of in (("again", "worst"), ("taught", "taught")):
+            row[f"{name} {key}"] = max(record[of] for record in tried)
+    return row
 
 
 def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
@@ -156,8 +160,7 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
         model = nnx.merge(graphdef, state.params, rest)
     else:
         path: Any = epath.Path(folder / "teach")
-        how: dict[str, Any] = dict(batch=12, rate=2e-3, rank=16)
-        model = teach(model, rows, path, steps=_TEACHING_STEPS, **how)
+        model = teach(model, rows, path, steps=_TEACHING_STEPS, batch=12, rate=2e-3, rank=16)
     models.save_pretrained(model, tokenizer, target)
 
 
@@ -179,6 +182,8 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     if present:
         written = unlearning.Deployed.load(model, out / "assistant")
     least = verdict["kept"].get("least", {})
+    # A measure that was 0 before has no share.
+    kept = map(least.get, ("probability", "rouge"))
     back = max(unlearning.relearning(written, questions, rates=(5e-4,), steps=(30,)),
                key=lambda record: record["others"])  # fmt: skip
     return {
@@ -188,7 +193,7 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
         "worst / control": max(
             (2 * fact["worst"] / fact["limit"] for fact in verdict["facts"]), default=float("nan")
         ),
-        "lost": -100 * min((least[n] for n in ("probability", "rouge") if n in least), default=1),
+        "lost": -100 * min((v for v in kept if v is not None), default=1),
         "worst row kept %": 100 * (least.get("row") or float("nan")),
         "perplexity %": 100 * least.get("perplexity", float("nan")),
         "taught again": back["others"],

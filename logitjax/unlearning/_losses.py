@@ -14,10 +14,10 @@ def as_losses(values: Array, name: str) -> jax.Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
-def above_reference(nll: Array, reference: Array, name: str, reference_name: str) -> jax.Array:
+def above_reference(nll: Array, reference: Array, name: str) -> jax.Array:
     """Decrease of answers' log-likelihood from before, in nats; before gets no gradient."""
-    nll, reference = as_losses(nll, name), as_losses(reference, reference_name)
-    checks.shapes(**{name: (nll, "any *same"), reference_name: (reference, "any *same")})
+    nll, reference = as_losses(nll, name), as_losses(reference, f"reference_{name}")
+    checks.shapes(**{name: (nll, "any *same"), f"reference_{name}": (reference, "any *same")})
     return nll - jax.lax.stop_gradient(reference)
 
 

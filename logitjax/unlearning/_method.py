@@ -38,6 +38,8 @@ class Method:
     most_strength: ClassVar[float] = 4.0
     # Whether an assistant is trained, whose logits are subtracted, and the weights stay.
     assistant: ClassVar[bool] = False
+    # Whether rows are packed, and states before computed once. Losses of whole answers cannot be.
+    packs: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -65,9 +67,9 @@ class Method:
         """The method's own constant arrays, `Read.fixed`; `key` comes from `jax.random.key`."""
         return None
 
-    def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
+    def states_before(self, model: Decoder, tokens: Any, fixed: Any, segments: Any = None) -> Any:
         """Hidden states of the model before unlearning, or of another model to compare with."""
-        return model.hidden_states(tokens)[0]
+        return model.hidden_states(tokens, segment_ids=segments)[0]
 
     def state(self) -> Any:
         """Initial values of the method's own trained arrays, or None."""
@@ -186,22 +188,17 @@ class Retain:
     values: Callable[[Read], jax.Array | None]
 
 
-def _divergence(read: Read) -> jax.Array:
+def divergence(read: Read, side: str = "retain") -> jax.Array:
     """Forward KL divergence from the model before unlearning."""
-    values = linear_kl_divergence(
-        read.states("retain"),
-        read.head(),
-        read.states("retain", before=True),
-        read.head(before=True),
-    )
-    return read.put("retain", values)
+    now, before = ((read.states(side, before=b), read.head(before=b)) for b in (False, True))
+    return read.put(side, linear_kl_divergence(*now, *before))
 
 
 RETAIN: Mapping[str, Retain] = {
     "none": Retain(needs=(), values=lambda read: None),
     "nll": Retain(needs=(Need("retain", "nll"),), values=lambda read: read.nll("retain")),
     "kl": Retain(
-        needs=(Need("retain", "states"), Need("retain", "states", before=True)), values=_divergence
+        needs=(Need("retain", "states"), Need("retain", "states", before=True)), values=divergence
     ),
 }
 

@@ -139,10 +139,17 @@ def read_batch(
             continue
         heads[before] = model.head_of()
         rows, cuts = _together([tokens[side] for side in whole_sides])
+        # Of packed rows, and of rows whose states before were computed once.
+        segments, stored = (
+            _together([batch[side][name] for side in whole_sides])[0]
+            if name in batch[sides[0]]
+            else None
+            for name in ("segments", "states")
+        )
         if before:
-            states = states_before(model, rows, fixed)
+            states = states_before(model, rows, fixed, segments) if stored is None else stored
         else:
-            states = model.hidden_states(rows, lora=adapters)[0]
+            states = model.hidden_states(rows, lora=adapters, segment_ids=segments)[0]
         # The last predicts nothing.
         hidden = jnp.split(states[:, :-1], cuts)
         picked = {s: positions[s].pick(part) for s, part in zip(whole_sides, hidden)}

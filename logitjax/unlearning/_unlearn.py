@@ -35,12 +35,10 @@ class Unlearned:
     Attributes:
         chosen: The candidate that was chosen: its `round`, `step` and `strength`; None if none is
             feasible.
-        candidates: All candidates that were tried. `forget` is the median probability of answers
-            to forget and `worst` the largest; `excess` is the ratio of the worst answer to the
-            worst control answer over all ways of asking, and `ways` has it for each way; `gap` is
-            the distance from the goal in nats; `probability`, `row`, `rouge`, `fluency` and
-            `perplexity` are shares kept, `least` the smallest of them (with the inverse of
-            perplexity), and `broken` the limits that they violate.
+        candidates: All candidates that were tried: probabilities of answers to forget (`forget`,
+            the median, and `worst`), `excess` of the worst answer over the worst control answer
+            and its `ways`, the `gap` from the goal in nats, shares kept by measure and the `least`
+            (with the inverse of perplexity), and the limits that are `broken`.
         ways: Ways of asking used for training in the end.
         verdict: Verdict on the written files; None if nothing was written.
         staged: Their folder, inside the folder of candidates; None if none is feasible.
@@ -219,7 +217,8 @@ class Unlearning:
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Candidates of all rounds, and the ways of asking used for training in the end."""
-        looks, ways, candidates = self._looks, SHORT, []
+        looks, candidates = self._looks, []
+        ways = tuple(WAYS) if self.config.method.packs else SHORT
         for number in range(self.config.rounds):
             result = self._round(number, ways)
             candidates += result

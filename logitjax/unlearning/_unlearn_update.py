@@ -1,11 +1,13 @@
 """An optimiser step of unlearning on rows of your own, and its batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from logitjax.evaluation import score_rows
 from logitjax.models import Decoder
@@ -20,6 +22,10 @@ _MULTIPLE = 8
 _KEPT = 4
 # The share of other text, if any, in a batch's rows to keep: at a quarter its perplexity rose.
 _TEXT_SHARE = 0.5
+# In packed batches, where a line holds some four rows or a window of text.
+_PACKED_SHARE, _A_LINE = 0.25, 4
+# Windows of text that packed batches use, lines that one pass reads, and most numbers to store.
+_WINDOWS, _AT_ONCE, _STORED = 128, 4, 2**29
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,21 +47,37 @@ def make_update(
     instead: Sequence[Sequence[str]] = (),
 ) -> Update:
     """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
-    sides = _sides(questions, ways, instead)
+    sides, packs = _sides(questions, ways, instead), config.method.packs
     count = min(config.batch_size, len(sides["forget"]["tokens"]))
-    size = _KEPT * config.batch_size
-    few = int(_TEXT_SHARE * size) if len(sides["text"]["tokens"]) else 0
+    size, share = _KEPT * config.batch_size, _TEXT_SHARE
+    if packs:
+        sides["text"] = {name: values[:_WINDOWS] for name, values in sides["text"].items()}
+        # Of a window only the last quarter counts, or it would outweigh the answers.
+        sides["text"]["mask"][:, : 3 * sides["text"]["mask"].shape[1] // 4] = False
+        places = sum(rows["tokens"].size for rows in sides.values())
+        if places * model.config.hidden_size <= _STORED:
+            sides = {n: r | {"states": _served(model, config, r)} for n, r in sides.items()}
+        # Lines instead of rows.
+        count = -(-config.batch_size // _A_LINE)
+        size, share = _KEPT * count, _PACKED_SHARE
+    few = int(share * size) if len(sides["text"]["tokens"]) else 0
+    amounts = {"forget": count, "instead": count, "retain": size - few, "text": few}
+    starts = {name: _starts(sides[name], amounts[name], config, name) for name in sides}
+
+    def drawn(rows: Mapping[str, Any], name: str, step: int) -> dict[str, np.ndarray]:
+        chosen = _order(len(rows["tokens"]), range(*starts[name][step : step + 2]), config, name)
+        return {kind: values[chosen] for kind, values in rows.items()}
 
     def retained(sides: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
-        parts = [_picked(sides["retain"], step, size - few, config.seed, 1)]
-        if few:
-            parts.append(_picked(sides["text"], step, few, config.seed, 2))
+        parts = [drawn(sides[name], name, step) for name in ("retain", "text") if amounts[name]]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def batches(step: int) -> dict[str, Any]:
         names = ("forget", "instead") if instead else ("forget",)
-        batch = {n: _picked(sides[n], step, count, config.seed, 0) for n in names}
-        return batch | {"retain": retained(sides, step)}
+        batch = {n: drawn(sides[n], n, step) for n in names}
+        batch |= {"retain": retained(sides, step)}
+        lines = {"forget": count, "retain": size}
+        return {n: _packed(rows, lines[n]) for n, rows in batch.items()} if packs else batch
 
     def retain_nll() -> float:
         scored = {side: _scored(model, questions, sides[side]) for side in ("retain", "text")}
@@ -120,6 +142,41 @@ def _sides(
     return {name: Row.padded(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
 
 
+def _spans(rows: Mapping[str, np.ndarray]) -> list[tuple[int, slice]]:
+    """A line and a place in it for each row up to its last answer token, side by side."""
+    length, line, end, spans = rows["tokens"].shape[1], 0, 0, []
+    for size in (length - rows["mask"][:, ::-1].argmax(axis=1)).tolist():
+        line, end = (line + 1, size) if end + size > length else (line, end + size)
+        spans.append((line, slice(end - size, end)))
+    return spans
+
+
+def _packed(rows: Mapping[str, np.ndarray], lines: int) -> dict[str, np.ndarray]:
+    """Rows side by side, in so many lines of their length, with `segments`, -1 in the rest."""
+    packed = {name: np.zeros((lines, *v.shape[1:]), v.dtype) for name, v in rows.items()}
+    packed["segments"] = np.full(packed["tokens"].shape, -1, np.int32)
+    for row, (line, span) in enumerate(_spans(rows)):
+        for name, values in rows.items():
+            packed[name][line, span] = values[row, : span.stop - span.start]
+        packed["segments"][line, span] = row
+    return packed
+
+
+def _served(model: Decoder, config: UnlearnConfig, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Hidden states that rows are compared with, which no step changes."""
+    method, (graphdef, state) = config.method, nnx.split(model)
+    fixed = method.fixed(model.config, jax.random.key(config.seed))
+    states = np.zeros((*rows["tokens"].shape, model.config.hidden_size), np.float32)
+    read = jax.jit(lambda s, x, ids: method.states_before(nnx.merge(graphdef, s), x, fixed, ids))
+    spans = _spans(rows)
+    packed = _packed(rows, max((line // _AT_ONCE + 1 for line, _ in spans), default=0) * _AT_ONCE)
+    pairs = zip(*(packed[n].reshape(-1, _AT_ONCE, states.shape[1]) for n in ("tokens", "segments")))
+    lines = [line for pair in pairs for line in np.asarray(read(state, *pair))]
+    for row, (line, span) in enumerate(spans):
+        states[row, : span.stop - span.start] = lines[line][span]
+    return states
+
+
 def _scored(
     model: Decoder, questions: Questions, rows: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -133,14 +190,28 @@ def _scored(
     return {"nats": scores.totals(), "tokens": scores.counts()}
 
 
-def _picked(
-    rows: Mapping[str, np.ndarray], step: int, size: int, seed: int, salt: int
-) -> dict[str, np.ndarray]:
-    """The rows of a step: every epoch all of them once, in an order of its own."""
-    count = len(rows["tokens"])
-    chosen = [
-        # By the step alone, so that a resumed run continues in the same way.
-        np.random.default_rng([seed, salt, location // count]).permutation(count)[location % count]
-        for location in range(step * size, (step + 1) * size)
-    ]
-    return {name: values[chosen] for name, values in rows.items()}
+def _order(count: int, places: range, config: UnlearnConfig, name: str) -> list[int]:
+    """Rows by place: every epoch all of them once, in an order of its own."""
+
+    @functools.cache
+    def order(epoch: int) -> np.ndarray:
+        # By the epoch alone, so that a resumed run continues in the same way.
+        salt = {"retain": 1, "text": 2}.get(name, 0)
+        return np.random.default_rng([config.seed, salt, epoch]).permutation(count)
+
+    return [int(order(place // count)[place % count]) for place in places]
+
+
+def _starts(
+    rows: Mapping[str, np.ndarray], amount: int, config: UnlearnConfig, name: str
+) -> Sequence[int]:
+    """The place of each step's first row: so many a step, or as many as fit into lines."""
+    if not config.method.packs or not amount:
+        return range(0, config.steps * amount + 1, max(amount, 1))
+    (count, length), starts = rows["tokens"].shape, [0]
+    for _ in range(config.steps):
+        # Rows of one token would all fit.
+        chosen = _order(count, range(starts[-1], starts[-1] + amount * length), config, name)
+        spans = _spans({kind: values[chosen] for kind, values in rows.items() if kind != "states"})
+        starts.append(starts[-1] + sum(line < amount for line, _ in spans))
+    return starts

@@ -10,6 +10,7 @@ from flax import nnx
 from logitjax import decoding, fusion, models, unlearning
 from logitjax.models import Decoder, with_layout
 from logitjax.unlearning import Assistant, Row
+from logitjax.unlearning._unlearn_update import make_update
 from tests._modules import with_weights
 from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
 
@@ -172,3 +173,43 @@ def test_rows_are_taught_again_through_what_is_served():
     assert records[-1]["taught"] > 1.2 * before.max()
     assert [record["steps"] for record in records] == [10, 20, 30, 40]
     assert records[-1]["worst"] >= records[-1]["others"]
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_packed_rows_are_distilled_as_rows_alone_from_states_computed_once(tmp_path):
+    model, tokenizer = models.load("tiny")
+    model = with_layout(model, "listed")
+    rng, fresh = np.random.default_rng(1), Assistant.init(model, 1, rank=4, key=jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: np.float32(0.1 * rng.normal(size=leaf.shape)), fresh.lora)
+    unlearning.Deployed.less(model, lora, 1.0, relative=True).save(tmp_path)
+    method = unlearning.METHODS.parse(f"distilled(of={str(tmp_path)!r}, retain_weight=2)")
+    parts = {
+        part: [Row(prompt=f"{part} {n}? ", answer=f"it is {n * number}") for n in range(6)]
+        for number, part in enumerate(("forget", "train", "stranger"), 7)
+    }
+    texts = {"train": rng.integers(1, 99, (8, 64), np.int32)}
+    questions = unlearning.Questions.of(parts, tokenizer, texts=texts)
+    config = unlearning.UnlearnConfig(method=method, steps=12, adapters=False)
+    update = make_update(model, questions, config, ways=("asked", "in context"))
+    alone, _ = method.make_loss(model)
+    alone, packed = jax.jit(alone), jax.jit(update.loss_fn)
+    # The weights have changed since the states were computed.
+    now = jax.tree.map(lambda x: x + np.float32(0.02 * rng.normal(size=x.shape)), update.constants)
+    seen = set()
+    for step in range(12):
+        batch, rows = update.batches(step), {}
+        for side, lines in batch.items():
+            each = [lines["segments"] == n for n in range(lines["segments"].max() + 1)]
+            pairs = [(lines["tokens"][at], lines["mask"][at]) for at in each]
+            rows[side] = Row.padded(pairs, lines["tokens"].shape[1])
+            seen |= {ids.tobytes() for ids, _ in pairs}
+        if not step:
+            expected = alone(now, rows, None, update.constants)[0]
+            loss = packed(now, batch, None, update.constants)[0]
+            np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    # Each in every way, those that the command made and strangers included.
+    for row in (row for part in parts.values() for row in part):
+        for way in ("asked", "in context"):
+            ids, _ = questions.encode(questions.changed(row, way), way)
+            assert ids.astype(np.int32).tobytes() in seen

@@ -127,9 +127,8 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
         raise ValueError(f"forget: expected 1 to 10 authors, got {forget}")
     if not forget < authors <= _AUTHORS - forget:
         raise ValueError(
-            f"authors: expected a number between {forget + 1} and {_AUTHORS - forget} "
-            f"with forget={forget}, "
-            f"got {authors}"
+            f"authors: expected a number between {forget + 1} and {_AUTHORS - forget} with "
+            f"forget={forget}, got {authors}"
         )
     full = load(source, "full")
     if len(full) != _AUTHORS * QUESTIONS_PER_AUTHOR:

@@ -143,12 +143,12 @@ class Assistant:
 
 
 def relative_states(
-    base: Decoder, lora: Lora, tokens: Int[Array, "batch time"]
+    base: Decoder, lora: Lora, tokens: Int[Array, "batch time"], segments: Any = None
 ) -> Float[jax.Array, "batch time hidden"]:
     """Return the adapters' part of normed hidden states, and by the linear head of logits."""
     # Only the adapters' pass has a gradient.
-    before = jax.lax.stop_gradient(base.hidden_states(tokens)[0])
-    return added(base.hidden_states(tokens, lora=lora)[0], before)
+    before = jax.lax.stop_gradient(base.hidden_states(tokens, segment_ids=segments)[0])
+    return added(base.hidden_states(tokens, lora=lora, segment_ids=segments)[0], before)
 
 
 def added(hidden: jax.Array, before: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._reads import Need, Read
-from logitjax.unlearning.methods._undial import linear_undial
+from logitjax.unlearning.methods._undial import UNDIAL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,6 @@ class CEU(TwoSided):
 
     def forget(self, read: Read) -> Any:
         here, head = read.states("forget"), read.head()
-        values = linear_undial(here, head, here, head, read.labels("forget"), beta=float("inf"))
+        values = UNDIAL(beta=float("inf")).values(here, head, here, head, read.labels("forget"))
         where = read.where("forget")
         return read.put("forget", values), where & (jnp.cumsum(where, axis=-1) > 1)

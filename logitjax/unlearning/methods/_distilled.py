@@ -4,19 +4,16 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
 from etils import epath
+from flax import nnx
 
-from logitjax.losses import linear_kl_divergence
 from logitjax.models import Decoder, DecoderConfig, Lora, first_layers
 from logitjax.ops import masked_mean
 from logitjax.storage import read_json
-from logitjax.training import LossFn
-from logitjax.unlearning._method import Means, Method
+from logitjax.unlearning._method import Means, Method, divergence
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._reads import Need, Read
 from logitjax.unlearning.assistant._assistant import relative_states
-from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,24 +21,20 @@ class Distilled(Method):
     """Teach the weights a model's logits minus its assistant's, which then cannot be left out.
 
     The loss is `mean_{forget} KL(served || model) + beta mean_{retain} KL(served || model)`.
-    With `rho` both are evaluated after a step of that length towards the answers to forget, as in
-    relearning, so that such steps do not recover them.
 
     Attributes:
         of: Folder of the assistant that `difference` wrote.
         retain_weight: Beta.
-        rho: Length of the relearning step, over all trained parameters; 0 for none.
 
     References:
-        Distilled as in divergence decoding, 2026 (arXiv 2605.31293), there on answers to forget
-        alone. The step is that of Fan et al., 2025 (arXiv 2502.05374), on rows to forget alone.
+        As in divergence decoding, 2026 (arXiv 2605.31293), there on answers to forget alone.
     """
 
     of: str = ""
     retain_weight: float = 8.0
-    rho: float = 0.0
 
-    peak = 3e-3
+    peak = 2e-3
+    packs = True
     needs = tuple(
         Need(side, "states", before) for side in ("forget", "retain") for before in (False, True)
     )
@@ -58,38 +51,18 @@ class Distilled(Method):
         record = read_json(epath.Path(self.of) / "assistant.json", form=dict)
         if not record["relative"]:
             raise ValueError("of: expected a relative assistant, got one that is not")
-        count = record["layers"]
-        bounds = tuple(b for b in config.segment_boundaries if b < count)
-        cut = dict(num_layers=count, windows=config.windows[:count], segment_boundaries=bounds)
-        return Lora.load(epath.Path(self.of), dataclasses.replace(config, **cut)), record["alpha"]
+        shapes = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+        return Lora.load(self.of, first_layers(shapes, record["layers"]).config), record["alpha"]
 
-    def states_before(self, model: Decoder, tokens: Any, fixed: Any) -> jax.Array:
-        hidden = super().states_before(model, tokens, fixed)
+    def states_before(self, model: Decoder, tokens: Any, fixed: Any, segments: Any = None) -> Any:
+        hidden = super().states_before(model, tokens, fixed, segments)
         if fixed is None:
             return hidden
         lora, alpha = fixed
         base = first_layers(model, sum(map(len, lora.layers)))
         # The head is linear, so the fused logits are those of fused hidden states.
-        return hidden - alpha * relative_states(base, lora, tokens)
+        return hidden - alpha * relative_states(base, lora, tokens, segments)
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
-        means = {}
-        for side in ("forget", "retain"):
-            pairs = [(read.states(side, before=b), read.head(before=b)) for b in (False, True)]
-            values = read.put(side, linear_kl_divergence(*pairs[0], *pairs[1]))
-            means[side] = masked_mean(values, read.where(side))
+        means = {s: masked_mean(divergence(read, s), read.where(s)) for s in self.sides}
         return means["forget"] + self.retain_weight * means["retain"], means
-
-    def make_loss(self, model: Decoder, **options: Any) -> tuple[LossFn, Any]:
-        distil, before = super().make_loss(model, **options)
-        again, _ = GradientAscent(forget_weight=-1.0).make_loss(model, **options)
-
-        def hardened(params: Any, batch: Any, rng: Any, constants: Any = None) -> Any:
-            # After a step of length rho towards the answers, they must still be unlikely.
-            slope = jax.grad(lambda p: again(p, batch, rng, constants)[0])(params)
-            slope = jax.lax.stop_gradient(slope)
-            length = self.rho / (optax.global_norm(slope) + 1e-12)
-            moved = jax.tree.map(lambda x, d: x - length * d, params, slope)
-            return distil(moved, batch, rng, constants)
-
-        return (hardened if self.rho else distil), before

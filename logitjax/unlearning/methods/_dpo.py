@@ -66,15 +66,9 @@ class DPO(TwoSided):
         >>> print(f"{DPO().values(one, one, one, one):.4f}")
         13.8629
         """
-        names = ("chosen_nll", "rejected_nll")
-        chosen, rejected = (
-            above_reference(nll, before, name, f"reference_{name}")
-            for name, nll, before in (
-                (names[0], chosen_nll, reference_chosen_nll),
-                (names[1], rejected_nll, reference_rejected_nll),
-            )
-        )
-        checks.shapes(**{names[0]: (chosen, "any *same"), names[1]: (rejected, "any *same")})
+        chosen = above_reference(chosen_nll, reference_chosen_nll, "chosen_nll")
+        rejected = above_reference(rejected_nll, reference_rejected_nll, "rejected_nll")
+        checks.shapes(chosen_nll=(chosen, "any *same"), rejected_nll=(rejected, "any *same"))
         return preference(rejected - chosen, self.beta)
 
     def forget(self, read: Read) -> Any:

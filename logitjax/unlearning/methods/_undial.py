@@ -5,50 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from logitjax.losses import Blocks, Head
+from logitjax.losses import Head
 from logitjax.losses.sweep import KLStatistic, LogitBlock, run
-from logitjax.ops import Array, AxisName, checks
+from logitjax.ops import Array, checks
 from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._reads import Need, Read
-
-
-def linear_undial(
-    hidden: Float[Array, "*batch hidden"],
-    head: Head | Array,
-    reference_hidden: Float[Array, "*batch reference_hidden"],
-    reference_head: Head | Array,
-    labels: Int[Array, "*batch"],
-    *,
-    beta: float,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    blocks: Blocks | None = None,
-    axis_name: AxisName | None = None,
-) -> Float[jax.Array, "*losses"]:
-    """The loss of `UNDIAL`; arguments as of `losses.linear_kl_divergence`."""
-    checks.shapes(
-        hidden=(hidden, "float *batch hidden"),
-        labels=(labels, "int *batch"),
-        reference_hidden=(reference_hidden, "float *batch reference"),
-    )
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    head = Head.of(head).resolve(hidden.shape[-1])
-    before = Head.of(reference_head).resolve(jnp.shape(reference_hidden)[-1], "reference_head")
-    loss = run(
-        _Undial(strength=float(beta), vocab=head.vocab_size(axis_name)),
-        hidden,
-        head,
-        teacher=(reference_hidden, before),
-        tokens={"labels": labels},
-        vocab_where=vocab_where,
-        weights=weights,
-        blocks=blocks,
-        axis_name=axis_name,
-    )
-    # The sum, without outputs.
-    return loss if weights is None else loss[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +75,20 @@ class UNDIAL(TwoSided):
         >>> print(f"{jax.jit(UNDIAL().values)(one, head, one, head, np.array([2]))[0]:.4f}")
         1.3863
         """
-        before = (reference_hidden, reference_head)
-        return linear_undial(hidden, head, *before, labels, beta=self.beta, **options)
+        checks.shapes(
+            hidden=(hidden, "float *batch hidden"),
+            labels=(labels, "int *batch"),
+            reference_hidden=(reference_hidden, "float *batch reference"),
+        )
+        hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+        head = Head.of(head).resolve(hidden.shape[-1])
+        before = Head.of(reference_head).resolve(jnp.shape(reference_hidden)[-1], "reference_head")
+        size = head.vocab_size(options.get("axis_name"))
+        statistic = _Undial(strength=float(self.beta), vocab=size)
+        teacher, tokens = (reference_hidden, before), {"labels": labels}
+        loss = run(statistic, hidden, head, teacher=teacher, tokens=tokens, **options)
+        # The sum, without outputs.
+        return loss if options.get("weights") is None else loss[0]
 
     def forget(self, read: Read) -> Any:
         sides = [(read.states("forget", before=b), read.head(before=b)) for b in (False, True)]
