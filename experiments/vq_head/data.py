@@ -13,18 +13,23 @@ from flax import nnx
 
 from experiments.shared.small_text import Text, count_tokens, pack_splits, small_text
 from experiments.vq_head.config import Config
-from logitjax import data, models, processes, training, vq
+from logitjax import data, losses, models, ops, processes, training, vq
 
-BLOCK = 512
+BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Cached positions of one split and the old head's outputs on them."""
+    """Cached positions of one split, and the old head's losses and best tokens there.
+
+    The whole of the old head's distribution is known for training positions only.
+    """
 
     hidden: np.ndarray
     labels: np.ndarray
-    targets: Any
+    nll: np.ndarray
+    top_tokens: np.ndarray
+    targets: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +43,7 @@ class Context:
         trunk_parameters: Parameters of everything but the head's rows.
         unigram: `[vocab]` counts over the whole training text, plus a tenth.
         statistics: Moments of the training hidden states.
-        splits: `train`, `validation`, `test`.
+        splits: `train`, `validation`, `test`, and `other`, of other text, if there is one.
         mesh: Mesh over which the positions of a step are split.
     """
 
@@ -100,6 +105,11 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
         "validation": config.validation_tokens,
         "test": config.test_tokens,
     }
+    if config.test_data:
+        names = ("train", "validation", "test")
+        options: Any = dict(seq_len=config.seq_len, directory=root / "packed_other")
+        packed["other"] = pack_splits(config.test_data, names, tokenizer, **options)["test"]
+        sizes["other"] = config.test_tokens
     splits = {}
     for name, size in sizes.items():
         cache = vq.HiddenCache.of(
@@ -109,8 +119,12 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
             max_tokens=size,
             source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
         )
-        targets = cache.head_targets(root / f"targets_{name}", head)
-        splits[name] = Split(cache.hidden, cache.labels, targets)
+        if name == "train":
+            targets = cache.head_targets(root / f"targets_{name}", head)
+            outputs = targets.nll, targets.top_tokens
+        else:
+            targets, outputs = None, _outputs(cache, head)
+        splits[name] = Split(cache.hidden, cache.labels, *outputs, targets)
     total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     tied = model.config.tie_embeddings
     return Context(
@@ -125,6 +139,17 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
         packed=packed,
         mesh=training.make_mesh(config.mesh, partial=True),
     )
+
+
+def _outputs(cache: vq.HiddenCache, head: losses.Head) -> tuple[np.ndarray, np.ndarray]:
+    """The old head's losses and its five best tokens."""
+
+    @jax.jit
+    def run(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = head.logits(hidden)
+        return losses.cross_entropy(logits, labels), ops.top_k(logits, 5)[1]
+
+    return in_blocks(run, cache.hidden, cache.labels)
 
 
 def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:
