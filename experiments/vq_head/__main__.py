@@ -32,8 +32,11 @@ def run(config: Config, workdir: epath.Path) -> None:
     results = workdir / "results"
     ctx = data.prepare(config, workdir)
     records = [
-        measure.converted_record(ctx, arms.Trial("full", 0, seed, 0.0), "full", arms.full(ctx))
+        record
         for seed in range(config.seeds if config.stretches else 1)
+        for record in measure.records_of(
+            ctx, arms.Trial("full", 0, seed, 0.0), {"full": arms.full(ctx)}
+        )
     ]
     rates: dict[str, float] = {}
     for codes in config.codes:

@@ -61,11 +61,6 @@ class Converted:
     head: Any = None
     sure: Callable[..., Any] | None = None
 
-    @property
-    def jitted(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Compile a function of it, if it can be."""
-        return jax.jit if self.compiled else lambda function: function
-
 
 #: Heads by the name of their rows in tables; the first one chooses the learning rate.
 Variants = dict[str, Converted]

@@ -123,7 +123,9 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
             targets = cache.head_targets(root / f"targets_{name}", head)
             outputs = targets.nll, targets.top_tokens
         else:
-            targets, outputs = None, _outputs(cache, head)
+            make = functools.partial(_outputs, cache, head)
+            record = processes.kept(root / f"outputs_{name}.json", make)
+            targets, outputs = None, [np.asarray(values) for values in record.values()]
         splits[name] = Split(cache.hidden, cache.labels, *outputs, targets)
     total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     tied = model.config.tie_embeddings
@@ -141,7 +143,7 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
     )
 
 
-def _outputs(cache: vq.HiddenCache, head: losses.Head) -> tuple[np.ndarray, np.ndarray]:
+def _outputs(cache: vq.HiddenCache, head: losses.Head) -> dict[str, list]:
     """The old head's losses and its five best tokens."""
 
     @jax.jit
@@ -149,7 +151,8 @@ def _outputs(cache: vq.HiddenCache, head: losses.Head) -> tuple[np.ndarray, np.n
         logits = head.logits(hidden)
         return losses.cross_entropy(logits, labels), ops.top_k(logits, 5)[1]
 
-    return in_blocks(run, cache.hidden, cache.labels)
+    nll, tokens = in_blocks(run, cache.hidden, cache.labels)
+    return {"nll": nll.tolist(), "top_tokens": tokens.tolist()}
 
 
 def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:

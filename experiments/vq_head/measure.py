@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +38,15 @@ def run_arm(
         trial = arms.Trial(arm, codes, seed, rate)
         variants = FITS[arm](ctx, trial)
         if len(rates) > 1:
-            first = next(iter(variants.values()))
-            tried[str(rate)] = scores(first, ctx.splits["validation"])["nll"]
+            name = next(iter(variants))
+            scored = scores({name: variants[name]}, ctx.splits["validation"])
+            tried[str(rate)] = scored[name]["nll"]
         if best is None or tried[str(rate)] <= min(tried.values()):
             best, made = trial, variants
     assert best is not None
     if arm == "vq_likelihood" and seed == 0 and jax.process_index() == 0:
         made[arm].head.save(workdir / "heads" / f"{arm}_{codes}")
-    records = [converted_record(ctx, best, name, head) for name, head in made.items()]
-    return {"lr": best.rate, "tried": tried, "records": records}
+    return {"lr": best.rate, "tried": tried, "records": records_of(ctx, best, made)}
 
 
 def stretch(ctx: Context, name: str, seed: int) -> Split:
@@ -58,41 +59,69 @@ def stretch(ctx: Context, name: str, seed: int) -> Split:
     return Split(*(getattr(split, field)[here[0] : here[-1] + 1] for field in fields))
 
 
-def scores(converted: arms.Converted, split: Split) -> Record:
-    """Held-out perplexity ratio to the old head, and agreement with its first choices."""
-    run = functools.partial(converted.jitted(converted.outputs), converted.arrays)
-    nll, tokens = in_blocks(run, split.hidden, split.labels)
+def scores(variants: arms.Variants, split: Split) -> dict[str, Record]:
+    """Held-out perplexity ratios to the old head, and agreement with its first choices.
+
+    Heads of one arm share a program, and so the scores of their screen.
+    """
+    leaves, places = jax.tree.flatten({name: head.arrays for name, head in variants.items()})
+    # What several of them hold is one argument.
+    kept = {id(leaf): leaf for leaf in leaves}
+    order = [list(kept).index(id(leaf)) for leaf in leaves]
+
+    def run(kept: Any, hidden: Any, labels: Any) -> Any:
+        arrays = jax.tree.unflatten(places, [kept[i] for i in order])
+        out = {}
+        for name, head in variants.items():
+            out[name] = [*head.outputs(arrays[name], hidden, labels)]
+            out[name] += [head.sure(arrays[name], hidden)] if head.sure else []
+        return out
+
+    compiled = all(head.compiled for head in variants.values())
+    run = functools.partial(jax.jit(run) if compiled else run, list(kept.values()))
+    outputs = in_blocks(run, split.hidden, split.labels)
+    return {name: _scored(split, *parts) for name, parts in outputs.items()}
+
+
+def _scored(split: Split, nll: Any, tokens: Any, sure: Any = None) -> Record:
     stretches = np.array_split(nll - split.nll, min(UNITS, len(nll)))
     teacher = split.top_tokens[:, : tokens.shape[1]]
-    record = {
+    return {
         "nll": float(nll.mean()),
         "log_factors": [float(part.mean()) for part in stretches],
         "ratio": float(np.exp(nll.mean() - split.nll.mean())),
         "top1": float((tokens[:, 0] == teacher[:, 0]).mean()),
         "top5": float((tokens[:, :, None] == teacher[:, None, :]).any(1).mean()),
+        "full_reads": None if sure is None else 1.0 - float(sure.mean()),
     }
-    if converted.sure is not None:
-        sure = functools.partial(jax.jit(converted.sure), converted.arrays)
-        record["full_reads"] = 1.0 - float(in_blocks(sure, split.hidden).mean())
-    return record
 
 
-def converted_record(
-    ctx: Context, trial: arms.Trial, name: str, converted: arms.Converted
-) -> Record:
-    """All of the report's numbers about one head.
+def records_of(ctx: Context, trial: arms.Trial, variants: arms.Variants) -> list[Record]:
+    """All of the report's numbers about the heads of an arm."""
+    scored = scores(variants, stretch(ctx, "test", trial.seed))
+    other = {}
+    if "other" in ctx.splits:
+        other = scores(variants, stretch(ctx, "other", trial.seed))
+    records = []
+    for name, record in scored.items():
+        logging.info("%s: perplexity x%.4f, top-1 %.4f", name, record["ratio"], record["top1"])
+        record |= {"other": other[name]} if other else {}
+        records.append(record | _described(ctx, trial, name, variants[name]))
+    return records
+
+
+def _described(ctx: Context, trial: arms.Trial, name: str, converted: arms.Converted) -> Record:
+    """Settings, cost and times of a head.
 
     Decoding alternates with the old head in float32, in bfloat16 and in 8 bits, so that each finds
     its weights evicted from the caches, as between two passes of a model.
     """
-    record = scores(converted, stretch(ctx, "test", trial.seed))
-    if "other" in ctx.splits:
-        record["other"] = scores(converted, stretch(ctx, "other", trial.seed))
-    logging.info("%s: perplexity x%.4f, top-1 %.4f", name, record["ratio"], record["top1"])
     hidden = jnp.asarray(np.asarray(ctx.splits["test"].hidden[:1]))
     timed = {"new": converted, **arms.references(ctx)}
     functions = {
-        key: functools.partial(head.jitted(head.decode), head.arrays, hidden)
+        key: functools.partial(
+            jax.jit(head.decode) if head.compiled else head.decode, head.arrays, hidden
+        )
         for key, head in timed.items()
     }
     seconds = paired_seconds(functions, repeats=ctx.config.timing_repeats, warmup=2)
@@ -100,7 +129,7 @@ def converted_record(
     for key, times in seconds.items():
         middle[key] = statistics.median(times)
     fastest = min(middle, key=lambda key: middle[key])
-    return record | {
+    return {
         "arm": name,
         "codes": trial.codes,
         "seed": trial.seed,
