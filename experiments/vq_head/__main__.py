@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from experiments.shared.records import best_of, tuned_seeds
-from experiments.vq_head import arms, data, measure, report, train
+from experiments.vq_head import data, measure, report, train
 from experiments.vq_head.config import PRESETS, Config
 from logitjax.commands import cli
 
@@ -31,13 +31,14 @@ def run(config: Config, workdir: epath.Path) -> None:
     """Fit every head on the cache, then write the report."""
     results = workdir / "results"
     ctx = data.prepare(config, workdir)
-    records = [
-        record
-        for seed in range(config.seeds if config.stretches else 1)
-        for record in measure.records_of(
-            ctx, arms.Trial("full", 0, seed, 0.0), {"full": arms.full(ctx)}
-        )
-    ]
+    # Its losses vary only where each seed has a stretch of its own.
+    runs = tuned_seeds(
+        lambda seed: results / f"full_{seed}.json",
+        config.seeds if config.stretches else 1,
+        (0.0,),
+        functools.partial(measure.run_arm, ctx, workdir, "full", 0),
+    )
+    records = [record for run in runs for record in run["records"]]
     rates: dict[str, float] = {}
     for codes in config.codes:
         for arm in config.arm:

@@ -307,6 +307,7 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
 #: The fitting function of each arm that the library or this folder has a head for.
 FITS: dict[str, Callable[[Context, Trial], Variants]] = {
     **dict.fromkeys(VQ_ARMS, _vq),
+    "full": lambda ctx, _: {"full": full(ctx)},
     "bf16": lambda ctx, _: {"bf16": references(ctx)["bf16"]},
     "int8_plain": lambda ctx, _: {"int8_plain": references(ctx)["int8"]},
     **dict.fromkeys(("int8", "int4"), _rounded),
@@ -316,4 +317,4 @@ FITS: dict[str, Callable[[Context, Trial], Variants]] = {
     "adaptive": _adaptive,
 }
 #: Arms that no learning rate changes.
-UNTUNED = ("bf16", "int8_plain", "certified", "paged", "flash", "svd", "faiss")
+UNTUNED = ("full", "bf16", "int8_plain", "certified", "paged", "flash", "svd", "faiss")

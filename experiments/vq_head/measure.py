@@ -103,7 +103,8 @@ def records_of(ctx: Context, trial: arms.Trial, variants: arms.Variants) -> list
     if "other" in ctx.splits:
         other = scores(variants, stretch(ctx, "other", trial.seed))
     records = []
-    for name, record in scored.items():
+    for name in variants:
+        record = scored[name]
         logging.info("%s: perplexity x%.4f, top-1 %.4f", name, record["ratio"], record["top1"])
         record |= {"other": other[name]} if other else {}
         records.append(record | _described(ctx, trial, name, variants[name]))
