@@ -44,7 +44,6 @@ class Converted:
         cost: Counted, not timed.
         compiled: Whether the functions are JAX's.
         floor: For a VQ head, a lower bound of its perplexity without bias.
-        curve: Training loss by step.
         moved: Tokens that changed their code, by reassignment.
         head: The module, if it is one of the library.
         sure: `(arrays, hidden) -> [n]`, whether the best token is certain without a full read.
@@ -56,7 +55,6 @@ class Converted:
     cost: heads.HeadCost
     compiled: bool = True
     floor: float | None = None
-    curve: tuple[float, ...] = ()
     moved: tuple[float, ...] = ()
     head: Any = None
     sure: Callable[..., Any] | None = None
@@ -119,8 +117,7 @@ def full(ctx: Context) -> Converted:
 @functools.lru_cache(maxsize=1)
 def references(ctx: Context) -> Variants:
     """Heads that every other one is timed beside."""
-    made = {"float32": full(ctx), "bf16": _narrow(ctx), "int8": _eight_bits(ctx)}
-    return {name: dataclasses.replace(head, curve=()) for name, head in made.items()}
+    return {"float32": full(ctx), "bf16": _narrow(ctx), "int8": _eight_bits(ctx)}
 
 
 def _narrow(ctx: Context) -> Converted:
@@ -129,9 +126,8 @@ def _narrow(ctx: Context) -> Converted:
     def logits(arrays: Any, hidden: Any) -> Any:
         # On a CPU, a bfloat16 product of one row takes ten times as long as one of two.
         twice = jnp.concatenate([hidden, hidden]) if len(hidden) == 1 else hidden
-        twice = twice.astype(jnp.bfloat16)
-        scores = _linear_logits(arrays, twice)[: len(hidden)].astype(jnp.float32)
-        return scores
+        scores = _linear_logits(arrays, twice.astype(jnp.bfloat16))
+        return scores[: len(hidden)].astype(jnp.float32)
 
     return of_logits(logits, {"kernel": rows, "bias": ctx.row_bias}, _cost(ctx, rows.nbytes))
 
@@ -175,7 +171,7 @@ def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Arr
     )
 
 
-def _fit(ctx: Context, trial: Trial, kind: str, **options: Any) -> tuple[Any, Any]:
+def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, Any]:
     """A head of the library, and its history, with the budget that all arms share."""
     config, train, start = ctx.config, ctx.splits["train"], options.pop("start", None)
     convert = vq.ConvertConfig(
@@ -226,16 +222,15 @@ def _vq(ctx: Context, trial: Trial) -> Variants:
         arrays=arrays,
         cost=head.cost(),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
-        curve=tuple(history["loss"]),
         moved=tuple(history["moved"]),
         head=head,
     )
     return {trial.arm: made}
 
 
-def screens(ctx: Context, name: str, screen: Any, counts: Sequence[int], **more: Any) -> Variants:
-    """A head of the library as a screen: for each number of candidates, exact rows in float32."""
-    made = {name: of_head(ctx, screen, **more)}
+def _screens(ctx: Context, name: str, screen: Any, counts: Sequence[int]) -> Variants:
+    """A head of the library, and with exact rows for each number of candidates."""
+    made = {name: of_head(ctx, screen)}
     for count in counts:
         head = vq.ScreenedHead(screen, num_candidates=count, row_bias=ctx.row_bias)
         made[f"{name}+{count}"] = of_head(ctx, head)
@@ -243,9 +238,8 @@ def screens(ctx: Context, name: str, screen: Any, counts: Sequence[int], **more:
 
 
 def _screened(ctx: Context, trial: Trial) -> Variants:
-    head, history = _fit(ctx, trial, "screened")
-    counts = ctx.config.candidates
-    made = screens(ctx, "packed", head.screen, counts, curve=tuple(history["loss"]))
+    head, counts = _fit(ctx, trial, "screened")[0], ctx.config.candidates
+    made = _screens(ctx, "packed", head.screen, counts)
     if ctx.config.narrow_rows:
         # The same with rows that take half of the bytes.
         most = vq.ScreenedHead(head.screen, num_candidates=counts[-1], row_bias=ctx.row_bias)
@@ -254,17 +248,12 @@ def _screened(ctx: Context, trial: Trial) -> Variants:
 
 
 def _rounded(ctx: Context, trial: Trial) -> Variants:
-    head, history = _fit(ctx, trial, trial.arm)
-    counts = ctx.config.candidates[:2] if trial.arm == "int4" else ()
-    return screens(ctx, trial.arm, head, counts, curve=tuple(history["loss"]))
+    counts = ctx.config.candidates[1:2] if trial.arm == "int4" else ()
+    return _screens(ctx, trial.arm, _fit(ctx, trial, trial.arm)[0], counts)
 
 
-def _certified(ctx: Context, trial: Trial) -> Variants:
-    return {"certified": of_head(ctx, _fit(ctx, trial, "certified")[0])}
-
-
-def _paged(ctx: Context, trial: Trial) -> Variants:
-    return {"paged": of_head(ctx, _fit(ctx, trial, "paged")[0])}
+def _as_fitted(ctx: Context, trial: Trial) -> Variants:
+    return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm)[0])}
 
 
 def _adaptive(ctx: Context, trial: Trial) -> Variants:
@@ -281,7 +270,7 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
     tuning = vq.Tuning(
         steps=config.steps, batch_size=config.batch_size, learning_rate=trial.rate, seed=trial.seed
     )
-    params, curve, _ = tuning.run(
+    params, _, _ = tuning.run(
         lambda params, tables, h, y: adaptive_nll(h, params | tables, y),
         params,
         [train.hidden, train.labels],
@@ -299,7 +288,6 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
         decode=decode,
         arrays=params | tables,
         cost=adaptive_cost(params, tables, labels_in),
-        curve=tuple(curve),
     )
     return {"adaptive": made}
 
@@ -312,8 +300,7 @@ FITS: dict[str, Callable[[Context, Trial], Variants]] = {
     "int8_plain": lambda ctx, _: {"int8_plain": references(ctx)["int8"]},
     **dict.fromkeys(("int8", "int4"), _rounded),
     "screened": _screened,
-    "certified": _certified,
-    "paged": _paged,
+    **dict.fromkeys(("certified", "paged"), _as_fitted),
     "adaptive": _adaptive,
 }
 #: Arms that no learning rate changes.

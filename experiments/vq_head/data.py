@@ -119,14 +119,15 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
             max_tokens=size,
             source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
         )
+        targets = None
         if name == "train":
             targets = cache.head_targets(root / f"targets_{name}", head)
-            outputs = targets.nll, targets.top_tokens
+            nll, tokens = targets.nll, targets.top_tokens
         else:
             make = functools.partial(_outputs, cache, head)
             record = processes.kept(root / f"outputs_{name}.json", make)
-            targets, outputs = None, [np.asarray(values) for values in record.values()]
-        splits[name] = Split(cache.hidden, cache.labels, *outputs, targets)
+            nll, tokens = map(np.asarray, (record["nll"], record["top_tokens"]))
+        splits[name] = Split(cache.hidden, cache.labels, nll, tokens, targets)
     total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     tied = model.config.tie_embeddings
     return Context(

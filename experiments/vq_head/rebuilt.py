@@ -90,7 +90,7 @@ def svd(ctx: Context, trial: Trial) -> Variants:
 
 def faiss(ctx: Context, trial: Trial) -> Variants:
     """FAISS' IndexPQFastScan on rows whitened by the covariance; exact rows score 512 again."""
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports]
 
     count = min(512, ctx.config.candidates[-1])
     values, vectors = np.linalg.eigh(np.asarray(ctx.statistics.cov, np.float64))
