@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from experiments.shared.small_text import Text, count_tokens, pack_splits, small_text
 from experiments.vq_head.config import Config
@@ -40,7 +39,6 @@ class Context:
         rows: `[vocab, hidden]` of the old head.
         row_bias: Its bias or None.
         tied: Whether the rows are the input embedding.
-        trunk_parameters: Parameters of everything but the head's rows.
         unigram: `[vocab]` counts over the whole training text, plus a tenth.
         statistics: Moments of the training hidden states.
         splits: `train`, `validation`, `test`, and `other`, of other text, if there is one.
@@ -51,7 +49,6 @@ class Context:
     rows: jax.Array
     row_bias: jax.Array | None
     tied: bool
-    trunk_parameters: int
     unigram: jax.Array
     statistics: Any
     splits: Mapping[str, Split]
@@ -128,14 +125,11 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
             record = processes.kept(root / f"outputs_{name}.json", make)
             nll, tokens = map(np.asarray, (record["nll"], record["top_tokens"]))
         splits[name] = Split(cache.hidden, cache.labels, nll, tokens, targets)
-    total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    tied = model.config.tie_embeddings
     return Context(
         config=config,
         rows=rows,
         row_bias=None if row_bias is None else jnp.asarray(row_bias),
-        tied=tied,
-        trunk_parameters=total - rows.size * (1 if tied else 2),
+        tied=model.config.tie_embeddings,
         unigram=jnp.asarray(count_tokens(packed["train"], len(rows)) + 0.1, jnp.float32),
         statistics=vq.HiddenCache(splits["train"].hidden, splits["train"].labels).statistics(),
         splits=splits,
