@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -99,10 +99,6 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
     }
 
 
-def _exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-
-
 def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -> dict[str, float]:
     """Median seconds of training loss and decoding, without ever making the full head's rows."""
     rng = np.random.default_rng(0)
@@ -145,8 +141,7 @@ fit = vq.fit_assignment(
 )
 jax.block_until_ready(fit)
 seconds = time.perf_counter() - start
-used = len(set(fit.assignment.tolist()))
-print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before, "used": used}))
+print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before}))
 """
 
 
@@ -227,12 +222,14 @@ def _growth(options: suite.Options) -> dict[str, Any]:
     seen_codes = [_vq_seconds(hidden, vocab, k, count, repeats) for k in by_codes]
     rows, bars = [], []
     for what in ("train", "decode"):
-        in_vocab = _exponent(by_vocab, [s[what] for s in seen_vocab])
-        in_codes = _exponent(by_codes, [s[what] for s in seen_codes])
-        rows.append({"what": f"{what}: time ~ V^a", "d": hidden, "head": "vq", "power": in_vocab})
-        rows.append({"what": f"{what}: time ~ K^a", "d": hidden, "head": "vq", "power": in_codes})
-        bars.append(suite.at_most(f"{what}: power of V", in_vocab, 0.25))
-        bars.append(suite.at_least(f"{what}: power of K", in_codes, 0.6))
+        for name, sizes, seen in (("V", by_vocab, seen_vocab), ("K", by_codes, seen_codes)):
+            seconds = [times[what] for times in seen]
+            power = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+            row = {"what": f"{what}: time ~ {name}^a", "d": hidden, "head": "vq", "power": power}
+            rows.append(row)
+            bound = suite.at_most if name == "V" else suite.at_least
+            limit = 0.25 if name == "V" else 0.6
+            bars.append(bound(f"{what}: power of {name}", power, limit))
     if any(not math.isfinite(row["power"]) for row in rows):
         raise ValueError("growth: a timing came out as zero")
     return {"rows": rows, "bars": bars}
