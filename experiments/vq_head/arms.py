@@ -77,10 +77,10 @@ def of_logits(logits: Callable[..., Any], arrays: Any, cost: heads.HeadCost) -> 
     return Converted(outputs=outputs, decode=decode, arrays=arrays, cost=cost)
 
 
-def of_head(ctx: Context, head: Any, rows: Any = None, **more: Any) -> Converted:
-    """A head of the library; `rows` replace the embedding."""
+def of_head(ctx: Context, head: Any) -> Converted:
+    """A head of the library, which scores again with the old rows."""
     graphdef, state = nnx.split(head)
-    rows = ctx.rows if rows is None else rows
+    rows, more = ctx.rows, {}
     exact = isinstance(head, vq.ScreenedHead)
     options: dict[str, Any] = {"with_log_z": False} if exact else {}
 
@@ -111,7 +111,7 @@ def of_head(ctx: Context, head: Any, rows: Any = None, **more: Any) -> Converted
 def full(ctx: Context) -> Converted:
     """The original head."""
     arrays = {"kernel": ctx.rows, "bias": ctx.row_bias}
-    return of_logits(_linear_logits, arrays, _cost(ctx, ctx.rows.nbytes))
+    return of_logits(_linear_logits, arrays, cost_of(ctx, ctx.rows.nbytes))
 
 
 @functools.lru_cache(maxsize=1)
@@ -129,7 +129,7 @@ def _narrow(ctx: Context) -> Converted:
         scores = _linear_logits(arrays, twice.astype(jnp.bfloat16))
         return scores[: len(hidden)].astype(jnp.float32)
 
-    return of_logits(logits, {"kernel": rows, "bias": ctx.row_bias}, _cost(ctx, rows.nbytes))
+    return of_logits(logits, {"kernel": rows, "bias": ctx.row_bias}, cost_of(ctx, rows.nbytes))
 
 
 def _eight_bits(ctx: Context) -> Converted:
@@ -140,24 +140,19 @@ def _eight_bits(ctx: Context) -> Converted:
         return scores if arrays["bias"] is None else scores + arrays["bias"]
 
     arrays = {"codes": codes, "bias": ctx.row_bias}
-    return of_logits(logits, arrays, _cost(ctx, int(codes.nbytes)))
+    return of_logits(logits, arrays, cost_of(ctx, codes.nbytes))
 
 
-def _cost(ctx: Context, stored: int) -> heads.HeadCost:
+def cost_of(ctx: Context, stored: float, read: float | None = None) -> heads.HeadCost:
+    """The cost of a head that is known by its bytes."""
     size = ctx.rows.size
     return heads.HeadCost(
         parameters=size,
-        stored_bytes=stored,
-        read_bytes=stored,
+        stored_bytes=int(stored),
+        read_bytes=int(stored if read is None else read),
         decode_flops=2 * size,
         train_flops=6 * size,
     )
-
-
-def cost_of_reading(ctx: Context, stored: float, read: float) -> heads.HeadCost:
-    """The cost of a head that is known by its bytes."""
-    sizes = {"stored_bytes": int(stored), "read_bytes": int(read)}
-    return dataclasses.replace(_cost(ctx, 0), **sizes)
 
 
 def _linear_logits(arrays: Any, hidden: Any) -> Any:
@@ -238,13 +233,8 @@ def _screens(ctx: Context, name: str, screen: Any, counts: Sequence[int]) -> Var
 
 
 def _screened(ctx: Context, trial: Trial) -> Variants:
-    head, counts = _fit(ctx, trial, "screened")[0], ctx.config.candidates
-    made = _screens(ctx, "packed", head.screen, counts)
-    if ctx.config.narrow_rows:
-        # The same with rows that take half of the bytes.
-        most = vq.ScreenedHead(head.screen, num_candidates=counts[-1], row_bias=ctx.row_bias)
-        made[f"packed+{counts[-1]} bf16"] = of_head(ctx, most, ctx.rows.astype(jnp.bfloat16))
-    return made
+    head = _fit(ctx, trial, "screened")[0]
+    return _screens(ctx, "packed", head.screen, ctx.config.candidates)
 
 
 def _rounded(ctx: Context, trial: Trial) -> Variants:

@@ -66,7 +66,6 @@ class Config:
     reassign_every: int = field(25, "Number of steps between reassignments of vq_likelihood.")
     kmeans_iterations: int = field(8, "Number of iterations of k-means.")
     candidates: tuple[int, ...] = field((512,), "Numbers of tokens that exact rows re-score.")
-    narrow_rows: bool = field(False, "Re-score the largest screen with bfloat16 rows too.")
     stretches: bool = field(False, "Report each seed on a stretch of its own.")
     adaptive_div: float = field(4.0, "Factor by which the tails of adaptive softmax narrow.")
     scratch_arm: tuple[str, ...] = field(
@@ -129,7 +128,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         candidates=(128, 512, 2048),
         seeds=3,
         stretches=True,
-        narrow_rows=True,
         learning_rate=(3e-4, 1e-3, 3e-3),
         steps=30,
         batch_size=256,

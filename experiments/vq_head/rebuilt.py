@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.vq_head.arms import TOP, Converted, Trial, Variants, cost_of_reading
+from experiments.vq_head.arms import TOP, Converted, Trial, Variants, cost_of
 from experiments.vq_head.data import Context
 from logitjax import losses, ops
 from logitjax.kernels import native
@@ -47,7 +47,7 @@ def flash(ctx: Context, trial: Trial) -> Variants:
 
         bytes_read = 2 * width * (count + probes * _CLUSTER)
         kept = 0 if ctx.tied else 2 * ctx.rows.size
-        cost = cost_of_reading(ctx, 2 * centres.size + 4 * members.size + kept, bytes_read)
+        cost = cost_of(ctx, 2 * centres.size + 4 * members.size + kept, bytes_read)
         return Converted(outputs=outputs, decode=decode, arrays=arrays, cost=cost)
 
     cluster = np.zeros(ctx.vocab, np.int32)
@@ -84,7 +84,7 @@ def svd(ctx: Context, trial: Trial) -> Variants:
 
     kept = 0 if ctx.tied else 4 * ctx.rows.size
     own = 4 * (ctx.vocab + ctx.width) * width
-    cost = cost_of_reading(ctx, own + kept, own + 4 * count * ctx.width)
+    cost = cost_of(ctx, own + kept, own + 4 * count * ctx.width)
     return {"svd": Converted(outputs=outputs, decode=decode, arrays=arrays, cost=cost)}
 
 
@@ -112,7 +112,7 @@ def faiss(ctx: Context, trial: Trial) -> Variants:
         return np.full(len(hidden), np.nan), decode(arrays, hidden)
 
     own = ctx.vocab * groups / 2 + 4 * 16 * ctx.width
-    cost = cost_of_reading(ctx, own, own + 4 * count * ctx.width)
+    cost = cost_of(ctx, own, own + 4 * count * ctx.width)
     made = Converted(outputs=outputs, decode=decode, arrays=None, cost=cost)
     return {"faiss": dataclasses.replace(made, compiled=False)}
 

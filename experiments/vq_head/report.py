@@ -89,8 +89,7 @@ def _known(part: Group, name: str) -> str | None:
 def _name(arm: str) -> str:
     base, _, count = arm.partition("+")
     if count:
-        count, _, kind = count.partition(" ")
-        return f"{NAMES[base]}, best {count} by {'bfloat16' if kind else 'exact'} rows"
+        return f"{NAMES[base]}, best {count} by exact rows"
     base, _, factor = arm.partition(" x")
     return f"{NAMES[base]}, {factor} x its clusters" if factor else NAMES[base]
 
@@ -201,8 +200,7 @@ def frontier(groups: Sequence[Group], ctx: Context) -> figures.Picture:
 
 def _line(arm: str) -> str:
     if "+" in arm:
-        name = arm.partition("+")[0] + " + exact rows"
-        return name if " bf16" not in arm else name.replace("exact", "bf16")
+        return arm.partition("+")[0] + " + exact rows"
     return {"vq_paper": "VQ as published", "vq_likelihood": "VQ"}.get(arm, arm.partition(" x")[0])
 
 
