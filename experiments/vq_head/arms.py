@@ -80,8 +80,8 @@ def of_logits(logits: Callable[..., Any], arrays: Any, cost: heads.HeadCost) -> 
 def of_head(ctx: Context, head: Any) -> Converted:
     """A head of the library, which scores again with the old rows."""
     graphdef, state = nnx.split(head)
-    rows, more = ctx.rows, {}
-    exact = isinstance(head, vq.ScreenedHead)
+    rows, exact = ctx.rows, isinstance(head, vq.ScreenedHead)
+    certified = exact and head.errors is not None
     options: dict[str, Any] = {"with_log_z": False} if exact else {}
 
     def outputs(arrays: Any, hidden: Any, labels: Any) -> Any:
@@ -94,18 +94,21 @@ def of_head(ctx: Context, head: Any) -> Converted:
         head = nnx.merge(graphdef, arrays["head"])
         return head.top_k(hidden, TOP, arrays["rows"], **options).indices
 
-    if exact and head.errors is not None:
+    def sure(arrays: Any, hidden: Any) -> Any:
+        return nnx.merge(graphdef, arrays["head"]).certified(hidden, 1, arrays["rows"])
 
-        def sure(arrays: Any, hidden: Any) -> Any:
-            return nnx.merge(graphdef, arrays["head"]).certified(hidden, 1, arrays["rows"])
-
-        more["sure"] = sure
     cost = head.cost(rows)
     if not ctx.tied and getattr(head, "rows", True) is None:
         # Rows that score again have to be kept where no embedding is.
         cost = dataclasses.replace(cost, stored_bytes=cost.stored_bytes + rows.nbytes)
-    arrays = {"head": state, "rows": rows}
-    return Converted(outputs=outputs, decode=decode, arrays=arrays, cost=cost, head=head, **more)
+    return Converted(
+        outputs=outputs,
+        decode=decode,
+        arrays={"head": state, "rows": rows},
+        cost=cost,
+        head=head,
+        sure=sure if certified else None,
+    )
 
 
 def full(ctx: Context) -> Converted:
