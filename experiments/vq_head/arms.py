@@ -226,18 +226,21 @@ def _vq(ctx: Context, trial: Trial) -> Variants:
     return {trial.arm: made}
 
 
-def _screens(ctx: Context, name: str, screen: Any, counts: Sequence[int]) -> Variants:
+def _screens(
+    ctx: Context, name: str, screen: Any, counts: Sequence[int], tail: float = 0.0
+) -> Variants:
     """A head of the library, and with exact rows for each number of candidates."""
-    made = {name: of_head(ctx, screen)}
+    made, more = {name: of_head(ctx, screen)}, {"row_bias": ctx.row_bias, "tail": tail}
     for count in counts:
-        head = vq.ScreenedHead(screen, num_candidates=count, row_bias=ctx.row_bias)
+        head = vq.ScreenedHead(screen, num_candidates=count, **more)
         made[f"{name}+{count}"] = of_head(ctx, head)
     return made
 
 
 def _screened(ctx: Context, trial: Trial) -> Variants:
     head = _fit(ctx, trial, "screened")[0]
-    return _screens(ctx, "packed", head.screen, ctx.config.candidates)
+    # Much the same number for few candidates and many.
+    return _screens(ctx, "packed", head.screen, ctx.config.candidates, head.tail or 0.0)
 
 
 def _rounded(ctx: Context, trial: Trial) -> Variants:

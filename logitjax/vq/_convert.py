@@ -21,7 +21,7 @@ from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
-from logitjax.vq._screened import ScreenedHead
+from logitjax.vq._screened import ScreenedHead, fitted_tail
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
@@ -285,7 +285,11 @@ def _screened_head(sample: _Sample) -> tuple[ScreenedHead, History]:
 
     params, history = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
     codes = ProductCodes(params[0], fit.codes, params[1])
-    return sample.with_exact_rows(ProductHead.from_fit(codes, packed=True)), history
+    screened = sample.with_exact_rows(ProductHead.from_fit(codes, packed=True))
+    if screened.num_candidates < len(rows):
+        # A thousand positions settle one number.
+        screened.tail = fitted_tail(screened, sample.head, sample.hidden[:1024])
+    return screened, history
 
 
 # What makes each kind of head, and the option that no vocabulary may be smaller than.

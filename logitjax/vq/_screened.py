@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax import nnx
 from jax import lax
 from jaxtyping import Bool, Float, Int
@@ -23,15 +24,17 @@ from logitjax.vq._row_products import row_products
 class ScreenedHead(VocabularyHead):
     """A cheap head scores all tokens; exact rows score the best of them again.
 
-    A model with its embedding in memory gets its own logits back, for a tenth of the rows read. The
-    better logits divide the candidates' mass; the screen determines how large that mass is. Its
-    scores are only known up to a number that depends on the context, which a head tuned to imitate
-    another's probabilities may well learn. ::
+    A model with its embedding in memory gets its own logits back, for a tenth of the rows read. ::
 
         s = screen(h),  c = the num_candidates largest of it
         l_v = w_v . h + a_v       v in c
               s_v + shift(h)      otherwise
-        shift = logsumexp_{v in c} l_v - logsumexp_{v in c} s_v
+        shift = tail  or, without one,  logsumexp_{v in c} l_v - logsumexp_{v in c} s_v
+
+    Codes of rows err about as much in one token as in another, so the mass of all others is that of
+    their scores but for a constant, the ``tail``; the error of the few best tokens would make it
+    far less certain. A head whose scores are only known up to a number that depends on the context
+    has no tail: the better logits divide the mass that it gives to the candidates.
 
     With ``errors`` the candidates have the largest bounds ``s_v + errors_v |h|``, and `top_k` is
     the full head's: where a token that was not scored again may belong to it (see `certified`), all
@@ -42,6 +45,7 @@ class ScreenedHead(VocabularyHead):
         num_candidates: number of tokens that are scored again.
         rows: ``[vocab, hidden]``, better rows; None uses the (tied) embedding.
         row_bias: ``[vocab]``, their biases.
+        tail: what is added to the scores of all other tokens, as of `fitted_tail`; or None.
         errors: ``[vocab]``, bounds such that ``|w_v . h + a_v - s_v| <= errors_v |h|``, rounding
             included, as of `row_errors`; None promises nothing.
 
@@ -58,10 +62,12 @@ class ScreenedHead(VocabularyHead):
         num_candidates: int = 512,
         rows: Array | None = None,
         row_bias: Array | None = None,
+        tail: float | None = None,
         errors: Array | None = None,
     ):
         self.screen = screen
         self.num_candidates = num_candidates
+        self.tail = tail
         self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
         self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
         self.errors = None if errors is None else Assignment(jnp.asarray(errors))
@@ -73,7 +79,8 @@ class ScreenedHead(VocabularyHead):
         entries = {name: getattr(self, name) for name in ("rows", "row_bias", "errors")}
         tensors |= {n: np.asarray(array[...]) for n, array in entries.items() if array is not None}
         inner = {"kind": type(screen).__name__, "options": options}
-        return tensors, {"num_candidates": self.num_candidates, "screen": inner}
+        options = {"num_candidates": self.num_candidates, "tail": self.tail, "screen": inner}
+        return tensors, options
 
     def _exact(self, embedding: Array | None) -> Head:
         rows = embedding if self.rows is None else self.rows[...]
@@ -177,7 +184,9 @@ class ScreenedHead(VocabularyHead):
 
             values, chosen = lax.cond(sure.all(), lambda: (values, chosen), full)
         # It would need a pass over V.
-        log_z = logsumexp(look.joined()) if with_log_z else jnp.zeros(len(chosen), jnp.float32)
+        log_z = (
+            logsumexp(look.joined(self.tail)) if with_log_z else jnp.zeros(len(chosen), jnp.float32)
+        )
         batch = jnp.shape(hidden)[:-1]
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
 
@@ -235,14 +244,16 @@ class _Scores:
         sure = (values[:, -1] > self.limit) | (count == self.scores.shape[-1])
         return values, gather_at(self.tokens, places), sure
 
-    def joined(self) -> jax.Array:
+    def joined(self, tail: float | None) -> jax.Array:
         """The better logits at their tokens; the screen's elsewhere, shifted to their scale."""
 
         def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
             rows = jnp.arange(scores.shape[0])[:, None]
-            # The candidates keep their mass.
-            mass = neginf_to_zero(logsumexp(scores[rows, tokens]))
-            shift = neginf_to_zero(logsumexp(better)) - mass
+            shift = jnp.full(len(scores), tail or 0.0)
+            if tail is None:
+                # The candidates keep their mass.
+                mass = neginf_to_zero(logsumexp(scores[rows, tokens]))
+                shift = neginf_to_zero(logsumexp(better)) - mass
             return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 
         return on_mesh.over_batch(join, (2,), self.scores, self.tokens, self.better)[0]
@@ -259,6 +270,30 @@ def _norms(hidden: jax.Array) -> jax.Array:
 def _rounding(rows: Any) -> float:
     """Bound of the relative rounding of a float32 sum over a row, in any order, with room."""
     return (rows.shape[-1] + 16) * 2.0**-23
+
+
+def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
+    """The `ScreenedHead.tail` with the full head's mean mass outside the candidates."""
+
+    @jax.jit
+    def odds(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        look, exact = head._look(hidden, full.rows), full.logits(hidden)
+        best = logsumexp(look.better)
+
+        def rest(scores: jax.Array) -> jax.Array:
+            places = jnp.arange(len(scores))[:, None], look.tokens
+            return logsumexp(scores.at[places].set(-jnp.inf)) - best
+
+        return rest(exact), rest(look.scores)
+
+    parts = [odds(jnp.asarray(hidden[at : at + 256])) for at in range(0, len(hidden), 256)]
+    wanted, odds_of_screen = (np.concatenate(x) for x in zip(*map(jax.device_get, parts)))
+    target, low, high = scipy.special.expit(wanted).mean(), -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        above = scipy.special.expit(odds_of_screen + middle).mean() > target
+        low, high = (low, middle) if above else (middle, high)
+    return (low + high) / 2
 
 
 @jax.jit

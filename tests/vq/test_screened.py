@@ -12,7 +12,7 @@ from logitjax.models import Decoder, DecoderConfig
 from logitjax.ops import Codes
 from logitjax.vq import ProductHead, ScreenedHead, VQHead
 from logitjax.vq._loss import code_scores
-from logitjax.vq._screened import rescored, row_errors
+from logitjax.vq._screened import fitted_tail, rescored, row_errors
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -75,6 +75,26 @@ def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
     everything = screened_logits(_screen(case, VOCAB), case["hidden"])
     np.testing.assert_allclose(everything, case["full"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_tail_keeps_the_screen_s_scores_of_all_others(case):
+    cheap = np.asarray(low_rank_logits_of(case["hidden"], *case["low"]))
+    head = ScreenedHead(case["screen"], rows=case["rows"], num_candidates=12, tail=0.5)
+    logits = np.asarray(screened_logits(head, case["hidden"]))
+    others = np.argsort(-cheap, axis=-1)[:, 12:]
+    seen = np.take_along_axis(logits, others, 1)
+    np.testing.assert_allclose(seen, np.take_along_axis(cheap, others, 1) + 0.5, rtol=1e-5)
+
+
+def test_a_fitted_tail_has_the_full_head_s_mass(case):
+    head = _screen(case, 12)
+    head.tail = fitted_tail(head, Head(case["rows"], vocab_axis=0), case["hidden"])
+    probs = np.exp(log_softmax(screened_logits(head, case["hidden"])))
+    cheap = np.asarray(low_rank_logits_of(case["hidden"], *case["low"]))
+    others = np.argsort(-cheap, axis=-1)[:, 12:]
+    want = np.exp(log_softmax(case["full"]))
+    seen, want = (np.take_along_axis(p, others, 1).sum(-1).mean() for p in (probs, want))
+    assert seen == pytest.approx(want, rel=1e-4)
 
 
 def test_a_number_that_the_context_adds_to_the_screen_changes_nothing(case):
