@@ -136,7 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # VQ-Logits itself: reassignment, and models from scratch.
     "report": dict(
-        arm=("vq_bias", "vq_likelihood"),
+        arm=("vq_paper", "vq_plain", "vq_bias", "vq_likelihood", "adaptive"),
         codes=(2048, 512),
         seeds=3,
         learning_rate=(1e-3, 3e-3),

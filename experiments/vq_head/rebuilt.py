@@ -22,7 +22,7 @@ def flash(ctx: Context, trial: Trial) -> Variants:
     read, or twice and four times as many. Bytes are counted for centres and rows of bfloat16, as
     it is published, though both are float32 here. It has no probabilities.
     """
-    members, centres = balanced_clusters(ctx.rows, _CLUSTER, seed=0)
+    members, centres = balanced_clusters(ctx.rows, _CLUSTER, seed=trial.seed)
     arrays = {
         "rows": ctx.rows,
         "bias": ctx.row_bias,
