@@ -124,7 +124,7 @@ class ScreenedHead(VocabularyHead):
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
-        logits = self._look(hidden, embedding).joined()
+        logits = self._look(hidden, embedding).joined(self.tail)
         return logits.reshape(*jnp.shape(hidden)[:-1], logits.shape[-1])
 
     def nll(
@@ -184,9 +184,9 @@ class ScreenedHead(VocabularyHead):
 
             values, chosen = lax.cond(sure.all(), lambda: (values, chosen), full)
         # It would need a pass over V.
-        log_z = (
-            logsumexp(look.joined(self.tail)) if with_log_z else jnp.zeros(len(chosen), jnp.float32)
-        )
+        log_z = jnp.zeros(len(chosen), jnp.float32)
+        if with_log_z:
+            log_z = logsumexp(look.joined(self.tail))
         batch = jnp.shape(hidden)[:-1]
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
 
