@@ -291,9 +291,8 @@ def _screened_head(sample: _Sample) -> tuple[ScreenedHead, History]:
     params, history = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
     codes = ProductCodes(params[0], fit.codes, params[1])
     screened = sample.with_exact_rows(ProductHead.from_fit(codes, packed=True))
-    if screened.num_candidates < len(rows):
-        # A thousand positions settle one number.
-        screened.tail = fitted_tail(screened, sample.head, sample.hidden[:1024])
+    # A thousand positions settle one number.
+    screened.tail = fitted_tail(screened, sample.head, sample.hidden[:1024])
     return screened, history
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 import scipy.special
 from flax import nnx
 from jax import lax
@@ -287,13 +288,14 @@ def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
         return rest(exact), rest(look.scores)
 
     parts = [odds(jnp.asarray(hidden[at : at + 256])) for at in range(0, len(hidden), 256)]
-    wanted, odds_of_screen = (np.concatenate(x) for x in zip(*map(jax.device_get, parts)))
-    target, low, high = scipy.special.expit(wanted).mean(), -20.0, 20.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        above = scipy.special.expit(odds_of_screen + middle).mean() > target
-        low, high = (low, middle) if above else (middle, high)
-    return (low + high) / 2
+    wanted, rest = (np.concatenate(x) for x in zip(*map(jax.device_get, parts)))
+    share = scipy.special.expit(wanted).mean()
+
+    def error(tail: float) -> float:
+        return float(scipy.special.expit(rest + tail).mean() - share)
+
+    # Nothing to fit where nothing is left.
+    return float(scipy.optimize.brentq(error, -50, 50)) if error(-50) < 0 < error(50) else 0.0
 
 
 @jax.jit
