@@ -20,6 +20,8 @@ from experiments.vq_head.data import Context, Split, in_blocks
 
 #: Stretches of a split whose losses are kept separate: 250 of 14,000 positions each.
 UNITS = 56
+#: Learning rates that an arm tries at most.
+MOST_RATES = 5
 #: The fitting function of each arm.
 FITS = arms.FITS | {"flash": rebuilt.flash, "svd": rebuilt.svd, "faiss": rebuilt.faiss}
 
@@ -32,21 +34,25 @@ def run_arm(
     if arm == "faiss" and not importlib.util.find_spec("faiss"):
         logging.warning("faiss is left out: pip install faiss-cpu")
         return {"lr": 0.0, "tried": {}, "records": []}
-    rates = (0.0,) if arm in arms.UNTUNED else rates
-    best, made, tried = None, {}, {}
-    for rate in rates:
-        trial = arms.Trial(arm, codes, seed, rate)
-        variants = FITS[arm](ctx, trial)
-        if len(rates) > 1:
-            name = next(iter(variants))
-            scored = scores({name: variants[name]}, ctx.splits["validation"])
-            tried[str(rate)] = scored[name]["nll"]
-        if best is None or tried[str(rate)] <= min(tried.values()):
-            best, made = trial, variants
-    assert best is not None
+    waiting = [0.0] if arm in arms.UNTUNED else sorted(rates)
+    many, tried, best, made = len(waiting) > 1, {}, 0.0, {}
+    while waiting:
+        rate = waiting.pop(0)
+        variants = FITS[arm](ctx, arms.Trial(arm, codes, seed, rate))
+        name = next(iter(variants))
+        validation = {name: variants[name]}
+        tried[rate] = scores(validation, ctx.splits["validation"])[name]["nll"] if many else 0.0
+        if tried[rate] <= min(tried.values()):
+            best, made = rate, variants
+        low, high = min(tried), max(tried)
+        if many and not waiting and best in (low, high) and len(tried) < MOST_RATES:
+            # The best at an edge says that a better one may lie beyond.
+            waiting = [best * 3.0 if best == high else best / 3.0]
+    trial = arms.Trial(arm, codes, seed, best)
     if arm == "vq_likelihood" and seed == 0 and jax.process_index() == 0:
         made[arm].head.save(workdir / "heads" / f"{arm}_{codes}")
-    return {"lr": best.rate, "tried": tried, "records": records_of(ctx, best, made)}
+    tried = {str(rate): nll for rate, nll in tried.items()} if many else {}
+    return {"lr": best, "tried": tried, "records": records_of(ctx, trial, made)}
 
 
 def stretch(ctx: Context, name: str, seed: int) -> Split:
