@@ -179,6 +179,7 @@ def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, An
         batch_size=config.batch_size,
         learning_rate=trial.rate,
         seed=trial.seed,
+        candidates=config.candidates[0],
         **options,
     )
     return convert.fit(
