@@ -645,7 +645,7 @@ ELSEWHERE = {
         ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
-        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
+        heads.torch_linear vq.PagedHead vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         training.matmul_flops

@@ -5,6 +5,7 @@
   module.
 - `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.
 - `ScreenedHead`: better rows for the best tokens of a cheap head, with a certificate on request.
+- `PagedHead`: exact rows in pages that a sketch of them chooses, for accelerators.
 - `ConvertConfig.convert` replaces a model's head; its steps are `HiddenCache.of` and its methods,
   `ConvertConfig.fit` and `Tuning.run`.
 """
@@ -18,6 +19,7 @@ from logitjax.vq._heads import VQHead as VQHead
 from logitjax.vq._hidden_cache import HiddenCache as HiddenCache
 from logitjax.vq._loss import vq_logits as vq_logits
 from logitjax.vq._loss import vq_nll as vq_nll
+from logitjax.vq._paged import PagedHead as PagedHead
 from logitjax.vq._product_codes import ProductCodes as ProductCodes
 from logitjax.vq._product_head import ProductHead as ProductHead
 from logitjax.vq._screened import ScreenedHead as ScreenedHead

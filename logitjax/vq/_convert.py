@@ -20,13 +20,14 @@ from logitjax.storage import digest, guard, read_head
 from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
+from logitjax.vq._paged import PagedHead
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
 from logitjax.vq._screened import ScreenedHead, fitted_tail, row_errors
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
-Kind = Literal["vq", "screened", "int8", "int4", "certified"]
+Kind = Literal["vq", "screened", "int8", "int4", "certified", "paged"]
 # By name: values of each step, or of each reassignment.
 History = dict[str, list[float]]
 # Arrays of a `ScreenedHead` that are not its screen's.
@@ -58,6 +59,7 @@ class ConvertConfig:
             CPU. ``"int8"`` and ``"int4"``, rows as `ops.Codes`, a `heads.LinearHead`.
             ``"certified"``, int8 rows whose best ``candidates`` exact rows score again, and all
             others where these might not hold the best: a `ScreenedHead` with ``errors``.
+            ``"paged"``, for accelerators: a `PagedHead`.
         num_codes: number of clusters K of a `VQHead`.
         kmeans_iterations: number of iterations of Lloyd's algorithm.
         use_bias: Whether each token of a `VQHead` has a bias; the published head has none.
@@ -323,6 +325,11 @@ def _certified_head(sample: _Sample) -> tuple[ScreenedHead, History]:
     return head, {"loss": [], "moved": []}
 
 
+def _paged_head(sample: _Sample) -> tuple[PagedHead, History]:
+    head = PagedHead.fit(sample.head, sample.hidden, sample.targets)
+    return head, {"loss": [], "moved": []}
+
+
 def _linear(codes: Codes, bias: Array | None) -> LinearHead:
     vocab, width = codes.values.shape
     return LinearHead(width, vocab, kernel=dataclasses.replace(codes, outer_axis=1), bias=bias)
@@ -336,6 +343,7 @@ _KINDS: dict[str, Any] = {
     "int8": _coded_head,
     "int4": _coded_head,
     "certified": _certified_head,
+    "paged": _paged_head,
 }
 _SIZES = {"vq": "num_codes", "screened": "candidates", "certified": "candidates"}
 
@@ -356,6 +364,8 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         entries: Any = {name: tensors[name] for name in _EXACT if name in tensors}
         inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in entries}
         return ScreenedHead(_head_of(options.pop("screen"), inner, dtype), **options, **entries)
+    if record["kind"] == "PagedHead":
+        return PagedHead.of_record(tensors, dtype=dtype, **options)
     if record["kind"] == "ProductHead":
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
@@ -147,8 +146,8 @@ class PagedHead(VocabularyHead):
     """A head for accelerators: it reads a sketch of all rows, and whole pages of exact rows.
 
     A page is a block of memory with rows of alike tokens of about the same expected count, so that
-    the positions of a batch often need the same pages. A sketch of the rows, four bits a number in the
-    leading directions of the logits, predicts each page's probability. The likeliest pages are
+    the positions of a batch often need the same pages. A sketch of the rows, of four bits a number,
+    predicts each page's probability. The likeliest pages are
     read, once for up to 16 positions, which share them: their logits are those of the rows. All
     others are the sketch's, shifted as in a `ScreenedHead`. On TPUs kernels stream sketch and
     pages; elsewhere XLA multiplies, which on a CPU is slower than a `ScreenedHead`. ::
