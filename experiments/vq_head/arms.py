@@ -44,7 +44,6 @@ class Converted:
         cost: Counted, not timed.
         compiled: Whether the functions are JAX's.
         floor: For a VQ head, a lower bound of its perplexity without bias.
-        moved: Tokens that changed their code, by reassignment.
         head: The module, if it is one of the library.
         sure: `(arrays, hidden) -> [n]`, whether the best token is certain without a full read.
     """
@@ -55,7 +54,6 @@ class Converted:
     cost: heads.HeadCost
     compiled: bool = True
     floor: float | None = None
-    moved: tuple[float, ...] = ()
     head: Any = None
     sure: Callable[..., Any] | None = None
 
@@ -195,7 +193,7 @@ def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, An
 def _vq(ctx: Context, trial: Trial) -> Variants:
     method, use_bias = VQ_ARMS[trial.arm]
     likelihood = method == "likelihood"
-    head, history = _fit(
+    head, _ = _fit(
         ctx,
         trial,
         "vq",
@@ -221,7 +219,6 @@ def _vq(ctx: Context, trial: Trial) -> Variants:
         arrays=arrays,
         cost=head.cost(),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
-        moved=tuple(history["moved"]),
         head=head,
     )
     return {trial.arm: made}
@@ -274,8 +271,6 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
         constants=tables,
         mesh=ctx.mesh,
     )
-    ranks = np.asarray(tables["rank"])[train.labels]
-    labels_in = [float(((ranks >= start) & (ranks < stop)).mean()) for start, stop in options.tails]
 
     def decode(arrays: Any, hidden: Any) -> Any:
         return adaptive_topk(hidden, arrays, TOP).indices
@@ -284,7 +279,7 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
         outputs=lambda arrays, h, y: (adaptive_nll(h, arrays, y), decode(arrays, h)),
         decode=decode,
         arrays=params | tables,
-        cost=adaptive_cost(params, tables, labels_in),
+        cost=adaptive_cost(params, tables),
     )
     return {"adaptive": made}
 

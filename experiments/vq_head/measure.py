@@ -142,7 +142,6 @@ def _described(ctx: Context, trial: arms.Trial, name: str, converted: arms.Conve
         "seed": trial.seed,
         "lr": trial.rate,
         "floor": converted.floor,
-        "moved": list(converted.moved),
         "decode_ms": 1e3 * statistics.median(new),
         "faster": {key: paired_ratio(times, new) for key, times in seconds.items()},
         "fastest": fastest,

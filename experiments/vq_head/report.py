@@ -71,14 +71,13 @@ def _row(group: Group, ctx: Context) -> dict[str, Any]:
         row[f"perplexity x{text}"] = _known(part, "ratio")
         row[f"top-1 %{text}"] = spread(part, "top1", 100)
         row[f"top-5 %{text}"] = spread(part, "top5", 100)
-    row |= {
+    return row | {
         "times faster": spread(group, "decode_speedup"),
         "times 8 bits": mean_and_spread([record["faster"]["int8"] for record in group]),
         "full reads %": spread(other or group, "full_reads", 100),
         "learning rate": first["lr"] or None,
         "floor": first["floor"],
     }
-    return {name: value for name, value in row.items() if name != "floor" or value is not None}
 
 
 def _known(part: Group, name: str) -> str | None:
