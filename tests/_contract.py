@@ -617,7 +617,7 @@ ELSEWHERE = {
         ops.Static ops.Codes models.quantize losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
-        vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
+        vq.ConvertConfig vq.Tuning distillation.LayerPruning
         distillation.Objective
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -645,7 +645,7 @@ ELSEWHERE = {
         ops.neginf_to_zero""",
     "modules, whose arrays go through the functions above": """
         heads.LinearHead heads.TiedHead heads.VocabularyHead
-        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead
+        heads.torch_linear vq.PagedHead vq.VQHead vq.ProductHead vq.ScreenedHead
         distillation.DualHead models.Decoder vision.ImageClassifier""",
     "functions of functions, models, texts or files": """
         training.matmul_flops

@@ -1,8 +1,6 @@
-"""Vector-quantised heads beside full, blocked and adaptive ones: decoding and the training loss.
+"""Vector-quantised heads beside full and blocked ones: decoding and the training loss.
 
-Weights are random: nothing timed here depends on their values, except for adaptive softmax, where a
-tail's cost depends on how often it is used. Its labels follow Zipf's law; in decoding its random
-head needs nearly every tail, which a trained one does not.
+Weights are random: nothing timed here depends on their values.
 """
 
 import functools
@@ -10,16 +8,15 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.shared import figures, suite
+from experiments.shared import suite
 from experiments.shared.timing import paired_ratio, paired_seconds
-from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll, adaptive_topk
 from logitjax import losses, ops, vq
 
 #: Hidden size, vocabulary, codes.
@@ -45,19 +42,12 @@ def _case(hidden: int, vocab: int, codes: int, count: int) -> dict[str, Any]:
         "bias": jnp.asarray(np.log(zipf), jnp.float32),
         "assignment": jnp.asarray(rng.permutation(np.arange(vocab) % codes).astype(np.int32)),
         "labels": jnp.asarray(rng.choice(vocab, size=count, p=zipf).astype(np.int32)),
-        "unigram": zipf,
     }
-
-
-def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
-    config = AdaptiveConfig(vocab_size=vocab, hidden_size=hidden, cutoffs=(vocab // 25, vocab // 5))
-    return config.init(jax.random.key(0), unigram)
 
 
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
     tables = vq.VQTables.of(bias, case["assignment"], codes, width=TOP)
-    adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
     candidates = min(512, rows.shape[0] // 8)
     vocab, hidden = rows.shape
     part = 3 if hidden % 3 == 0 else 4
@@ -75,17 +65,13 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def product(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         packed, rows = weights
-        screen = vq.Screen(cheap=packed.logits, rescore=rows, num_candidates=candidates)
+        screen = vq.ScreenedHead(packed.logits, rows=rows, num_candidates=candidates)
         return screen.top_k(h, TOP, with_log_z=False)
-
-    def tails(h: jax.Array, params: Any) -> Any:
-        return adaptive_topk(h, params, TOP)
 
     weights = {
         "full": (full, rows),
         "vq": (of_codes, (codebook, tables)),
         "packed product screen": (product, (packed, rows)),
-        "adaptive": (tails, adaptive),
     }
     return {
         name: functools.partial(lambda f, w, h: f(h, w), jax.jit(f), w)
@@ -96,8 +82,6 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     labels, assignment = case["labels"], case["assignment"]
     hidden, rows, codebook, bias = (case[k] for k in ("hidden", "rows", "codebook", "bias"))
-    adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
-    tables = {name: adaptive.pop(name) for name in ("order", "rank")}
 
     def full(h: jax.Array, rows: jax.Array) -> jax.Array:
         return losses.cross_entropy(losses.Head(rows, vocab_axis=0).logits(h), labels).mean()
@@ -108,19 +92,11 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
     def vq_loss(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
         return vq.vq_nll(h, codebook, bias, assignment, labels).mean()
 
-    def adaptive_loss(h: jax.Array, params: Any) -> jax.Array:
-        return adaptive_nll(h, params | tables, labels).mean()
-
     return {
         "full": (jax.value_and_grad(full, (0, 1)), (hidden, rows)),
         "blocked": (jax.value_and_grad(blocked, (0, 1)), (hidden, rows)),
         "vq": (jax.value_and_grad(vq_loss, (0, 1, 2)), (hidden, codebook, bias)),
-        "adaptive": (jax.value_and_grad(adaptive_loss, (0, 1)), (hidden, adaptive)),
     }
-
-
-def _exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -> dict[str, float]:
@@ -165,8 +141,7 @@ fit = vq.fit_assignment(
 )
 jax.block_until_ready(fit)
 seconds = time.perf_counter() - start
-used = len(set(fit.assignment.tolist()))
-print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before, "used": used}))
+print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before}))
 """
 
 
@@ -227,16 +202,16 @@ def run(options: suite.Options) -> suite.Result:
                 bars.append(suite.at_least("training speed-up", ratio, 15))
                 bars.append(suite.at_most("training temp memory", share, 1 / 15))
         del case, compared, jitted
-    growth, picture = _growth(options)
+    growth = _growth(options)
     rows += growth["rows"]
     fit, fit_bar = _fit(options)
     rows.append(fit)
     if not options.smoke:
         bars += [*growth["bars"], fit_bar]
-    return suite.Result(rows=rows, bars=bars, pictures={"growth": picture})
+    return suite.Result(rows=rows, bars=bars)
 
 
-def _growth(options: suite.Options) -> tuple[dict[str, Any], figures.Picture]:
+def _growth(options: suite.Options) -> dict[str, Any]:
     """Powers by which times grow with V at fixed K and with K at fixed V."""
     hidden, count = (32, 64) if options.smoke else (1024, 512)
     vocab, codes = (2_000, 64) if options.smoke else (152_064, 4096)
@@ -247,24 +222,14 @@ def _growth(options: suite.Options) -> tuple[dict[str, Any], figures.Picture]:
     seen_codes = [_vq_seconds(hidden, vocab, k, count, repeats) for k in by_codes]
     rows, bars = [], []
     for what in ("train", "decode"):
-        in_vocab = _exponent(by_vocab, [s[what] for s in seen_vocab])
-        in_codes = _exponent(by_codes, [s[what] for s in seen_codes])
-        rows.append({"what": f"{what}: time ~ V^a", "d": hidden, "head": "vq", "power": in_vocab})
-        rows.append({"what": f"{what}: time ~ K^a", "d": hidden, "head": "vq", "power": in_codes})
-        bars.append(suite.at_most(f"{what}: power of V", in_vocab, 0.25))
-        bars.append(suite.at_least(f"{what}: power of K", in_codes, 0.6))
-    panels = []
-    for what in ("train", "decode"):
-        series = [
-            figures.Series(name=name, runs=[[(s, 1e3 * t[what]) for s, t in zip(sizes, seen)]])
-            for name, sizes, seen in (
-                ("V, at fixed K", by_vocab, seen_vocab),
-                ("K, at fixed V", by_codes, seen_codes),
-            )
-        ]
-        panels.append(
-            figures.Panel(title=what, x="V or K", y="milliseconds", log="xy", series=series)
-        )
+        for name, sizes, seen in (("V", by_vocab, seen_vocab), ("K", by_codes, seen_codes)):
+            seconds = [times[what] for times in seen]
+            power = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+            row = {"what": f"{what}: time ~ {name}^a", "d": hidden, "head": "vq", "power": power}
+            rows.append(row)
+            bound = suite.at_most if name == "V" else suite.at_least
+            limit = 0.25 if name == "V" else 0.6
+            bars.append(bound(f"{what}: power of {name}", power, limit))
     if any(not math.isfinite(row["power"]) for row in rows):
         raise ValueError("growth: a timing came out as zero")
-    return {"rows": rows, "bars": bars}, figures.Picture(panels=panels)
+    return {"rows": rows, "bars": bars}

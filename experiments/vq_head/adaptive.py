@@ -4,7 +4,6 @@ Grave et al., Efficient softmax approximation for GPUs, 2017 (arXiv:1609.04309).
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -169,21 +168,15 @@ def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
     return ops.TopK(values, jnp.asarray(params["order"])[ranks], jnp.zeros(values.shape[:-1]))
 
 
-def adaptive_cost(
-    params: dict[str, Any], tables: dict[str, Any], labels_in: Sequence[float]
-) -> heads.HeadCost:
-    """Return its cost if decoding computes every tail, given the share of labels in each."""
-    sizes = [sum(x.size for x in tail.values()) for tail in params["tails"]]
-    head = params["head"].size + params["head_bias"].size
-    read = head + sum(sizes)
-    train = head + sum(size * often for size, often in zip(sizes, labels_in))
-    itemsize = params["head"].dtype.itemsize
+def adaptive_cost(params: dict[str, Any], tables: dict[str, Any]) -> heads.HeadCost:
+    """Return its cost if every tail is computed."""
+    size, itemsize = sum(x.size for x in jax.tree.leaves(params)), params["head"].dtype.itemsize
     return heads.HeadCost(
-        parameters=read,
-        stored_bytes=read * itemsize + 2 * tables["order"].size * 4,
-        read_bytes=read * itemsize,
-        decode_flops=2 * read,
-        train_flops=int(6 * train),
+        parameters=size,
+        stored_bytes=size * itemsize + 2 * tables["order"].size * 4,
+        read_bytes=size * itemsize,
+        decode_flops=2 * size,
+        train_flops=6 * size,
     )
 
 

@@ -1,7 +1,8 @@
 """Converting one head into each of its cheaper relatives, all with the same budget."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ from logitjax import heads, losses, ops, vq
 VQ_ARMS: Mapping[str, tuple[Any, bool]] = {
     "vq_paper": ("kmeans", False),
     "vq_plain": ("weighted_kmeans", False),
-    "vq_random": ("random", True),
     "vq_bias": ("weighted_kmeans", True),
     "vq_likelihood": ("likelihood", True),
 }
+TOP = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,78 +39,125 @@ class Converted:
     """A converted head as functions of arrays.
 
     Attributes:
-        nll: `(arrays, hidden, labels) -> [n]`.
-        top_k: `(arrays, hidden) -> tokens [n, 5]`.
-        params: Arrays that training would train.
-        given: The other arrays.
+        outputs: `(arrays, hidden, labels) -> losses [n], tokens [n, 5]`.
+        decode: `(arrays, hidden) -> tokens [n, 5]`, as when decoding.
         cost: Counted, not timed.
-        trains: Whether training it is of interest; not for a screen with exact rows, which has
-            nothing of its own to train, nor for packed codes, which train like unpacked ones.
+        compiled: Whether the functions are JAX's.
         floor: For a VQ head, a lower bound of its perplexity without bias.
-        curve: Training loss by step.
-        moved: Tokens that changed their code, by reassignment.
-        head: The module, if it is a VQ head.
-        logits: `(arrays, hidden) -> [n, vocab]`, for a head that can screen.
-        lookup: Like `logits`, if decoding computes the same numbers differently.
-        decode: Like `top_k`, computed that way.
+        head: The module, if it is one of the library.
+        sure: `(arrays, hidden) -> [n]`, whether the best token is certain without a full read.
     """
 
-    nll: Callable[..., Any]
-    top_k: Callable[..., Any]
-    params: Mapping[str, Any]
-    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    outputs: Callable[..., Any]
+    decode: Callable[..., Any]
+    arrays: Any
     cost: heads.HeadCost
-    trains: bool = True
+    compiled: bool = True
     floor: float | None = None
-    curve: tuple[float, ...] = ()
-    moved: tuple[float, ...] = ()
     head: Any = None
-    logits: Callable[..., Any] | None = None
-    lookup: Callable[..., Any] | None = None
-    decode: Callable[..., Any] | None = None
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        return {**self.params, **self.given}
+    sure: Callable[..., Any] | None = None
 
 
-def convert(ctx: Context, trial: Trial) -> Converted:
-    """Fits and tunes one arm."""
-    return FITS[trial.arm](ctx, trial)
+#: Heads by the name of their rows in tables; the first one chooses the learning rate.
+Variants = dict[str, Converted]
+
+
+def of_logits(logits: Callable[..., Any], arrays: Any, cost: heads.HeadCost) -> Converted:
+    """A head that is its logits, `(arrays, hidden) -> [n, vocab]`."""
+
+    def outputs(arrays: Any, hidden: Any, labels: Any) -> Any:
+        scores = logits(arrays, hidden)
+        return losses.cross_entropy(scores, labels), ops.top_k(scores, TOP)[1]
+
+    def decode(arrays: Any, hidden: Any) -> Any:
+        return ops.top_k(logits(arrays, hidden), TOP)[1]
+
+    return Converted(outputs=outputs, decode=decode, arrays=arrays, cost=cost)
+
+
+def of_head(ctx: Context, head: Any) -> Converted:
+    """A head of the library, which scores again with the old rows."""
+    graphdef, state = nnx.split(head)
+    rows, exact = ctx.rows, isinstance(head, vq.ScreenedHead)
+    certified = exact and head.errors is not None
+    options: dict[str, Any] = {"with_log_z": False} if exact else {}
+
+    def outputs(arrays: Any, hidden: Any, labels: Any) -> Any:
+        head = nnx.merge(graphdef, arrays["head"])
+        scores = head(hidden, arrays["rows"])
+        tokens = head.top_k(hidden, TOP, arrays["rows"], **options).indices
+        return losses.cross_entropy(scores, labels), tokens
+
+    def decode(arrays: Any, hidden: Any) -> Any:
+        head = nnx.merge(graphdef, arrays["head"])
+        return head.top_k(hidden, TOP, arrays["rows"], **options).indices
+
+    def sure(arrays: Any, hidden: Any) -> Any:
+        return nnx.merge(graphdef, arrays["head"]).certified(hidden, 1, arrays["rows"])
+
+    cost = head.cost(rows)
+    if not ctx.tied and getattr(head, "rows", True) is None:
+        # Rows that score again have to be kept where no embedding is.
+        cost = dataclasses.replace(cost, stored_bytes=cost.stored_bytes + rows.nbytes)
+    return Converted(
+        outputs=outputs,
+        decode=decode,
+        arrays={"head": state, "rows": rows},
+        cost=cost,
+        head=head,
+        sure=sure if certified else None,
+    )
 
 
 def full(ctx: Context) -> Converted:
     """The original head."""
-    params = {"kernel": ctx.rows}
-    if ctx.row_bias is not None:
-        params["bias"] = ctx.row_bias
-    return _linear(params, {}, _full_cost(ctx, bias=ctx.row_bias is not None))
+    arrays = {"kernel": ctx.rows, "bias": ctx.row_bias}
+    return of_logits(_linear_logits, arrays, cost_of(ctx, ctx.rows.nbytes))
 
 
-def tune(
-    ctx: Context,
-    trial: Trial,
-    loss: Callable[..., Any],
-    params: Any,
-    arrays: list[np.ndarray],
-    constants: Any,
-) -> tuple[Any, tuple[float, ...]]:
-    """Tuned parameters and the loss by step, with the budget that all arms share."""
-    tuning = _tuning(ctx, trial)
-    params, curve, _ = tuning.run(loss, params, arrays, constants=constants, mesh=ctx.mesh)
-    return params, tuple(curve)
+@functools.lru_cache(maxsize=1)
+def references(ctx: Context) -> Variants:
+    """Heads that every other one is timed beside."""
+    return {"float32": full(ctx), "bf16": _narrow(ctx), "int8": _eight_bits(ctx)}
 
 
-def _tuning(ctx: Context, trial: Trial) -> vq.Tuning:
-    config = ctx.config
-    return vq.Tuning(
-        steps=config.steps, batch_size=config.batch_size, learning_rate=trial.rate, seed=trial.seed
+def _narrow(ctx: Context) -> Converted:
+    rows = jax.jit(lambda rows: rows.astype(jnp.bfloat16))(ctx.rows)
+
+    def logits(arrays: Any, hidden: Any) -> Any:
+        # On a CPU, a bfloat16 product of one row takes ten times as long as one of two.
+        twice = jnp.concatenate([hidden, hidden]) if len(hidden) == 1 else hidden
+        scores = _linear_logits(arrays, twice.astype(jnp.bfloat16))
+        return scores[: len(hidden)].astype(jnp.float32)
+
+    return of_logits(logits, {"kernel": rows, "bias": ctx.row_bias}, cost_of(ctx, rows.nbytes))
+
+
+def _eight_bits(ctx: Context) -> Converted:
+    codes = jax.jit(lambda rows: ops.Codes.of(rows, "int8"))(ctx.rows)
+
+    def logits(arrays: Any, hidden: Any) -> Any:
+        scores = arrays["codes"].product(hidden)
+        return scores if arrays["bias"] is None else scores + arrays["bias"]
+
+    arrays = {"codes": codes, "bias": ctx.row_bias}
+    return of_logits(logits, arrays, cost_of(ctx, codes.nbytes))
+
+
+def cost_of(ctx: Context, stored: float, read: float | None = None) -> heads.HeadCost:
+    """The cost of a head that is known by its bytes."""
+    size = ctx.rows.size
+    return heads.HeadCost(
+        parameters=size,
+        stored_bytes=int(stored),
+        read_bytes=int(stored if read is None else read),
+        decode_flops=2 * size,
+        train_flops=6 * size,
     )
 
 
-def cost_of(head: Callable[..., Any], *sizes: int, **options: Any) -> heads.HeadCost:
-    """The cost of a head of these sizes, without making its arrays."""
-    return nnx.eval_shape(lambda: head(*sizes, **options, rngs=nnx.Rngs(0))).cost()
+def _linear_logits(arrays: Any, hidden: Any) -> Any:
+    return losses.Head(arrays["kernel"], arrays["bias"], vocab_axis=0).logits(hidden)
 
 
 def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Array:
@@ -119,193 +167,133 @@ def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Arr
     )
 
 
-def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.ProductCodes:
-    """Codes of the old rows, and a bias that corrects their error at the mean state."""
-    result = vq.ProductCodes.fit(
-        ctx.rows,
-        ctx.unigram,
-        ctx.statistics.cov,
-        groups=groups,
-        num_codes=min(num_codes, ctx.vocab),
-        key=jax.random.key(seed),
-        iterations=ctx.config.kmeans_iterations,
-    )
-    bias = (ctx.rows - result.kernel()) @ ctx.statistics.mean
-    bias = bias if ctx.row_bias is None else bias + ctx.row_bias
-    return dataclasses.replace(result, bias=bias)
-
-
-def _vq(ctx: Context, trial: Trial) -> Converted:
-    config, train, codes = ctx.config, ctx.splits["train"], trial.codes
-    method, use_bias = VQ_ARMS[trial.arm]
-    options = vq.ConvertConfig(
-        num_codes=codes,
-        use_bias=use_bias,
+def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, Any]:
+    """A head of the library, and its history, with the budget that all arms share."""
+    config, train, start = ctx.config, ctx.splits["train"], options.pop("start", None)
+    convert = vq.ConvertConfig(
+        kind=kind,
+        kmeans_iterations=config.kmeans_iterations,
         steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=trial.rate,
-        reassign_every=config.reassign_every if method == "likelihood" else 0,
         seed=trial.seed,
+        candidates=config.candidates[0],
+        **options,
     )
-    head, history = options.fit(
+    return convert.fit(
         losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0),
         train.hidden,
         train.targets,
         statistics=ctx.statistics,
-        start=ctx.fit("weighted_kmeans" if method == "likelihood" else method, codes, trial.seed),
+        start=start,
         mesh=ctx.mesh,
     )
-    bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
-    params = {"codebook": head.codebook[...], "bias": bias}
+
+
+def _vq(ctx: Context, trial: Trial) -> Variants:
+    method, use_bias = VQ_ARMS[trial.arm]
+    likelihood = method == "likelihood"
+    head, _ = _fit(
+        ctx,
+        trial,
+        "vq",
+        num_codes=trial.codes,
+        use_bias=use_bias,
+        reassign_every=ctx.config.reassign_every if likelihood else 0,
+        start=ctx.fit("weighted_kmeans" if likelihood else method, trial.codes, trial.seed),
+    )
     assignment = head.assignment[...]
-    tables = vq.VQTables.of(params["bias"], assignment, codes, width=5)
+    bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
+    arrays = {"codebook": head.codebook[...], "bias": bias, "assignment": assignment}
+    arrays["tables"] = vq.VQTables.of(bias, assignment, trial.codes, width=TOP)
 
-    def top_k(arrays: Any, hidden: Any) -> Any:
-        return arrays["tables"].top_k(hidden, arrays["codebook"], 5).indices
+    def decode(arrays: Any, hidden: Any) -> Any:
+        return arrays["tables"].top_k(hidden, arrays["codebook"], TOP).indices
 
-    return Converted(
-        nll=lambda arrays, hidden, labels: label_loss(arrays, arrays, hidden, labels),
-        top_k=top_k,
-        params=params,
-        given={"assignment": assignment, "tables": tables},
-        cost=cost_of(vq.VQHead, ctx.width, ctx.vocab, codes, use_bias=use_bias),
+    def outputs(arrays: Any, hidden: Any, labels: Any) -> Any:
+        return label_loss(arrays, arrays, hidden, labels), decode(arrays, hidden)
+
+    made = Converted(
+        outputs=outputs,
+        decode=decode,
+        arrays=arrays,
+        cost=head.cost(),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
-        curve=tuple(history["loss"]),
-        moved=tuple(history["moved"]),
         head=head,
     )
+    return {trial.arm: made}
 
 
-def _linear_logits(arrays: Any, hidden: Any) -> Any:
-    return losses.Head(arrays["kernel"], arrays.get("bias"), vocab_axis=0).logits(hidden)
+def _screens(
+    ctx: Context, name: str, screen: Any, counts: Sequence[int], tail: float = 0.0
+) -> Variants:
+    """A head of the library, and with exact rows for each number of candidates."""
+    made, more = {name: of_head(ctx, screen)}, {"row_bias": ctx.row_bias, "tail": tail}
+    for count in counts:
+        head = vq.ScreenedHead(screen, num_candidates=count, **more)
+        made[f"{name}+{count}"] = of_head(ctx, head)
+    return made
 
 
-def _linear_nll(arrays: Any, hidden: Any, labels: Any) -> Any:
-    head = losses.Head(arrays["kernel"], arrays.get("bias"), vocab_axis=0)
-    return losses.linear_cross_entropy(hidden, head, labels)
+def _screened(ctx: Context, trial: Trial) -> Variants:
+    head = _fit(ctx, trial, "screened")[0]
+    # Much the same number for few candidates and many.
+    return _screens(ctx, "packed", head.screen, ctx.config.candidates, head.tail or 0.0)
 
 
-def _top_5(logits: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda arrays, hidden: ops.top_k(logits(arrays, hidden), 5)[1]
+def _rounded(ctx: Context, trial: Trial) -> Variants:
+    counts = ctx.config.candidates[1:2] if trial.arm == "int4" else ()
+    return _screens(ctx, trial.arm, _fit(ctx, trial, trial.arm)[0], counts)
 
 
-def _linear(params: Any, given: Any, cost: heads.HeadCost, **changes: Any) -> Converted:
-    return Converted(
-        nll=_linear_nll,
-        top_k=_top_5(_linear_logits),
-        params=params,
-        given=given,
-        cost=cost,
-        logits=_linear_logits,
-        **changes,
-    )
+def _as_fitted(ctx: Context, trial: Trial) -> Variants:
+    return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm)[0])}
 
 
-def _product(ctx: Context, trial: Trial) -> Converted:
-    config, packed = ctx.config, trial.arm == "packed_product"
-    groups = config.packed_groups if packed else config.product_groups
-    fit = product_codes(ctx, groups, 16 if packed else config.product_codes, trial.seed)
-
-    def head_of(params: Any, codes: Any) -> losses.Head:
-        rows = vq.ProductCodes(params["codebooks"], codes).kernel()
-        return losses.Head(rows, params["bias"], vocab_axis=0)
-
-    start = {"codebooks": fit.codebooks, "bias": fit.bias}
-    train, tuning = ctx.splits["train"], _tuning(ctx, trial)
-    sample = (train.hidden, train.targets)
-    params, curve = tuning.imitate(head_of, start, *sample, ctx.mesh, constants=fit.codes)
-    num_codes = fit.codebooks.shape[1]
-    shape: Any = dict(groups=groups, num_codes=num_codes, packed=packed)
-    cost = cost_of(vq.ProductHead, ctx.width, ctx.vocab, **shape)
-    tuned = vq.ProductCodes(params["codebooks"], fit.codes, params["bias"])
-    if packed:
-        return _packed(tuned, cost, tuple(curve))
-
-    def lookup(arrays: Any, hidden: Any) -> Any:
-        """The sums of `_linear_logits`, with less to read."""
-        return dataclasses.replace(arrays["product"], bias=arrays["bias"]).logits(hidden)
-
-    real = {"kernel": jax.jit(vq.ProductCodes.kernel)(tuned), "bias": params["bias"]}
-    given = {"product": dataclasses.replace(tuned, bias=None)}
-    ways: Any = dict(lookup=lookup, decode=_top_5(lookup))
-    return _linear(real, given, cost, curve=tuple(curve), **ways)
-
-
-def _packed(codes: vq.ProductCodes, cost: heads.HeadCost, curve: tuple[float, ...]) -> Converted:
-    """The same codes, two a byte; everything is measured with the logits used in decoding."""
-
-    def logits(arrays: Any, hidden: Any) -> Any:
-        return arrays["packed"].logits(hidden)
-
-    return Converted(
-        nll=lambda arrays, h, y: losses.cross_entropy(logits(arrays, h), y),
-        top_k=_top_5(logits),
-        params={},
-        given={"packed": codes.packed()},
-        cost=cost,
-        trains=False,
-        curve=curve,
-        logits=logits,
-    )
-
-
-def _adaptive(ctx: Context, trial: Trial) -> Converted:
+def _adaptive(ctx: Context, trial: Trial) -> Variants:
     """Trained on labels: its log-probabilities are not linear in the old head's sums."""
-    train, vocab = ctx.splits["train"], ctx.vocab
+    train, vocab, config = ctx.splits["train"], ctx.vocab, ctx.config
     options = AdaptiveConfig(
         vocab_size=vocab,
         hidden_size=ctx.width,
         cutoffs=(vocab // 24, vocab // 5),
-        div_value=ctx.config.adaptive_div,
+        div_value=config.adaptive_div,
     )
     params = options.fit(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov)
     tables = {name: params.pop(name) for name in ("order", "rank")}
-    params, curve = tune(
-        ctx,
-        trial,
+    tuning = vq.Tuning(
+        steps=config.steps, batch_size=config.batch_size, learning_rate=trial.rate, seed=trial.seed
+    )
+    params, _, _ = tuning.run(
         lambda params, tables, h, y: adaptive_nll(h, params | tables, y),
         params,
         [train.hidden, train.labels],
-        tables,
-    )
-    ranks = np.asarray(tables["rank"])[train.labels]
-    labels_in = [float(((ranks >= start) & (ranks < stop)).mean()) for start, stop in options.tails]
-    return Converted(
-        nll=lambda arrays, h, y: adaptive_nll(h, arrays, y),
-        top_k=lambda arrays, h: adaptive_topk(h, arrays, 5).indices,
-        params=params,
-        given=tables,
-        cost=adaptive_cost(params, tables, labels_in),
-        curve=curve,
+        constants=tables,
+        mesh=ctx.mesh,
     )
 
+    def decode(arrays: Any, hidden: Any) -> Any:
+        return adaptive_topk(hidden, arrays, TOP).indices
 
-def _full_cost(ctx: Context, *, bias: bool) -> heads.HeadCost:
-    if ctx.tied:
-        start = jnp.zeros(ctx.vocab) if bias else None
-        return heads.TiedHead(bias=start).cost(ctx.rows)
-    return cost_of(heads.LinearHead, ctx.width, ctx.vocab, use_bias=bias)
-
-
-def _full(ctx: Context, trial: Trial) -> Converted:
-    """The control: the effect of tuning a full head's biases on the labels of the text."""
-    train, constants = ctx.splits["train"], {"kernel": ctx.rows}
-    params = {"bias": jnp.zeros(ctx.vocab) if ctx.row_bias is None else ctx.row_bias}
-    params, curve = tune(
-        ctx,
-        trial,
-        lambda params, constants, h, y: _linear_nll(params | constants, h, y),
-        params,
-        [train.hidden, train.labels],
-        constants,
+    made = Converted(
+        outputs=lambda arrays, h, y: (adaptive_nll(h, arrays, y), decode(arrays, h)),
+        decode=decode,
+        arrays=params | tables,
+        cost=adaptive_cost(params, tables),
     )
-    return _linear(params | constants, {}, _full_cost(ctx, bias=True), curve=curve)
+    return {"adaptive": made}
 
 
-#: The fitting function of each arm.
-FITS: Mapping[str, Callable[[Context, Trial], Converted]] = {
+#: The fitting function of each arm that the library or this folder has a head for.
+FITS: dict[str, Callable[[Context, Trial], Variants]] = {
     **dict.fromkeys(VQ_ARMS, _vq),
-    **dict.fromkeys(("product", "packed_product"), _product),
+    "full": lambda ctx, _: {"full": full(ctx)},
+    "bf16": lambda ctx, _: {"bf16": references(ctx)["bf16"]},
+    "int8_plain": lambda ctx, _: {"int8_plain": references(ctx)["int8"]},
+    **dict.fromkeys(("int8", "int4"), _rounded),
+    "screened": _screened,
+    **dict.fromkeys(("certified", "paged"), _as_fitted),
     "adaptive": _adaptive,
-    "full_bias_labels": _full,
 }
+#: Arms that no learning rate changes.
+UNTUNED = ("full", "bf16", "int8_plain", "certified", "paged", "flash", "svd", "faiss")

@@ -5,17 +5,24 @@ from typing import Any
 
 from logitjax.commands.cli import field
 
-# Each arm's name in tables, and beside lines of a picture, where there is less room.
+# Each head's name in tables; screens are named by the head that screens.
 NAMES = {
-    "vq_paper": ("VQ as published: k-means over rows, no bias", "VQ as published"),
-    "vq_plain": ("VQ, weighted k-means, no bias", "VQ, weighted"),
-    "vq_random": ("VQ + bias, random mapping", "VQ + bias, random"),
-    "vq_bias": ("VQ + bias, weighted k-means", "VQ + bias"),
-    "vq_likelihood": ("VQ + bias, likelihood reassignment", "VQ + bias, reassigned"),
-    "product": ("product quantisation + bias", "product codes"),
-    "packed_product": ("product quantisation, 16 codes a group, + bias", "packed product codes"),
-    "adaptive": ("adaptive softmax, tuned on labels", "adaptive softmax"),
-    "full_bias_labels": ("full head, biases tuned on labels (control)", "tuned biases"),
+    "full": "full head, float32",
+    "bf16": "bfloat16 rows",
+    "int8_plain": "8-bit rows",
+    "int8": "8-bit rows, tuned biases",
+    "int4": "4-bit rows, tuned biases",
+    "packed": "packed product codes",
+    "certified": "8-bit rows, certified, exact rows",
+    "paged": "pages of rows",
+    "vq_paper": "VQ as published: k-means over rows, no bias",
+    "vq_plain": "VQ, weighted k-means, no bias",
+    "vq_bias": "VQ + bias, weighted k-means",
+    "vq_likelihood": "VQ + bias, likelihood reassignment",
+    "flash": "FlashHead, rebuilt",
+    "svd": "SVD-softmax, rebuilt",
+    "faiss": "FAISS IndexPQFastScan, exact rows",
+    "adaptive": "adaptive softmax, tuned on labels",
 }
 SCRATCH_NAMES = {
     "full_bias": "full softmax + bias (control)",
@@ -25,7 +32,13 @@ SCRATCH_NAMES = {
     "vq_plain": "VQ without bias, mapping from pretrained rows *",
     "adaptive": "adaptive softmax",
 }
-ARMS, SCRATCH_ARMS = tuple(NAMES), tuple(SCRATCH_NAMES)
+#: Arms of the comparison of heads; the others are those of VQ-Logits' claims.
+HEADS = (
+    *("bf16", "int8_plain", "int8", "int4", "screened", "certified", "paged"),
+    *("vq_likelihood", "flash", "svd", "faiss"),
+)
+ARMS = (*HEADS, "vq_paper", "vq_plain", "vq_bias", "adaptive")
+SCRATCH_ARMS = tuple(SCRATCH_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,7 @@ class Config:
 
     model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
     data: str = field("tfds:wiki_summaries", "Text to fit on: text:PATH, jsonl:PATH or tfds:NAME.")
+    test_data: str = field("", "Text of another kind to report on too.")
     splits: tuple[str, ...] = field(
         ("train", "validation", "test"), "Splits of a tfds data set to fit, choose and report on."
     )
@@ -51,13 +65,8 @@ class Config:
     batch_size: int = field(1024, "Number of positions in a step.")
     reassign_every: int = field(25, "Number of steps between reassignments of vq_likelihood.")
     kmeans_iterations: int = field(8, "Number of iterations of k-means.")
-    timing_batch: int = field(256, "Number of positions of a timed training step.")
-    product_groups: int = field(96, "Number of groups of product quantisation.")
-    product_codes: int = field(256, "Number of codes in a group of product quantisation.")
-    packed_groups: int = field(
-        192, "Number of groups of 16 codes, of product quantisation packed in bytes."
-    )
     candidates: tuple[int, ...] = field((512,), "Numbers of tokens that exact rows re-score.")
+    stretches: bool = field(False, "Report each seed on a stretch of its own.")
     adaptive_div: float = field(4.0, "Factor by which the tails of adaptive softmax narrow.")
     scratch_arm: tuple[str, ...] = field(
         (), "Head to train a small model from scratch with.", choices=SCRATCH_ARMS
@@ -90,13 +99,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=64,
         reassign_every=3,
         kmeans_iterations=3,
-        timing_batch=32,
-        product_groups=4,
-        product_codes=16,
-        packed_groups=8,
-        candidates=(8,),
+        candidates=(8, 16),
         # One of each kind: the others compile the same programs, with other settings.
-        arm=tuple(arm for arm in ARMS if arm not in ("vq_plain", "product")),
+        arm=tuple(arm for arm in ARMS if arm not in ("vq_plain", "vq_bias")),
         scratch_arm=("full_bias", "vq_bias"),
         scratch_vocab=128,
         scratch_width=16,
@@ -108,14 +113,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         train_tokens=24_000,
         validation_tokens=2_000,
         test_tokens=6_000,
-        arm=("vq_paper", "vq_bias", "vq_likelihood", "packed_product"),
-        codes=(1024, 2048),
-        candidates=(128, 512),
+        arm=("int8", "int4", "screened", "vq_paper", "vq_likelihood", "flash", "svd"),
+        candidates=(128, 512, 2048),
         steps=60,
         reassign_every=20,
         kmeans_iterations=5,
     ),
+    # Several heads on two kinds of text, for a model with --model: --test_data=text:FILE.
+    "heads": dict(
+        train_tokens=16_000,
+        validation_tokens=3_000,
+        test_tokens=6_000,
+        arm=HEADS,
+        candidates=(128, 512, 2048),
+        seeds=3,
+        stretches=True,
+        learning_rate=(3e-4, 1e-3, 3e-3),
+        steps=30,
+        batch_size=256,
+        reassign_every=10,
+        kmeans_iterations=5,
+    ),
+    # VQ-Logits itself: reassignment, and models from scratch.
     "report": dict(
+        arm=("vq_paper", "vq_plain", "vq_bias", "vq_likelihood", "adaptive"),
         codes=(2048, 512),
         seeds=3,
         learning_rate=(1e-3, 3e-3),
@@ -154,7 +175,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=8192,
         reassign_every=400,
         kmeans_iterations=20,
-        timing_batch=4096,
         scratch_arm=SCRATCH_ARMS,
         scratch_vocab=49_152,
         scratch_width=576,

@@ -9,22 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from experiments.shared.small_text import Text, count_tokens, pack_splits, small_text
 from experiments.vq_head.config import Config
-from logitjax import data, models, processes, training, vq
+from logitjax import data, losses, models, ops, processes, training, vq
 
-BLOCK = 512
+BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Cached positions of one split and the old head's outputs on them."""
+    """Cached positions of one split, and the old head's losses and best tokens there.
+
+    The whole of the old head's distribution is known for training positions only.
+    """
 
     hidden: np.ndarray
     labels: np.ndarray
-    targets: Any
+    nll: np.ndarray
+    top_tokens: np.ndarray
+    targets: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,10 +39,9 @@ class Context:
         rows: `[vocab, hidden]` of the old head.
         row_bias: Its bias or None.
         tied: Whether the rows are the input embedding.
-        trunk_parameters: Parameters of everything but the head's rows.
         unigram: `[vocab]` counts over the whole training text, plus a tenth.
         statistics: Moments of the training hidden states.
-        splits: `train`, `validation`, `test`.
+        splits: `train`, `validation`, `test`, and `other`, of other text, if there is one.
         mesh: Mesh over which the positions of a step are split.
     """
 
@@ -46,7 +49,6 @@ class Context:
     rows: jax.Array
     row_bias: jax.Array | None
     tied: bool
-    trunk_parameters: int
     unigram: jax.Array
     statistics: Any
     splits: Mapping[str, Split]
@@ -100,6 +102,11 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
         "validation": config.validation_tokens,
         "test": config.test_tokens,
     }
+    if config.test_data:
+        names = ("train", "validation", "test")
+        options: Any = dict(seq_len=config.seq_len, directory=root / "packed_other")
+        packed["other"] = pack_splits(config.test_data, names, tokenizer, **options)["test"]
+        sizes["other"] = config.test_tokens
     splits = {}
     for name, size in sizes.items():
         cache = vq.HiddenCache.of(
@@ -109,22 +116,38 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
             max_tokens=size,
             source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
         )
-        targets = cache.head_targets(root / f"targets_{name}", head)
-        splits[name] = Split(cache.hidden, cache.labels, targets)
-    total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    tied = model.config.tie_embeddings
+        targets = None
+        if name == "train":
+            targets = cache.head_targets(root / f"targets_{name}", head)
+            nll, tokens = targets.nll, targets.top_tokens
+        else:
+            make = functools.partial(_outputs, cache, head)
+            record = processes.kept(root / f"outputs_{name}.json", make)
+            nll, tokens = map(np.asarray, (record["nll"], record["top_tokens"]))
+        splits[name] = Split(cache.hidden, cache.labels, nll, tokens, targets)
     return Context(
         config=config,
         rows=rows,
         row_bias=None if row_bias is None else jnp.asarray(row_bias),
-        tied=tied,
-        trunk_parameters=total - rows.size * (1 if tied else 2),
+        tied=model.config.tie_embeddings,
         unigram=jnp.asarray(count_tokens(packed["train"], len(rows)) + 0.1, jnp.float32),
         statistics=vq.HiddenCache(splits["train"].hidden, splits["train"].labels).statistics(),
         splits=splits,
         packed=packed,
         mesh=training.make_mesh(config.mesh, partial=True),
     )
+
+
+def _outputs(cache: vq.HiddenCache, head: losses.Head) -> dict[str, list]:
+    """The old head's losses and its five best tokens."""
+
+    @jax.jit
+    def run(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = head.logits(hidden)
+        return losses.cross_entropy(logits, labels), ops.top_k(logits, 5)[1]
+
+    nll, tokens = in_blocks(run, cache.hidden, cache.labels)
+    return {"nll": nll.tolist(), "top_tokens": tokens.tolist()}
 
 
 def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import importlib.util
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,102 +15,136 @@ from etils import epath
 
 from experiments.shared.records import Record
 from experiments.shared.timing import paired_ratio, paired_seconds
-from experiments.vq_head import arms, rescored
+from experiments.vq_head import arms, rebuilt
 from experiments.vq_head.data import Context, Split, in_blocks
 
 #: Stretches of a split whose losses are kept separate: 250 of 14,000 positions each.
 UNITS = 56
-#: Arms with V cheap logits, so that exact rows can re-score the best of them.
-SCREENS = ("product", "packed_product")
+#: Learning rates that an arm tries at most.
+MOST_RATES = 5
+#: The fitting function of each arm.
+FITS = arms.FITS | {"flash": rebuilt.flash, "svd": rebuilt.svd, "faiss": rebuilt.faiss}
 
 
 def run_arm(
     ctx: Context, workdir: epath.Path, arm: str, codes: int, seed: int, rates: Sequence[float]
 ) -> Record:
-    """Records of an arm at its best rate, and of the heads that are made from it."""
-    config = ctx.config
+    """Records of an arm's heads, at the rate that is best for the first of them."""
     logging.info("%s, %d codes, seed %d", arm, codes, seed)
-    trials = [arms.Trial(arm, codes, seed, rate) for rate in rates]
-    made = [arms.convert(ctx, trial) for trial in trials]
-    best, tried = 0, []
-    if len(made) > 1:
-        tried = [scores(one, ctx.splits["validation"])["nll"] for one in made]
-        best = int(np.argmin(tried))
-    trial, head = trials[best], made[best]
-    record = functools.partial(converted_record, ctx, trial)
-    records = [record(arm, head)]
+    if arm == "faiss" and not importlib.util.find_spec("faiss"):
+        logging.warning("faiss is left out: pip install faiss-cpu")
+        return {"lr": 0.0, "tried": {}, "records": []}
+    waiting = [0.0] if arm in arms.UNTUNED else sorted(rates)
+    many, tried, best, made = len(waiting) > 1, {}, 0.0, {}
+    while waiting:
+        rate = waiting.pop(0)
+        variants = FITS[arm](ctx, arms.Trial(arm, codes, seed, rate))
+        name = next(iter(variants))
+        validation = {name: variants[name]}
+        tried[rate] = scores(validation, ctx.splits["validation"])[name]["nll"] if many else 0.0
+        if tried[rate] <= min(tried.values()):
+            best, made = rate, variants
+        low, high = min(tried), max(tried)
+        if many and not waiting and best in (low, high) and len(tried) < MOST_RATES:
+            # The best at an edge says that a better one may lie beyond.
+            waiting = [best * 3.0 if best == high else best / 3.0]
+    trial = arms.Trial(arm, codes, seed, best)
     if arm == "vq_likelihood" and seed == 0 and jax.process_index() == 0:
-        head.head.save(workdir / "heads" / f"{arm}_{codes}")
-    if arm in SCREENS:
-        for count in config.candidates:
-            name = f"screened_{arm}_{count}"
-            records.append(record(name, rescored.screened(ctx, head, count)))
-    return {"lr": trial.rate, "tried": dict(zip(map(str, rates), tried)), "records": records}
+        made[arm].head.save(workdir / "heads" / f"{arm}_{codes}")
+    tried = {str(rate): nll for rate, nll in tried.items()} if many else {}
+    return {"lr": best, "tried": tried, "records": records_of(ctx, trial, made)}
 
 
-def scores(converted: arms.Converted, split: Split) -> Record:
-    """Held-out perplexity ratio to the old head, and agreement with its first choices."""
-    nll_fn, top_fn = jax.jit(converted.nll), jax.jit(converted.top_k)
-    arrays = converted.arrays
-    nll = in_blocks(lambda h, y: nll_fn(arrays, h, y), split.hidden, split.labels)
-    stretches = np.array_split(nll - split.targets.nll, min(UNITS, len(nll)))
-    tokens = in_blocks(lambda h: top_fn(arrays, h), split.hidden)
-    teacher = split.targets.top_tokens[:, : tokens.shape[1]]
+def stretch(ctx: Context, name: str, seed: int) -> Split:
+    """The positions of a split that a seed reports on."""
+    split, count = ctx.splits[name], ctx.config.seeds
+    if not ctx.config.stretches:
+        return split
+    here = np.array_split(np.arange(len(split.labels)), count)[seed]
+    fields = ("hidden", "labels", "nll", "top_tokens")
+    return Split(*(getattr(split, field)[here[0] : here[-1] + 1] for field in fields))
+
+
+def scores(variants: arms.Variants, split: Split) -> dict[str, Record]:
+    """Held-out perplexity ratios to the old head, and agreement with its first choices.
+
+    Heads of one arm share a program, and so the scores of their screen.
+    """
+    leaves, places = jax.tree.flatten({name: head.arrays for name, head in variants.items()})
+    # What several of them hold is one argument.
+    kept = {id(leaf): leaf for leaf in leaves}
+    order = [list(kept).index(id(leaf)) for leaf in leaves]
+
+    def run(kept: Any, hidden: Any, labels: Any) -> Any:
+        arrays = jax.tree.unflatten(places, [kept[i] for i in order])
+        out = {}
+        for name, head in variants.items():
+            out[name] = [*head.outputs(arrays[name], hidden, labels)]
+            out[name] += [head.sure(arrays[name], hidden)] if head.sure else []
+        return out
+
+    compiled = all(head.compiled for head in variants.values())
+    run = functools.partial(jax.jit(run) if compiled else run, list(kept.values()))
+    outputs = in_blocks(run, split.hidden, split.labels)
+    return {name: _scored(split, *parts) for name, parts in outputs.items()}
+
+
+def _scored(split: Split, nll: Any, tokens: Any, sure: Any = None) -> Record:
+    stretches = np.array_split(nll - split.nll, min(UNITS, len(nll)))
+    teacher = split.top_tokens[:, : tokens.shape[1]]
     return {
         "nll": float(nll.mean()),
         "log_factors": [float(part.mean()) for part in stretches],
-        "ratio": float(np.exp(nll.mean() - split.targets.nll.mean())),
+        "ratio": float(np.exp(nll.mean() - split.nll.mean())),
         "top1": float((tokens[:, 0] == teacher[:, 0]).mean()),
         "top5": float((tokens[:, :, None] == teacher[:, None, :]).any(1).mean()),
-        "accuracy": float((tokens[:, 0] == split.labels).mean()),
+        "full_reads": None if sure is None else 1.0 - float(sure.mean()),
     }
 
 
-def converted_record(
-    ctx: Context, trial: arms.Trial, name: str, converted: arms.Converted
-) -> Record:
-    """All of the report's numbers about one head."""
-    old = arms.full(ctx)
+def records_of(ctx: Context, trial: arms.Trial, variants: arms.Variants) -> list[Record]:
+    """All of the report's numbers about the heads of an arm."""
+    scored = scores(variants, stretch(ctx, "test", trial.seed))
+    other = {}
+    if "other" in ctx.splits:
+        other = scores(variants, stretch(ctx, "other", trial.seed))
+    records = []
+    for name in variants:
+        record = scored[name]
+        logging.info("%s: perplexity x%.4f, top-1 %.4f", name, record["ratio"], record["top1"])
+        record |= {"other": other[name]} if other else {}
+        records.append(record | _described(ctx, trial, name, variants[name]))
+    return records
+
+
+def _described(ctx: Context, trial: arms.Trial, name: str, converted: arms.Converted) -> Record:
+    """Settings, cost and times of a head.
+
+    Decoding alternates with the old head in float32, in bfloat16 and in 8 bits, so that each finds
+    its weights evicted from the caches, as between two passes of a model.
+    """
     hidden = jnp.asarray(np.asarray(ctx.splits["test"].hidden[:1]))
-    jitted = {"full": (jax.jit(old.top_k), old.arrays)}
-    jitted["new"] = (jax.jit(converted.decode or converted.top_k), converted.arrays)
-    functions = {name: lambda f=f, p=p: f(p, hidden) for name, (f, p) in jitted.items()}
+    timed = {"new": converted, **arms.references(ctx)}
+    functions = {
+        key: functools.partial(
+            jax.jit(head.decode) if head.compiled else head.decode, head.arrays, hidden
+        )
+        for key, head in timed.items()
+    }
     seconds = paired_seconds(functions, repeats=ctx.config.timing_repeats, warmup=2)
-    record = scores(converted, ctx.splits["test"])
-    logging.info("%s: perplexity x%.4f, top-1 %.4f", name, record["ratio"], record["top1"])
-    return record | {
+    new, middle = seconds.pop("new"), {}
+    for key, times in seconds.items():
+        middle[key] = statistics.median(times)
+    fastest = min(middle, key=lambda key: middle[key])
+    return {
         "arm": name,
         "codes": trial.codes,
         "seed": trial.seed,
         "lr": trial.rate,
         "floor": converted.floor,
-        "curve": list(converted.curve),
-        "moved": list(converted.moved),
-        "decode_ms": 1e3 * statistics.median(seconds["new"]),
-        "decode_speedup": paired_ratio(seconds["full"], seconds["new"]),
-        # Times of training are taken once an arm: they do not depend on the learned values.
-        "training_speedup": _training_speedup(ctx, converted) if trial.seed == 0 else None,
+        "decode_ms": 1e3 * statistics.median(new),
+        "faster": {key: paired_ratio(times, new) for key, times in seconds.items()},
+        "fastest": fastest,
+        "decode_speedup": paired_ratio(seconds[fastest], new),
         "cost": dataclasses.asdict(converted.cost),
     }
-
-
-def _training_speedup(ctx: Context, converted: arms.Converted) -> float | None:
-    """The full head's time for loss and gradients, blocked, over this one's."""
-    if not converted.trains:
-        return None
-    train, count = ctx.splits["train"], ctx.config.timing_batch
-    batch = (jnp.asarray(np.asarray(train.hidden[:count])), jnp.asarray(train.labels[:count]))
-    steps = {"full": _training_step(arms.full(ctx)), "new": _training_step(converted)}
-    functions = {name: functools.partial(step, *batch) for name, step in steps.items()}
-    seconds = paired_seconds(functions, repeats=3)
-    return paired_ratio(seconds["full"], seconds["new"])
-
-
-def _training_step(converted: arms.Converted) -> Callable[..., Any]:
-    """Loss and gradients, for the head's parameters and the trunk: `(hidden, labels) -> ...`."""
-
-    def loss(params: Any, given: Any, hidden: Any, labels: Any) -> Any:
-        return converted.nll({**params, **given}, hidden, labels).mean()
-
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)))
-    return functools.partial(step, converted.params, converted.given)

@@ -24,7 +24,10 @@ def _config(workdir, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [pytest.param("VQHead", {}, marks=pytest.mark.every_change), ("ScreenedHead", {"screen": 8})],
+    [
+        pytest.param("VQHead", {}, marks=pytest.mark.every_change),
+        ("ScreenedHead", {"kind": "screened", "candidates": 8}),
+    ],
 )
 def test_the_written_head_is_the_reported_one(workdir, kind, options):
     convert_head.run(_config(workdir, **options), workdir)

@@ -77,11 +77,7 @@ def test_adaptive_from_a_full_head_of_full_width_ranks_the_frequent_as_it_does(c
     )
 
 
-def test_the_cost_counts_each_parameter_once_and_trains_tails_as_often_as_labels_lie_there(case):
+def test_the_cost_counts_each_parameter_once(case):
     params = {name: case["params"][name] for name in ("head", "head_bias", "tails")}
-    always, seldom = (
-        adaptive_cost(params, case["params"], often) for often in ((1, 1), (0.2, 0.1))
-    )
-    assert always.parameters == sum(x.size for x in jax.tree.leaves(params))
-    sizes = [sum(x.size for x in jax.tree.leaves(tail)) for tail in params["tails"]]
-    assert always.train_flops - seldom.train_flops == int(6 * (0.8 * sizes[0] + 0.9 * sizes[1]))
+    cost = adaptive_cost(params, case["params"])
+    assert cost.parameters == sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,419 @@
+"""Paged heads: a sketch of all rows in four bits chooses pages, whose exact rows are read."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from logitjax.heads import Assignment, HeadCost, VocabularyHead
+from logitjax.losses import Head
+from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, top_k
+from logitjax.ops import mesh as on_mesh
+from logitjax.vq._hidden_cache import head_statistics
+from logitjax.vq._loss import on_batch
+from logitjax.vq._row_products import row_products
+from logitjax.vq._screened import in_blocks
+from logitjax.vq._targets import HeadTargets
+
+#: Positions that share pages: a decoding batch, and half the columns of a small matrix product.
+TOGETHER = 16
+# Rows of the sketch in a step of its kernel; the width of a chip's registers.
+_TILE, _LANES = 2048, 128
+# Shares of the largest number of a row that four bits span; the rest is cut off.
+_SPANS = (0.9, 0.7, 0.55)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Rows of a head in the order of pages; the last one is padded.
+
+    Attributes:
+        rows: ``[pages, size, width]``, bfloat16; the width is padded to a multiple of 128, or a
+            chip would store them in another order.
+        bias: ``[pages * size]``, float32, or None.
+        codes: ``[rank, pages * size]``, int4: the sketch.
+        lines: ``[steps, 2, pages * size / steps]``, float32, scales and biases of the sketch.
+        projection: ``[hidden, rank]``, bfloat16, to the coordinates of the sketch.
+        tokens: ``[pages * size]``, int32, the token of each row.
+        places: ``[vocab]``, int32, the row of each token.
+    """
+
+    rows: Any
+    bias: Any
+    codes: Any
+    lines: Any
+    projection: Any
+    tokens: Any
+    places: Any
+
+    @classmethod
+    def of(cls, head: Head, counts: np.ndarray, statistics: Any, size: int, rank: int) -> "Pages":
+        """Pages of alike tokens of about the same expected count, and a sketch of their rows."""
+        vocab, width = head.rows.shape
+        # Tiles are whole, and the last one has a token.
+        tile = min(_TILE, -(-vocab // _LANES) * _LANES)
+        order = np.argsort(-np.asarray(counts), kind="stable")
+        codes, *rest = _sketch(head.rows, statistics.mean, statistics.cov, rank)
+
+        def padded(array: Any, fill: float = 0) -> jax.Array:
+            sides = [(0, -vocab % tile)] + [(0, 0)] * (array.ndim - 1)
+            return jnp.pad(array, sides, constant_values=fill)
+
+        here = padded(jnp.ones(vocab), 0.0) > 0
+        by_page = _grouped(padded(codes[order] * rest[0][order, None]), here, tile, size)
+        order = order[np.asarray(by_page)[:vocab]]
+        places = np.empty(vocab, np.int32)
+        places[order] = np.arange(vocab)
+        (scales, offsets), projection = (x[order] for x in rest[:2]), rest[2]
+        rows, codes = jnp.asarray(head.rows)[order], codes[order]
+        bias = None if head.bias is None else jnp.asarray(head.bias, jnp.float32)[order]
+        offsets = offsets if bias is None else offsets + bias
+
+        lines = padded(scales), padded(offsets, -np.inf)
+        rows = padded(jnp.pad(rows.astype(jnp.bfloat16), ((0, 0), (0, -width % _LANES))))
+        return cls(
+            rows=rows.reshape(-1, size, rows.shape[1]),
+            bias=None if bias is None else padded(bias),
+            codes=padded(codes).T.astype(jnp.int4),
+            lines=jnp.stack([line.reshape(-1, tile) for line in lines], 1),
+            projection=projection,
+            tokens=padded(jnp.asarray(order, jnp.int32)),
+            places=jnp.asarray(places),
+        )
+
+    # Variables of flax are read by `[...]`.
+    def __getitem__(self, index: Any) -> "Pages":
+        return self
+
+    def sketched(self, hidden: jax.Array) -> jax.Array:
+        """Approximate logits ``[n, pages, size]``."""
+        coordinates = hidden.astype(jnp.float32) @ self.projection.astype(jnp.float32)
+        products = coordinates @ self.codes.astype(jnp.float32)
+        scales, offsets = (self.lines[:, i].reshape(-1) for i in range(2))
+        return (products * scales + offsets).reshape(-1, *self.rows.shape[:2])
+
+    def mass(self, hidden: jax.Array) -> jax.Array:
+        """``[n, pages]``, logsumexp of a page's approximate logits."""
+
+        def plain(hidden: jax.Array) -> jax.Array:
+            return logsumexp(self.sketched(hidden))
+
+        if not _kernels(hidden):
+            return plain(hidden)
+        from logitjax.vq._page_kernels import page_mass
+
+        def kernel(hidden: jax.Array) -> jax.Array:
+            given = hidden, self.projection, self.codes, self.lines
+            return page_mass(*given, self.rows.shape[1])
+
+        return _with_gradient(kernel, plain)(hidden)
+
+    def exact(self, hidden: jax.Array, ids: jax.Array) -> jax.Array:
+        """``[n, chosen * size]``, the logits of chosen pages by their rows."""
+        _, size, width = self.rows.shape
+        hidden = jnp.pad(hidden, ((0, 0), (0, width - hidden.shape[1])))
+
+        def tiles(hidden: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
+            read = rows.at[ids].get(mode="promise_in_bounds").astype(hidden.dtype)
+            wide = jnp.promote_types(hidden.dtype, jnp.float32)
+            products = jnp.einsum("nd,psd->nps", hidden, read, preferred_element_type=wide)
+            return products.reshape(len(hidden), -1)
+
+        def by_rows(hidden: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
+            places = jnp.broadcast_to(at, (len(hidden), at.size))
+            return row_products(hidden, rows.reshape(-1, width), places)
+
+        at = (ids[:, None] * size + jnp.arange(size)).reshape(-1)
+        given = hidden, self.rows, ids
+        if _kernels(hidden):
+            from logitjax.vq._page_kernels import page_products
+
+            products = _with_gradient(page_products, tiles)(*given)
+        else:
+            products = lax.platform_dependent(*given, cpu=by_rows, default=tiles)
+        # The last page's padding.
+        products = jnp.where(at < self.places.size, products, -jnp.inf)
+        return products if self.bias is None else products + self.bias[at]
+
+
+class PagedHead(VocabularyHead):
+    """A head for accelerators: it reads a sketch of all rows, and whole pages of exact rows.
+
+    A page is a block of memory with rows of alike tokens of about the same expected count, so that
+    the positions of a batch often need the same pages. A sketch of the rows, of four bits a number,
+    predicts each page's probability. The likeliest pages are
+    read, once for up to 16 positions, which share them: their logits are those of the rows. All
+    others are the sketch's, shifted as in a `ScreenedHead`. On TPUs kernels stream sketch and
+    pages; elsewhere XLA multiplies, which on a CPU is slower than a `ScreenedHead`. ::
+
+        s = sketch(h),   M_p = logsumexp_{v in p} s_v,   pages = the num_pages largest of M
+        l_v = w_v . h + a_v     v in a page that is read
+              s_v + shift(h)    otherwise
+
+    Args:
+        pages: the rows, of `PagedHead.fit`.
+        num_pages: number of pages that a single position reads.
+        shared_pages: number of pages that 2 to 16 positions read together.
+        dtype: type of the products.
+
+    >>> head = Head(np.eye(4, dtype=np.float32), vocab_axis=0)
+    >>> hidden = np.float32(np.random.default_rng(0).normal(size=(64, 4)))
+    >>> from logitjax.vq import HiddenCache
+    >>> import tempfile
+    >>> cache = HiddenCache(hidden, np.zeros(64, np.int32))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     paged = PagedHead.fit(head, hidden, cache.head_targets(directory, head), page_size=2)
+    >>> paged.top_k(np.eye(4, dtype=np.float32)[2], 1).indices
+    Array([2], dtype=int32)
+    """
+
+    def __init__(
+        self, pages: Pages, *, num_pages: int, shared_pages: int, dtype: Any = jnp.float32
+    ):
+        self.pages = Assignment(pages)
+        most = pages.rows.shape[0]
+        for name, count in (("num_pages", num_pages), ("shared_pages", shared_pages)):
+            checks.between(count, 1, most, name)
+        self.num_pages, self.shared_pages, self.dtype = num_pages, shared_pages, dtype
+
+    @classmethod
+    def fit(
+        cls,
+        head: Head,
+        hidden: np.ndarray,
+        targets: HeadTargets,
+        *,
+        page_size: int = 16,
+        rank: int | None = None,
+        recall: float = 0.997,
+        dtype: Any = jnp.float32,
+    ) -> "PagedHead":
+        """Sketch a full head's rows, and choose how many pages to read.
+
+        The sketch is fitted to three quarters of the positions. On the others, the numbers of pages
+        are the least with which the most likely token is among those read at a share ``recall`` of
+        the positions. ValueError if the head has a soft cap.
+
+        Args:
+            hidden, targets: positions, and ``head``'s outputs on them, `HiddenCache.head_targets`.
+            page_size: tokens a page, a divisor of 128.
+            rank: dimensions of the sketch; by default two thirds of the width, in whole registers
+                of 128.
+        """
+        if head.soft_cap is not None:
+            raise ValueError(f"head: expected one without a soft cap, got {head.soft_cap}")
+        if page_size < 1 or 128 % page_size:
+            raise ValueError(f"page_size: expected a divisor of 128, got {page_size}")
+        width = head.rows.shape[1]
+        rank = (width * 2 // 3 // 128 * 128 or width) if rank is None else rank
+        checks.between(rank, 1, width, "rank")
+        # Groups of positions that read together.
+        held = max(1, len(hidden) // 4 // TOGETHER) * TOGETHER
+        statistics = head_statistics(hidden[:-held] if len(hidden) > held else hidden)
+        pages = Pages.of(head, np.asarray(targets.counts), statistics, page_size, rank)
+        # Copied together.
+        step = _LANES // page_size
+        hidden, best = hidden[-held:], targets.top_tokens[-held:, 0]
+        right = np.asarray(pages.places)[best] // page_size
+        mass = jax.jit(Pages.mass)
+        blocks = np.array_split(np.asarray(hidden, np.float32), max(1, len(hidden) // TOGETHER))
+        needed = []
+        for together in (1, TOGETHER):
+            ranks, start = [], 0
+            for block in blocks:
+                score = _log_share(mass(pages, block))
+                for first in range(0, len(block), together):
+                    joint = np.asarray(score[first : first + together]).max(0)
+                    own = joint[right[start + first : start + first + together]]
+                    ranks.append((joint > own[:, None]).sum(-1))
+                start += len(block)
+            rank_at = np.sort(np.concatenate(ranks))[math.ceil(recall * start) - 1]
+            needed.append(min(pages.rows.shape[0], (int(rank_at) // step + 1) * step))
+        return cls(pages, num_pages=needed[0], shared_pages=needed[1], dtype=dtype)
+
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        # Files have no type of four bits.
+        pages = dataclasses.replace(self.pages[...], codes=self.pages[...].codes.astype(jnp.int8))
+        tensors = {k: np.asarray(v) for k, v in vars(pages).items() if v is not None}
+        return tensors, {"num_pages": self.num_pages, "shared_pages": self.shared_pages}
+
+    @classmethod
+    def of_record(cls, tensors: Any, **options: Any) -> "PagedHead":
+        """The head that `save` wrote."""
+        arrays = {name: jnp.asarray(array) for name, array in tensors.items()}
+        arrays["codes"] = arrays["codes"].astype(jnp.int4)
+        return cls(Pages(**{"bias": None} | arrays), **options)
+
+    def _by_groups(self, fn: Callable, out_ndims: tuple, hidden: Array, *others: Array) -> Any:
+        """`fn(pages, ids, mass, hidden, *others)` over groups of positions that share pages."""
+        hidden = jnp.asarray(hidden, self.dtype)
+        batch, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+        others = tuple(jnp.asarray(x).reshape(-1, *jnp.shape(x)[len(batch) :]) for x in others)
+        count = self.num_pages if flat.shape[0] == 1 else self.shared_pages
+
+        def run(flat: jax.Array, pages: Pages, *others: jax.Array) -> Any:
+            def group(inputs: tuple[jax.Array, ...]) -> Any:
+                hidden, exists, *others = inputs
+                mass = pages.mass(hidden)
+                # What pads the last group chooses nothing.
+                score = jnp.where(exists[:, None], _log_share(mass), -jnp.inf).max(0)
+                # In the order of memory.
+                ids = jnp.sort(lax.top_k(lax.stop_gradient(score), count)[1])
+                return fn(pages, ids, mass, hidden, *others)
+
+            return in_blocks(group, (flat, jnp.ones(len(flat), bool), *others), TOGETHER)
+
+        out = on_batch(run, out_ndims, flat, self.pages[...], *others)
+        return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
+        return self._by_groups(lambda *args: (_logits(*args),), (2,), hidden)[0]
+
+    def nll(
+        self,
+        hidden: Array,
+        labels: Array,
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+    ) -> jax.Array:
+        """Cross-entropy over the whole vocabulary; the choice of pages has no gradient."""
+        if jnp.shape(labels) != jnp.shape(hidden)[:-1]:
+            shapes = jnp.shape(hidden)[:-1], jnp.shape(labels)
+            raise ValueError("labels: expected shape {}, got {}".format(*shapes))
+        checks.positive(temperature, "temperature")
+
+        def loss(*args: Any) -> tuple[jax.Array]:
+            logits = _logits(*args[:-1]) / temperature
+            log_z = logsumexp(logits)
+            nll = log_z - gather_at(logits, args[-1][:, None])[:, 0]
+            return (nll + z_loss * log_z**2 if z_loss else nll,)
+
+        return self._by_groups(loss, (1,), hidden, labels)[0]
+
+    def top_k(self, hidden: Array, k: int, embedding: Array | None = None) -> TopK:
+        """The k best tokens of the pages that are read; ``log_z`` is over the whole vocabulary.
+
+        ValueError if ``k`` is not from 1 to the number of tokens that are read.
+        """
+        tokens = self.pages[...].rows.shape[1] * min(self.num_pages, self.shared_pages)
+        checks.between(k, 1, tokens, "k")
+
+        def best(pages: Pages, ids: Any, mass: Any, hidden: Any) -> tuple[jax.Array, ...]:
+            exact, size = pages.exact(hidden, ids), pages.rows.shape[1]
+            # In one stage: what two would save, their copies cost.
+            values, found = top_k(exact, k, group_size=exact.shape[-1])
+            log_z = logsumexp(mass) + _shift(exact, mass, ids)
+            return values, pages.tokens[ids[found // size] * size + found % size], log_z
+
+        return TopK(*self._by_groups(best, (2, 2, 1), hidden))
+
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        """Return its `HeadCost`, for a single position."""
+        pages = self.pages[...]
+        (count, size, width), (rank, total) = pages.rows.shape, pages.codes.shape
+        row = width * pages.rows.dtype.itemsize + 4
+        sketch = total * (rank // 2 + 8) + pages.projection.size * 2
+        flops = 2 * (total * rank + width * rank + self.num_pages * size * width)
+        return HeadCost(
+            parameters=total * (width + 1),
+            stored_bytes=sketch + total * row + 4 * (total + pages.places.size),
+            read_bytes=sketch + self.num_pages * size * row,
+            decode_flops=flops,
+            train_flops=3 * flops,
+            exact=self.num_pages == count,
+        )
+
+
+@jax.jit(static_argnames="rank")
+def _sketch(rows: Array, mean: Array, cov: Array, rank: int) -> Any:
+    """Rows in the leading directions of their logits' variance, in four bits.
+
+    With ``Cov(h) = S S'`` the variance of a logit is ``|S' w|^2``: coordinates are those of ``S'
+    w`` along the leading eigenvectors of its second moment. A rotation at random then spreads each
+    row's size over all of them, so that one scale a row will do.
+    """
+    rows, width = jnp.asarray(rows, jnp.float32), rows.shape[1]
+    values, vectors = jnp.linalg.eigh(cov + 1e-6 * jnp.trace(cov) / width * jnp.eye(width))
+    whitened = rows @ (vectors * jnp.sqrt(values))
+    leading = jnp.linalg.eigh(whitened.T @ whitened)[1][:, width - rank :]
+    mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (rank, rank)))[0]
+    basis = leading @ mixing
+    projection = (vectors / jnp.sqrt(values) @ basis).astype(jnp.bfloat16)
+    coordinates = whitened @ basis
+    largest = jnp.maximum(jnp.abs(coordinates).max(-1), 1e-30)
+    scales = largest / 7
+    error = jnp.full_like(scales, jnp.inf)
+    for span in _SPANS:
+        tried = largest * (span / 7)
+        coded = jnp.clip(jnp.round(coordinates / tried[:, None]), -8, 7) * tried[:, None]
+        missed = ((coded - coordinates) ** 2).sum(-1)
+        scales, error = jnp.where(missed < error, tried, scales), jnp.minimum(missed, error)
+    codes = jnp.clip(jnp.round(coordinates / scales[:, None]), -8, 7)
+    # No error at the mean hidden state.
+    offsets = rows @ mean - (codes @ (mean @ projection)) * scales
+    return codes.astype(jnp.int8), scales, offsets, projection
+
+
+@jax.jit(static_argnames=("tile", "size"))
+def _grouped(coordinates: jax.Array, exists: jax.Array, tile: int, size: int) -> jax.Array:
+    """An order in which each tile's pages are alike: halves along its leading direction, halved."""
+    order, length = jnp.arange(len(exists)), tile
+    start = jax.random.normal(jax.random.key(0), coordinates.shape[1:])
+    while length % (2 * size) == 0:
+        order = order.reshape(-1, length)
+        x, here = coordinates[order], exists[order]
+        x = jnp.where(here[..., None], x - x.mean(1, keepdims=True), 0)
+        direction = jnp.broadcast_to(start, (len(x), x.shape[-1]))
+        for _ in range(6):
+            direction = jnp.einsum("gmr,gm->gr", x, jnp.einsum("gmr,gr->gm", x, direction))
+            direction /= jnp.linalg.norm(direction, axis=-1, keepdims=True) + 1e-30
+        along = jnp.where(here, jnp.einsum("gmr,gr->gm", x, direction), jnp.inf)
+        # Padding remains at the end.
+        order = jnp.take_along_axis(order, jnp.argsort(along, stable=True), -1)
+        length //= 2
+    return order.reshape(-1)
+
+
+def _log_share(mass: jax.Array) -> jax.Array:
+    return mass - logsumexp(mass)[:, None]
+
+
+def _shift(exact: jax.Array, mass: jax.Array, ids: jax.Array) -> jax.Array:
+    """``[n]``, what makes the pages that were read keep their predicted share."""
+    return logsumexp(exact) - logsumexp(mass[:, ids])
+
+
+def _logits(pages: Pages, ids: jax.Array, mass: jax.Array, hidden: jax.Array) -> jax.Array:
+    exact = pages.exact(hidden, ids)
+    # Of the same products as the approximate logits beside them.
+    sketched = pages.sketched(hidden)
+    shift = _shift(exact, logsumexp(sketched), ids)
+    exact = exact.reshape(len(exact), len(ids), -1)
+    logits = (sketched + shift[:, None, None]).at[:, ids].set(exact)
+    return logits.reshape(len(hidden), -1)[:, pages.places]
+
+
+def _kernels(hidden: jax.Array) -> bool:
+    """Whether kernels run: on a TPU, unless a mesh of several chips splits the positions."""
+    mesh = jax.sharding.get_abstract_mesh()
+    chips = math.prod(mesh.shape[name] for name in on_mesh.free_axes())
+    return on_mesh.platform_of(hidden) == "tpu" and chips == 1
+
+
+def _with_gradient(kernel: Callable, plain: Callable) -> Callable:
+    """The kernel, with the derivative of the same function in XLA."""
+    run = jax.custom_jvp(kernel)
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return run(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return run
