@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax.decoding._cached_model import CachedModel
+from logitjax.decoding._cached_model import CachedModel, DecoderApply
 from logitjax.models import Decoder
 from logitjax.ops import Array, Static
 
@@ -70,6 +70,14 @@ class Plan:
     @property
     def token_map(self) -> Any:
         return None if self.fuse is None else getattr(self.fuse.value, "token_map", None)
+
+    @property
+    def screened(self) -> DecoderApply | None:
+        """The only model, if its head finds the most likely token without all logits."""
+        apply = self.groups[0].apply
+        if self.streams > 1 or self.fuse is not None or not isinstance(apply, DecoderApply):
+            return None
+        return apply if apply.screens else None
 
     def read(self, tokens: Array) -> list[Array]:
         """Tokens of the large model as each stream reads them."""

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from logitjax import processes
 from logitjax.losses import Head
+from logitjax.models import Decoder
 from logitjax.ops import Array, checks
 from logitjax.storage import digest, guard, read_head
 from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
-from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
+from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics, weights_digest
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
 from logitjax.vq._screened import ScreenedHead
@@ -214,7 +215,7 @@ class ConvertConfig:
         )
         logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
         if jax.process_index() == 0:
-            head.save(root / "head")
+            head.save(root / "head", model=weights_digest(model))
         return Conversion(
             model=model.with_head(head), head=head, history=history, cache=cache, targets=targets
         )
@@ -240,14 +241,38 @@ def _product_codes(
     return ProductCodes(params[0], fit.codes, params[1]), losses
 
 
-def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
+def load_head(
+    directory: str | os.PathLike[str], *, dtype: Any = jnp.float32, model: Any = None
+) -> Any:
     """Read a head of `logitjax.vq` that its ``save`` wrote.
 
     FileNotFoundError if there is no head in the directory; ValueError names a damaged file.
+
+    Args:
+        dtype: type of the computation.
+        model: the decoder to use it in, or its configuration; ValueError if sizes differ, or if
+            the head was converted from a decoder with other weights.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a head"):
-        return _head_of(record, tensors, dtype)
+        head = _head_of(record, tensors, dtype)
+    if model is not None:
+        config = getattr(model, "config", model)
+        sizes = dict(hidden_size=config.hidden_size, vocab_size=config.vocab_size)
+        if not _fits(head, **sizes):
+            raise ValueError(f"head: expected one with {sizes}, as its model has, got {directory}")
+        made_of = record.get("model") if isinstance(model, Decoder) else None
+        if made_of is not None and made_of != weights_digest(model):
+            raise ValueError(f"head: expected one made from this model, got {directory}")
+    return head
+
+
+def _fits(head: Any, hidden_size: int, vocab_size: int) -> bool:
+    hidden, rows = (jax.ShapeDtypeStruct((n, hidden_size), jnp.float32) for n in (1, vocab_size))
+    try:
+        return jax.eval_shape(head, hidden, rows).shape == (1, vocab_size)
+    except (TypeError, ValueError):
+        return False
 
 
 def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:

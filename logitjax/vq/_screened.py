@@ -151,6 +151,8 @@ class ScreenedHead(VocabularyHead):
     (3, 20)
     """
 
+    screens = True
+
     def __init__(
         self,
         screen: VocabularyHead,
