@@ -5,7 +5,8 @@
 
 It reads the text once and caches the hidden states. It then fits codes to the rows of the original
 head and tunes them to reproduce its distribution. OUT/head is the new head, and OUT/report.md
-compares perplexity on held-out text and size before and after. In Python,
+compares perplexity on held-out text and size before and after. `logitjax generate`, `serve` and
+`score` decode with it, given `--model` and `--head=OUT`. In Python,
 
     model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
 
