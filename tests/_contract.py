@@ -617,7 +617,7 @@ ELSEWHERE = {
         ops.Static ops.Codes models.quantize losses.Blocks losses.Head losses.Readout
         losses.GraphStatistics losses.LogProbs
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
-        vq.ConvertConfig vq.Screen vq.Tuning distillation.LayerPruning
+        vq.ConvertConfig vq.Tuning distillation.LayerPruning
         distillation.Objective
         distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus

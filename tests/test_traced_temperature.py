@@ -31,7 +31,7 @@ CODEBOOK, BIAS, ASSIGNMENT = normal(6, CODES, HIDDEN), normal(7, VOCAB), np.aran
 VQ = HEAD[0], CODEBOOK, BIAS, ASSIGNMENT
 
 
-SCREEN = vq.Screen(cheap=lambda h: h @ HEADS[3], rescore=HEAD[1].T, num_candidates=4)
+SCREEN = vq.ScreenedHead(lambda h: h @ HEADS[3], rows=HEAD[1].T, num_candidates=4)
 
 
 def with_temperature(function, *arguments, **options):
@@ -68,7 +68,7 @@ OF_TEMPERATURE = {
         "universal_logit_distance": with_temperature(distillation.universal_logit_distance, *PAIR),
     },
     vq: {
-        "Screen.nll": with_temperature(SCREEN.nll, HEAD[0], LABELS),
+        "ScreenedHead.nll": with_temperature(SCREEN.nll, HEAD[0], LABELS),
         "vq_logits": with_temperature(vq.vq_logits, *VQ),
         "vq_nll": with_temperature(vq.vq_nll, *VQ, LABELS),
         "VQTables.of": with_temperature(vq.VQTables.of, BIAS, ASSIGNMENT, CODES),

@@ -75,7 +75,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def product(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         packed, rows = weights
-        screen = vq.Screen(cheap=packed.logits, rescore=rows, num_candidates=candidates)
+        screen = vq.ScreenedHead(packed.logits, rows=rows, num_candidates=candidates)
         return screen.top_k(h, TOP, with_log_z=False)
 
     def tails(h: jax.Array, params: Any) -> Any:

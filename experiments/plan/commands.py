@@ -38,8 +38,8 @@ def convert_head_programs(config: convert_head.Config, mesh: Mesh) -> Iterator[P
     """The step that tunes the codes."""
     shape = models.load_config(config.model)
     convert = config.convert
-    if convert.screen:
-        raise ValueError(f"screen: expected 0 for a plan, got {convert.screen}")
+    if convert.kind != "vq":
+        raise ValueError(f"kind: expected 'vq' for a plan, got {convert.kind!r}")
     tuning = vq.Tuning(
         steps=convert.steps, batch_size=convert.batch_size, learning_rate=convert.learning_rate
     )

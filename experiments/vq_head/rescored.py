@@ -13,11 +13,12 @@ def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Conver
         raise ValueError("base: expected a head with V logits to screen with, got one without")
     rows = losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0)
 
-    def screen(arrays: Any, logits: Any) -> vq.Screen:
-        return vq.Screen(
-            cheap=lambda hidden: logits(arrays["screen"], hidden),
-            rescore=arrays["rows"],
+    def screen(arrays: Any, logits: Any) -> vq.ScreenedHead:
+        return vq.ScreenedHead(
+            lambda hidden: logits(arrays["screen"], hidden),
             num_candidates=candidates,
+            rows=arrays["rows"].kernel,
+            row_bias=arrays["rows"].bias,
         )
 
     def nll(arrays: Any, hidden: Any, labels: Any) -> Any:

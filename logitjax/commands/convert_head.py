@@ -1,7 +1,7 @@
 """Replace a model's output head with a vector-quantised approximation.
 
     logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --out=runs/head
-    logitjax convert-head --model=DIR --data=text:FILE --screen=512 --out=DIR2
+    logitjax convert-head --model=DIR --data=text:FILE --kind=screened --out=DIR2
 
 It reads the text once and caches the hidden states. It then fits codes to the rows of the original
 head and tunes them to reproduce its distribution. OUT/head is the new head, and OUT/report.md
@@ -11,8 +11,8 @@ compares perplexity on held-out text and size before and after. `logitjax genera
     model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
 
 is the converted model. By default several tokens share a code, and each token has a bias. With
-`--screen=512`, packed product codes scan all tokens and exact rows rescore the best 512: fastest on
-a CPU, slowest to tune. You may stop the run at any time; the same command continues it.
+`--kind=screened`, packed product codes scan all tokens and exact rows rescore the best 512: fastest
+on a CPU, slowest to tune. You may stop the run at any time; the same command continues it.
 docs/vq_logits.md explains what to expect.
 """
 

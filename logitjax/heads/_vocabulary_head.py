@@ -15,7 +15,7 @@ from logitjax.storage import write_head
 
 # Not an `nnx.Param`, so filters of optimizers and of gradients skip it.
 class Assignment(nnx.Variable):
-    """Integer tables of a head: saved with it, never trained."""
+    """Tables of a head: saved with it, never trained."""
 
 
 class VocabularyHead(nnx.Module):

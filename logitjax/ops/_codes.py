@@ -112,7 +112,7 @@ class Codes:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         few = rows.shape[0] <= _FEW and self.dtype == jnp.int8
         out = (_few_products if few else _products)(rows, self.values, self.scales)
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], self.values.shape[0])
 
 
 def _scaled(values: jax.Array, scales: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@
 - `vq_nll`, `vq_logits`, `VQTables`: the vector-quantised head as functions of arrays, `VQHead` as a
   module.
 - `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.
-- `Screen`: better rows for the best tokens of a cheap head; `ScreenedHead` as a module.
+- `ScreenedHead`: better rows for the best tokens of a cheap head, with a certificate on request.
 - `ConvertConfig.convert` replaces a model's head; its steps are `HiddenCache.of` and its methods,
   `ConvertConfig.fit` and `Tuning.run`.
 """
@@ -20,6 +20,5 @@ from logitjax.vq._loss import vq_logits as vq_logits
 from logitjax.vq._loss import vq_nll as vq_nll
 from logitjax.vq._product_codes import ProductCodes as ProductCodes
 from logitjax.vq._product_head import ProductHead as ProductHead
-from logitjax.vq._screened import Screen as Screen
 from logitjax.vq._screened import ScreenedHead as ScreenedHead
 from logitjax.vq._tune import Tuning as Tuning

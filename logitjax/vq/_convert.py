@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,12 @@ from logitjax.vq._screened import ScreenedHead
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
+Kind = Literal["vq", "screened"]
+# By name: values of each step, or of each reassignment.
+History = dict[str, list[float]]
+# Arrays of a `ScreenedHead` that are not its screen's.
+_EXACT = ("rows", "row_bias", "errors")
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
@@ -36,7 +42,7 @@ class Conversion:
 
     model: Any
     head: Any
-    history: dict[str, list[float]]
+    history: History
     # The positions it was tuned on, and the old head's outputs there.
     cache: HiddenCache
     targets: HeadTargets
@@ -44,14 +50,16 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Sizes and budget of converting a head.
+    """Kind, sizes and budget of converting a head.
 
     Attributes:
-        num_codes: number of clusters K.
+        kind: ``"vq"``, tokens that share codes, a `VQHead`. ``"screened"``, packed product codes
+            whose best ``candidates`` exact rows score again, a `ScreenedHead`; the fastest on a
+            CPU.
+        num_codes: number of clusters K of a `VQHead`.
         kmeans_iterations: number of iterations of Lloyd's algorithm.
-        use_bias: Whether each token has a bias; the published head has none.
-        screen: number of tokens that exact rows rescore in a `ScreenedHead`, the fastest head on a
-            CPU; packed product codes select them instead of ``num_codes`` clusters. 0 for none.
+        use_bias: Whether each token of a `VQHead` has a bias; the published head has none.
+        candidates: number of tokens that exact rows score again.
         max_tokens: number of positions to cache and tune on.
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
@@ -62,10 +70,11 @@ class ConvertConfig:
         seed: seed of k-means and of the order of positions.
     """
 
+    kind: Kind = "vq"
     num_codes: int = 4096
     kmeans_iterations: int = 10
     use_bias: bool = True
-    screen: int = 0
+    candidates: int = 512
     max_tokens: int = 100_000
     steps: int = 200
     batch_size: int = 2048
@@ -76,12 +85,14 @@ class ConvertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_codes", "max_tokens", "batch_size"):
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
+        for name in ("num_codes", "candidates", "max_tokens", "batch_size"):
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
-        for name in ("screen", "steps", "reassign_every"):
+        for name in ("steps", "reassign_every"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
-        if self.screen and not self.use_bias:
-            raise ValueError("use_bias: expected True beside screen, got False")
+        if self.kind != "vq" and not self.use_bias:
+            raise ValueError(f"use_bias: expected True for kind={self.kind!r}, got False")
 
     def fit(
         self,
@@ -94,7 +105,7 @@ class ConvertConfig:
         rows: Array | None = None,
         mesh: Mesh | None = None,
         workdir: epath.Path | None = None,
-    ) -> tuple[Any, dict[str, list[float]]]:
+    ) -> tuple[Any, History]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
         Returns the head and the tuning's history (``loss``: KL divergence from ``head``,
@@ -102,18 +113,12 @@ class ConvertConfig:
 
         Args:
             targets: from `HiddenCache.head_targets`, for the same positions.
-            start: a fit to tune instead of a new one; not for a `ScreenedHead`.
+            start: a fit to tune instead of a new one, of a `VQHead`.
             rows: ``[vocab, hidden]`` for re-scoring; None uses the model's embedding.
             mesh: as for `Tuning.run`.
             workdir: as of `Tuning`.
         """
         statistics = head_statistics(hidden) if statistics is None else statistics
-        kmeans: Any = dict(
-            # The old head's expectations.
-            unigram=jnp.asarray(targets.counts),
-            key=jax.random.key(self.seed),
-            iterations=self.kmeans_iterations,
-        )
         tuning = Tuning(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -121,46 +126,8 @@ class ConvertConfig:
             seed=self.seed,
             workdir=workdir,
         )
-        if self.screen:
-            codes, losses = _product_codes(head, statistics, kmeans, tuning, hidden, targets, mesh)
-            cheap = ProductHead.from_fit(codes, packed=True)
-            new = ScreenedHead(cheap, num_candidates=self.screen, rows=rows, row_bias=head.bias)
-            return new, {"loss": losses, "moved": []}
-        if start is None:
-            start = fit_assignment(
-                head.rows,
-                hidden_mean=statistics.mean,
-                hidden_cov=statistics.cov,
-                num_codes=self.num_codes,
-                row_bias=head.bias,
-                **kmeans,
-            )
-        codebook, assignment, bias = start.codebook, start.assignment, None
-        if self.use_bias:
-            bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
-        history: dict[str, list[float]] = {"loss": [], "moved": []}
-        if self.steps:
-            # Without biases a token's likelihood would be its cluster's.
-            moving = self.use_bias and self.reassign_every
-            codebook, bias, assignment, history = tune_vq_head(
-                codebook,
-                bias,
-                assignment,
-                hidden,
-                targets,
-                tuning,
-                reassign_every=self.reassign_every if moving else None,
-                min_count=self.min_count,
-                mesh=mesh,
-            )
-            # From cross-entropy to divergence.
-            history["loss"] = [loss - targets.entropy for loss in history["loss"]]
-        fit = VQFit(
-            jnp.asarray(assignment),
-            jnp.asarray(codebook),
-            jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-        )
-        return VQHead.from_fit(fit, use_bias=self.use_bias), history
+        sample = _Sample(self, head, hidden, targets, statistics, start, rows, tuning, mesh)
+        return _KINDS[self.kind](sample)
 
     def convert(
         self,
@@ -194,11 +161,11 @@ class ConvertConfig:
         """
         root = epath.Path(workdir)
         old = model.head_of()
-        # A screen has no clusters.
-        size = "screen" if self.screen else "num_codes"
-        checks.between(getattr(self, size), 1, old.rows.shape[0], size)
-        if self.screen and old.soft_cap is not None:
-            raise ValueError(f"screen: expected 0 for a head with a soft cap, got {self.screen}")
+        size = _SIZES.get(self.kind)
+        if size:
+            checks.between(getattr(self, size), 1, old.rows.shape[0], size)
+        if self.kind != "vq" and old.soft_cap is not None:
+            raise ValueError(f"kind: expected 'vq' for a head with a soft cap, got {self.kind!r}")
         with processes.first_before_others("hidden states"):
             cache = HiddenCache.of(
                 model, batches, root / "hidden", max_tokens=self.max_tokens, source=source
@@ -221,24 +188,110 @@ class ConvertConfig:
         )
 
 
-def _product_codes(
-    head: Head, statistics: HeadStatistics, kmeans: Any, tuning: Tuning, *sample: Any
-) -> tuple[ProductCodes, list[float]]:
-    """Codes of the old rows; codebooks and biases are tuned to the old head on the sample."""
-    rows = jnp.asarray(head.rows, jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """A head to imitate, its positions, and how to tune."""
+
+    config: ConvertConfig
+    head: Head
+    hidden: np.ndarray
+    targets: HeadTargets
+    statistics: HeadStatistics
+    start: VQFit | None
+    rows: Array | None
+    tuning: Tuning
+    mesh: Mesh | None
+
+    @property
+    def kmeans(self) -> Any:
+        return dict(
+            # The old head's expectations.
+            unigram=jnp.asarray(self.targets.counts),
+            key=jax.random.key(self.config.seed),
+            iterations=self.config.kmeans_iterations,
+        )
+
+    def matched_bias(self, rows: Array, approximate: Array) -> jax.Array:
+        """Biases that correct the error of approximate rows at the mean state."""
+        bias = (rows - approximate) @ self.statistics.mean
+        return bias if self.head.bias is None else bias + self.head.bias
+
+    def imitate(self, head_of: Any, params: Any, constants: Any) -> tuple[Any, History]:
+        params, losses = self.tuning.imitate(
+            head_of, params, self.hidden, self.targets, self.mesh, constants=constants
+        )
+        return params, {"loss": losses, "moved": []}
+
+    def with_exact_rows(self, screen: Any, **options: Any) -> ScreenedHead:
+        return ScreenedHead(
+            screen,
+            num_candidates=self.config.candidates,
+            rows=self.rows,
+            row_bias=self.head.bias,
+            **options,
+        )
+
+
+def _vq_head(sample: _Sample) -> tuple[VQHead, History]:
+    config, hidden, targets, start = sample.config, sample.hidden, sample.targets, sample.start
+    if start is None:
+        start = fit_assignment(
+            sample.head.rows,
+            hidden_mean=sample.statistics.mean,
+            hidden_cov=sample.statistics.cov,
+            num_codes=config.num_codes,
+            row_bias=sample.head.bias,
+            **sample.kmeans,
+        )
+    codebook, assignment, bias = start.codebook, start.assignment, None
+    if config.use_bias:
+        bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
+    history: History = {"loss": [], "moved": []}
+    if config.steps:
+        # Without biases a token's likelihood would be its cluster's.
+        moving = config.use_bias and config.reassign_every
+        codebook, bias, assignment, history = tune_vq_head(
+            codebook,
+            bias,
+            assignment,
+            hidden,
+            targets,
+            sample.tuning,
+            reassign_every=config.reassign_every if moving else None,
+            min_count=config.min_count,
+            mesh=sample.mesh,
+        )
+        # From cross-entropy to divergence.
+        history["loss"] = [loss - targets.entropy for loss in history["loss"]]
+    fit = VQFit(
+        jnp.asarray(assignment),
+        jnp.asarray(codebook),
+        jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
+    )
+    return VQHead.from_fit(fit, use_bias=config.use_bias), history
+
+
+def _screened_head(sample: _Sample) -> tuple[ScreenedHead, History]:
+    """Codes of the old rows screen; their codebooks and biases are tuned to the old head."""
+    rows = jnp.asarray(sample.head.rows, jnp.float32)
     width = rows.shape[1]
     # Groups of three dimensions, or four if three do not divide, as measured.
     groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
-    fit = ProductCodes.fit(rows, hidden_cov=statistics.cov, groups=groups, num_codes=16, **kmeans)
-    # The codes' error at the mean state.
-    bias = (rows - fit.kernel()) @ statistics.mean
-    bias = bias if head.bias is None else bias + head.bias
+    cov = sample.statistics.cov
+    fit = ProductCodes.fit(rows, hidden_cov=cov, groups=groups, num_codes=16, **sample.kmeans)
+    bias = sample.matched_bias(rows, fit.kernel())
 
     def head_of(params: Any, codes: Array) -> Head:
         return Head(ProductCodes(params[0], codes).kernel(), params[1], vocab_axis=0)
 
-    params, losses = tuning.imitate(head_of, (fit.codebooks, bias), *sample, constants=fit.codes)
-    return ProductCodes(params[0], fit.codes, params[1]), losses
+    params, history = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
+    codes = ProductCodes(params[0], fit.codes, params[1])
+    return sample.with_exact_rows(ProductHead.from_fit(codes, packed=True)), history
+
+
+# What makes each kind of head, and the option that no vocabulary may be smaller than.
+_KINDS: dict[str, Any] = {"vq": _vq_head, "screened": _screened_head}
+_SIZES = {"vq": "num_codes", "screened": "candidates"}
 
 
 def load_head(
@@ -278,7 +331,7 @@ def _fits(head: Any, hidden_size: int, vocab_size: int) -> bool:
 def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:
     options = dict(record["options"])
     if record["kind"] == "ScreenedHead":
-        entries: Any = {name: tensors[name] for name in ("rows", "row_bias") if name in tensors}
+        entries: Any = {name: tensors[name] for name in _EXACT if name in tensors}
         inner = {n.removeprefix("screen."): t for n, t in tensors.items() if n not in entries}
         return ScreenedHead(_head_of(options.pop("screen"), inner, dtype), **options, **entries)
     if record["kind"] == "ProductHead":

@@ -10,69 +10,143 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from logitjax import ops
-from logitjax.heads import HeadCost, VocabularyHead
+from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
 from logitjax.ops import mesh as on_mesh
 from logitjax.vq._row_products import row_products
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Screen:
-    """A cheap head that scores all tokens, and better rows for the best of them.
+class ScreenedHead(VocabularyHead):
+    """A cheap head scores all tokens; exact rows score the best of them again.
 
-    Attributes:
-        cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
-            `ProductCodes.logits`.
-        rescore: a `Head` with better rows, or its kernel alone.
-        num_candidates: number of tokens to re-score.
+    A model with its embedding in memory gets its own logits back, for a tenth of the rows read. The
+    better logits divide the candidates' mass; the screen determines how large that mass is. Its
+    scores are only known up to a number that depends on the context, which a head tuned to imitate
+    another's probabilities may well learn. ::
+
+        s = screen(h),  c = the num_candidates largest of it
+        l_v = w_v . h + a_v       v in c
+              s_v + shift(h)      otherwise
+        shift = logsumexp_{v in c} l_v - logsumexp_{v in c} s_v
+
+    With ``errors`` the candidates have the largest bounds ``s_v + errors_v |h|``, and `top_k` is
+    the full head's: where a token that was not scored again may belong to it (see `certified`), all
+    rows are read. Shim et al., SVD-softmax, 2017, screen by a low rank; here any head may.
+
+    Args:
+        screen: ``hidden [n, hidden] -> [n, vocab]`` float32 scores: any head, or a function.
+        num_candidates: number of tokens that are scored again.
+        rows: ``[vocab, hidden]``, better rows; None uses the (tied) embedding.
+        row_bias: ``[vocab]``, their biases.
+        errors: ``[vocab]``, bounds such that ``|w_v . h + a_v - s_v| <= errors_v |h|``, rounding
+            included, as of `row_errors`; None promises nothing.
+
+    >>> rows, cheap = jnp.array([[9.0], [4.0], [3.0]]), lambda h: jnp.array([[0.0, 1.0, 2.0]])
+    >>> exact = ScreenedHead(cheap, rows=rows, num_candidates=1, errors=jnp.array([9.0, 3.0, 1.0]))
+    >>> exact.top_k(jnp.ones((1, 1)), 1).indices, exact.certified(jnp.ones((1, 1)), 1)
+    (Array([[0]], dtype=int32), Array([ True], dtype=bool))
     """
 
-    cheap: Callable[[jax.Array], jax.Array]
-    rescore: Head | Array
-    num_candidates: int
+    screens = True
 
-    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
-        """Logits of a cheap head, the largest of them replaced by those of better rows.
+    def __init__(
+        self,
+        screen: Callable[[jax.Array], jax.Array],
+        *,
+        num_candidates: int = 512,
+        rows: Array | None = None,
+        row_bias: Array | None = None,
+        errors: Array | None = None,
+    ):
+        self.screen = screen
+        self.num_candidates = num_candidates
+        self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
+        self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
+        self.errors = None if errors is None else Assignment(jnp.asarray(errors))
 
-        The better logits divide the candidates' mass; the cheap head determines how large that mass
-        is. The cheap logits are only known up to a number that depends on the context, which a head
-        tuned to imitate another's probabilities may well learn. ::
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        screen: Any = self.screen
+        tensors, options = screen._record()
+        tensors = {f"screen.{name}": array for name, array in tensors.items()}
+        entries = {name: getattr(self, name) for name in ("rows", "row_bias", "errors")}
+        tensors |= {n: np.asarray(array[...]) for n, array in entries.items() if array is not None}
+        inner = {"kind": type(screen).__name__, "options": options}
+        return tensors, {"num_candidates": self.num_candidates, "screen": inner}
 
-            s = cheap(h),  c = the num_candidates largest of it
-            l_v = rescore(h, v)       v in c
-                  s_v + shift(h)      otherwise
-            shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
+    def _exact(self, embedding: Array | None) -> Head:
+        rows = embedding if self.rows is None else self.rows[...]
+        if rows is None:
+            raise ValueError("embedding: expected the rows that score again, got None")
+        bias = None if self.row_bias is None else self.row_bias[...]
+        # `[vocab, hidden]`.
+        return Head(rows, bias, vocab_axis=0)
 
-        The result is float32 ``[*batch, vocab]``; ValueError if ``num_candidates`` is not in
-        1..vocab. Shim et al., SVD-softmax, 2017, screen by a low rank; here any cheap head may.
-
-        >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
-        >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
-        >>> jax.jit(screen.logits)(jnp.ones((1, 1)))
-        Array([[3., 4., 5.]], dtype=float32)
-        """
-        hidden = jnp.asarray(hidden)
+    def _look(self, hidden: Array, embedding: Array | None) -> "_Scores":
+        """Score all tokens of flattened positions, and the candidates again."""
+        head, hidden = self._exact(embedding), jnp.asarray(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logits = _joined(*self._look(flat))
-        return logits.reshape(*hidden.shape[:-1], -1)
+        if self.errors is None:
+            scores = self.screen(flat)
+            bounds = scores
+        else:
+            # As the screen rounds them; the bounds are of float32 products, also on a TPU.
+            flat = flat.astype(getattr(self.screen, "dtype", flat.dtype)).astype(jnp.float32)
+            with jax.default_matmul_precision("float32"):
+                scores = self.screen(flat)
+            bounds = scores + self.errors[...] * _norms(flat)
+        vocab, count = scores.shape[-1], self.num_candidates
+        if not 1 <= count <= vocab:
+            raise ValueError(
+                f"num_candidates: expected a number between 1 and the vocabulary, {vocab}, "
+                f"got {count}"
+            )
+        more = self.errors is not None and count < vocab
+        bounds, tokens = top_k(lax.stop_gradient(bounds), count + more, group_size=8)
+        # Of the others.
+        limit = bounds[:, -1] if more else jnp.full(len(flat), -jnp.inf)
+        # Sums with a bias, and this one, round relative to their size.
+        limit = limit + 2.0**-21 * jnp.abs(neginf_to_zero(limit))
+        tokens = tokens[:, :count]
+        if self.errors is not None:
+            # Of equal logits the lowest token comes first, as in a full head.
+            tokens = jnp.sort(tokens, axis=-1)
+        return _Scores(flat, scores, tokens, rescored(head, flat, tokens), limit)
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        look = self._look(hidden, embedding)
+        logits = look.joined()
+        if self.errors is not None:
+            # Their largest is the full head's, too.
+            best, _, sure = look.best(1)
+            logits = lax.cond(
+                sure.all(), lambda: look.joined(best), lambda: self._full(look, embedding)
+            )
+        return logits.reshape(*jnp.shape(hidden)[:-1], logits.shape[-1])
+
+    def _full(self, look: "_Scores", embedding: Array | None) -> jax.Array:
+        with jax.default_matmul_precision("float32"):
+            return self._exact(embedding).logits(look.hidden)
 
     def nll(
         self,
         hidden: Float[Array, "*batch hidden"],
         labels: Int[Array, "..."],
+        embedding: Array | None = None,
         *,
         temperature: float | Array = 1.0,
         z_loss: float = 0.0,
         block_size: int = 256,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy of `logits`, by blocks of positions: ``[*batch]``, float32, not reduced.
+        """Cross-entropy of the logits, by blocks of positions: ``[*batch]``, float32, not reduced.
 
         The choice of candidates has no gradient. Memory is block_size x vocab; other options are
-        those of `vq_nll`. ValueError as of `logits`, or if ``labels`` do not fit ``hidden``.
+        those of `vq_nll`. ValueError if ``labels`` do not fit ``hidden``.
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
@@ -81,7 +155,7 @@ class Screen:
 
         def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             hidden, labels = inputs
-            logits = self.logits(hidden) / temperature
+            logits = self(hidden, embedding) / temperature
             log_z = logsumexp(logits)
             nll = log_z - gather_at(logits, labels[:, None])[:, 0]
             return nll + z_loss * log_z**2 if z_loss else nll
@@ -89,136 +163,135 @@ class Screen:
         return in_blocks(block, (hidden, labels), block_size)
 
     def top_k(
-        self, hidden: Float[Array, "*batch hidden"], k: int, *, with_log_z: bool = True
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        embedding: Array | None = None,
+        *,
+        with_log_z: bool = True,
     ) -> TopK:
-        """The k best candidates by their better logits.
+        """The k best tokens by their better logits.
 
-        They are the full head's if its k best tokens are among the candidates. Returns the `TopK`:
-        ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+        They are the full head's if its k best tokens are among the candidates, and always if the
+        head has ``errors``. Returns the `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over
+        the whole vocabulary, as the screen has it.
 
         Args:
             k: number of tokens, at most ``num_candidates``; otherwise ValueError.
             with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
-
-        >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
-        >>> exact = jnp.array([[9.0], [4.0], [3.0]])
-        >>> screen = Screen(cheap=cheap, rescore=exact, num_candidates=2)
-        >>> jax.jit(screen.top_k, static_argnums=1)(jnp.ones((1, 1)), 1).indices
-        Array([[1]], dtype=int32)
         """
-        most = self.num_candidates
-        if not 1 <= k <= most:
-            raise ValueError(f"k: expected a number between 1 and num_candidates={most}, got {k}")
-        hidden = jnp.asarray(hidden)
-        batch = hidden.shape[:-1]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        scores, tokens, better = self._look(flat)
-        values, places = top_k(better, k)
-        chosen = gather_at(tokens, places)
+        look = self._look(hidden, embedding)
+        values, chosen, sure = look.best(k)
+        if self.errors is not None:
+            values, chosen = lax.cond(
+                sure.all(), lambda: (values, chosen), lambda: top_k(self._full(look, embedding), k)
+            )
         # It would need a pass over V.
-        log_z = jnp.zeros(len(flat), jnp.float32)
-        if with_log_z:
-            log_z = logsumexp(_joined(scores, tokens, better))
+        log_z = logsumexp(look.joined()) if with_log_z else jnp.zeros(len(chosen), jnp.float32)
+        batch = jnp.shape(hidden)[:-1]
         return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
 
-    def _look(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Cheap scores of all tokens, the candidates, and their better logits."""
-        scores = self.cheap(hidden)
-        if not 1 <= self.num_candidates <= scores.shape[-1]:
-            raise ValueError(
-                "num_candidates: expected a number between 1 and the vocabulary, "
-                f"{scores.shape[-1]}, "
-                f"got {self.num_candidates}"
-            )
-        _, tokens = top_k(jax.lax.stop_gradient(scores), self.num_candidates, group_size=8)
-        return scores, tokens, rescored(self.rescore, hidden, tokens)
+    def certified(
+        self, hidden: Float[Array, "*batch hidden"], k: int, embedding: Array | None = None
+    ) -> Bool[jax.Array, "*batch"]:
+        """Whether the candidates are sure to hold the full head's k best tokens.
 
-
-class ScreenedHead(VocabularyHead):
-    """A cheap head screens, rows of the (tied) embedding re-score.
-
-    A model with its embedding in memory gets its own logits back, for a tenth of the rows read.
-
-    Args:
-        screen: any head with V cheap logits: a `ProductHead`, a `VQHead`.
-        num_candidates: number of tokens to re-score.
-        rows: ``[vocab, hidden]``, the head's own rows; None uses the embedding.
-        row_bias: ``[vocab]``, their biases.
-
-    >>> from logitjax.vq import VQHead
-    >>> make = lambda: ScreenedHead(VQHead(8, 20, 5, rngs=nnx.Rngs(0)), num_candidates=4)
-    >>> nnx.jit(lambda *arrays: make()(*arrays))(jnp.ones((3, 8)), jnp.ones((20, 8))).shape
-    (3, 20)
-    """
-
-    screens = True
-
-    def __init__(
-        self,
-        screen: VocabularyHead,
-        *,
-        num_candidates: int = 512,
-        rows: Array | None = None,
-        row_bias: Array | None = None,
-    ):
-        self.screen = screen
-        self.num_candidates = num_candidates
-        self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
-        self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
-
-    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        tensors, options = self.screen._record()
-        tensors = {f"screen.{name}": array for name, array in tensors.items()}
-        entries = {"rows": self.rows, "row_bias": self.row_bias}
-        tensors |= {n: np.asarray(array[...]) for n, array in entries.items() if array is not None}
-        screen = {"kind": type(self.screen).__name__, "options": options}
-        return tensors, {"num_candidates": self.num_candidates, "screen": screen}
-
-    def _screen(self, embedding: Array | None) -> Screen:
-        rows = embedding if self.rows is None else self.rows[...]
-        if rows is None:
-            raise ValueError(
-                "embedding: expected rows, because this ScreenedHead has none of its own, got None"
-            )
-        bias = None if self.row_bias is None else self.row_bias[...]
-        # `[vocab, hidden]`.
-        exact = Head(rows, bias, vocab_axis=0)
-        return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
-
-    def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
-        return self._screen(embedding).logits(hidden)
-
-    def nll(
-        self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any
-    ) -> jax.Array:
-        """Cross-entropy over the whole vocabulary; options as of `Screen.nll`."""
-        return self._screen(embedding).nll(hidden, labels, **options)
-
-    def top_k(self, hidden: Array, k: int, embedding: Array | None = None, **options: Any) -> TopK:
-        """The k best candidates; options as of `Screen.top_k`."""
-        return self._screen(embedding).top_k(hidden, k, **options)
+        True where the k-th best exact logit is above ``s_v + errors_v |h|`` of all other tokens.
+        Where it is False for a position of a batch, `top_k` reads all rows. ValueError for a head
+        without ``errors``.
+        """
+        if self.errors is None:
+            raise ValueError("errors: expected bounds of the screen's errors, got None")
+        return self._look(hidden, embedding).best(k)[2].reshape(jnp.shape(hidden)[:-1])
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        """Return its `HeadCost`, on top of its screen."""
+        """Return its `HeadCost`, on top of its screen; a certificate's rare full reads are not."""
         rows: Any = embedding if self.rows is None else self.rows
         if rows is None:
-            raise ValueError("embedding: expected the rows that re-score, got None")
+            raise ValueError("embedding: expected the rows that score again, got None")
         vocab, hidden = rows.shape
+        screen: Any = self.screen
+        cost = screen.cost(embedding)
+        if self.errors is not None:
+            extra = self.errors.size * self.errors.dtype.itemsize
+            cost = dataclasses.replace(
+                cost,
+                stored_bytes=cost.stored_bytes + extra,
+                read_bytes=cost.read_bytes + extra,
+                exact=True,
+            )
         # The embedding is in memory anyway.
         local = 0 if self.rows is None else vocab
-        return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, kept=local)
+        return cost.with_rows(self.num_candidates, hidden, kept=local, itemsize=rows.dtype.itemsize)
 
 
-def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:
-    """The better logits at their tokens; the cheap ones elsewhere, shifted to their scale."""
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """Scores of all tokens, the candidates, their better logits, and a bound of all others."""
 
-    def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
-        rows = jnp.arange(scores.shape[0])[:, None]
-        # The candidates keep their mass.
-        shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
-        return ((scores + shift[:, None]).at[rows, tokens].set(better),)
+    hidden: jax.Array
+    scores: jax.Array
+    tokens: jax.Array
+    better: jax.Array
+    limit: jax.Array
 
-    return on_mesh.over_batch(join, (2,), scores, tokens, better)[0]
+    def best(self, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The k best candidates' logits and tokens, and whether no other token reaches them."""
+        count = self.tokens.shape[-1]
+        if not 1 <= k <= count:
+            raise ValueError(f"k: expected a number between 1 and num_candidates={count}, got {k}")
+        values, places = top_k(self.better, k)
+        # Of equal logits another token might come first; a nan is never above.
+        sure = (values[:, -1] > self.limit) | (count == self.scores.shape[-1])
+        return values, gather_at(self.tokens, places), sure
+
+    def joined(self, most: Array | None = None) -> jax.Array:
+        """The better logits at their tokens; the screen's elsewhere, shifted to their scale.
+
+        The latter stay below ``most [n, 1]``.
+        """
+        below = jnp.inf if most is None else jnp.nextafter(lax.stop_gradient(most), -jnp.inf)
+        below = jnp.broadcast_to(below, (len(self.tokens), 1))
+
+        def join(scores: Array, tokens: Array, better: Array, below: Array) -> tuple[jax.Array]:
+            rows = jnp.arange(scores.shape[0])[:, None]
+            # The candidates keep their mass.
+            mass = neginf_to_zero(logsumexp(scores[rows, tokens]))
+            shift = neginf_to_zero(logsumexp(better)) - mass
+            others = jnp.minimum(scores + shift[:, None], below)
+            return (others.at[rows, tokens].set(better),)
+
+        return on_mesh.over_batch(join, (2,), self.scores, self.tokens, self.better, below)[0]
+
+
+def _norms(hidden: jax.Array) -> jax.Array:
+    """Norms of rows ``[n, 1]``, rounded up."""
+    # Squares of small numbers would vanish.
+    largest = jnp.abs(hidden).max(-1, keepdims=True, initial=0)
+    scaled = hidden / jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt((scaled**2).sum(-1, keepdims=True)) * (1 + _rounding(hidden))
+
+
+def _rounding(rows: Any) -> float:
+    """Bound of the relative rounding of a float32 sum over a row, in any order, with room."""
+    return (rows.shape[-1] + 16) * 2.0**-23
+
+
+@jax.jit
+def row_errors(rows: Array, approximate: Array) -> jax.Array:
+    """Bounds of `ScreenedHead` for a screen of approximate rows and the same biases: ``[vocab]``.
+
+    They hold for ``rows`` and for these rounded to bfloat16, and for any order of float32 sums. ::
+
+        |w_v - w^_v| + rounding (|w_v| + |w^_v| + 2 max_u |w_u|)
+    """
+    rows = jnp.asarray(rows, jnp.float32)
+    rounding = _rounding(rows)
+    small = rows.astype(jnp.bfloat16).astype(jnp.float32)
+    norm, other = (_norms(x)[:, 0] for x in (rows, approximate))
+    gap = jnp.maximum(_norms(rows - approximate), _norms(small - approximate))[:, 0]
+    # Twice the largest: the logit that others are compared with may be rounded too.
+    return gap + 1.01 * rounding * (norm + other + 2 * norm.max(initial=0))
 
 
 def rescored(rows: Head | Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:

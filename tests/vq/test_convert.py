@@ -348,7 +348,13 @@ def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
     config = dataclasses.replace(CONFIG, tie_embeddings=False)
     model = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
     options = vq.ConvertConfig(
-        screen=8, max_tokens=60, steps=6, batch_size=60, kmeans_iterations=2, top=8
+        kind="screened",
+        candidates=8,
+        max_tokens=60,
+        steps=6,
+        batch_size=60,
+        kmeans_iterations=2,
+        top=8,
     )
     result = options.convert(model, _batches(), tmp_path)
     hidden, losses = np.asarray(result.cache.hidden), result.history["loss"]
@@ -366,17 +372,19 @@ def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
 
 
 def test_what_a_screen_cannot_be_combined_with_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="use_bias: expected True beside screen"):
-        vq.ConvertConfig(screen=8, use_bias=False)
+    with pytest.raises(ValueError, match="use_bias: expected True for kind='screened'"):
+        vq.ConvertConfig(kind="screened", use_bias=False)
+    with pytest.raises(ValueError, match="got 'fast'"):
+        vq.ConvertConfig(kind="fast")  # pyright: ignore[reportArgumentType]
     many = vq.ConvertConfig(num_codes=VOCAB + 1)
     with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 96, got 97"):
         many.convert(model, iter(()), tmp_path)
-    with pytest.raises(ValueError, match="screen: expected a number from 1 to 96, got 97"):
-        vq.ConvertConfig(screen=97).convert(model, iter(()), tmp_path)
+    with pytest.raises(ValueError, match="candidates: expected a number from 1 to 96, got 97"):
+        vq.ConvertConfig(kind="screened", candidates=97).convert(model, iter(()), tmp_path)
     config = dataclasses.replace(CONFIG, logits_softcap=5.0)
     capped = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
-    with pytest.raises(ValueError, match="screen: expected 0 for a head with a soft cap"):
-        vq.ConvertConfig(screen=8).convert(capped, iter(()), tmp_path)
+    with pytest.raises(ValueError, match="kind: expected 'vq' for a head with a soft cap"):
+        vq.ConvertConfig(kind="screened", candidates=8).convert(capped, iter(()), tmp_path)
 
 
 def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax import losses, vq
+from logitjax import vq
 from logitjax.vq import _product_codes
 from logitjax.vq._product_codes import PackedCodes
 from tests._compiled import compiled
@@ -159,10 +159,10 @@ def test_positions_may_be_split_over_a_mesh(kind):
     mesh = jax.make_mesh((8,), ("data",), (kind,))
 
     def everything(hidden, codes, packed, rows):
-        screen = vq.Screen(cheap=packed.logits, rescore=rows, num_candidates=9)
-        return codes.logits(hidden), screen.logits(hidden), screen.top_k(hidden, 3)
+        screen = vq.ScreenedHead(packed.logits, rows=rows, num_candidates=9)
+        return codes.logits(hidden), screen(hidden), screen.top_k(hidden, 3)
 
-    head = (codes, packed, losses.Head(rows, vocab_axis=0))
+    head = (codes, packed, rows)
     local = jax.jit(everything)(hidden, *head)
     with jax.set_mesh(mesh):
         split = jax.device_put(hidden, NamedSharding(mesh, P("data")))

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import chex
@@ -10,9 +9,10 @@ from flax import nnx
 
 from logitjax.losses import Head
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import ProductHead, Screen, ScreenedHead, VQHead
+from logitjax.ops import Codes
+from logitjax.vq import ProductHead, ScreenedHead, VQHead
 from logitjax.vq._loss import code_scores
-from logitjax.vq._screened import rescored
+from logitjax.vq._screened import rescored, row_errors
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -29,8 +29,8 @@ def case():
     low = down, rows @ down
     labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
     screen = functools.partial(low_rank_logits, down=low[0], kernel=low[1])
-    functions = dict(screen=screen, rescore=rows)
-    return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=hidden @ rows.T, **functions)
+    full = hidden @ rows.T
+    return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=full, screen=screen)
 
 
 def low_rank_logits(hidden, down, kernel):
@@ -46,7 +46,7 @@ low_rank_logits_of = compiled(low_rank_logits)
 
 
 def screened_logits(screen, hidden):
-    return jax.jit(screen.logits)(hidden)
+    return jax.jit(lambda hidden: screen(hidden))(hidden)
 
 
 def screened_nll(screen, hidden, labels):
@@ -58,7 +58,7 @@ def screened_topk(screen, hidden, k, **options):
 
 
 def _screen(case, count):
-    return Screen(cheap=case["screen"], rescore=case["rescore"], num_candidates=count)
+    return ScreenedHead(case["screen"], rows=case["rows"], num_candidates=count)
 
 
 def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
@@ -79,8 +79,10 @@ def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
 
 def test_a_number_that_the_context_adds_to_the_screen_changes_nothing(case):
     screen = _screen(case, 12)
-    moved = dataclasses.replace(
-        screen, cheap=lambda hidden: screen.cheap(hidden) + 3.0 * hidden[:, :1] - 5.0
+    moved = ScreenedHead(
+        lambda hidden: case["screen"](hidden) + 3.0 * hidden[:, :1] - 5.0,
+        rows=case["rows"],
+        num_candidates=12,
     )
     want = screened_nll(screen, case["hidden"], case["labels"])
     np.testing.assert_allclose(
@@ -95,14 +97,14 @@ def test_loss_and_gradients_are_those_of_the_logits(case):
 
     def screened(kernel, rows):
         screen = functools.partial(low_rank_logits, down=down, kernel=kernel)
-        return Screen(cheap=screen, rescore=rows, num_candidates=12)
+        return ScreenedHead(screen, rows=rows, num_candidates=12)
 
     def lean(kernel, rows):
         extra = dict(block_size=6, temperature=0.8, z_loss=1e-3)
         return screened(kernel, rows).nll(case["hidden"], case["labels"], **extra).sum()
 
     def plain(kernel, rows):
-        logits = screened(kernel, rows).logits(case["hidden"]) / 0.8
+        logits = screened(kernel, rows)(case["hidden"]) / 0.8
         log_z = jax.nn.logsumexp(logits, axis=-1)
         at_label = jnp.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
         return (log_z - at_label + 1e-3 * log_z**2).sum()
@@ -187,7 +189,7 @@ def test_errors_name_the_argument(case):
         screened_nll(_screen(case, 4), case["hidden"], case["labels"][:-1])
     screen = with_weights(lambda: VQHead(WIDTH, VOCAB, 16, rngs=nnx.Rngs(0)))
     head = ScreenedHead(screen)
-    with pytest.raises(ValueError, match="embedding: expected rows"):
+    with pytest.raises(ValueError, match="embedding: expected the rows"):
         head(case["hidden"])
 
 
@@ -229,3 +231,92 @@ def test_one_position_scores_as_one_of_many(dtype):
     scores = np.asarray(run(hidden, rows))
     np.testing.assert_allclose(run(hidden[:1], rows), scores[:1], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(run(hidden[1], rows), scores[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_certificate_worked_by_hand():
+    # The screen is off by (3, 4), (0, 1) and nothing: norms of 5, 1 and 0.
+    rows = np.array([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], np.float32)
+    coarse = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]], np.float32)
+    errors = row_errors(rows, coarse)
+    np.testing.assert_allclose(errors, [5, 1, 0], atol=2e-4)
+    assert (np.asarray(errors) >= [5, 1, 0]).all()
+
+    def head(errors, count):
+        bias = np.float32([0, 0, 1])
+        return ScreenedHead(
+            lambda hidden: hidden @ coarse.T + bias,
+            num_candidates=count,
+            rows=rows,
+            row_bias=bias,
+            errors=errors,
+        )
+
+    hidden = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, -2.0]], np.float32)
+
+    @jax.jit
+    def look(hidden):
+        one = head(errors, 1)
+        return one.certified(hidden, 1), one.top_k(hidden, 1), head(errors, 2).certified(hidden, 1)
+
+    # Bounds: (7.1, 2.4, 2), (5, 1, 2), (10, 0, 1); best logits of candidate 0: 7, 3 and -8.
+    certified, top, two = look(hidden)
+    np.testing.assert_array_equal(certified, [True, True, False])
+    np.testing.assert_array_equal(two, [True, True, True])
+    np.testing.assert_array_equal(top.indices[:, 0], [0, 0, 2])
+    np.testing.assert_allclose(top.values[:, 0], [7, 3, 1], rtol=1e-6)
+    # The screen's other logits, shifted by 7, would be larger.
+    logits = jax.jit(head(errors, 1))
+    np.testing.assert_array_equal(logits(hidden[:2]).argmax(-1), [0, 0])
+    np.testing.assert_allclose(logits(hidden), hidden @ rows.T + [0, 0, 1], rtol=1e-6)
+    # A tie outside the candidates is not certain: the lower token comes first.
+    tied = jax.jit(lambda h: head(np.float32([0, 9, 9]), 1).certified(h, 1))
+    np.testing.assert_array_equal(tied(hidden[1:2]), [False])
+    with pytest.raises(ValueError, match="errors: expected bounds"):
+        head(None, 1).certified(hidden, 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_certified_tops_are_the_full_head_s(dtype):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200, 32)).astype(np.float32)
+    # Near ties, apart by less than the screen's error and by more than that of rounding.
+    rows = np.tile(rows[:20], (10, 1)) + 1e-3 * rng.normal(size=(200, 32)).astype(np.float32)
+    bias = rng.normal(size=200).astype(np.float32)
+    bias[[3, 50]] = -np.inf
+    hidden = rng.normal(size=(60, 32)).astype(np.float32) * 10.0 ** rng.uniform(-12, 12, (60, 1))
+    rows, hidden = rows.astype(dtype), hidden.astype(dtype)
+    codes = Codes.of(rows, "int8")
+    errors = row_errors(rows, codes.dense())
+    exact = np.float64(hidden) @ np.float64(rows).T + bias
+
+    @functools.partial(jax.jit, static_argnames=("count", "k"))
+    def look(hidden, count, k):
+        head = ScreenedHead(
+            lambda hidden: codes.product(hidden) + bias,
+            num_candidates=count,
+            rows=rows,
+            row_bias=bias,
+            errors=errors,
+        )
+        bounds = codes.product(hidden) + bias
+        return head.certified(hidden, k), head.top_k(hidden, k), bounds
+
+    shares = []
+    for count, k in ((4, 1), (12, 5), (200, 5)):
+        certified, top, scores = jax.device_get(look(hidden, count, k))
+        shares.append(certified.mean())
+        want = np.argsort(-exact, axis=-1, kind="stable")[:, :k]
+        for at in range(len(hidden)):
+            # Float32 may order what is closer than its rounding in another way.
+            close = 1e-5 * np.abs(exact[at, want[at]]).max()
+            np.testing.assert_allclose(exact[at, top.indices[at]], exact[at, want[at]], atol=close)
+        finite = np.isfinite(bias)
+        size = np.linalg.norm(np.float64(hidden), axis=-1)[:, None] * np.asarray(errors)
+        room = size + 1e-6 * np.abs(np.where(finite, exact, 0))
+        assert (np.abs((exact - scores)[:, finite]) <= room[:, finite]).all()
+    assert 0 < shares[0] < 1
+    assert 0 < shares[1] < 1
+    assert shares[2] == 1
+    # No position, and logits that are no numbers, which the full head decides.
+    assert look(hidden[:0], 4, 1)[1].indices.shape == (0, 1)
+    assert not look(hidden[:1] * np.nan, 4, 1)[0].any()
