@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from etils import epath
+from flax import nnx
 
 from logitjax import decoding, fusion, models, unlearning, vq
 from logitjax.commands.strategies import strategy
@@ -105,4 +106,12 @@ class LineUp:
         folder = folder / "head" if (folder / "head" / "head.json").exists() else folder
         read = functools.partial(vq.load_head, folder, dtype=jnp.dtype(self.dtype))
         read(model=models.load_config(self.model))
-        return lambda model: read(model=model)
+
+        def head_for(model: models.Decoder) -> Any:
+            head = read(model=model)
+            if self.quantize is not None and getattr(head, "rows", 0) is None:
+                # The embedding is quantized; exact rows stay exact.
+                head.rows = nnx.data(nnx.Param(model.embedding[...]))
+            return head
+
+        return head_for

@@ -80,32 +80,19 @@ class CachedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderApply:
-    """A decoder as `CachedModel.apply`, and its two halves."""
-
+class _DecoderApply:
     # Hashable and equal for models of one architecture, which can then be stacked.
     graphdef: Static
-    # Whether `best` costs less than `logits`.
+    # Whether the head finds the best token without all logits.
     screens: bool = False
 
     def model(self, params: Any) -> Decoder:
         return nnx.merge(self.graphdef.value, params)
 
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
-        hidden, cache = self.hidden_states(params, tokens, positions, cache)
-        return self.logits(params, hidden[:, -1:] if last_only else hidden), cache
-
-    def hidden_states(self, params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
-        return self.model(params).hidden_states(tokens, positions=positions, cache=cache)
-
-    def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
-        return self.model(params).logits(hidden)
-
-    def best(self, params: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The most likely token after each hidden state, and its logit."""
         model = self.model(params)
-        best = model.head.top_k(hidden, 1, model.embedding[...])
-        return best.indices[..., 0], best.values[..., 0]
+        hidden, cache = model.hidden_states(tokens, positions=positions, cache=cache)
+        return model.logits(hidden[:, -1:] if last_only else hidden), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +133,7 @@ class _GivenCache:
 def _of_decoder(model: Decoder) -> CachedModel:
     graphdef, state = nnx.split(with_layout(model, "listed"))
     return CachedModel(
-        apply=DecoderApply(Static(graphdef), getattr(model.head, "screens", False)),
+        apply=_DecoderApply(Static(graphdef), getattr(model.head, "screens", False)),
         params=nnx.to_pure_dict(state),
         init_cache=_DecoderCache(model.config, model.dtype),
         vocab_size=model.config.vocab_size,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax.decoding._cached_model import CachedModel, DecoderApply
+from logitjax.decoding._cached_model import CachedModel
 from logitjax.models import Decoder
 from logitjax.ops import Array, Static
 
@@ -72,12 +72,10 @@ class Plan:
         return None if self.fuse is None else getattr(self.fuse.value, "token_map", None)
 
     @property
-    def screened(self) -> DecoderApply | None:
-        """The only model, if its head finds the most likely token without all logits."""
-        apply = self.groups[0].apply
-        if self.streams > 1 or self.fuse is not None or not isinstance(apply, DecoderApply):
-            return None
-        return apply if apply.screens else None
+    def screens(self) -> bool:
+        """Whether there is one decoder, whose head finds the best token without all logits."""
+        alone = self.streams == 1 and self.fuse is None
+        return alone and getattr(self.groups[0].apply, "screens", False)
 
     def read(self, tokens: Array) -> list[Array]:
         """Tokens of the large model as each stream reads them."""

@@ -27,8 +27,7 @@ class Request:
         stop_ids: the row freezes after any of these, which is still emitted.
         logit_bias: numbers added to the logits of these tokens.
         allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
-        logprobs: whether the log-probabilities of the engine's options are wanted; they may be
-            nought otherwise.
+        logprobs: whether log-probabilities are wanted; the engine may report zeros otherwise.
         extra: the slot's value of ``state.extra`` for the engine's processors.
     """
 

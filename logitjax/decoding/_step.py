@@ -125,25 +125,25 @@ def step(
     tokens = jnp.stack(plan.read(state.token))[..., None]
     # Frozen rows are fed padding, so that their caches stay unchanged.
     positions = jnp.where(state.active, state.lengths, -1)[..., None]
-    lengths, screened = state.lengths + state.active, plan.screened
-    if screened is None or options.served or options.processors or options.info:
+    lengths = state.lengths + state.active
+    if not plan.screens or options.served or options.processors or options.info:
         logits, cache = plan.forward(params, tokens, positions, state.cache)
         state = dataclasses.replace(state, cache=cache, lengths=lengths)
         return emit(plan, options, state, [row[:, 0] for row in logits])
-    hidden, cache = screened.hidden_states(params[0], tokens[0], positions[0], state.cache[0])
+    model, before = plan.groups[0].apply.model(params[0]), state.cache[0]
+    hidden, cache = model.hidden_states(tokens[0], positions=positions[0], cache=before)
     state = dataclasses.replace(state, cache=(cache,), lengths=lengths)
 
     def from_logits() -> Emitted:
-        logits = screened.logits(params[0], hidden)[:, 0].astype(jnp.float32)
-        return _chosen(options, state, logits)
+        return _chosen(options, state, model.logits(hidden)[:, 0].astype(jnp.float32))
 
     def from_best() -> Emitted:
-        token, logit = screened.best(params[0], hidden[:, 0])
-        now = state.active & (logit > -jnp.inf)
+        best = model.head.top_k(hidden[:, 0], 1, model.embedding[...])
+        now = state.active & (best.values[:, 0] > -jnp.inf)
+        token = jnp.where(now, best.indices[:, 0], options.pad_id).astype(jnp.int32)
         # Values that no row reports.
         shapes = jax.eval_shape(from_logits)
         unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        token = jnp.where(now, token, options.pad_id).astype(unused.tokens.dtype)
         return dataclasses.replace(unused, tokens=token, valid=now)
 
     needs = _needs_logits(options, state, plan.vocab_size).any()

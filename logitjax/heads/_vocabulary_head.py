@@ -40,10 +40,7 @@ class VocabularyHead(nnx.Module):
         raise NotImplementedError
 
     def save(self, directory: str | os.PathLike[str], **about: Any) -> None:
-        """Write ``head.safetensors`` and ``head.json``, which `logitjax.vq.load_head` reads.
-
-        ``about`` goes into the latter: ``model`` is a digest of the model it was made from.
-        """
+        """Write ``head.safetensors``, and ``head.json`` with ``about``, as `vq.load_head` reads."""
         tensors, options = self._record()
         write_head(directory, {"kind": type(self).__name__, "options": options, **about}, tensors)
 

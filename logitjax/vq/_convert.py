@@ -311,21 +311,18 @@ def load_head(
         head = _head_of(record, tensors, dtype)
     if model is not None:
         config = getattr(model, "config", model)
-        sizes = dict(hidden_size=config.hidden_size, vocab_size=config.vocab_size)
-        if not _fits(head, **sizes):
-            raise ValueError(f"head: expected one with {sizes}, as its model has, got {directory}")
-        made_of = record.get("model") if isinstance(model, Decoder) else None
-        if made_of is not None and made_of != weights_digest(model):
+        width, vocab = config.hidden_size, config.vocab_size
+        shapes = [jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (1, vocab)]
+        try:
+            out = jax.eval_shape(head, *shapes).shape
+        except (TypeError, ValueError):
+            out = None
+        if out != (1, vocab):
+            raise ValueError(f"head: expected one for {width} x {vocab} weights, got {directory}")
+        source = record.get("model") if isinstance(model, Decoder) else None
+        if source is not None and source != weights_digest(model):
             raise ValueError(f"head: expected one made from this model, got {directory}")
     return head
-
-
-def _fits(head: Any, hidden_size: int, vocab_size: int) -> bool:
-    hidden, rows = (jax.ShapeDtypeStruct((n, hidden_size), jnp.float32) for n in (1, vocab_size))
-    try:
-        return jax.eval_shape(head, hidden, rows).shape == (1, vocab_size)
-    except (TypeError, ValueError):
-        return False
 
 
 def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:
