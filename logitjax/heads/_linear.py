@@ -3,6 +3,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from logitjax.heads._head_cost import HeadCost
@@ -39,24 +40,27 @@ def _dense(kernel: Any) -> Any:
 
 def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
     """A tied head stores no kernel of its own but reads one all the same."""
-    itemsize = kernel.dtype.itemsize
+    coded = isinstance(kernel, Codes)
+    rows = kernel.nbytes if coded else kernel.size * kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
+    extra_bytes = extra * (bias.dtype.itemsize if coded and extra else kernel.dtype.itemsize)
     # The embedding is counted elsewhere.
-    local = (0 if tied else kernel.size) + extra
     return HeadCost(
-        parameters=local,
-        stored_bytes=local * itemsize,
-        read_bytes=(kernel.size + extra) * itemsize,
+        parameters=(0 if tied else kernel.size) + extra,
+        stored_bytes=int((0 if tied else rows) + extra_bytes),
+        read_bytes=int(rows + extra_bytes),
         # A product and a sum per number.
         decode_flops=2 * kernel.size,
         # Forward, and both gradients.
         train_flops=6 * kernel.size,
-        exact=True,
+        exact=not coded,
     )
 
 
 class LinearHead(FullHead):
     """A head with its own kernel ``[hidden, vocab]``, and a bias ``[vocab]`` if ``use_bias``.
+
+    With ``kernel``, an array or `ops.Codes`, nothing is drawn; ``bias`` is then its bias, if any.
 
     >>> head = nnx.jit(lambda: LinearHead(4, 10, rngs=nnx.Rngs(0)))()
     >>> head(jnp.ones((2, 4))).shape
@@ -72,11 +76,19 @@ class LinearHead(FullHead):
         *,
         use_bias: bool = False,
         unigram: Array | None = None,
+        kernel: Any = None,
+        bias: Array | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ):
         self.dtype = dtype
+        if kernel is not None:
+            self.kernel = nnx.Param(kernel)
+            self.bias = None if bias is None else nnx.Param(jnp.asarray(bias))
+            return
+        if rngs is None:
+            raise ValueError("rngs: expected them where no kernel is given, got None")
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), (hidden_size, vocab_size), param_dtype))
         start = self.initial_bias(unigram, vocab_size).astype(param_dtype)
@@ -87,8 +99,16 @@ class LinearHead(FullHead):
             _dense(self.kernel[...]), None if self.bias is None else self.bias[...], vocab_axis=1
         )
 
+    def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        kernel, options = self.kernel[...], {}
+        tensors = {} if self.bias is None else {"bias": np.asarray(self.bias[...])}
+        if not isinstance(kernel, Codes):
+            return tensors | {"kernel": np.asarray(kernel)}, options
+        options = {"bits": str(kernel.dtype), "hidden_size": kernel.values.shape[1]}
+        return tensors | kernel.arrays(), options
+
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        return _full_cost(self.kernel, self.bias, tied=False)
+        return _full_cost(self.kernel[...], self.bias, tied=False)
 
 
 class TiedHead(FullHead):

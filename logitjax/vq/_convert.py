@@ -13,20 +13,21 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import processes
+from logitjax.heads import LinearHead
 from logitjax.losses import Head
 from logitjax.models import Decoder
-from logitjax.ops import Array, checks
+from logitjax.ops import Array, Codes, checks
 from logitjax.storage import digest, guard, read_head
 from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics, weights_digest
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
-from logitjax.vq._screened import ScreenedHead
+from logitjax.vq._screened import ScreenedHead, row_errors
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
-Kind = Literal["vq", "screened"]
+Kind = Literal["vq", "screened", "int8", "int4", "certified"]
 # By name: values of each step, or of each reassignment.
 History = dict[str, list[float]]
 # Arrays of a `ScreenedHead` that are not its screen's.
@@ -55,11 +56,14 @@ class ConvertConfig:
     Attributes:
         kind: ``"vq"``, tokens that share codes, a `VQHead`. ``"screened"``, packed product codes
             whose best ``candidates`` exact rows score again, a `ScreenedHead`; the fastest on a
-            CPU.
+            CPU. ``"int8"`` and ``"int4"``, rows as `ops.Codes`, a `heads.LinearHead`.
+            ``"certified"``, int8 rows whose best ``candidates`` exact rows score again, and all
+            others where these might not hold the best: a `ScreenedHead` with ``errors``.
         num_codes: number of clusters K of a `VQHead`.
         kmeans_iterations: number of iterations of Lloyd's algorithm.
         use_bias: Whether each token of a `VQHead` has a bias; the published head has none.
         candidates: number of tokens that exact rows score again.
+        group_size: about how many int8 or int4 numbers of a row share a scale.
         max_tokens: number of positions to cache and tune on.
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
@@ -75,6 +79,7 @@ class ConvertConfig:
     kmeans_iterations: int = 10
     use_bias: bool = True
     candidates: int = 512
+    group_size: int = 64
     max_tokens: int = 100_000
     steps: int = 200
     batch_size: int = 2048
@@ -87,7 +92,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
-        for name in ("num_codes", "candidates", "max_tokens", "batch_size"):
+        for name in ("num_codes", "candidates", "group_size", "max_tokens", "batch_size"):
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
         for name in ("steps", "reassign_every"):
             checks.between(getattr(self, name), 0, 2**31 - 1, name)
@@ -289,9 +294,48 @@ def _screened_head(sample: _Sample) -> tuple[ScreenedHead, History]:
     return sample.with_exact_rows(ProductHead.from_fit(codes, packed=True)), history
 
 
+def _coded_head(sample: _Sample) -> tuple[LinearHead, History]:
+    """Rows of few bits, rounded for the hidden states; their biases are tuned to the old head."""
+    rows, bits = jnp.asarray(sample.head.rows, jnp.float32), sample.config.kind
+    width, wanted = rows.shape[1], sample.config.group_size
+    # A TPU stores numbers of groups that are multiples of 8 without padding.
+    sizes = [size for size in range(8, width // 8 + 1) if width % (8 * size) == 0]
+    size = min(sizes, key=lambda size: abs(size - wanted), default=wanted)
+    cov = sample.statistics.cov
+    codes = _codes(rows, bits, group_size=size, asymmetric=bits == "int4", cov=cov)
+    dense = codes.dense()
+
+    def head_of(bias: Array, rows: Array) -> Head:
+        return Head(rows, bias, vocab_axis=0)
+
+    bias, history = sample.imitate(head_of, sample.matched_bias(rows, dense), dense)
+    return _linear(codes, bias), history
+
+
+def _certified_head(sample: _Sample) -> tuple[ScreenedHead, History]:
+    """Nothing is tuned: the bounds are those of the old head's own rows and biases."""
+    rows = jnp.asarray(sample.head.rows, jnp.float32)
+    codes = _codes(rows, "int8")
+    screen = _linear(codes, sample.head.bias)
+    head = sample.with_exact_rows(screen, errors=row_errors(rows, codes.dense()))
+    return head, {"loss": [], "moved": []}
+
+
+def _linear(codes: Codes, bias: Array | None) -> LinearHead:
+    vocab, width = codes.values.shape
+    return LinearHead(width, vocab, kernel=dataclasses.replace(codes, outer_axis=1), bias=bias)
+
+
+_codes = jax.jit(Codes.of, static_argnames=("bits", "group_size", "asymmetric"))
 # What makes each kind of head, and the option that no vocabulary may be smaller than.
-_KINDS: dict[str, Any] = {"vq": _vq_head, "screened": _screened_head}
-_SIZES = {"vq": "num_codes", "screened": "candidates"}
+_KINDS: dict[str, Any] = {
+    "vq": _vq_head,
+    "screened": _screened_head,
+    "int8": _coded_head,
+    "int4": _coded_head,
+    "certified": _certified_head,
+}
+_SIZES = {"vq": "num_codes", "screened": "candidates", "certified": "candidates"}
 
 
 def load_head(
@@ -335,6 +379,15 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
         codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
         return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
+    if record["kind"] == "LinearHead":
+        kernel: Any = tensors.get("kernel")
+        if kernel is None:
+            bits, width = options.pop("bits"), options.pop("hidden_size")
+            kernel = Codes.from_arrays(tensors, bits, width, outer_axis=1)
+            shape = width, len(tensors["values"])
+        else:
+            kernel, shape = jnp.asarray(kernel), kernel.shape
+        return LinearHead(*shape, kernel=kernel, bias=tensors.get("bias"), dtype=dtype)
     assignment = jnp.asarray(tensors["assignment"])
     bias = jnp.asarray(tensors.get("bias", np.zeros(len(assignment), np.float32)))
     fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias)

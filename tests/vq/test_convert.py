@@ -371,11 +371,36 @@ def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
     assert tokens.tokens.shape == (1, 3)
 
 
+@pytest.mark.many_programs("makes heads of three kinds from one cache")
+def test_rows_of_few_bits_and_certified_ones_are_made_saved_and_read_back(model, tmp_path):
+    rows, full = model.embedding[...], {}
+    for kind, agreement in (("int8", 0.95), ("int4", 0.7), ("certified", 1)):
+        # One set of hidden states for all.
+        options = vq.ConvertConfig(
+            kind=kind, candidates=8, max_tokens=60, steps=4, batch_size=60, top=8
+        )
+        result = options.convert(model, _batches(), tmp_path)
+        hidden = np.asarray(result.cache.hidden)
+        full = np.asarray(call(model, hidden, method="logits"))
+        loaded = vq.load_head(tmp_path / "head")
+        logits = np.asarray(call(loaded, hidden, rows))
+        np.testing.assert_array_equal(logits, call(result.head, hidden, rows))
+        tops = call(loaded, hidden, 1, rows, method="top_k").indices[:, 0]
+        assert np.mean(tops == full.argmax(-1)) >= agreement, kind
+        losses = result.history["loss"]
+        if kind == "certified":
+            assert not losses
+            certified = np.asarray(call(loaded, hidden, 1, rows, method="certified"))
+            assert certified.mean() > 0.9
+        else:
+            assert losses[-1] == pytest.approx(_divergence(model, loaded, hidden), rel=0.1)
+            cost, bits = loaded.cost(), int(kind[-1])
+            assert cost.stored_bytes < VOCAB * rows.shape[1] * (bits + 2) / 8 + 8 * VOCAB
+
+
 def test_what_a_screen_cannot_be_combined_with_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="use_bias: expected True for kind='screened'"):
         vq.ConvertConfig(kind="screened", use_bias=False)
-    with pytest.raises(ValueError, match="got 'fast'"):
-        vq.ConvertConfig(kind="fast")  # pyright: ignore[reportArgumentType]
     many = vq.ConvertConfig(num_codes=VOCAB + 1)
     with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 96, got 97"):
         many.convert(model, iter(()), tmp_path)

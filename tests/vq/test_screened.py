@@ -242,7 +242,7 @@ def test_a_certificate_worked_by_hand():
     assert (np.asarray(errors) >= [5, 1, 0]).all()
 
     def head(errors, count):
-        bias = np.float32([0, 0, 1])
+        bias = np.array([0, 0, 1], np.float32)
         return ScreenedHead(
             lambda hidden: hidden @ coarse.T + bias,
             num_candidates=count,
@@ -269,7 +269,7 @@ def test_a_certificate_worked_by_hand():
     np.testing.assert_array_equal(logits(hidden[:2]).argmax(-1), [0, 0])
     np.testing.assert_allclose(logits(hidden), hidden @ rows.T + [0, 0, 1], rtol=1e-6)
     # A tie outside the candidates is not certain: the lower token comes first.
-    tied = jax.jit(lambda h: head(np.float32([0, 9, 9]), 1).certified(h, 1))
+    tied = jax.jit(lambda h: head(np.array([0, 9, 9], np.float32), 1).certified(h, 1))
     np.testing.assert_array_equal(tied(hidden[1:2]), [False])
     with pytest.raises(ValueError, match="errors: expected bounds"):
         head(None, 1).certified(hidden, 1)
@@ -287,7 +287,7 @@ def test_certified_tops_are_the_full_head_s(dtype):
     rows, hidden = rows.astype(dtype), hidden.astype(dtype)
     codes = Codes.of(rows, "int8")
     errors = row_errors(rows, codes.dense())
-    exact = np.float64(hidden) @ np.float64(rows).T + bias
+    exact = np.asarray(hidden, np.float64) @ np.asarray(rows, np.float64).T + bias
 
     @functools.partial(jax.jit, static_argnames=("count", "k"))
     def look(hidden, count, k):
@@ -311,7 +311,7 @@ def test_certified_tops_are_the_full_head_s(dtype):
             close = 1e-5 * np.abs(exact[at, want[at]]).max()
             np.testing.assert_allclose(exact[at, top.indices[at]], exact[at, want[at]], atol=close)
         finite = np.isfinite(bias)
-        size = np.linalg.norm(np.float64(hidden), axis=-1)[:, None] * np.asarray(errors)
+        size = np.linalg.norm(np.asarray(hidden, np.float64), axis=-1)[:, None] * np.asarray(errors)
         room = size + 1e-6 * np.abs(np.where(finite, exact, 0))
         assert (np.abs((exact - scores)[:, finite]) <= room[:, finite]).all()
     assert 0 < shares[0] < 1
