@@ -86,5 +86,5 @@ def test_a_converted_head_decodes_the_model_that_it_was_made_from_and_no_other(
         LineUp(model="tiny", head=str(out), assistant="x").load()
     other = dataclasses.replace(model.config, hidden_size=64)
     monkeypatch.setattr(models, "load_config", lambda _: other)
-    with pytest.raises(ValueError, match="head: expected one with"):
+    with pytest.raises(ValueError, match="head: expected one for 64 x 257 weights"):
         LineUp(model="tiny", head=str(out)).load()
