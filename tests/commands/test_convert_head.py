@@ -55,8 +55,8 @@ def test_hidden_states_of_other_text_are_refused(workdir):
         convert_head.run(_config(workdir, data=f"text:{other}"), workdir)
 
 
-@pytest.mark.every_change
 @pytest.mark.slow
+@pytest.mark.many_programs("a conversion, and the model loaded in four types")
 def test_a_converted_head_decodes_the_model_that_it_was_made_from_and_no_other(
     tmp_path, capsys, monkeypatch
 ):
