@@ -5,13 +5,11 @@
 
 It reads the text once and caches the hidden states. It then fits codes to the rows of the original
 head and tunes them to reproduce its distribution. OUT/head is the new head, and OUT/report.md
-compares perplexity on held-out text and size before and after. In Python,
-
-    model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
-
-is the converted model. By default several tokens share a code, and each token has a bias. With
-`--kind=screened`, packed product codes scan all tokens and exact rows rescore the best 512: fastest
-on a CPU, slowest to tune. You may stop the run at any time; the same command continues it.
+compares perplexity on held-out text and size before and after. `logitjax generate`, `serve` and
+`score` decode with it, given `--model` and `--head=OUT`. By default several tokens share a code,
+and each token has a bias. With `--kind=screened`, packed product codes scan all tokens and exact
+rows rescore the best 512: fastest on a CPU, slowest to tune. You may stop the run at any time; the
+same command continues it.
 docs/vq_logits.md explains what to expect.
 """
 

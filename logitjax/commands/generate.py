@@ -6,6 +6,7 @@
     logitjax generate --model=hf:meta-llama/Llama-2-13b-hf --fusion=dynamic \\
         --expert=runs/gsm8k_7b --base=hf:meta-llama/Llama-2-7b-hf
     logitjax generate --model=DIR --assistant=runs/forgotten/assistant
+    logitjax generate --model=DIR --head=runs/head
 
 A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. If it has a chat template,
 prompts are turns of a conversation; with `--complete` the model continues the text itself. Without

@@ -1,11 +1,15 @@
 """The models that `generate` and `serve` load: one, several fused, or one minus an assistant."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from etils import epath
+from flax import nnx
 
-from logitjax import decoding, fusion, models, unlearning
+from logitjax import decoding, fusion, models, unlearning, vq
 from logitjax.commands.strategies import strategy
 
 
@@ -24,6 +28,7 @@ class LineUp:
         alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
         quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`.
+        head: Folder of a head from `logitjax convert-head`, which replaces the model's own.
         draft: Drafter of tokens for all models to verify: `expert` or `base`, `prompt` (what
             followed the last tokens earlier in the text), or another model.
     """
@@ -36,6 +41,7 @@ class LineUp:
     alpha: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "int4"] | None = None
+    head: str | None = None
     draft: str | None = None
 
     @property
@@ -70,11 +76,11 @@ class LineUp:
         if self.assistant is None:
             if self.alpha is not None:
                 raise ValueError("alpha: expected an assistant to weigh, got none")
-            kinds: Any = dict(dtype=self.dtype, quantize=self.quantize)
+            kinds: Any = dict(dtype=self.dtype, quantize=self.quantize, head=self._head_for())
             fuse = strategy(self.fusion)
             return decoding.load_ensemble(self.model, self.expert, self.base, fuse, **kinds)
-        if self.expert or self.base or self.fusion:
-            raise ValueError("assistant: expected no expert, base or fusion with it")
+        if self.expert or self.base or self.fusion or self.head:
+            raise ValueError("assistant: expected no expert, base, fusion or head with it")
         # Before the model's weights are read.
         record = epath.Path(self.assistant) / "assistant.json"
         if not record.exists():
@@ -90,3 +96,22 @@ class LineUp:
         # Some tokenizers name another end token than the generation settings: either ends.
         ends = {*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
         return deployed.line_up(), tokenizer, tuple(sorted(ends))
+
+    def _head_for(self) -> Callable[[models.Decoder], Any] | None:
+        """Reads the new head for the loaded model; a wrong one is refused before weights are."""
+        if self.head is None:
+            return None
+        folder = epath.Path(self.head)
+        # The command's folder, or the head's own.
+        folder = folder / "head" if (folder / "head" / "head.json").exists() else folder
+        read = functools.partial(vq.load_head, folder, dtype=jnp.dtype(self.dtype))
+        read(model=models.load_config(self.model))
+
+        def head_for(model: models.Decoder) -> Any:
+            head = read(model=model)
+            if self.quantize is not None and getattr(head, "rows", 0) is None:
+                # The embedding is quantized; exact rows stay exact.
+                head.rows = nnx.data(nnx.Param(model.embedding[...]))
+            return head
+
+        return head_for

@@ -3,6 +3,7 @@
     logitjax serve --model=smollm2 --port=8000
     logitjax serve --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic
     logitjax serve --model=DIR --assistant=runs/forgotten/assistant --alpha=0.4
+    logitjax serve --model=DIR --head=runs/head
     logitjax serve --model=smollm2 --api_key=secret --top_logprobs=5 --bias=sampling --decimals=2
 
 It prints one line with its address, and answers `/v1/completions`, `/v1/chat/completions`,

@@ -83,6 +83,8 @@ class CachedModel:
 class _DecoderApply:
     # Hashable and equal for models of one architecture, which can then be stacked.
     graphdef: Static
+    # Whether the head finds the best token without all logits.
+    screens: bool = False
 
     def model(self, params: Any) -> Decoder:
         return nnx.merge(self.graphdef.value, params)
@@ -131,7 +133,7 @@ class _GivenCache:
 def _of_decoder(model: Decoder) -> CachedModel:
     graphdef, state = nnx.split(with_layout(model, "listed"))
     return CachedModel(
-        apply=_DecoderApply(Static(graphdef)),
+        apply=_DecoderApply(Static(graphdef), getattr(model.head, "screens", False)),
         params=nnx.to_pure_dict(state),
         init_cache=_DecoderCache(model.config, model.dtype),
         vocab_size=model.config.vocab_size,

@@ -71,6 +71,12 @@ class Plan:
     def token_map(self) -> Any:
         return None if self.fuse is None else getattr(self.fuse.value, "token_map", None)
 
+    @property
+    def screens(self) -> bool:
+        """Whether there is one decoder, whose head finds the best token without all logits."""
+        alone = self.streams == 1 and self.fuse is None
+        return alone and getattr(self.groups[0].apply, "screens", False)
+
     def read(self, tokens: Array) -> list[Array]:
         """Tokens of the large model as each stream reads them."""
         if self.token_map is None:

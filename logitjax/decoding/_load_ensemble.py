@@ -1,6 +1,6 @@
 """Load several models by name as one ensemble."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from logitjax import fusion, models
@@ -15,6 +15,7 @@ def load_ensemble(
     *,
     dtype: str = "float32",
     quantize: str | None = None,
+    head: Callable[[models.Decoder], Any] | None = None,
 ) -> tuple[Ensemble, models.Tokenizer, tuple[int, ...]]:
     """Load models by name as one ensemble.
 
@@ -27,6 +28,8 @@ def load_ensemble(
         fuse: Strategy of `logitjax.fusion`; None for the large model alone.
         dtype: Type of parameters and computation.
         quantize: Type of the weights, as for `logitjax.models.quantize`; None for `dtype`.
+        head: Gives the head that the large model decodes with, from the model as loaded; None for
+            its own.
 
     Returns:
         The ensemble, the large model's tokenizer, and the tokens that end an answer, ascending.
@@ -52,7 +55,10 @@ def load_ensemble(
     distinct = {}
     for name in dict.fromkeys((large, *small)):
         model, _ = models.load(name, dtype=dtype, param_dtype=dtype, layout="listed")
-        distinct[name] = model if quantize is None else models.quantize(model, quantize)
+        # From weights that are not quantized yet.
+        new = head(model) if head is not None and name == large else None
+        model = model if quantize is None else models.quantize(model, quantize)
+        distinct[name] = model if new is None else model.with_head(new)
     loaded = [distinct[name] for name in (large, *small)]
     ends = {*loaded[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
     count = 1 + len(experts)

@@ -27,6 +27,7 @@ class Request:
         stop_ids: the row freezes after any of these, which is still emitted.
         logit_bias: numbers added to the logits of these tokens.
         allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
+        logprobs: whether log-probabilities are wanted; the engine may report zeros otherwise.
         extra: the slot's value of ``state.extra`` for the engine's processors.
     """
 
@@ -38,6 +39,7 @@ class Request:
     stop_ids: Sequence[int] = ()
     logit_bias: Mapping[int, float] | None = None
     allowed: np.ndarray | None = None
+    logprobs: bool = True
     extra: Any = None
 
     def streams(self, plan: Plan) -> list[np.ndarray]:
@@ -136,6 +138,7 @@ def fresh_rows(
         count=np.zeros(count, np.int32),
         least=np.array([r.min_new_tokens for r in requests], np.int32),
         sampling=sampling_rows([r.sampling for r in requests]),
+        reports=np.array([r.logprobs for r in requests]),
         stop_ids=stop_ids,
         bias_ids=bias_ids,
         bias_values=values,

@@ -91,6 +91,8 @@ class DecodeState:
     # Number of first tokens among which none stops.
     least: Any
     sampling: SamplingRows
+    # Whether log-probabilities are wanted.
+    reports: Any
     stop_ids: Any
     bias_ids: Any
     bias_values: Any
@@ -123,10 +125,47 @@ def step(
     tokens = jnp.stack(plan.read(state.token))[..., None]
     # Frozen rows are fed padding, so that their caches stay unchanged.
     positions = jnp.where(state.active, state.lengths, -1)[..., None]
-    logits, cache = plan.forward(params, tokens, positions, state.cache)
     lengths = state.lengths + state.active
-    state = dataclasses.replace(state, cache=cache, lengths=lengths)
-    return emit(plan, options, state, [row[:, 0] for row in logits])
+    if not plan.screens or options.served or options.processors or options.info:
+        logits, cache = plan.forward(params, tokens, positions, state.cache)
+        state = dataclasses.replace(state, cache=cache, lengths=lengths)
+        return emit(plan, options, state, [row[:, 0] for row in logits])
+    model, before = plan.groups[0].apply.model(params[0]), state.cache[0]
+    hidden, cache = model.hidden_states(tokens[0], positions=positions[0], cache=before)
+    state = dataclasses.replace(state, cache=(cache,), lengths=lengths)
+
+    def from_logits() -> Emitted:
+        return _chosen(options, state, model.logits(hidden)[:, 0].astype(jnp.float32))
+
+    def from_best() -> Emitted:
+        best = model.head.top_k(hidden[:, 0], 1, model.embedding[...])
+        now = state.active & (best.values[:, 0] > -jnp.inf)
+        token = jnp.where(now, best.indices[:, 0], options.pad_id).astype(jnp.int32)
+        # Values that no row reports.
+        shapes = jax.eval_shape(from_logits)
+        unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return dataclasses.replace(unused, tokens=token, valid=now)
+
+    needs = _needs_logits(options, state, plan.vocab_size).any()
+    emitted = lax.cond(needs, from_logits, from_best)
+    return _after(options, state, emitted), emitted
+
+
+def _needs_logits(options: DecodeOptions, state: DecodeState, vocab: int) -> jax.Array:
+    """The slots whose next token, or report, depends on more than the most likely token."""
+    rows, needs = state.sampling, state.sampling.temperature != 0
+    if options.logprobs or options.top_logprobs:
+        needs |= state.reports
+    if options.max_logit_bias:
+        needs |= (state.bias_ids < vocab).any(axis=-1)
+    if state.seen is not None:
+        needs |= rows.repetition_penalty != 1
+    if state.counts is not None:
+        needs |= (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    if state.allowed is not None:
+        restricted = (state.allowed != jnp.uint32(0xFFFFFFFF)).any(axis=-1)
+        needs |= restricted | (state.count < state.least)
+    return needs & state.active
 
 
 def start(
@@ -160,21 +199,25 @@ def emit(
     """Fuse logits ``[rows, vocab]``, choose a token (by ``choose(adjusted, state)`` if given), and
     end."""
     fused, info = plan.combine(logits)
+    emitted = _chosen(options, state, fused, choose)
+    emitted = dataclasses.replace(emitted, info=info if options.info else None)
+    return _after(options, state, emitted), emitted
+
+
+def _chosen(
+    options: DecodeOptions, state: DecodeState, fused: jax.Array, choose: Any = None
+) -> Emitted:
     moved = moved_logits(options, state, fused)
     adjusted = moved["adjusted"]
     # A row of nan, or without any likely token, has no next token: it ends here, not stopped.
     now = state.active & (adjusted.max(axis=-1) > -jnp.inf)
-    state = dataclasses.replace(state, active=now)
     if choose is None:
         keys = None if options.draw_keys is None else options.draw_keys(state.extra)
         chosen = sample(adjusted, state.sampling, state.count, keys)
     else:
         chosen = choose(adjusted, state)
-    token = jnp.where(state.active, chosen, options.pad_id)
-    # Padded with -1.
-    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
-    left = state.left - state.active
-    emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
+    token = jnp.where(now, chosen, options.pad_id)
+    emitted = Emitted(tokens=token, valid=now)
     if options.logprobs or options.top_logprobs:
         if options.logprobs_of == "sampled":
             moved["sampled"] = sampling_logits(adjusted, state.sampling)
@@ -184,6 +227,14 @@ def emit(
         if options.top_logprobs:
             values, ids = top_k(log_p, options.top_logprobs)
             emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=values)
+    return emitted
+
+
+def _after(options: DecodeOptions, state: DecodeState, emitted: Emitted) -> DecodeState:
+    token, state = emitted.tokens, dataclasses.replace(state, active=emitted.valid)
+    # Padded with -1.
+    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
+    left = state.left - state.active
     seen = mark_seen(state.seen, token, state.active)
     counts = state.counts
     if counts is not None:
@@ -195,7 +246,7 @@ def emit(
     if text is not None:
         places = jnp.where(state.active, state.lengths[0], text.shape[1])
         text = text.at[jnp.arange(len(text)), places].set(token, mode="drop")
-    state = dataclasses.replace(
+    return dataclasses.replace(
         state,
         token=token,
         active=state.active & ~stopped & (left > 0),
@@ -207,7 +258,6 @@ def emit(
         extra=extra,
         text=text,
     )
-    return state, emitted
 
 
 def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax.Array | None:

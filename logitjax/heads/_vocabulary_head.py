@@ -1,5 +1,5 @@
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,18 @@ class VocabularyHead(nnx.Module):
     """
 
     dtype: Any
+    #: Whether `top_k` costs less than all logits; greedy decoding then calls it.
+    screens: ClassVar[bool] = False
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
         raise NotImplementedError
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``head.safetensors`` and ``head.json``, which `logitjax.vq.load_head` reads."""
+    def save(self, directory: str | os.PathLike[str], **about: Any) -> None:
+        """Write ``head.safetensors``, and ``head.json`` with ``about``, as `vq.load_head` reads."""
         tensors, options = self._record()
-        write_head(directory, {"kind": type(self).__name__, "options": options}, tensors)
+        write_head(directory, {"kind": type(self).__name__, "options": options, **about}, tensors)
 
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays, and the other arguments of the constructor."""

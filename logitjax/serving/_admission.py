@@ -126,6 +126,7 @@ def _make_jobs(
                 stop_ids=stop_ids,
                 logit_bias=dict(fields.logit_bias) or None,
                 allowed=allowed,
+                logprobs=completion.logprobs is not None,
                 extra=service.disclosure.extra(tokens, fields, seed),
             )
             jobs.append((Job(request, shared, loop), tokens))

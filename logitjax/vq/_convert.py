@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from logitjax import processes
 from logitjax.heads import LinearHead
 from logitjax.losses import Head
+from logitjax.models import Decoder
 from logitjax.ops import Array, Codes, checks
 from logitjax.storage import digest, guard, read_head
 from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
-from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
+from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics, weights_digest
 from logitjax.vq._paged import PagedHead
 from logitjax.vq._product_codes import PackedCodes, ProductCodes
 from logitjax.vq._product_head import ProductHead
@@ -188,7 +189,7 @@ class ConvertConfig:
         )
         logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
         if jax.process_index() == 0:
-            head.save(root / "head")
+            head.save(root / "head", model=weights_digest(model))
         return Conversion(
             model=model.with_head(head), head=head, history=history, cache=cache, targets=targets
         )
@@ -348,14 +349,35 @@ _KINDS: dict[str, Any] = {
 _SIZES = {"vq": "num_codes", "screened": "candidates", "certified": "candidates"}
 
 
-def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Any:
+def load_head(
+    directory: str | os.PathLike[str], *, dtype: Any = jnp.float32, model: Any = None
+) -> Any:
     """Read a head of `logitjax.vq` that its ``save`` wrote.
 
     FileNotFoundError if there is no head in the directory; ValueError names a damaged file.
+
+    Args:
+        dtype: type of the computation.
+        model: the decoder to use it in, or its configuration; ValueError if sizes differ, or if
+            the head was converted from a decoder with other weights.
     """
     record, tensors = read_head(directory)
     with guard.naming(epath.Path(directory), "a head"):
-        return _head_of(record, tensors, dtype)
+        head = _head_of(record, tensors, dtype)
+    if model is not None:
+        config = getattr(model, "config", model)
+        width, vocab = config.hidden_size, config.vocab_size
+        shapes = [jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (1, vocab)]
+        try:
+            out = jax.eval_shape(head, *shapes).shape
+        except (TypeError, ValueError):
+            out = None
+        if out != (1, vocab):
+            raise ValueError(f"head: expected one for {width} x {vocab} weights, got {directory}")
+        source = record.get("model") if isinstance(model, Decoder) else None
+        if source is not None and source != weights_digest(model):
+            raise ValueError(f"head: expected one made from this model, got {directory}")
+    return head
 
 
 def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> Any:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from logitjax.losses import Head
+from logitjax.models import with_layout
 from logitjax.ops import Array
 from logitjax.storage import Manifest, RowCache, digest, guard, write_atomic
 from logitjax.storage.weights import read_npy, read_npz
@@ -243,6 +244,13 @@ class HiddenCache:
 def sampled_digest(arrays: Any) -> str:
     """Digest that distinguishes hidden states and heads without reading gigabytes."""
     return digest(arrays, sample=4096)
+
+
+def weights_digest(model: Any) -> str:
+    """Digest of a few of a decoder's weights, the same in float32 and bfloat16 and any layout."""
+    leaves = jax.tree.leaves(nnx.state(with_layout(model, "listed"), nnx.Param))
+    thin = [leaf.reshape(-1)[:: max(1, leaf.size // 64)].astype(jnp.bfloat16) for leaf in leaves]
+    return digest(jax.device_get(thin), length=12)
 
 
 class _Codec:

@@ -56,6 +56,8 @@ class ScreenedHead(VocabularyHead):
     (Array([[0]], dtype=int32), Array([ True], dtype=bool))
     """
 
+    screens = True
+
     def __init__(
         self,
         screen: Callable[[jax.Array], jax.Array],
@@ -125,8 +127,21 @@ class ScreenedHead(VocabularyHead):
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
-        logits = self._look(hidden, embedding).joined(self.tail)
+        look = self._look(hidden, embedding)
+        logits = look.joined(self.tail)
+        if self.errors is not None:
+            # Their largest is the full head's, too.
+            best, _, sure = look.best(1)
+            logits = lax.cond(
+                sure.all(),
+                lambda: look.joined(self.tail, best),
+                lambda: self._full(look, embedding),
+            )
         return logits.reshape(*jnp.shape(hidden)[:-1], logits.shape[-1])
+
+    def _full(self, look: "_Scores", embedding: Array | None) -> jax.Array:
+        with jax.default_matmul_precision("float32"):
+            return self._exact(embedding).logits(look.hidden)
 
     def nll(
         self,
@@ -178,12 +193,9 @@ class ScreenedHead(VocabularyHead):
         look = self._look(hidden, embedding)
         values, chosen, sure = look.best(k)
         if self.errors is not None:
-
-            def full() -> tuple[jax.Array, jax.Array]:
-                with jax.default_matmul_precision("float32"):
-                    return top_k(self._exact(embedding).logits(look.hidden), k)
-
-            values, chosen = lax.cond(sure.all(), lambda: (values, chosen), full)
+            values, chosen = lax.cond(
+                sure.all(), lambda: (values, chosen), lambda: top_k(self._full(look, embedding), k)
+            )
         # It would need a pass over V.
         log_z = jnp.zeros(len(chosen), jnp.float32)
         if with_log_z:
@@ -245,19 +257,25 @@ class _Scores:
         sure = (values[:, -1] > self.limit) | (count == self.scores.shape[-1])
         return values, gather_at(self.tokens, places), sure
 
-    def joined(self, tail: float | None) -> jax.Array:
-        """The better logits at their tokens; the screen's elsewhere, shifted to their scale."""
+    def joined(self, tail: float | None, most: Array | None = None) -> jax.Array:
+        """The better logits at their tokens; the screen's elsewhere, shifted to their scale.
 
-        def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
+        The latter stay below ``most [n, 1]``.
+        """
+        below = jnp.inf if most is None else jnp.nextafter(lax.stop_gradient(most), -jnp.inf)
+        below = jnp.broadcast_to(below, (len(self.tokens), 1))
+
+        def join(scores: Array, tokens: Array, better: Array, below: Array) -> tuple[jax.Array]:
             rows = jnp.arange(scores.shape[0])[:, None]
             shift = jnp.full(len(scores), tail or 0.0)
             if tail is None:
                 # The candidates keep their mass.
                 mass = neginf_to_zero(logsumexp(scores[rows, tokens]))
                 shift = neginf_to_zero(logsumexp(better)) - mass
-            return ((scores + shift[:, None]).at[rows, tokens].set(better),)
+            others = jnp.minimum(scores + shift[:, None], below)
+            return (others.at[rows, tokens].set(better),)
 
-        return on_mesh.over_batch(join, (2,), self.scores, self.tokens, self.better)[0]
+        return on_mesh.over_batch(join, (2,), self.scores, self.tokens, self.better, below)[0]
 
 
 def _norms(hidden: jax.Array) -> jax.Array:

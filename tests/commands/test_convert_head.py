@@ -1,11 +1,14 @@
 """The command that converts a head: what it writes is read back, and a second run goes on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import models, vq
-from logitjax.commands import _flags, convert_head
+from logitjax import decoding, models, vq
+from logitjax.commands import _flags, convert_head, generate
+from logitjax.commands.line_up import LineUp
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +53,38 @@ def test_hidden_states_of_other_text_are_refused(workdir):
     other.write_text("\n\n".join(f"another {i} " + "text " * 20 for i in range(60)))
     with pytest.raises(ValueError, match=r"source|data"):
         convert_head.run(_config(workdir, data=f"text:{other}"), workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.many_programs("a conversion, and the model loaded in four types")
+def test_a_converted_head_decodes_the_model_that_it_was_made_from_and_no_other(
+    tmp_path, capsys, monkeypatch
+):
+    out = epath.Path(tmp_path)
+    config = _config(out, steps=0)
+    convert_head.run(config, out)
+    model, tokenizer = models.load("tiny", layout="listed")
+    head = vq.load_head(out / "head", model=model)
+    text = decoding.TextOptions(tokenizer=tokenizer)
+    expected = decoding.generate(
+        model.with_head(head), [tokenizer.encode("abc")], max_new_tokens=6, text=text
+    )
+    capsys.readouterr()
+    for folder in (out, out / "head"):
+        flags = dict(model="tiny", head=str(folder), prompt=("abc",), max_new_tokens=6)
+        generate.run(_flags.build(generate.Config, flags))
+        assert capsys.readouterr().out == f"abc{expected.texts[0]}\n"
+    for dtype in ("float32", "bfloat16"):
+        for quantize in (None, "int8"):
+            LineUp(model="tiny", head=str(out), dtype=dtype, quantize=quantize).load()
+    with pytest.raises(ValueError, match="head: expected one made from this model, got"):
+        LineUp(model="tiny:3", head=str(out)).load()
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(FileNotFoundError, match="no head in"):
+        LineUp(model="tiny", head=str(tmp_path)[:-1]).load()
+    with pytest.raises(ValueError, match="fusion or head with it"):
+        LineUp(model="tiny", head=str(out), assistant="x").load()
+    other = dataclasses.replace(model.config, hidden_size=64)
+    monkeypatch.setattr(models, "load_config", lambda _: other)
+    with pytest.raises(ValueError, match="head: expected one for 64 x 257 weights"):
+        LineUp(model="tiny", head=str(out)).load()

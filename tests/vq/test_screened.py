@@ -285,6 +285,10 @@ def test_a_certificate_worked_by_hand():
     np.testing.assert_array_equal(two, [True, True, True])
     np.testing.assert_array_equal(top.indices[:, 0], [0, 0, 2])
     np.testing.assert_allclose(top.values[:, 0], [7, 3, 1], rtol=1e-6)
+    # The screen's other logits, shifted by 7, would be larger.
+    logits = jax.jit(head(errors, 1))
+    np.testing.assert_array_equal(logits(hidden[:2]).argmax(-1), [0, 0])
+    np.testing.assert_allclose(logits(hidden), hidden @ rows.T + [0, 0, 1], rtol=1e-6)
     # A tie outside the candidates is not certain: the lower token comes first.
     tied = jax.jit(lambda h: head(np.array([0, 9, 9], np.float32), 1).certified(h, 1))
     np.testing.assert_array_equal(tied(hidden[1:2]), [False])
