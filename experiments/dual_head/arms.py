@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.dual_head.config import Config
-from experiments.dual_head.shufflenet import ShuffleNetV2
 from logitjax import distillation, heads, losses, vision
 
 Auxiliary = Literal["linear", "mlp"]
@@ -41,7 +40,7 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, `mlp-512-128`, ShuffleNetV2, or a network that `ImageClassifier.create` knows.
+    """An MLP, `mlp-512-128`, or a network that `ImageClassifier.create` knows.
 
     The arms of a seed share a trunk.
     """
@@ -51,14 +50,11 @@ def create_network(
     rngs = nnx.Rngs(key)
     if name.startswith("mlp-"):
         widths = tuple(int(part) for part in name.split("-")[1:])
-        backbone: Any = MLP(math.prod(shape), widths, rngs=rngs)
-    elif name == "shufflenet_v2":
-        backbone = ShuffleNetV2(shape[-1], rngs=rngs)
-    else:
-        return vision.ImageClassifier.create(
-            name, num_classes, channels=shape[-1], head=head, rngs=rngs
-        )
-    return vision.ImageClassifier(backbone, head(backbone.num_features, num_classes, rngs=rngs))
+        backbone = MLP(math.prod(shape), widths, rngs=rngs)
+        return vision.ImageClassifier(backbone, head(backbone.num_features, num_classes, rngs=rngs))
+    return vision.ImageClassifier.create(
+        name, num_classes, channels=shape[-1], head=head, rngs=rngs
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

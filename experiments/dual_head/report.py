@@ -20,9 +20,6 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
     ("resnet32x4", "resnet8x4"): dict(
         T=79.42, ce=72.50, kd=73.33, dkd=76.32, kd_standardized=76.62
     ),
-    ("resnet32x4", "shufflenet_v2"): dict(
-        T=79.42, ce=71.82, kd=74.45, dkd=77.07, kd_standardized=75.56
-    ),
     ("imagenet_resnet34", "imagenet_resnet18"): dict(kd=71.03, dkd=71.70),
 }
 

@@ -1,7 +1,6 @@
 """The dual-head experiment: what it tunes, compares, measures and resumes."""
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -27,9 +26,6 @@ from experiments.dual_head import train as dual_head_train
 from experiments.dual_head.score import Scorer
 from experiments.shared.report import paired
 from logitjax import training
-from logitjax.vision._torch_layout import blank, torch_names
-from tests._modules import num_params
-from tests.vision.goldens import make_vision_goldens as goldens
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "vision/goldens"
 
@@ -347,22 +343,6 @@ def test_twenty_steps_of_the_smoke_preset_are_the_same_on_eight_devices(tmp_path
             train_in_float64(make_resnet(config, task, devices=devices), 2)[1] for devices in (8, 1)
         ]
     np.testing.assert_allclose(*losses, rtol=1e-10)
-
-
-@pytest.mark.slow
-def test_the_student_of_the_paper_computes_what_torch_does():
-    shape = (32, 32, 3)
-    make = functools.partial(dual_head_arms.create_network, "shufflenet_v2", 100, shape, None)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(key=jax.random.key(0))))
-    zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), state)
-    model = nnx.merge(graph, zeros)
-    assert num_params(model) == 1_355_528
-    shapes = blank(model, torch_names(model))
-    weights = {name: goldens.weight(name, value.shape) for name, value in shapes.items()}
-    model.load(weights)
-    logits = nnx.jit(lambda model, x: model(x))(model, goldens.images(32))
-    expected = np.load(GOLDENS / "vision.npz")["shufflenet_v2"]
-    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_udhr_keeps_paragraphs_in_one_split(tmp_path):

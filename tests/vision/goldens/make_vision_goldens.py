@@ -84,35 +84,8 @@ class Net:
                 x = self.basic(x, f"layer{stage}.{block}", features, stride)
         return self.linear(x, "fc", 100)
 
-    def shufflenet_v2(self, x):
-        relu, torch = self.f.relu, self.torch
 
-        def join(left, right):
-            both = torch.stack([left, right], 2)  # [batch, half, 2, height, width]
-            return both.flatten(1, 2)
-
-        x = relu(self.bn(self.conv(x, "conv1", 24, 1), "bn1"))
-        for stage, (features, blocks) in enumerate(((116, 3), (232, 7), (464, 3)), 1):
-            for block in range(blocks + 1):
-                name, half = f"layer{stage}.{block}", features // 2
-                if block == 0:
-                    into = x.shape[1]
-                    left = self.bn(self.conv(x, f"{name}.conv1", into, 3, 2, into), f"{name}.bn1")
-                    left = relu(self.bn(self.conv(left, f"{name}.conv2", half, 1), f"{name}.bn2"))
-                    right, after, numbers = x, 2, (3, 4, 5)
-                else:
-                    (left, right), after, numbers = x.chunk(2, 1), 1, (1, 2, 3)
-                a, b, c = (f"{name}.conv{n}" for n in numbers)
-                u, v, w = (f"{name}.bn{n}" for n in numbers)
-                right = relu(self.bn(self.conv(right, a, half, 1), u))
-                right = self.bn(self.conv(right, b, half, 3, after, half), v)
-                right = relu(self.bn(self.conv(right, c, half, 1), w))
-                x = join(left, right)
-        x = relu(self.bn(self.conv(x, "conv2", 1024, 1), "bn2"))
-        return self.linear(x, "linear", 100)
-
-
-SIZES = {"resnet20": 32, "shufflenet_v2": 32, "imagenet_resnet18": 64}
+SIZES = {"resnet20": 32, "imagenet_resnet18": 64}
 
 
 def main() -> None:
