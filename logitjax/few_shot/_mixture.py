@@ -12,7 +12,7 @@ import scipy.stats
 from logitjax.few_shot._method import Inputs, Method, State
 
 # Number of random halves of the pictures; each half chooses once and evaluates once.
-_HALVES = 50
+_HALVES = 25
 # Steps of expectation-maximisation, and the weight below which a method is dropped.
 _STEPS, _LEAST = 300, 0.01
 
@@ -50,8 +50,8 @@ def likeliest_weights(probabilities: np.ndarray) -> np.ndarray:
     weights = np.full(probabilities.shape[1], 1 / probabilities.shape[1])
     for _ in range(2):
         for _ in range(_STEPS):
-            shares = weights * probabilities
-            weights = (shares / shares.sum(1, keepdims=True)).mean(0)
+            share = probabilities.T @ (1 / (probabilities @ weights))
+            weights = weights * share / len(probabilities)
         weights = np.where(weights < min(_LEAST, weights.max()), 0.0, weights)
         weights /= weights.sum()
     # What was dropped may have been as good alone.
