@@ -48,7 +48,7 @@ def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
     coded = isinstance(kernel, Codes)
     rows = kernel.nbytes if coded else kernel.size * kernel.dtype.itemsize
     extra = 0 if bias is None else bias.size
-    extra_bytes = extra * (bias.dtype.itemsize if coded and extra else kernel.dtype.itemsize)
+    extra_bytes = extra * (bias if coded and bias is not None else kernel).dtype.itemsize
     # The embedding is counted elsewhere.
     return HeadCost(
         parameters=(0 if tied else kernel.size) + extra,

@@ -215,10 +215,10 @@ class _Sample:
             iterations=self.config.kmeans_iterations,
         )
 
-    def matched_bias(self, rows: Array, approximate: Array) -> jax.Array:
+    def matched_bias(self, rows: jax.Array, approximate: jax.Array) -> jax.Array:
         """Biases that correct the error of approximate rows at the mean state."""
         bias = (rows - approximate) @ self.statistics.mean
-        return bias if self.head.bias is None else bias + self.head.bias
+        return bias if self.head.bias is None else bias + jnp.asarray(self.head.bias)
 
     def imitate(self, head_of: Any, params: Any, constants: Any) -> tuple[Any, History]:
         params, losses = self.tuning.imitate(

@@ -262,7 +262,7 @@ def _rounding(rows: Any) -> float:
 
 
 @jax.jit
-def row_errors(rows: Array, approximate: Array) -> jax.Array:
+def row_errors(rows: Any, approximate: Any) -> jax.Array:
     """Bounds of `ScreenedHead` for a screen of approximate rows and the same biases: ``[vocab]``.
 
     They hold for ``rows`` and for these rounded to bfloat16, and for any order of float32 sums. ::
