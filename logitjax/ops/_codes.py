@@ -126,8 +126,9 @@ class Codes:
         if bits == "int4":
             values = np.stack([values & 15, values >> 4], -1).reshape(len(values), -1)[:, :inner]
             values = values.astype(np.int8) - 8
-        rest = (jnp.asarray(arrays[n]) if n in arrays else None for n in ("scales", "offsets"))
-        return cls(jnp.asarray(values).astype(bits), *rest, outer_axis)
+        offsets = jnp.asarray(arrays["offsets"]) if "offsets" in arrays else None
+        scales = jnp.asarray(arrays["scales"])
+        return cls(jnp.asarray(values).astype(bits), scales, offsets, outer_axis)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """float32 rows `[*ids, inner]`."""
@@ -173,7 +174,7 @@ def _steps(groups: jax.Array, bits: str, asymmetric: bool) -> tuple[jax.Array, j
         largest = jnp.take_along_axis(groups, jnp.abs(groups).argmax(-1)[..., None], -1)
         first = jnp.abs(largest) / most if bits == "int8" else largest / least
         low = high = jnp.zeros(())
-        factors = _WIDER if bits == "int8" else _WIDER[:0]
+        factors = _WIDER if bits == "int8" else np.zeros(0, np.float32)
     # Equal numbers are their offset.
     first = jnp.where(first == 0, 1e-30 if asymmetric else 1.0, first)
 
@@ -197,12 +198,12 @@ def _steps(groups: jax.Array, bits: str, asymmetric: bool) -> tuple[jax.Array, j
     return stored(lax.scan(better, first, jnp.asarray(factors))[0])
 
 
-def _nearest(x: jax.Array, scales: jax.Array, offsets: jax.Array | None, bits: str) -> jax.Array:
+def _nearest(x: Any, scales: Any, offsets: Any, bits: str) -> jax.Array:
     shifted = x if offsets is None else x - offsets
     return jnp.clip(jnp.round(shifted / scales), *_LIMITS[bits])
 
 
-def _value(values: jax.Array, scales: jax.Array, offsets: jax.Array | None) -> jax.Array:
+def _value(values: Any, scales: Any, offsets: Any) -> jax.Array:
     return values * scales if offsets is None else values * scales + offsets
 
 
@@ -222,13 +223,13 @@ def _rounded_in_turn(
     def group(columns: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
         part = lax.dynamic_slice_in_dim(columns, start, size)
         scales, offsets = steps = _steps(part.T, bits, asymmetric)
-        flat = [None if x is None else x[:, 0] for x in steps]
+        flat: Any = tuple(None if x is None else x[:, 0] for x in steps)
         rows = lax.dynamic_slice_in_dim(upper, start, size)
         inside = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
 
         def column(part: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
-            value = _nearest(part[at], *flat, bits)
-            error = (part[at] - _value(value, *flat)) / inside[at, at]
+            value = _nearest(part[at], flat[0], flat[1], bits)
+            error = (part[at] - _value(value, flat[0], flat[1])) / inside[at, at]
             return part - inside[at][:, None] * error, (value.astype(jnp.int8), error)
 
         _, (values, errors) = lax.scan(column, part, jnp.arange(size))
@@ -242,8 +243,18 @@ def _rounded_in_turn(
 
 
 def _products(x: jax.Array, codes: Codes) -> jax.Array:
-    axes = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, codes._wide(x.dtype), axes, preferred_element_type=jnp.float32)
+    def dot(matrix: jax.Array) -> jax.Array:
+        axes = (((1,), (1,)), ((), ()))
+        return lax.dot_general(x, matrix, axes, preferred_element_type=jnp.float32)
+
+    if x.dtype == jnp.float32 or codes.scales.shape[-1] > 1:
+        return dot(codes._wide(x.dtype))
+    # A scale of a whole row can wait, and small whole numbers are exact in bfloat16.
+    out = dot(codes.values.astype(x.dtype)) * codes.scales[:, 0].astype(jnp.float32)
+    if codes.offsets is None:
+        return out
+    sums = x.astype(jnp.float32).sum(-1, keepdims=True)
+    return out + sums * codes.offsets[:, 0].astype(jnp.float32)
 
 
 @jax.custom_jvp

@@ -317,7 +317,7 @@ def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
 
 
 @jax.jit
-def row_errors(rows: Array, approximate: Array) -> jax.Array:
+def row_errors(rows: Any, approximate: Any) -> jax.Array:
     """Bounds of `ScreenedHead` for a screen of approximate rows and the same biases: ``[vocab]``.
 
     They hold for ``rows`` and for these rounded to bfloat16, and for any order of float32 sums. ::
