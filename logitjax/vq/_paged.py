@@ -135,10 +135,10 @@ class PagedHead(VocabularyHead):
 
     A page is a block of memory with rows of alike tokens of about the same expected count, so that
     the positions of a batch often need the same pages. A sketch of the rows, of four bits a number,
-    predicts each page's probability. The likeliest pages are
-    read, once for up to 16 positions, which share them: their logits are those of the rows. All
-    others are the sketch's, shifted as in a `ScreenedHead`. On TPUs kernels stream sketch and
-    pages; elsewhere XLA multiplies, which on a CPU is slower than a `ScreenedHead`. ::
+    predicts each page's probability. The likeliest pages are read, once for up to 16 positions,
+    which share them: their logits are those of the rows. All others are the sketch's, shifted as in
+    a `ScreenedHead`. On TPUs kernels stream sketch and pages; elsewhere XLA multiplies, which on a
+    CPU is slower than a `ScreenedHead`. ::
 
         s = sketch(h),   M_p = logsumexp_{v in p} s_v,   pages = the num_pages largest of M
         l_v = w_v . h + a_v     v in a page that is read
@@ -169,14 +169,14 @@ class PagedHead(VocabularyHead):
         *,
         page_size: int = 16,
         rank: int | None = None,
-        recall: float = 0.997,
+        recall: float = 0.996,
         dtype: Any = jnp.float32,
     ) -> "PagedHead":
         """Sketch a full head's rows, and choose how many pages to read.
 
-        The sketch is fitted to three quarters of the positions. On the others, the numbers of pages
-        are the least with which the most likely token is among those read at a share ``recall`` of
-        the positions. ValueError if the head has a soft cap.
+        The last quarter of the positions, at most 4,096, is not used for the sketch. On it, the
+        numbers of pages are the least with which a share ``recall`` of likeliest tokens is read.
+        ValueError if the head has a soft cap.
 
         Args:
             hidden, targets: positions, and ``head``'s outputs on them, `HiddenCache.head_targets`.
@@ -191,28 +191,24 @@ class PagedHead(VocabularyHead):
         width = head.rows.shape[1]
         rank = (width * 2 // 3 // 128 * 128 or width) if rank is None else rank
         checks.between(rank, 1, width, "rank")
-        # Groups of positions that read together.
-        held = max(1, len(hidden) // 4 // TOGETHER) * TOGETHER
+        # Groups of positions that read together, at random: neighbours have more in common.
+        held = min(max(1, len(hidden) // 4 // TOGETHER), 256) * TOGETHER
         statistics = head_statistics(hidden[:-held] if len(hidden) > held else hidden)
         pages = Pages.of(head, np.asarray(targets.counts), statistics, page_size, rank)
-        # Copied together.
-        step = _LANES // page_size
-        hidden, best = hidden[-held:], targets.top_tokens[-held:, 0]
+        some = np.random.default_rng(0).permutation(np.arange(len(hidden))[-held:])
+        best, states = targets.top_tokens[some, 0], np.asarray(hidden[some], np.float32)
         right = np.asarray(pages.places)[best] // page_size
-        mass = jax.jit(Pages.mass)
-        blocks = np.array_split(np.asarray(hidden, np.float32), max(1, len(hidden) // TOGETHER))
-        needed = []
-        for together in (1, TOGETHER):
-            ranks, start = [], 0
-            for block in blocks:
-                score = _log_share(mass(pages, block))
-                for first in range(0, len(block), together):
-                    joint = np.asarray(score[first : first + together]).max(0)
-                    own = joint[right[start + first : start + first + together]]
-                    ranks.append((joint > own[:, None]).sum(-1))
-                start += len(block)
-            rank_at = np.sort(np.concatenate(ranks))[math.ceil(recall * start) - 1]
-            needed.append(min(pages.rows.shape[0], (int(rank_at) // step + 1) * step))
+        mass = jax.jit(lambda pages, hidden: _log_share(pages.mass(hidden)))
+        parts = [np.asarray(mass(pages, states[i : i + 256])) for i in range(0, len(some), 256)]
+        score, needed = np.concatenate(parts), []
+        # Copied together.
+        step, most = _LANES // page_size, pages.rows.shape[0]
+        for together in (1, TOGETHER if len(some) == held else 1):
+            joint = score.reshape(-1, together, most).max(1)
+            own = np.take_along_axis(joint, right.reshape(-1, together), 1)
+            better = (joint[:, None] > own[..., None]).sum(-1)
+            last = np.sort(better, axis=None)[math.ceil(recall * len(some)) - 1]
+            needed.append(min(most, (int(last) // step + 1) * step))
         return cls(pages, num_pages=needed[0], shared_pages=needed[1], dtype=dtype)
 
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
