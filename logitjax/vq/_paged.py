@@ -169,7 +169,7 @@ class PagedHead(VocabularyHead):
         *,
         page_size: int = 16,
         rank: int | None = None,
-        recall: float = 0.996,
+        recall: float = 0.997,
         dtype: Any = jnp.float32,
     ) -> "PagedHead":
         """Sketch a full head's rows, and choose how many pages to read.
