@@ -16,7 +16,6 @@ from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, top_k
 from logitjax.ops import mesh as on_mesh
 from logitjax.vq._hidden_cache import head_statistics
 from logitjax.vq._loss import on_batch
-from logitjax.vq._row_products import row_products
 from logitjax.vq._screened import in_blocks
 from logitjax.vq._targets import HeadTargets
 
@@ -31,24 +30,18 @@ _SPANS = (0.9, 0.7, 0.55)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Rows of a head in the order of pages; the last one is padded.
+    """Rows of a head in the order of pages; the last one is padded."""
 
-    Attributes:
-        rows: ``[pages, size, width]``, bfloat16; the width is padded to a multiple of 128, or a
-            chip would store them in another order.
-        bias: ``[pages * size]``, float32, or None.
-        codes: ``[rank, pages * size]``, int4: the sketch.
-        lines: ``[steps, 2, pages * size / steps]``, float32, scales and biases of the sketch.
-        projection: ``[hidden, rank]``, bfloat16, to the coordinates of the sketch.
-        tokens: ``[pages * size]``, int32, the token of each row.
-        places: ``[vocab]``, int32, the row of each token.
-    """
-
+    # `[pages, size, width]`, padded to multiples of 128, or a chip would store another order.
     rows: Any
+    # `[pages * size]` or None.
     bias: Any
+    # The sketch: int4 `[rank, pages * size]`, and `[steps, 2, tile]`, its scales and biases.
     codes: Any
     lines: Any
+    # `[hidden, rank]`, to its coordinates.
     projection: Any
+    # The token of each row `[pages * size]`, the row of each token `[vocab]`.
     tokens: Any
     places: Any
 
@@ -125,18 +118,13 @@ class Pages:
             products = jnp.einsum("nd,psd->nps", hidden, read, preferred_element_type=wide)
             return products.reshape(len(hidden), -1)
 
-        def by_rows(hidden: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
-            places = jnp.broadcast_to(at, (len(hidden), at.size))
-            return row_products(hidden, rows.reshape(-1, width), places)
-
         at = (ids[:, None] * size + jnp.arange(size)).reshape(-1)
-        given = hidden, self.rows, ids
+        products = tiles
         if _kernels(hidden):
             from logitjax.vq._page_kernels import page_products
 
-            products = _with_gradient(page_products, tiles)(*given)
-        else:
-            products = lax.platform_dependent(*given, cpu=by_rows, default=tiles)
+            products = _with_gradient(page_products, tiles)
+        products = products(hidden, self.rows, ids)
         # The last page's padding.
         products = jnp.where(at < self.places.size, products, -jnp.inf)
         return products if self.bias is None else products + self.bias[at]
@@ -147,10 +135,10 @@ class PagedHead(VocabularyHead):
 
     A page is a block of memory with rows of alike tokens of about the same expected count, so that
     the positions of a batch often need the same pages. A sketch of the rows, of four bits a number,
-    predicts each page's probability. The likeliest pages are
-    read, once for up to 16 positions, which share them: their logits are those of the rows. All
-    others are the sketch's, shifted as in a `ScreenedHead`. On TPUs kernels stream sketch and
-    pages; elsewhere XLA multiplies, which on a CPU is slower than a `ScreenedHead`. ::
+    predicts each page's probability. The likeliest pages are read, once for up to 16 positions,
+    which share them: their logits are those of the rows. All others are the sketch's, shifted as in
+    a `ScreenedHead`. On TPUs kernels stream sketch and pages; elsewhere XLA multiplies, which on a
+    CPU is slower than a `ScreenedHead`. ::
 
         s = sketch(h),   M_p = logsumexp_{v in p} s_v,   pages = the num_pages largest of M
         l_v = w_v . h + a_v     v in a page that is read
@@ -161,22 +149,12 @@ class PagedHead(VocabularyHead):
         num_pages: number of pages that a single position reads.
         shared_pages: number of pages that 2 to 16 positions read together.
         dtype: type of the products.
-
-    >>> head = Head(np.eye(4, dtype=np.float32), vocab_axis=0)
-    >>> hidden = np.float32(np.random.default_rng(0).normal(size=(64, 4)))
-    >>> from logitjax.vq import HiddenCache
-    >>> import tempfile
-    >>> cache = HiddenCache(hidden, np.zeros(64, np.int32))
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     paged = PagedHead.fit(head, hidden, cache.head_targets(directory, head), page_size=2)
-    >>> paged.top_k(np.eye(4, dtype=np.float32)[2], 1).indices
-    Array([2], dtype=int32)
     """
 
     def __init__(
         self, pages: Pages, *, num_pages: int, shared_pages: int, dtype: Any = jnp.float32
     ):
-        self.pages = Assignment(pages)
+        self.pages: Any = Assignment(pages)
         most = pages.rows.shape[0]
         for name, count in (("num_pages", num_pages), ("shared_pages", shared_pages)):
             checks.between(count, 1, most, name)
@@ -196,9 +174,9 @@ class PagedHead(VocabularyHead):
     ) -> "PagedHead":
         """Sketch a full head's rows, and choose how many pages to read.
 
-        The sketch is fitted to three quarters of the positions. On the others, the numbers of pages
-        are the least with which the most likely token is among those read at a share ``recall`` of
-        the positions. ValueError if the head has a soft cap.
+        The last quarter of the positions, at most 4,096, is not used for the sketch. On it, the
+        numbers of pages are the least with which a share ``recall`` of likeliest tokens is read.
+        ValueError if the head has a soft cap.
 
         Args:
             hidden, targets: positions, and ``head``'s outputs on them, `HiddenCache.head_targets`.
@@ -213,28 +191,24 @@ class PagedHead(VocabularyHead):
         width = head.rows.shape[1]
         rank = (width * 2 // 3 // 128 * 128 or width) if rank is None else rank
         checks.between(rank, 1, width, "rank")
-        # Groups of positions that read together.
-        held = max(1, len(hidden) // 4 // TOGETHER) * TOGETHER
+        # Groups of positions that read together, at random: neighbours have more in common.
+        held = min(max(1, len(hidden) // 4 // TOGETHER), 256) * TOGETHER
         statistics = head_statistics(hidden[:-held] if len(hidden) > held else hidden)
         pages = Pages.of(head, np.asarray(targets.counts), statistics, page_size, rank)
-        # Copied together.
-        step = _LANES // page_size
-        hidden, best = hidden[-held:], targets.top_tokens[-held:, 0]
+        some = np.random.default_rng(0).permutation(np.arange(len(hidden))[-held:])
+        best, states = targets.top_tokens[some, 0], np.asarray(hidden[some], np.float32)
         right = np.asarray(pages.places)[best] // page_size
-        mass = jax.jit(Pages.mass)
-        blocks = np.array_split(np.asarray(hidden, np.float32), max(1, len(hidden) // TOGETHER))
-        needed = []
-        for together in (1, TOGETHER):
-            ranks, start = [], 0
-            for block in blocks:
-                score = _log_share(mass(pages, block))
-                for first in range(0, len(block), together):
-                    joint = np.asarray(score[first : first + together]).max(0)
-                    own = joint[right[start + first : start + first + together]]
-                    ranks.append((joint > own[:, None]).sum(-1))
-                start += len(block)
-            rank_at = np.sort(np.concatenate(ranks))[math.ceil(recall * start) - 1]
-            needed.append(min(pages.rows.shape[0], (int(rank_at) // step + 1) * step))
+        mass = jax.jit(lambda pages, hidden: _log_share(pages.mass(hidden)))
+        parts = [np.asarray(mass(pages, states[i : i + 256])) for i in range(0, len(some), 256)]
+        score, needed = np.concatenate(parts), []
+        # Copied together.
+        step, most = _LANES // page_size, pages.rows.shape[0]
+        for together in (1, TOGETHER if len(some) == held else 1):
+            joint = score.reshape(-1, together, most).max(1)
+            own = np.take_along_axis(joint, right.reshape(-1, together), 1)
+            better = (joint[:, None] > own[..., None]).sum(-1)
+            last = np.sort(better, axis=None)[math.ceil(recall * len(some)) - 1]
+            needed.append(min(most, (int(last) // step + 1) * step))
         return cls(pages, num_pages=needed[0], shared_pages=needed[1], dtype=dtype)
 
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -334,16 +308,13 @@ class PagedHead(VocabularyHead):
 
 @jax.jit(static_argnames="rank")
 def _sketch(rows: Array, mean: Array, cov: Array, rank: int) -> Any:
-    """Rows in the leading directions of their logits' variance, in four bits.
-
-    With ``Cov(h) = S S'`` the variance of a logit is ``|S' w|^2``: coordinates are those of ``S'
-    w`` along the leading eigenvectors of its second moment. A rotation at random then spreads each
-    row's size over all of them, so that one scale a row will do.
-    """
+    """Rows in the leading directions of their logits' variance, in four bits."""
     rows, width = jnp.asarray(rows, jnp.float32), rows.shape[1]
     values, vectors = jnp.linalg.eigh(cov + 1e-6 * jnp.trace(cov) / width * jnp.eye(width))
+    # The variance of a logit is |S' w|^2 if the covariance is S S'.
     whitened = rows @ (vectors * jnp.sqrt(values))
     leading = jnp.linalg.eigh(whitened.T @ whitened)[1][:, width - rank :]
+    # A rotation at random spreads a row's size over all dimensions, so that one scale will do.
     mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (rank, rank)))[0]
     basis = leading @ mixing
     projection = (vectors / jnp.sqrt(values) @ basis).astype(jnp.bfloat16)
