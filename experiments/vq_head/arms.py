@@ -44,6 +44,7 @@ class Converted:
         cost: Counted, not timed.
         compiled: Whether the functions are JAX's.
         floor: For a VQ head, a lower bound of its perplexity without bias.
+        curve: Loss by step of a VQ head's tuning.
         head: The module, if it is one of the library.
         sure: `(arrays, hidden) -> [n]`, whether the best token is certain without a full read.
     """
@@ -54,6 +55,7 @@ class Converted:
     cost: heads.HeadCost
     compiled: bool = True
     floor: float | None = None
+    curve: tuple[float, ...] = ()
     head: Any = None
     sure: Callable[..., Any] | None = None
 
@@ -193,7 +195,7 @@ def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, An
 def _vq(ctx: Context, trial: Trial) -> Variants:
     method, use_bias = VQ_ARMS[trial.arm]
     likelihood = method == "likelihood"
-    head, _ = _fit(
+    head, history = _fit(
         ctx,
         trial,
         "vq",
@@ -219,6 +221,7 @@ def _vq(ctx: Context, trial: Trial) -> Variants:
         arrays=arrays,
         cost=head.cost(),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
+        curve=tuple(history["loss"]),
         head=head,
     )
     return {trial.arm: made}

@@ -132,16 +132,15 @@ def _described(ctx: Context, trial: arms.Trial, name: str, converted: arms.Conve
         for key, head in timed.items()
     }
     seconds = paired_seconds(functions, repeats=ctx.config.timing_repeats, warmup=2)
-    new, middle = seconds.pop("new"), {}
-    for key, times in seconds.items():
-        middle[key] = statistics.median(times)
-    fastest = min(middle, key=lambda key: middle[key])
+    new = seconds.pop("new")
+    fastest = min(seconds, key=lambda key: statistics.median(seconds[key]))
     return {
         "arm": name,
         "codes": trial.codes,
         "seed": trial.seed,
         "lr": trial.rate,
         "floor": converted.floor,
+        "curve": list(converted.curve),
         "decode_ms": 1e3 * statistics.median(new),
         "faster": {key: paired_ratio(times, new) for key, times in seconds.items()},
         "fastest": fastest,

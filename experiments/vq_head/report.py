@@ -51,13 +51,12 @@ def write(
         tables=rows,
         pictures={"frontier": frontier(list(groups.values()), ctx)},
     )
-    promised = markdown_table(bars) if bars else ""
-    return "\n\n".join([*tables, promised, f"report: {workdir}/report.md"])
+    promised = [markdown_table(bars)] if bars else []
+    return "\n\n".join([*tables, *promised, f"report: {workdir}/report.md"])
 
 
 def _row(group: Group, ctx: Context) -> dict[str, Any]:
-    first, size = group[0], ctx.rows.size
-    cost = first["cost"]
+    first, size, cost = group[0], ctx.rows.size, group[0]["cost"]
     row = {
         "head": _name(first["arm"]),
         "K": first["codes"] if first["arm"].startswith("vq") else None,
@@ -126,8 +125,7 @@ def _bars(groups: Sequence[Group]) -> list[dict[str, Any]]:
     fits = [p for p in ours if p["faster"] >= 2 and p["top1"] >= 0.999]
     if fits:
         best = min(fits, key=lambda point: point["ratio"])
-        title = "perplexity x at >= 2 x 8 bits' speed, >= 99.9 % top-1"
-        ratio = best["ratio"]
+        title, ratio = "perplexity x at >= 2 x 8 bits' speed, >= 99.9 % top-1", best["ratio"]
         bars.append(bar(title, ratio, "<= 1.04", ratio <= 1.04, head=_name(best["arm"])))
     elif ours:
         fast = [p for p in ours if p["faster"] >= 2] or ours

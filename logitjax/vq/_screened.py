@@ -313,7 +313,9 @@ def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
         return float(scipy.special.expit(rest + tail).mean() - share)
 
     # Nothing to fit where nothing is left.
-    return float(scipy.optimize.brentq(error, -50, 50)) if error(-50) < 0 < error(50) else 0.0
+    if not error(-50) < 0 < error(50):
+        return 0.0
+    return scipy.optimize.root_scalar(error, bracket=(-50, 50)).root
 
 
 @jax.jit
