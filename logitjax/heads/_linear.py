@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
@@ -28,9 +29,13 @@ class FullHead(VocabularyHead):
         head = dataclasses.replace(head, kernel=jnp.asarray(head.kernel, self.dtype))
         if hidden.dtype != jnp.bfloat16 or hidden.size != hidden.shape[-1]:
             return head.logits(hidden)
+
+        def twice(row: jax.Array) -> jax.Array:
+            return head.logits(jnp.concatenate([row, row]))[:1]
+
         # On a CPU, a bfloat16 product of one row takes ten times as long as one of two rows.
         row = hidden.reshape(1, -1)
-        logits = head.logits(jnp.concatenate([row, row]))[0]
+        logits = lax.platform_dependent(row, cpu=twice, default=head.logits)
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
@@ -108,7 +113,7 @@ class LinearHead(FullHead):
         return tensors | kernel.arrays(), options
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
-        return _full_cost(self.kernel[...], self.bias, tied=False)
+        return _full_cost(self.kernel.get_raw_value(), self.bias, tied=False)
 
 
 class TiedHead(FullHead):

@@ -242,8 +242,18 @@ def _rounded_in_turn(
 
 
 def _products(x: jax.Array, codes: Codes) -> jax.Array:
-    axes = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, codes._wide(x.dtype), axes, preferred_element_type=jnp.float32)
+    def dot(matrix: jax.Array) -> jax.Array:
+        axes = (((1,), (1,)), ((), ()))
+        return lax.dot_general(x, matrix, axes, preferred_element_type=jnp.float32)
+
+    if x.dtype == jnp.float32 or codes.scales.shape[-1] > 1:
+        return dot(codes._wide(x.dtype))
+    # A scale of a whole row can wait, and small whole numbers are exact in bfloat16.
+    out = dot(codes.values.astype(x.dtype)) * codes.scales[:, 0].astype(jnp.float32)
+    if codes.offsets is None:
+        return out
+    sums = x.astype(jnp.float32).sum(-1, keepdims=True)
+    return out + sums * codes.offsets[:, 0].astype(jnp.float32)
 
 
 @jax.custom_jvp

@@ -298,8 +298,9 @@ def _coded_head(sample: _Sample) -> tuple[LinearHead, History]:
     """Rows of few bits, rounded for the hidden states; their biases are tuned to the old head."""
     rows, bits = jnp.asarray(sample.head.rows, jnp.float32), sample.config.kind
     width, wanted = rows.shape[1], sample.config.group_size
-    # A TPU stores numbers of groups that are multiples of 8 without padding.
-    sizes = [size for size in range(8, width // 8 + 1) if width % (8 * size) == 0]
+    # Multiples of 8 both, which a TPU neither pads nor moves before it widens the codes.
+    sizes = [size for size in range(8, width // 8 + 1, 8) if width % (8 * size) == 0]
+    sizes = sizes if wanted < width else [width]
     size = min(sizes, key=lambda size: abs(size - wanted), default=wanted)
     cov = sample.statistics.cov
     codes = _codes(rows, bits, group_size=size, asymmetric=bits == "int4", cov=cov)
@@ -309,7 +310,7 @@ def _coded_head(sample: _Sample) -> tuple[LinearHead, History]:
         return Head(rows, bias, vocab_axis=0)
 
     bias, history = sample.imitate(head_of, sample.matched_bias(rows, dense), dense)
-    return _linear(codes, bias), history
+    return _linear(codes, bias.astype(codes.scales.dtype)), history
 
 
 def _certified_head(sample: _Sample) -> tuple[ScreenedHead, History]:
