@@ -22,7 +22,8 @@ from experiments.shared import suite
 from logitjax import data, decoding, models, vq
 from logitjax.ops import Codes, log_softmax
 
-_TYPES, _HEADS = ("float32", "bfloat16", "int8", "int4"), ("screened", "certified")
+_TYPES = ("float32", "bfloat16", "int8", "int4")
+_HEADS: tuple[Any, ...] = ("screened", "certified")
 
 
 def run(options: suite.Options) -> suite.Result:

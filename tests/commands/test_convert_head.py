@@ -69,6 +69,7 @@ def test_a_converted_head_decodes_the_model_that_it_was_made_from_and_no_other(
     expected = decoding.generate(
         model.with_head(head), [tokenizer.encode("abc")], max_new_tokens=6, text=text
     )
+    assert expected.texts is not None
     capsys.readouterr()
     for folder in (out, out / "head"):
         flags = dict(model="tiny", head=str(folder), prompt=("abc",), max_new_tokens=6)

@@ -1,6 +1,7 @@
 """A server asks a head that screens for its best token, and for logits where clients want them."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_greedy_answers_without_log_probabilities_are_the_fast_searchs():
     config = ServerConfig(model="tiny", policy=leakage.LogitPolicy(top_k=2), slots=2, max_length=32)
     app = build_app(Ensemble(model.with_head(Disagreeing())), tokenizer, (256,), config)
 
-    async def answers(*requests):
+    async def answers(*requests: Any) -> Any:
         async with running(app):
             for _ in range(600):
                 if (await call(app, "/ready", method="GET"))[0] == 200:
