@@ -111,5 +111,5 @@ def _whole_run(shape: Shape, batch: int) -> dict[str, Any]:
         "B": batch,
         "ms a step": 1e3 * seconds / len(losses),
         "s": seconds,
-        "peak RSS, GB": suite.peak_rss_bytes() / 1e9,
+        "peak RSS, GB": suite.memory_bytes("VmHWM") / 1e9,
     }

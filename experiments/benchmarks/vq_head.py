@@ -125,7 +125,7 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
 _FIT = """
 import json, sys, time
 import jax, jax.numpy as jnp
-from experiments.shared.suite import peak_rss_bytes
+from experiments.shared.suite import memory_bytes
 from logitjax import vq
 
 vocab, hidden, codes, iterations = map(int, sys.argv[1:])
@@ -135,13 +135,13 @@ block = jax.random.normal(key, (997, hidden), jnp.bfloat16)
 rows = jax.jit(lambda block: jnp.resize(block, (vocab, hidden)))(block)
 unigram = 1.0 / jnp.arange(1.0, vocab + 1)
 jax.block_until_ready(rows)
-before, start = peak_rss_bytes(), time.perf_counter()
+before, start = memory_bytes("VmHWM"), time.perf_counter()
 fit = vq.fit_assignment(
     rows, unigram, jnp.zeros(hidden), jnp.eye(hidden), codes, iterations=iterations
 )
 jax.block_until_ready(fit)
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before}))
+print(json.dumps({"seconds": seconds, "added": memory_bytes("VmHWM") - before}))
 """
 
 

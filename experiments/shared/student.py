@@ -80,17 +80,19 @@ def update_programs(
         batch["sources"] = dict.fromkeys(names, teacher)
         if reading.teacher_reads == "live":
             # A served teacher is assumed to be as large as the student.
-            shapes = {
+            decoders = {
                 n: nnx.eval_shape(model)
                 if spec.startswith("api:")
                 else _decoder(decoder_config(spec))
                 for n, spec in zip(names, reading.teachers)
             }
             calls = float(course.steps)
-            live = [_reading(n, d, reading, batch["pivot"], mesh, calls) for n, d in shapes.items()]
+            live = [
+                _reading(n, d, reading, batch["pivot"], mesh, calls) for n, d in decoders.items()
+            ]
         if any(n.hidden for n in needs) and live:
-            heads = {n: nnx.eval_shape(lambda m: m.head_of(), d) for n, d in shapes.items()}
-            for n, decoder in shapes.items():
+            heads = {n: nnx.eval_shape(lambda m: m.head_of(), d) for n, d in decoders.items()}
+            for n, decoder in decoders.items():
                 states = rows(decoder.dtype, length - 1, decoder.config.hidden_size)
                 batch["sources"][n] = dataclasses.replace(teacher, hidden=states)
     if on_policy.share:

@@ -154,7 +154,7 @@ def _run(package: types.ModuleType, argv: Sequence[str], values: flags.FlagValue
         raise app.UsageError(f"name: expected one of {', '.join(existing)}, got {unknown[0]!r}")
     for name in existing if "all" in expected else expected:
         module, _ = load(package, name)
-        given = {n: values[n].value for n in ("scale", "repeats", "only", "against", "seed")}
+        given: Any = {n: values[n].value for n in ("scale", "repeats", "only", "against", "seed")}
         templates = values.templates and Path(values.templates)
         options = Options(directory=home / name, templates=templates, **given)
         print(f"\n## {name}\n\n{write(module.run(options), options)}", flush=True)

@@ -255,9 +255,9 @@ def _mixed(heads: Sequence[FittedHead], weights: Sequence[float] | None) -> Fitt
             f"weights: expected one for each of {len(heads)} methods, or pictures that choose "
             f"them, got {weights}"
         )
-    shares, kept = shares / shares.sum(), np.flatnonzero(shares)
+    shares, kept = shares / shares.sum(), np.flatnonzero(shares).tolist()
     heads = [heads[number] for number in kept]
-    temperatures = np.float32([head.temperature for head in heads])
+    temperatures = np.array([head.temperature for head in heads], np.float32)
     return dataclasses.replace(
         max(heads, key=lambda head: len(head.encoders)),
         method=Mixture(methods=tuple(head.method for head in heads)),

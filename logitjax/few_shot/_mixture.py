@@ -102,7 +102,7 @@ def recommend(
         # No picture both chooses and evaluates.
         for mask in (half, ~half):
             parts: Any = zip(arrays, *choose(mask & present))
-            mixed = sum(weight * one[:, setting] for one, setting, weight in parts if weight)
+            mixed = np.sum([w * one[:, setting] for one, setting, w in parts if w], axis=0)
             estimates.append((mixed.argmax(-1) == labels)[~mask & present].mean())
     accuracy, count = float(np.mean(estimates)), int(present.sum())
     # Halves overlap: each picture counts once in the interval.

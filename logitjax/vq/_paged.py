@@ -151,6 +151,8 @@ class PagedHead(VocabularyHead):
         dtype: type of the products.
     """
 
+    screens = True
+
     def __init__(
         self, pages: Pages, *, num_pages: int, shared_pages: int, dtype: Any = jnp.float32
     ):
