@@ -12,7 +12,7 @@ from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.serving import ServerConfig, build_app
 from tests.rigs._server_client import COMPLETIONS, small_decoder
-from tests.serving._inside import call, running
+from tests.serving.inside import call, running
 
 
 async def _work(shared: int, tails: Sequence[Sequence[int]], prefix_mb: int) -> Any:

@@ -24,7 +24,7 @@ from logitjax.serving import ServerConfig, build_app
 from tests.rigs import _red_team as team
 from tests.rigs._red_team import Asker, Body, Reply, attackers
 from tests.rigs._server_client import COMPLETIONS
-from tests.serving._inside import call
+from tests.serving.inside import call
 
 # A request is a token or two long: more slots would be decoded empty.
 QUERIES, _SLOTS = 1000, 2

@@ -14,7 +14,7 @@ from logitjax.serving import Key, ServerConfig, build_app
 from logitjax.serving._accounts import Accounts, Rate
 from logitjax.serving._errors import ApiError
 from tests.decoding._bags import bag_of_words
-from tests.serving._inside import call, running
+from tests.serving.inside import call, running
 
 
 class Clock:

@@ -9,7 +9,7 @@ from logitjax import leakage, models
 from logitjax.decoding import Ensemble
 from logitjax.serving import ServerConfig, build_app
 from tests.decoding.test_screened import ALL, BEST, Disagreeing
-from tests.serving._inside import call, running
+from tests.serving.inside import call, running
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from logitjax.models import load_tokenizer
 from logitjax.serving import ServerConfig, build_app
 from tests.decoding._bags import bag_of_words
 from tests.models._marks import llama_like, with_mark
-from tests.serving._inside import call, running
+from tests.serving.inside import call, running
 
 VOCAB, MARK = 257, 256
 

@@ -20,7 +20,7 @@ from logitjax.serving._errors import BadRequestError
 from logitjax.serving._policy import Disclosure, _draw_keys
 from logitjax.serving._service import Service
 from tests.decoding._bags import bag_logits, bag_of_words
-from tests.serving._inside import call, running
+from tests.serving.inside import call, running
 
 VOCAB, TOP = 257, 3
 

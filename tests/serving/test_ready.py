@@ -9,7 +9,7 @@ from logitjax import models
 from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.serving import ServerConfig, build_app
-from tests.serving._inside import call, running
+from tests.serving.inside import call, running
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = list(range(1, 40))  # of several pieces, and with a beginning that others share
