@@ -52,10 +52,10 @@ class Encoders:
     """
 
     def __init__(
-        self, specs: Sequence[str], config: Any, *, base: str | None = None, fit: str = "crop"
+        self, specs: Sequence[str], reading: Any, *, base: str | None = None, fit: str = "crop"
     ):
-        self.specs, self._fit, self._batch_size = specs, fit, config.batch_size
-        self._loaded = [vision.load_encoder(specs[0], tokenizer=config.tokenizer, base=base)]
+        self.specs, self._fit, self._batch_size = specs, fit, reading.batch_size
+        self._loaded = [vision.load_encoder(specs[0], tokenizer=reading.tokenizer, base=base)]
         self._loaded += map(vision.load_encoder, specs[1:])
         self.first = self._loaded[0]
 
