@@ -22,7 +22,7 @@ from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics, weights_digest
 from logitjax.vq._paged import PagedHead
-from logitjax.vq._product_codes import PackedCodes, ProductCodes
+from logitjax.vq._product_codes import ProductCodes
 from logitjax.vq._product_head import ProductHead
 from logitjax.vq._screened import ScreenedHead, fitted_tail, row_errors
 from logitjax.vq._targets import HeadTargets
@@ -259,15 +259,16 @@ def _screened_head(sample: _Sample) -> tuple[ScreenedHead, list[float]]:
     # Groups of three dimensions, or four if three do not divide, as measured.
     groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
     cov = sample.statistics.cov
-    fit = ProductCodes.fit(rows, hidden_cov=cov, groups=groups, num_codes=16, **sample.kmeans)
+    fit = ProductCodes.fit(rows, hidden_cov=cov, groups=groups, **sample.kmeans)
     bias = sample.matched_bias(rows, fit.kernel())
 
     def head_of(params: Any, codes: Array) -> Head:
-        return Head(ProductCodes(params[0], codes).kernel(), params[1], vocab_axis=0)
+        codebooks, bias = params
+        return Head(ProductCodes(codebooks, codes, bias).kernel(), bias, vocab_axis=0)
 
-    params, losses = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
-    codes = ProductCodes(params[0], fit.codes, params[1])
-    screened = sample.with_exact_rows(ProductHead.from_fit(codes, packed=True))
+    (codebooks, bias), losses = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
+    codes = ProductCodes(codebooks, fit.codes, bias)
+    screened = sample.with_exact_rows(ProductHead.from_fit(codes))
     # A thousand positions settle one number.
     screened.tail = fitted_tail(screened, sample.head, sample.hidden[:1024])
     return screened, losses
@@ -363,8 +364,8 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         return PagedHead.of_record(tensors, dtype=dtype, **options)
     if record["kind"] == "ProductHead":
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
-        codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
-        return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
+        types = {"dtype": dtype, "param_dtype": parts[0].dtype}
+        return ProductHead.from_fit(ProductCodes(*parts), **types)
     if record["kind"] == "LinearHead":
         kernel: Any = tensors.get("kernel")
         if kernel is None:

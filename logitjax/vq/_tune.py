@@ -216,7 +216,7 @@ def tune_vq_head(
     tuning: Tuning,
     *,
     mesh: Mesh | None = None,
-) -> tuple[Array, Array | None, list[float]]:
+) -> tuple[Any, Any, list[float]]:
     """Tune codebook and biases to the old head; losses are KL divergences by step."""
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
