@@ -402,11 +402,11 @@ TABLE: dict[str, Case] = {
         arrays={
             "hidden": STATES,
             "codebooks": CODEBOOK.T[..., None],
-            "codes": np.stack([MAP, MAP[::-1], MAP, MAP], 1),
+            "codes": np.arange(64, dtype=np.uint8).reshape(1, 2, 32) + 17,
             "bias": BIAS,
         },
-        counts={"codes": (CODES, "error")},
-        free=(("hidden", BATCH), ("hidden", LENGTH), ("codebooks", CODES)),
+        free=(("hidden", BATCH), ("hidden", LENGTH), ("codebooks", CODES), ("bias", VOCAB)),
+        integers=("codes",),
         logits=("bias",),
     ),
     # distillation

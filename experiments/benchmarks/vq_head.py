@@ -53,8 +53,9 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     part = 3 if hidden % 3 == 0 else 4
     random = np.random.default_rng(1)
     books = jnp.asarray(random.standard_normal((hidden // part, 16, part), np.float32))
-    codes_of = jnp.asarray(random.integers(0, 16, (vocab, hidden // part), np.uint8))
-    packed = vq.ProductCodes(books, codes_of, bias).packed()
+    # Two codes in each byte.
+    shape = -(-vocab // 32), -(-hidden // part // 2), 32
+    packed = vq.ProductCodes(books, jnp.asarray(random.integers(0, 256, shape, np.uint8)), bias)
 
     def full(h: jax.Array, rows: jax.Array) -> Any:
         return ops.top_k(losses.Head(rows, vocab_axis=0).logits(h), TOP)

@@ -19,7 +19,6 @@ VQ_ARMS: Mapping[str, tuple[Any, bool]] = {
     "vq_paper": ("kmeans", False),
     "vq_plain": ("weighted_kmeans", False),
     "vq_bias": ("weighted_kmeans", True),
-    "vq_likelihood": ("likelihood", True),
 }
 TOP = 5
 
@@ -169,9 +168,9 @@ def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Arr
     )
 
 
-def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, Any]:
-    """A head of the library, and its history, with the budget that all arms share."""
-    config, train, start = ctx.config, ctx.splits["train"], options.pop("start", None)
+def _fit(ctx: Context, trial: Trial, kind: Any, start: Any = None, **options: Any) -> Any:
+    """A head of the library, with the budget that all arms share."""
+    config, train = ctx.config, ctx.splits["train"]
     convert = vq.ConvertConfig(
         kind=kind,
         kmeans_iterations=config.kmeans_iterations,
@@ -189,20 +188,18 @@ def _fit(ctx: Context, trial: Trial, kind: Any, **options: Any) -> tuple[Any, An
         statistics=ctx.statistics,
         start=start,
         mesh=ctx.mesh,
-    )
+    )[0]
 
 
 def _vq(ctx: Context, trial: Trial) -> Variants:
     method, use_bias = VQ_ARMS[trial.arm]
-    likelihood = method == "likelihood"
-    head, history = _fit(
+    head = _fit(
         ctx,
         trial,
         "vq",
         num_codes=trial.codes,
         use_bias=use_bias,
-        reassign_every=ctx.config.reassign_every if likelihood else 0,
-        start=ctx.fit("weighted_kmeans" if likelihood else method, trial.codes, trial.seed),
+        start=ctx.fit(method, trial.codes, trial.seed),
     )
     assignment = head.assignment[...]
     bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
@@ -239,18 +236,18 @@ def _screens(
 
 
 def _screened(ctx: Context, trial: Trial) -> Variants:
-    head = _fit(ctx, trial, "screened")[0]
+    head = _fit(ctx, trial, "screened")
     # Much the same number for few candidates and many.
     return _screens(ctx, "packed", head.screen, ctx.config.candidates, head.tail or 0.0)
 
 
 def _rounded(ctx: Context, trial: Trial) -> Variants:
     counts = ctx.config.candidates[1:2] if trial.arm == "int4" else ()
-    return _screens(ctx, trial.arm, _fit(ctx, trial, trial.arm)[0], counts)
+    return _screens(ctx, trial.arm, _fit(ctx, trial, trial.arm), counts)
 
 
 def _as_fitted(ctx: Context, trial: Trial) -> Variants:
-    return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm)[0])}
+    return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm))}
 
 
 def _adaptive(ctx: Context, trial: Trial) -> Variants:
@@ -267,7 +264,7 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
     tuning = vq.Tuning(
         steps=config.steps, batch_size=config.batch_size, learning_rate=trial.rate, seed=trial.seed
     )
-    params, _, _ = tuning.run(
+    params, _ = tuning.run(
         lambda params, tables, h, y: adaptive_nll(h, params | tables, y),
         params,
         [train.hidden, train.labels],

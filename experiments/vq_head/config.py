@@ -18,7 +18,6 @@ NAMES = {
     "vq_paper": "VQ as published: k-means over rows, no bias",
     "vq_plain": "VQ, weighted k-means, no bias",
     "vq_bias": "VQ + bias, weighted k-means",
-    "vq_likelihood": "VQ + bias, likelihood reassignment",
     "flash": "FlashHead, rebuilt",
     "svd": "SVD-softmax, rebuilt",
     "faiss": "FAISS IndexPQFastScan, exact rows",
@@ -35,9 +34,9 @@ SCRATCH_NAMES = {
 #: Arms of the comparison of heads; the others are those of VQ-Logits' claims.
 HEADS = (
     *("bf16", "int8_plain", "int8", "int4", "screened", "certified", "paged"),
-    *("vq_likelihood", "flash", "svd", "faiss"),
+    *("vq_bias", "flash", "svd", "faiss"),
 )
-ARMS = (*HEADS, "vq_paper", "vq_plain", "vq_bias", "adaptive")
+ARMS = (*HEADS, "vq_paper", "vq_plain", "adaptive")
 SCRATCH_ARMS = tuple(SCRATCH_NAMES)
 
 
@@ -63,7 +62,6 @@ class Config:
     learning_rate: tuple[float, ...] = field((2e-3,), "Peak learning rates to choose from.")
     steps: int = field(100, "Number of tuning steps of each arm.")
     batch_size: int = field(1024, "Number of positions in a step.")
-    reassign_every: int = field(25, "Number of steps between reassignments of vq_likelihood.")
     kmeans_iterations: int = field(8, "Number of iterations of k-means.")
     candidates: tuple[int, ...] = field((512,), "Numbers of tokens that exact rows re-score.")
     stretches: bool = field(False, "Report each seed on a stretch of its own.")
@@ -97,11 +95,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         codes=(32,),
         steps=6,
         batch_size=64,
-        reassign_every=3,
         kmeans_iterations=3,
         candidates=(8, 16),
         # One of each kind: the others compile the same programs, with other settings.
-        arm=tuple(arm for arm in ARMS if arm not in ("vq_plain", "vq_bias")),
+        arm=tuple(arm for arm in ARMS if arm != "vq_plain"),
         scratch_arm=("full_bias", "vq_bias"),
         scratch_vocab=128,
         scratch_width=16,
@@ -113,10 +110,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         train_tokens=24_000,
         validation_tokens=2_000,
         test_tokens=6_000,
-        arm=("int8", "int4", "screened", "vq_paper", "vq_likelihood", "flash", "svd"),
+        arm=("int8", "int4", "screened", "vq_paper", "vq_bias", "flash", "svd"),
         candidates=(128, 512, 2048),
         steps=60,
-        reassign_every=20,
         kmeans_iterations=5,
     ),
     # Several heads on two kinds of text, for a model with --model: --test_data=text:FILE.
@@ -131,18 +127,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=(3e-4, 1e-3, 3e-3),
         steps=30,
         batch_size=256,
-        reassign_every=10,
         kmeans_iterations=5,
     ),
-    # VQ-Logits itself: reassignment, and models from scratch.
+    # VQ-Logits itself, and models from scratch.
     "report": dict(
-        arm=("vq_paper", "vq_plain", "vq_bias", "vq_likelihood", "adaptive"),
+        arm=("vq_paper", "vq_plain", "vq_bias", "adaptive"),
         codes=(2048, 512),
         seeds=3,
         learning_rate=(1e-3, 3e-3),
         steps=60,
         batch_size=512,
-        reassign_every=20,
         kmeans_iterations=5,
         scratch_arm=SCRATCH_ARMS,
         scratch_steps=150,
@@ -173,7 +167,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=(1e-3, 2e-3, 4e-3, 8e-3),
         steps=2000,
         batch_size=8192,
-        reassign_every=400,
         kmeans_iterations=20,
         scratch_arm=SCRATCH_ARMS,
         scratch_vocab=49_152,

@@ -49,7 +49,7 @@ def run_arm(
             # The best at an edge says that a better one may lie beyond.
             waiting = [best * 3.0 if best == high else best / 3.0]
     trial = arms.Trial(arm, codes, seed, best)
-    if arm == "vq_likelihood" and seed == 0 and jax.process_index() == 0:
+    if arm == "vq_bias" and seed == 0 and jax.process_index() == 0:
         made[arm].head.save(workdir / "heads" / f"{arm}_{codes}")
     tried = {str(rate): nll for rate, nll in tried.items()} if many else {}
     return {"lr": best, "tried": tried, "records": records_of(ctx, trial, made)}

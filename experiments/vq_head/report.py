@@ -198,7 +198,7 @@ def frontier(groups: Sequence[Group], ctx: Context) -> figures.Picture:
 def _line(arm: str) -> str:
     if "+" in arm:
         return arm.partition("+")[0] + " + exact rows"
-    return {"vq_paper": "VQ as published", "vq_likelihood": "VQ"}.get(arm, arm.partition(" x")[0])
+    return {"vq_paper": "VQ as published", "vq_bias": "VQ + bias"}.get(arm, arm.partition(" x")[0])
 
 
 def _text(ctx: Context, tables: Sequence[str], bars: Sequence[Mapping[str, Any]]) -> str:

@@ -71,7 +71,7 @@ def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
     """Sums of look-ups `sum_g tables[n, g, code_g(v)]`, ``[n, 32 * count]`` int32.
 
     ``tables`` are uint8 ``[n, 2 * pairs, 16]``, ``blocks`` uint8 ``[count, pairs, 32]``, as
-    `vq.ProductCodes.packed` lays codes out.
+    `vq.ProductCodes` lays codes out.
     """
     result = jax.ShapeDtypeStruct((tables.shape[0], 32 * blocks.shape[0]), jnp.int32)
     return _call("lookup_sums", result)(tables, blocks)

@@ -3,7 +3,7 @@
 - `fit_assignment` chooses the tokens that share a code, `perplexity_floor` bounds the result.
 - `vq_nll`, `vq_logits`, `VQTables`: the vector-quantised head as functions of arrays, `VQHead` as a
   module.
-- `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.
+- `ProductCodes`: rows of one of 16 codes in each group of dimensions; `ProductHead` as a module.
 - `ScreenedHead`: better rows for the best tokens of a cheap head, with a certificate on request.
 - `PagedHead`: exact rows in pages that a sketch of them chooses, for accelerators.
 - `ConvertConfig.convert` replaces a model's head; its steps are `HiddenCache.of` and its methods,

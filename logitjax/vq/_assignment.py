@@ -25,7 +25,7 @@ class VQFit:
 
     assignment: jax.Array
     codebook: jax.Array
-    bias: jax.Array
+    bias: Any
 
 
 def fit_assignment(
@@ -49,9 +49,8 @@ def fit_assignment(
         sum_v sqrt(u_v) (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
     The other methods are ``'random'``, clusters of equal size, and ``'kmeans'``, on plain
-    unweighted rows, from VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights,
-    metric and `reassign`, by the full head's distribution on hidden states, are ours. Memory is the
-    rows plus 2,048 x codes, for any vocabulary.
+    unweighted rows, from VQ-Logits (arXiv:2505.10202), which also names fixed mappings; weights
+    and metric are ours. Memory is the rows plus 2,048 x codes, for any vocabulary.
 
     Args:
         rows: ``[vocab, hidden]``, rows of the full head, bfloat16 allowed.
@@ -149,55 +148,6 @@ def centred_bias(
     # No error at the mean hidden state.
     bias = full - (codebook @ mean)[assignment]
     return bias if row_bias is None else bias + jnp.asarray(row_bias, jnp.float32)
-
-
-def reassign(
-    codebook: Float[Array, "codes hidden"],
-    bias: Float[Array, " vocab"],
-    assignment: Int[Array, " vocab"],
-    sums: Float[Array, "vocab hidden"],
-    counts: Float[Array, " vocab"],
-    hidden: Float[Array, "count hidden"],
-    *,
-    min_count: float = 1.0,
-) -> tuple[Int[jax.Array, " vocab"], Float[jax.Array, " vocab"], Int[jax.Array, ""]]:
-    """Move each token to the code under which its targets are most likely.
-
-    One round of coordinate ascent on the likelihood, to first order in a token's mass (ours)::
-
-        m(v) <- argmax_k  hbar_v . C_k - A_k,      A_k = log sum_n exp(z_nk - log Z_n)
-        b_v  <- log counts_v - A_{m(v)}
-    """
-    codebook = jnp.asarray(codebook, jnp.float32)
-    mass = code_mass(codebook, bias, assignment, hidden)
-    counts = jnp.asarray(counts, jnp.float32)
-    return _best_codes(codebook, bias, assignment, sums, counts, mass, min_count)
-
-
-@jax.jit
-def _best_codes(
-    codebook: Array,
-    bias: Array,
-    assignment: Array,
-    sums: Array,
-    counts: Array,
-    mass: Array,
-    min_count: float | Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def block(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows, weight = inputs[:, :-1], jnp.maximum(inputs[:, -1:], 1e-9)
-        # hbar_v . C_k - A_k, with hbar_v the mean hidden state where v is the target.
-        score = (rows / weight) @ codebook.T - mass
-        return score.argmax(-1).astype(jnp.int32), score.max(-1)
-
-    stacked = jnp.concatenate([jnp.asarray(sums), counts[:, None]], axis=1)
-    best, _ = over_rows(block, stacked, _BLOCK)
-    # A few positions say little about a token.
-    enough = counts >= min_count
-    new = jnp.where(enough, best, assignment)
-    # b_v = log counts_v - A: the mass that the head gives the token is then its count.
-    fitted = jnp.log(jnp.maximum(counts, 1e-9)) - mass[new]
-    return new, jnp.where(enough, fitted, bias), (new != assignment).sum()
 
 
 def matched_bias(

@@ -22,15 +22,13 @@ from logitjax.vq._assignment import VQFit, fit_assignment, matched_bias
 from logitjax.vq._heads import VQHead
 from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics, weights_digest
 from logitjax.vq._paged import PagedHead
-from logitjax.vq._product_codes import PackedCodes, ProductCodes
+from logitjax.vq._product_codes import ProductCodes
 from logitjax.vq._product_head import ProductHead
 from logitjax.vq._screened import ScreenedHead, fitted_tail, row_errors
 from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
 Kind = Literal["vq", "screened", "int8", "int4", "certified", "paged"]
-# By name: values of each step, or of each reassignment.
-History = dict[str, list[float]]
 # Arrays of a `ScreenedHead` that are not its screen's.
 _EXACT = ("rows", "row_bias", "errors")
 
@@ -39,12 +37,12 @@ _EXACT = ("rows", "row_bias", "errors")
 class Conversion:
     """The result of `ConvertConfig.convert`: the same parameters with the new head.
 
-    `history` is the KL divergence by step, and tokens moved by each reassignment.
+    `losses` are KL divergences from the old head, by step.
     """
 
     model: Any
     head: Any
-    history: History
+    losses: list[float]
     # The positions it was tuned on, and the old head's outputs there.
     cache: HiddenCache
     targets: HeadTargets
@@ -70,8 +68,6 @@ class ConvertConfig:
         steps: number of tuning steps; 0 leaves the head as fitted.
         batch_size: number of positions in a step.
         learning_rate: peak learning rate.
-        reassign_every: number of steps between reassignments of tokens to codes; 0 for never.
-        min_count: minimum expected number of targets for a token to be reassigned.
         top: number of probabilities kept for each position while tuning.
         seed: seed of k-means and of the order of positions.
     """
@@ -86,8 +82,6 @@ class ConvertConfig:
     steps: int = 200
     batch_size: int = 2048
     learning_rate: float = 2e-3
-    reassign_every: int = 50
-    min_count: float = 1.0
     top: int = 64
     seed: int = 0
 
@@ -96,8 +90,7 @@ class ConvertConfig:
             raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
         for name in ("num_codes", "candidates", "group_size", "max_tokens", "batch_size"):
             checks.between(getattr(self, name), 1, 2**31 - 1, name)
-        for name in ("steps", "reassign_every"):
-            checks.between(getattr(self, name), 0, 2**31 - 1, name)
+        checks.between(self.steps, 0, 2**31 - 1, "steps")
         if self.kind != "vq" and not self.use_bias:
             raise ValueError(f"use_bias: expected True for kind={self.kind!r}, got False")
 
@@ -112,11 +105,10 @@ class ConvertConfig:
         rows: Array | None = None,
         mesh: Mesh | None = None,
         workdir: epath.Path | None = None,
-    ) -> tuple[Any, History]:
+    ) -> tuple[Any, list[float]]:
         """Fit and tune a head on cached hidden states: `convert` without the model.
 
-        Returns the head and the tuning's history (``loss``: KL divergence from ``head``,
-        ``moved``).
+        Returns the head and its KL divergences from ``head`` by step, none if it is not tuned.
 
         Args:
             targets: from `HiddenCache.head_targets`, for the same positions.
@@ -149,12 +141,12 @@ class ConvertConfig:
 
         Hidden states, and the old head's distribution on them, are computed once and stored in
         ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned
-        to the old head's distribution, with tokens reassigned in between. The head is written to
-        ``workdir/head``. A killed call continues with the hidden states and steps that it has, and
-        another configuration with the same ``max_tokens`` reuses the former. A workdir of another
-        model, head, ``source`` or number of tokens is a ValueError, as is a head that is not
-        linear. K-means over rows is the "pre-trained initialisation" of VQ-Logits,
-        arXiv:2505.10202; what is done beyond it is ours, see docs/vq_logits.md.
+        to the old head's distribution. The head is written to ``workdir/head``. A killed call
+        continues with the hidden states and steps that it has, and another configuration with the
+        same ``max_tokens`` reuses the former. A workdir of another model, head, ``source`` or
+        number of tokens is a ValueError, as is a head that is not linear. K-means over rows is the
+        "pre-trained initialisation" of VQ-Logits, arXiv:2505.10202; what is done beyond it is ours,
+        see docs/vq_logits.md.
 
         The `Conversion`'s model shares the old one's parameters. If the old logits were
         soft-capped, the new head imitates the capped ones, and the new model has no cap.
@@ -178,7 +170,7 @@ class ConvertConfig:
                 model, batches, root / "hidden", max_tokens=self.max_tokens, source=source
             )
             targets = cache.head_targets(root / f"targets_{self.top}", old, top=self.top)
-        head, history = self.fit(
+        head, losses = self.fit(
             old,
             cache.hidden,
             targets,
@@ -187,11 +179,11 @@ class ConvertConfig:
             # Others reuse the hidden states alone.
             workdir=root / f"tuning_{digest(self, length=12)}",
         )
-        logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
+        logging.info("head converted: KL divergence %s nats", losses[-1:] or "not tuned")
         if jax.process_index() == 0:
             head.save(root / "head", model=weights_digest(model))
         return Conversion(
-            model=model.with_head(head), head=head, history=history, cache=cache, targets=targets
+            model=model.with_head(head), head=head, losses=losses, cache=cache, targets=targets
         )
 
 
@@ -223,11 +215,10 @@ class _Sample:
         bias = (rows - approximate) @ self.statistics.mean
         return bias if self.head.bias is None else bias + jnp.asarray(self.head.bias)
 
-    def imitate(self, head_of: Any, params: Any, constants: Any) -> tuple[Any, History]:
-        params, losses = self.tuning.imitate(
+    def imitate(self, head_of: Any, params: Any, constants: Any) -> tuple[Any, list[float]]:
+        return self.tuning.imitate(
             head_of, params, self.hidden, self.targets, self.mesh, constants=constants
         )
-        return params, {"loss": losses, "moved": []}
 
     def with_exact_rows(self, screen: Any, **options: Any) -> ScreenedHead:
         return ScreenedHead(
@@ -239,7 +230,7 @@ class _Sample:
         )
 
 
-def _vq_head(sample: _Sample) -> tuple[VQHead, History]:
+def _vq_head(sample: _Sample) -> tuple[VQHead, list[float]]:
     config, hidden, targets, start = sample.config, sample.hidden, sample.targets, sample.start
     if start is None:
         start = fit_assignment(
@@ -250,56 +241,40 @@ def _vq_head(sample: _Sample) -> tuple[VQHead, History]:
             row_bias=sample.head.bias,
             **sample.kmeans,
         )
-    codebook, assignment, bias = start.codebook, start.assignment, None
+    codebook, bias, losses = start.codebook, None, []
     if config.use_bias:
-        bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
-    history: History = {"loss": [], "moved": []}
+        bias = matched_bias(codebook, start.bias, start.assignment, targets.counts, hidden)
     if config.steps:
-        # Without biases a token's likelihood would be its cluster's.
-        moving = config.use_bias and config.reassign_every
-        codebook, bias, assignment, history = tune_vq_head(
-            codebook,
-            bias,
-            assignment,
-            hidden,
-            targets,
-            sample.tuning,
-            reassign_every=config.reassign_every if moving else None,
-            min_count=config.min_count,
-            mesh=sample.mesh,
+        codebook, bias, losses = tune_vq_head(
+            codebook, bias, start.assignment, hidden, targets, sample.tuning, mesh=sample.mesh
         )
-        # From cross-entropy to divergence.
-        history["loss"] = [loss - targets.entropy for loss in history["loss"]]
-    fit = VQFit(
-        jnp.asarray(assignment),
-        jnp.asarray(codebook),
-        jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-    )
-    return VQHead.from_fit(fit, use_bias=config.use_bias), history
+    fit = VQFit(start.assignment, codebook, bias)
+    return VQHead.from_fit(fit, use_bias=config.use_bias), losses
 
 
-def _screened_head(sample: _Sample) -> tuple[ScreenedHead, History]:
+def _screened_head(sample: _Sample) -> tuple[ScreenedHead, list[float]]:
     """Codes of the old rows screen; their codebooks and biases are tuned to the old head."""
     rows = jnp.asarray(sample.head.rows, jnp.float32)
     width = rows.shape[1]
     # Groups of three dimensions, or four if three do not divide, as measured.
     groups = next(width // size for size in (3, 4, 2, 1) if width % size == 0)
     cov = sample.statistics.cov
-    fit = ProductCodes.fit(rows, hidden_cov=cov, groups=groups, num_codes=16, **sample.kmeans)
+    fit = ProductCodes.fit(rows, hidden_cov=cov, groups=groups, **sample.kmeans)
     bias = sample.matched_bias(rows, fit.kernel())
 
     def head_of(params: Any, codes: Array) -> Head:
-        return Head(ProductCodes(params[0], codes).kernel(), params[1], vocab_axis=0)
+        codebooks, bias = params
+        return Head(ProductCodes(codebooks, codes, bias).kernel(), bias, vocab_axis=0)
 
-    params, history = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
-    codes = ProductCodes(params[0], fit.codes, params[1])
-    screened = sample.with_exact_rows(ProductHead.from_fit(codes, packed=True))
+    (codebooks, bias), losses = sample.imitate(head_of, (fit.codebooks, bias), fit.codes)
+    codes = ProductCodes(codebooks, fit.codes, bias)
+    screened = sample.with_exact_rows(ProductHead.from_fit(codes))
     # A thousand positions settle one number.
     screened.tail = fitted_tail(screened, sample.head, sample.hidden[:1024])
-    return screened, history
+    return screened, losses
 
 
-def _coded_head(sample: _Sample) -> tuple[LinearHead, History]:
+def _coded_head(sample: _Sample) -> tuple[LinearHead, list[float]]:
     """Rows of few bits, rounded for the hidden states; their biases are tuned to the old head."""
     rows, bits = jnp.asarray(sample.head.rows, jnp.float32), sample.config.kind
     width, wanted = rows.shape[1], sample.config.group_size
@@ -314,22 +289,21 @@ def _coded_head(sample: _Sample) -> tuple[LinearHead, History]:
     def head_of(bias: Array, rows: Array) -> Head:
         return Head(rows, bias, vocab_axis=0)
 
-    bias, history = sample.imitate(head_of, sample.matched_bias(rows, dense), dense)
-    return _linear(codes, bias.astype(codes.scales.dtype)), history
+    bias, losses = sample.imitate(head_of, sample.matched_bias(rows, dense), dense)
+    return _linear(codes, bias.astype(codes.scales.dtype)), losses
 
 
-def _certified_head(sample: _Sample) -> tuple[ScreenedHead, History]:
+def _certified_head(sample: _Sample) -> tuple[ScreenedHead, list[float]]:
     """Nothing is tuned: the bounds are those of the old head's own rows and biases."""
     rows = jnp.asarray(sample.head.rows, jnp.float32)
     codes = _codes(rows, "int8")
     screen = _linear(codes, sample.head.bias)
     head = sample.with_exact_rows(screen, errors=row_errors(rows, codes.dense()))
-    return head, {"loss": [], "moved": []}
+    return head, []
 
 
-def _paged_head(sample: _Sample) -> tuple[PagedHead, History]:
-    head = PagedHead.fit(sample.head, sample.hidden, sample.targets)
-    return head, {"loss": [], "moved": []}
+def _paged_head(sample: _Sample) -> tuple[PagedHead, list[float]]:
+    return PagedHead.fit(sample.head, sample.hidden, sample.targets), []
 
 
 def _linear(codes: Codes, bias: Array | None) -> LinearHead:
@@ -391,8 +365,8 @@ def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype
         return PagedHead.of_record(tensors, dtype=dtype, **options)
     if record["kind"] == "ProductHead":
         parts = [jnp.asarray(tensors[name]) for name in ("codebooks", "codes", "bias")]
-        codes = PackedCodes(*parts).unpacked() if options["packed"] else ProductCodes(*parts)
-        return ProductHead.from_fit(codes, dtype=dtype, param_dtype=parts[0].dtype, **options)
+        types = {"dtype": dtype, "param_dtype": parts[0].dtype}
+        return ProductHead.from_fit(ProductCodes(*parts), **types)
     if record["kind"] == "LinearHead":
         kernel: Any = tensors.get("kernel")
         if kernel is None:

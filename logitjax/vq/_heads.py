@@ -82,7 +82,7 @@ class VQHead(VocabularyHead):
         return head
 
     def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
-        """Overwrite parameters and assignment, e.g. after a reassignment."""
+        """Overwrite parameters and assignment."""
         self.codebook[...] = jnp.asarray(codebook, self.codebook.dtype)
         if self.bias is not None and bias is not None:
             self.bias[...] = jnp.asarray(bias, self.bias.dtype)

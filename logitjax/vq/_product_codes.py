@@ -26,19 +26,20 @@ _CODES = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProductCodes:
-    """Rows of a head as product codes: one code in each group of dimensions.
+    """Rows of a head as product codes: one of at most 16 codes in each group of dimensions.
 
     A row is ``w_v = [C^1_{m_1(v)}; ...; C^G_{m_G(v)}]``.
 
     Attributes:
         codebooks: ``[groups, codes, hidden / groups]``.
-        codes: ``[vocab, groups]``, the code of each entry in each group.
-        bias: ``[vocab]``, or None.
+        codes: ``[vocab / 32, groups / 2, 32]``, rounded up, uint8: the code of each token in each
+            group, two in a byte, in the order in which a CPU looks up 32 tokens at once.
+        bias: ``[vocab]``.
     """
 
     codebooks: Any
     codes: Any
-    bias: Any = None
+    bias: Any
 
     @classmethod
     def fit(
@@ -48,20 +49,19 @@ class ProductCodes:
         hidden_cov: Float[Array, "hidden hidden"],
         *,
         groups: int,
-        num_codes: int = 256,
+        num_codes: int = 16,
         key: Key[jax.Array, ""] | None = None,
         iterations: int = 15,
     ) -> "ProductCodes":
-        """Codes for the rows of a head, by k-means in each group of dimensions.
+        """Codes for the rows of a head, by k-means in each group of dimensions; biases are 0.
 
-        Each group uses its own block of the covariance, without correlations between groups. The
-        codes are uint8 or uint16, without a bias. By Jegou et al., Product quantization for nearest
-        neighbor search, 2011.
+        Each group uses its own block of the covariance, without correlations between groups. By
+        Jegou et al., Product quantization for nearest neighbor search, 2011.
 
         Args:
             rows, unigram, hidden_cov, key, iterations: as for `fit_assignment`.
             groups: number of parts of the hidden dimensions; ValueError if it does not divide them.
-            num_codes: number of codes per group; with at most 256 a code is one byte.
+            num_codes: number of codes per group, at most 16.
 
         >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
         >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
@@ -71,6 +71,7 @@ class ProductCodes:
         vocab, width = rows.shape
         if width % groups:
             raise ValueError(f"groups: expected a divisor of {width}, got {groups}")
+        checks.between(num_codes, 1, _CODES, "num_codes")
         part = width // groups
         keys = jax.random.split(jax.random.key(0) if key is None else key, groups)
         weights = jnp.sqrt(jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12))
@@ -88,115 +89,59 @@ class ProductCodes:
                 )
             )
         codes, centres = zip(*items, strict=True)
-        # Decoding reads bytes.
-        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
-        return cls(jnp.stack(centres), jnp.stack(codes, axis=1).astype(small))
+        return cls(jnp.stack(centres), pack_codes(jnp.stack(codes, axis=1)), jnp.zeros(vocab))
 
     def kernel(self) -> Float[jax.Array, "vocab hidden"]:
         """The rows that the codes represent, `[vocab, hidden]`, for any loss of a full head.
 
         Training through it costs as much as a full head; O(K) normalisation is impossible, because
         a grid of codes is not a product of clusters.
-
-        >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1], [1, 0]]))
-        >>> print(jax.jit(ProductCodes.kernel)(codes))
-        [[0. 3.]
-         [1. 2.]]
         """
-        codebooks, codes = jnp.asarray(self.codebooks), jnp.asarray(self.codes)
-        rows = codebooks[jnp.arange(codebooks.shape[0]), codes.astype(jnp.int32)]
-        return rows.reshape(codes.shape[0], -1)
+        self._check()
+        codebooks, vocab = jnp.asarray(self.codebooks), self.bias.shape[0]
+        groups = codebooks.shape[0]
+        codes = unpack_codes(self.codes, vocab, groups).astype(jnp.int32)
+        return codebooks[jnp.arange(groups), codes].reshape(vocab, -1)
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
-        """All V logits in O(K d + V groups) per token: a small table per group, then look-ups.
+        """Logits by a small table per group and look-ups in it: ``[*batch, vocab]``, float32.
 
-        Returns ``[*batch, vocab]``, float32. ::
-
-            logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
-
-        >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
-        >>> jax.jit(ProductCodes.logits)(codes, np.ones((1, 2)))
-        Array([[3.]], dtype=float32)
-        """
-        self._check(hidden)
-        hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
-
-        def look_up(hidden: jax.Array, codebooks: jax.Array, codes: jax.Array) -> tuple[jax.Array]:
-            tables = product_tables(hidden, codebooks)
-            by_group = codes.astype(jnp.int32).T  # [groups, vocab]
-
-            def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-                table, code = group
-                return total + jnp.take(table, code, axis=-1), None
-
-            shape = (*tables.shape[:-2], by_group.shape[1])
-            start = jnp.zeros(shape, tables.dtype)
-            total, _ = lax.scan(add, start, (jnp.moveaxis(tables, -2, 0), by_group))
-            return (total,)
-
-        (total,) = on_mesh.over_batch(
-            look_up, (hidden.ndim,), hidden, codebooks, jnp.asarray(self.codes)
-        )
-        return total if self.bias is None else total + jnp.asarray(self.bias)
-
-    def _check(self, hidden: Any) -> None:
-        """Refuse parts that do not fit together or fit hidden states, and missing codes."""
-        checks.shapes(
-            codebooks=(self.codebooks, "float groups codes part"),
-            codes=(self.codes, "int vocab groups"),
-            bias=(self.bias, "float vocab"),
-            hidden=(hidden, "float *batch hidden"),
-        )
-        groups, count, part = self.codebooks.shape
-        if hidden.shape[-1] != groups * part:
-            raise ValueError(
-                f"hidden: expected {groups * part} entries, {groups} groups of {part}, got shape "
-                f"{hidden.shape}"
-            )
-        checks.ids(self.codes, count, "codes")
-
-    def packed(self) -> "PackedCodes":
-        """Pack two codes per byte, for at most 16 codes, and round tables to bytes."""
-        bias = jnp.zeros(len(self.codes)) if self.bias is None else self.bias
-        return PackedCodes(jnp.asarray(self.codebooks), pack_codes(self.codes), bias)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedCodes:
-    """`ProductCodes` of at most 16 codes per group, packed as by `pack_codes`."""
-
-    codebooks: Any
-    codes: Any
-    bias: Any
-
-    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
-        """Logits with tables rounded to bytes, of which a CPU sums 32 at a time.
-
-        A logit is within ``groups * s / 2`` of that of `ProductCodes`: enough to screen. ::
+        Tables are rounded to bytes, of which a CPU sums 32 at a time. A logit is within ``groups *
+        s / 2`` of that of the `kernel`, whose gradients it has: enough to screen. ::
 
             t_gk = h_g . C^g_k,  low_g = min_k t_gk,  s = max_gk (t_gk - low_g) / 255
             logit_v = s sum_g round((t_g,m_g(v) - low_g) / s) + sum_g low_g + b_v
         """
-        hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
-        packed, bias = jnp.asarray(self.codes), jnp.asarray(self.bias)
-        (groups, num_codes, _), vocab = codebooks.shape, bias.shape[0]
-        expected = (-(-vocab // _BLOCK), -(-groups // 2), _BLOCK)
-        if packed.shape != expected or num_codes > _CODES:
-            raise ValueError(
-                f"{vocab} tokens and {groups} groups of at most {_CODES} codes are packed as "
-                f"{expected}, got {packed.shape} and {num_codes} codes"
-            )
+        self._check(hidden)
+        hidden, vocab = jnp.asarray(hidden), self.bias.shape[0]
 
         def logits(hidden: jax.Array, *head: jax.Array) -> tuple[jax.Array]:
             flat = hidden.reshape(-1, hidden.shape[-1])
             return (_logits(flat, *head).reshape(*hidden.shape[:-1], vocab),)
 
-        return on_mesh.over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
+        head = (jnp.asarray(x) for x in (self.codebooks, self.codes, self.bias))
+        return on_mesh.over_batch(logits, (hidden.ndim,), hidden, *head)[0]
 
-    def unpacked(self) -> ProductCodes:
-        vocab, groups = jnp.shape(self.bias)[0], jnp.shape(self.codebooks)[0]
-        return ProductCodes(self.codebooks, unpack_codes(self.codes, vocab, groups), self.bias)
+    def _check(self, hidden: Any = None) -> None:
+        """Refuse parts that do not fit together or fit hidden states."""
+        checks.shapes(
+            codebooks=(self.codebooks, "float groups codes part"),
+            codes=(self.codes, "int blocks pairs tokens"),
+            bias=(self.bias, "float vocab"),
+            hidden=(hidden, "float *batch hidden"),
+        )
+        (groups, num_codes, part), vocab = self.codebooks.shape, self.bias.shape[0]
+        expected = (-(-vocab // _BLOCK), -(-groups // 2), _BLOCK)
+        if self.codes.shape != expected or num_codes > _CODES:
+            raise ValueError(
+                f"codes: expected shape {expected} of {vocab} tokens, {groups} groups and at most "
+                f"{_CODES} codes, got {self.codes.shape} and {num_codes} codes"
+            )
+        if hidden is not None and hidden.shape[-1] != groups * part:
+            raise ValueError(
+                f"hidden: expected {groups * part} entries, {groups} groups of {part}, got shape "
+                f"{hidden.shape}"
+            )
 
 
 def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "blocks pairs 32"]:
@@ -272,10 +217,9 @@ def _logits(
 @_logits.defjvp
 def _logits_jvp(primals: Any, tangents: Any) -> Any:
     hidden, codebooks, packed, bias = primals
-    codes = unpack_codes(packed, bias.shape[0], codebooks.shape[0])
 
     def unrounded(hidden: jax.Array, codebooks: jax.Array, bias: jax.Array) -> jax.Array:
-        return ProductCodes(codebooks, codes, bias).logits(hidden)
+        return hidden @ ProductCodes(codebooks, packed, bias).kernel().T + bias
 
     moving = (hidden, codebooks, bias)
     # Codes are not trained.

@@ -16,7 +16,6 @@ from logitjax import training
 from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array, logsumexp
 from logitjax.ops.sharding import ShardingRules
-from logitjax.vq._assignment import reassign
 from logitjax.vq._loss import cluster_log_mass, code_scores
 from logitjax.vq._targets import HeadTargets
 
@@ -29,7 +28,6 @@ _REPLICATED = ShardingRules()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Tuned(training.TrainState):
-    constants: Any
     losses: Any
 
 
@@ -81,25 +79,22 @@ class Tuning:
         arrays: Sequence[np.ndarray],
         *,
         constants: Any = None,
-        between: Callable[[int, Any, Any], tuple[Any, Any] | None] | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[Any, list[float], Any]:
-        """Tunes any head on cached positions: parameters, the loss by step, changed constants.
+    ) -> tuple[Any, list[float]]:
+        """Tunes any head on cached positions: parameters, and the loss by step.
 
         Args:
             loss_fn: `(params, constants, *batch) -> loss of each position`.
             params: Pytree of trained arrays.
             arrays: `[count, ...]` each, sampled together: hidden states, labels, ...
             constants: Pytree that is not trained: assignments, tables.
-            between: `(step, params, constants)`, called after each step number; returns None, or
-                replacements to continue with, as reassignment does. The optimizer's moments stay.
             mesh: Its data and fsdp axes share the positions of a step (ValueError if they do not
                 divide them); parameters and constants are on every device. Every process has all
                 `arrays` and gets all results.
 
         >>> loss = lambda params, _, x: (params - x) ** 2
         >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
-        >>> params, losses, _ = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
+        >>> params, losses = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
         >>> bool(abs(params - 1) < 0.1)
         True
         """
@@ -107,18 +102,15 @@ class Tuning:
             mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
         tx, step = self.update(mesh, loss_fn)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        # Those that stay the same are no part of a checkpoint.
-        fixed, varied = (None, constants) if between else (constants, None)
-        fixed, count = jax.device_put(fixed, everywhere), len(arrays[0])
+        constants, count = jax.device_put(constants, everywhere), len(arrays[0])
         # Of all processes.
         batch_size = min(self.batch_size, count)
         share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
 
         def start() -> Any:
             state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
-            rest = {"constants": varied, "losses": np.zeros(self.steps, np.float32)}
-            # Copies: a checkpoint that is restored takes their place.
-            return _Tuned(**vars(state), **jax.device_put(jax.tree.map(np.array, rest), everywhere))
+            losses = jax.device_put(np.zeros(self.steps, np.float32), everywhere)
+            return _Tuned(**vars(state), losses=losses)
 
         def batches(index: int) -> Any:
             epoch, location = divmod(index, per_epoch)
@@ -129,15 +121,10 @@ class Tuning:
 
         def update(tuned: Any, numbered: Any) -> Any:
             index, batch = numbered
-            varied = tuned.constants
             state = training.TrainState(tuned.step, tuned.params, tuned.opt_state, tuned.rng)
-            state, output = step(state, batch, varied if between else fixed)
+            state, output = step(state, batch, constants)
             losses = tuned.losses.at[index].set(jnp.divide(*output.metrics["loss"]))
-            changed = between and between(index + 1, state.params, varied)
-            if changed:
-                stored, varied = jax.device_put(changed, everywhere)
-                state = state.replace(params=stored)
-            return _Tuned(**vars(state), constants=varied, losses=losses), output
+            return _Tuned(**vars(state), losses=losses), output
 
         tenth = max(1, self.steps // 10)
         folder, saver = self.workdir, contextlib.nullcontext()
@@ -155,10 +142,8 @@ class Tuning:
                 options=training.LoopOptions(checkpoint_every=tenth, log_every=tenth),
             )
         # Other code has no mesh, and nothing of several processes.
-        params, constants = jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x)), (tuned.params, tuned.constants)
-        )
-        return params, np.asarray(tuned.losses).tolist(), constants
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tuned.params)
+        return params, np.asarray(tuned.losses).tolist()
 
     def imitate(
         self,
@@ -194,7 +179,7 @@ class Tuning:
             return nll + logits[:, 0] - (probs * logits).sum(-1) - far
 
         batch, constants = [hidden, targets.top_probs, targets.top_tokens], (constants, rest)
-        params, losses, _ = self.run(loss, params, batch, constants=constants, mesh=mesh)
+        params, losses = self.run(loss, params, batch, constants=constants, mesh=mesh)
         return params, [value - targets.entropy for value in losses]
 
 
@@ -230,53 +215,20 @@ def tune_vq_head(
     targets: HeadTargets,
     tuning: Tuning,
     *,
-    reassign_every: int | None = None,
-    min_count: float = 1.0,
     mesh: Mesh | None = None,
-) -> tuple[Array, Array | None, Array, dict[str, list[float]]]:
-    """Tune codebook and biases to the old head and, at intervals, the mapping (`reassign`)."""
+) -> tuple[Any, Any, list[float]]:
+    """Tune codebook and biases to the old head; losses are KL divergences by step."""
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)
-    count, codes = len(hidden), params["codebook"].shape[0]
-    # None after the last step.
-    changes = (tuning.steps - 1) // reassign_every if reassign_every else 0
-
-    def constants_of(assignment: Array, moved: Any) -> dict[str, Array]:
-        return {
-            "assignment": assignment,
-            "moved": moved,
-            "rest": jax.ops.segment_sum(
-                jnp.asarray(targets.rest_sums) / count, assignment, num_segments=codes
-            ),
-            "rest_counts": jnp.asarray(targets.rest_counts) / count,
-        }
-
-    def between(step: int, params: Any, constants: Any) -> Any:
-        if not reassign_every or step % reassign_every or step == tuning.steps:
-            return None
-        # On the host: every process does the same, on its own device.
-        params, constants = jax.tree.map(np.asarray, (params, constants))
-        assignment, bias, moved = reassign(
-            params["codebook"],
-            params["bias"],
-            constants["assignment"],
-            targets.sums,
-            targets.counts,
-            hidden,
-            min_count=min_count,
-        )
-        moves = constants["moved"].copy()
-        moves[step // reassign_every - 1] = moved
-        return params | {"bias": bias}, constants_of(assignment, moves)
-
-    params, losses, constants = tuning.run(
-        vq_distillation_loss,
-        params,
-        [hidden, targets.top_probs, targets.top_tokens],
-        constants=constants_of(jnp.asarray(assignment), np.zeros(changes, np.float32)),
-        between=between,
-        mesh=mesh,
-    )
-    history = {"loss": losses, "moved": constants["moved"].tolist()}
-    return params["codebook"], params.get("bias"), constants["assignment"], history
+    rest = jnp.asarray(targets.rest_sums) / len(hidden)
+    constants = {
+        "assignment": jnp.asarray(assignment),
+        "rest": jax.ops.segment_sum(rest, assignment, num_segments=len(codebook)),
+        "rest_counts": jnp.asarray(targets.rest_counts) / len(hidden),
+    }
+    batch = [hidden, targets.top_probs, targets.top_tokens]
+    params, losses = tuning.run(vq_distillation_loss, params, batch, constants=constants, mesh=mesh)
+    # From cross-entropy to divergence.
+    losses = [loss - targets.entropy for loss in losses]
+    return params["codebook"], params.get("bias"), losses

@@ -20,7 +20,7 @@ def _config(workdir, **changes):
     text = workdir / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} " + "word " * 20 for i in range(60)))
     small = dict(model="tiny", data=f"text:{text}", seq_len=64, max_tokens=400, held_out_tokens=100)
-    few = dict(num_codes=16, steps=4, batch_size=64, reassign_every=2)
+    few = dict(num_codes=16, steps=4, batch_size=64)
     return _flags.build(convert_head.Config, small | few | changes)
 
 

@@ -15,7 +15,7 @@ from logitjax import vq
 def finished(tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("vq"))
     settings = vq_head.PRESETS["smoke"] | {
-        "arm": ("vq_paper", "vq_likelihood", "screened", "flash"),
+        "arm": ("vq_paper", "vq_bias", "screened", "flash"),
         "test_data": "text:CONTRIBUTING.md",
         "scratch_arm": ("full_bias", "vq_bias"),
         "scratch_steps": 4,
@@ -29,7 +29,7 @@ def finished(tmp_path_factory):
 def test_smoke_run_leaves_a_report(finished):
     _, workdir = finished
     text = (workdir / "report.md").read_text()
-    for name in ("full head", "VQ as published", "likelihood reassignment", "exact rows"):
+    for name in ("full head", "VQ as published", "VQ + bias", "exact rows"):
         assert name in text
     assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -45,28 +45,28 @@ def test_smoke_run_leaves_a_report(finished):
 @pytest.mark.slow
 def test_the_saved_head_scores_as_the_report_says(finished):
     settings, workdir = finished
-    saved = vq.load_head(workdir / "heads" / "vq_likelihood_32")
+    saved = vq.load_head(workdir / "heads" / "vq_bias_32")
     assert saved.codebook[...].shape[0] == 32
     test = data.prepare(settings, workdir).splits["test"]
     log_probs = jax.nn.log_softmax(saved(test.hidden), axis=-1)
     nll = -np.take_along_axis(np.asarray(log_probs), np.asarray(test.labels)[:, None], axis=-1)
     ratio = np.exp(nll.mean() - test.nll.mean())
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    record = next(r for r in records if (r["arm"], r["codes"]) == ("vq_likelihood", 32))
+    record = next(r for r in records if (r["arm"], r["codes"]) == ("vq_bias", 32))
     assert ratio == pytest.approx(record["ratio"], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_finished_arms_are_not_run_again(finished, monkeypatch):
     config, workdir = finished
-    before = (workdir / "results" / "vq_likelihood_32_0.json").read_text()
+    before = (workdir / "results" / "vq_bias_32_0.json").read_text()
 
     def fail(*_):
         raise AssertionError("an arm was run again")
 
     monkeypatch.setattr(measure, "run_arm", fail)
     vq_head.run(config, workdir)
-    assert (workdir / "results" / "vq_likelihood_32_0.json").read_text() == before
+    assert (workdir / "results" / "vq_bias_32_0.json").read_text() == before
 
 
 def test_presets_are_configurations():

@@ -69,7 +69,7 @@ def _modules(case, name):
     def product():
         fit = compiled(ProductCodes.fit)
         cov = np.eye(WIDTH, dtype=np.float32)
-        return fit(rows, unigram, cov, groups=4, num_codes=32, iterations=3)
+        return fit(rows, unigram, cov, groups=4, iterations=3)
 
     return {
         "full": lambda: made(LinearHead, WIDTH, VOCAB, use_bias=True),
@@ -79,7 +79,7 @@ def _modules(case, name):
     }[name]()
 
 
-HEADS = ("full", "tied", "product", "VQ")
+HEADS = ("full", "tied", "VQ")
 
 
 @pytest.mark.parametrize("name", HEADS)

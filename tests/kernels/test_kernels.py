@@ -281,7 +281,7 @@ def test_a_screened_head_decodes_the_same(rng, monkeypatch):
     product = compiled(vq.ProductCodes.fit)(
         *(rows, np.ones(500), np.eye(24)), groups=12, num_codes=16, iterations=3
     )
-    screen = vq.ProductHead.from_fit(product, packed=True)
+    screen = vq.ProductHead.from_fit(product)
     head = vq.ScreenedHead(screen, num_candidates=50)
 
     graphdef, state = nnx.split(head)

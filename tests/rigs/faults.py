@@ -78,7 +78,7 @@ _JOBS: dict[str, _Job] = {
         _command(
             "convert-head",
             "--model=tiny --max_tokens=400 --held_out_tokens=100 --num_codes=16 --steps=40"
-            " --batch_size=64 --reassign_every=10",
+            " --batch_size=64",
         ),
         ("report.md", "head/*"),
     ),

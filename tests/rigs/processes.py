@@ -50,7 +50,7 @@ _JOBS = {
         "data:-1,fsdp:2",
     ),
     "vq_head": _Job(
-        "--arm=vq_likelihood --steps={steps} --scratch_arm=full_bias --scratch_arm=vq_bias "
+        "--arm=vq_bias --steps={steps} --scratch_arm=full_bias --scratch_arm=vq_bias "
         "--scratch_steps={steps} --scratch_batch=8",
         _curves,
     ),

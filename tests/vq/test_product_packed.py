@@ -10,14 +10,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax import vq
-from logitjax.vq import _product_codes
-from logitjax.vq._product_codes import PackedCodes
+from logitjax.vq import ProductCodes, _product_codes
 from tests._compiled import compiled
 from tests._marks import EVERY_CHANGE
 from tests._modules import call
 
 pack_codes, unpack = compiled(_product_codes.pack_codes), compiled(_product_codes.unpack_codes)
-product_logits, packed_logits = compiled(vq.ProductCodes.logits), compiled(PackedCodes.logits)
+packed_logits = compiled(ProductCodes.logits)
 
 
 def _setup(vocab=70, groups=5, codes=16, part=3, positions=2, seed=0):
@@ -26,6 +25,11 @@ def _setup(vocab=70, groups=5, codes=16, part=3, positions=2, seed=0):
     codebooks = rng.normal(size=(groups, codes, part)).astype(np.float32)
     chosen = rng.integers(0, codes, (vocab, groups)).astype(np.int32)
     return hidden, codebooks, chosen, rng.normal(size=vocab).astype(np.float32)
+
+
+def rows_of(codebooks, chosen):
+    """The rows by the definition, of codes that are not packed."""
+    return codebooks[np.arange(len(codebooks)), chosen].reshape(len(chosen), -1)
 
 
 @hypothesis.given(st.sampled_from([(1, 1), (32, 2), (33, 5), (100, 4)]), st.integers(0, 2**32 - 1))
@@ -74,21 +78,22 @@ def test_logits_are_those_of_tables_rounded_by_hand(groups, codes, positions):
     whole = np.round((tables - low) / step[:, None, None])
     looked_up = sum(whole[:, g, np.asarray(chosen)[:, g]] for g in range(groups))
     expected = step[:, None] * looked_up + low.sum((1, 2))[:, None] + np.asarray(bias, np.float64)
-    packed = PackedCodes(codebooks, pack_codes(chosen), bias)
+    packed = ProductCodes(codebooks, pack_codes(chosen), bias)
     logits = np.asarray(packed_logits(packed, hidden))
     # A table's entry that lies between two integers may be rounded the other way.
     np.testing.assert_allclose(logits, expected, atol=1.01 * step.max())
     assert np.median(abs(logits - expected)) < 1e-4
-    exact = np.asarray(product_logits(vq.ProductCodes(codebooks, chosen, bias), hidden))
+    np.testing.assert_array_equal(compiled(ProductCodes.kernel)(packed), rows_of(codebooks, chosen))
+    exact = hidden @ rows_of(codebooks, chosen).T + bias
     assert (abs(logits - exact) <= groups * step[:, None] / 2 + 1e-4).all()
 
 
 def test_tables_that_say_nothing():
     hidden, codebooks, chosen, bias = _setup()
     codebooks = np.ones_like(codebooks)
-    logits = packed_logits(PackedCodes(codebooks, pack_codes(chosen), bias), hidden)
-    expected = product_logits(vq.ProductCodes(codebooks, chosen, bias), hidden)
-    np.testing.assert_allclose(logits, expected, rtol=1e-5)
+    logits = packed_logits(ProductCodes(codebooks, pack_codes(chosen), bias), hidden)
+    expected = hidden @ rows_of(codebooks, chosen).T + bias
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_what_was_rounded():
@@ -96,19 +101,21 @@ def test_gradients_are_those_of_what_was_rounded():
     packed = pack_codes(chosen)
     weights = np.random.default_rng(1).normal(size=(2, 70)).astype(np.float32)
 
-    def total(kind, codes):
-        return lambda h, c, b: (weights * kind(c, codes, b).logits(h)).sum()
+    def total(h, c, b):
+        return (weights * ProductCodes(c, packed, b).logits(h)).sum()
 
-    gradients = jax.jit(jax.grad(total(PackedCodes, packed), (0, 1, 2)))(hidden, codebooks, bias)
-    plain = jax.jit(jax.grad(total(vq.ProductCodes, chosen), (0, 1, 2)))
-    expected = plain(hidden, codebooks, bias)
+    def plain(h, c, b):
+        return (weights * (h @ rows_of(c, chosen).T + b)).sum()
+
+    arrays = hidden, codebooks, bias
+    gradients, expected = (jax.jit(jax.grad(x, (0, 1, 2)))(*arrays) for x in (total, plain))
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_vmap_and_batch_axes():
     hidden, codebooks, chosen, bias = _setup(positions=6)
-    packed = PackedCodes(codebooks, pack_codes(chosen), bias)
+    packed = ProductCodes(codebooks, pack_codes(chosen), bias)
     together = packed_logits(packed, hidden.reshape(2, 3, -1))
     alone = jax.jit(jax.vmap(packed.logits))(hidden)
     assert together.shape == (2, 3, 70)
@@ -118,29 +125,25 @@ def test_vmap_and_batch_axes():
 @pytest.mark.parametrize("vocab", [64, 100])
 def test_codes_of_another_vocabulary_are_refused(vocab):
     hidden, codebooks, chosen, _ = _setup()
-    with pytest.raises(ValueError, match="are packed as"):
-        PackedCodes(codebooks, pack_codes(chosen), np.zeros(vocab, np.float32)).logits(hidden)
+    with pytest.raises(ValueError, match="codes: expected shape"):
+        ProductCodes(codebooks, pack_codes(chosen), np.zeros(vocab, np.float32)).logits(hidden)
 
 
-@pytest.mark.many_programs("two modules from fits, and their gradients")
+@pytest.mark.many_programs("a module from a fit, and its gradients")
 def test_the_module_stores_half_a_byte_a_code():
     hidden, codebooks, chosen, bias = _setup(vocab=64, groups=6)
-    fit = vq.ProductCodes(codebooks, chosen, bias)
-    packed = vq.ProductHead.from_fit(fit, packed=True)
-    loose = vq.ProductHead.from_fit(fit)
-    saved = loose.cost().stored_bytes - packed.cost().stored_bytes
-    assert saved == packed.codes[...].nbytes == loose.codes[...].nbytes / 2
+    packed = vq.ProductHead.from_fit(ProductCodes(codebooks, pack_codes(chosen), bias))
+    cost = packed.cost()
+    assert cost.stored_bytes - 4 * cost.parameters == packed.codes[...].nbytes == 64 * 6 / 2
     labels = np.array([3, 60])
-
-    def nll(head):
-        return call(head, hidden, labels, method="nll")
-
-    np.testing.assert_allclose(nll(packed), nll(loose), rtol=1e-6)
-    np.testing.assert_allclose(call(packed, hidden), call(loose, hidden), atol=0.2)
+    exact = hidden @ rows_of(codebooks, chosen).T + bias
+    nll = np.log(np.exp(exact).sum(-1)) - exact[np.arange(2), labels]
+    np.testing.assert_allclose(call(packed, hidden, labels, method="nll"), nll, rtol=1e-4)
+    np.testing.assert_allclose(call(packed, hidden), exact, atol=0.2)
     grads = nnx.jit(nnx.grad(lambda head: head.nll(hidden, labels).sum()))(packed)
     assert np.abs(grads.codebooks[...]).max() > 0
-    with pytest.raises(ValueError, match="at most 16"):
-        vq.ProductHead(8, 20, groups=4, num_codes=17, packed=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="num_codes: expected a number from 1 to 16, got 17"):
+        vq.ProductHead(8, 20, groups=4, num_codes=17, rngs=nnx.Rngs(0))
 
 
 def test_packing_is_traceable():
@@ -153,16 +156,15 @@ def test_packing_is_traceable():
 )
 def test_positions_may_be_split_over_a_mesh(kind):
     hidden, codebooks, chosen, bias = _setup(positions=8)
-    codes = vq.ProductCodes(codebooks, chosen, bias)
-    packed = PackedCodes(codebooks, pack_codes(chosen), bias)
-    rows = np.asarray(compiled(vq.ProductCodes.kernel)(codes)) + np.float32(0.01)
+    packed = ProductCodes(codebooks, pack_codes(chosen), bias)
+    rows = rows_of(codebooks, chosen) + np.float32(0.01)
     mesh = jax.make_mesh((8,), ("data",), (kind,))
 
-    def everything(hidden, codes, packed, rows):
+    def everything(hidden, packed, rows):
         screen = vq.ScreenedHead(packed.logits, rows=rows, num_candidates=9)
-        return codes.logits(hidden), screen(hidden), screen.top_k(hidden, 3)
+        return packed.logits(hidden), screen(hidden), screen.top_k(hidden, 3)
 
-    head = (codes, packed, rows)
+    head = (packed, rows)
     local = jax.jit(everything)(hidden, *head)
     with jax.set_mesh(mesh):
         split = jax.device_put(hidden, NamedSharding(mesh, P("data")))
