@@ -18,9 +18,9 @@ from absl import logging
 from experiments.shared import suite
 from logitjax import data, decoding, models
 
-_SEEDS, _TUNE, _TEST = 5, 3, 5
+_SEEDS, _TUNE, _TEST = 5, 2, 4
 # Bytes of a summary that are only read, and that are scored.
-_READ, _SCORED = 160, 128
+_READ, _SCORED = 160, 64
 _WEIGHTS = np.linspace(0, 1, 41)
 
 
