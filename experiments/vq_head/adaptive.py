@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from logitjax import heads, ops
 
@@ -110,62 +109,31 @@ class AdaptiveConfig:
         return params
 
 
-def adaptive_nll(
-    hidden: Any, params: dict[str, Any], labels: Any, *, block_size: int = 128
-) -> jax.Array:
-    """Cross-entropy `[*batch]`; a tail is computed only for labels that belong to it.
+def adaptive_nll(hidden: Any, params: dict[str, Any], labels: Any) -> jax.Array:
+    """Cross-entropy `[*batch]`."""
+    ranks = jnp.asarray(params["rank"])[jnp.asarray(labels)]
+    return -ops.gather_at(log_probs(hidden, params), ranks[..., None])[..., 0]
 
-    Labels are sorted so that those of a tail are together, and blocks without any are skipped. ::
 
-        p(v) = p_head(v)                              v among the frequent tokens
-               p_head(tail i) * p_tail_i(v)           otherwise
+def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> jax.Array:
+    """The k most probable tokens."""
+    return jnp.asarray(params["order"])[ops.top_k(log_probs(hidden, params), k)[1]]
+
+
+def log_probs(hidden: Any, params: dict[str, Any]) -> jax.Array:
+    """Log-probabilities of all tokens by frequency, `[*batch, vocab]`. ::
+
+    p(v) = p_head(v)                              v among the frequent tokens
+           p_head(tail i) * p_tail_i(v)           otherwise
     """
-    hidden, labels, rank = map(jnp.asarray, (hidden, labels, params["rank"]))
-    batch = labels.shape
-    flat, ranks = hidden.reshape(labels.size, hidden.shape[-1]), rank[labels].reshape(-1)
-    logits = _affine(flat, params["head"], params["head_bias"])
-    log_z = ops.logsumexp(logits)
-    first = params["head"].shape[0] - len(params["tails"])
-    entry, start = jnp.minimum(ranks, first - 1), first
-    nll = jnp.zeros(ranks.shape)
-    for i, tail in enumerate(params["tails"]):
-        size = tail["kernel"].shape[0]
-        here = (ranks >= start) & (ranks < start + size)
-        entry = jnp.where(here, first + i, entry)
-        nll = nll + _tail_nll(flat, ranks - start, here, tail, min(block_size, len(flat)))
-        start += size
-    nll = nll + log_z - ops.gather_at(logits, entry[:, None])[:, 0]
-    return nll.reshape(batch)
-
-
-def adaptive_topk(hidden: Any, params: dict[str, Any], k: int) -> ops.TopK:
-    """The k most probable tokens; a tail is computed only if it could hold one of them.
-
-    No token of a tail is more probable than the tail, an exact bound. It usually avoids the tails
-    when one sequence is decoded; in a batch any row may need them.
-    """
-    hidden = jnp.asarray(hidden)
-    first = params["head"].shape[0] - len(params["tails"])
+    hidden, tails = jnp.asarray(hidden), params["tails"]
     head = jax.nn.log_softmax(_affine(hidden, params["head"], params["head_bias"]))
-    values, ranks = lax.top_k(head[..., :first], k)
-    start = first
-    for i, tail in enumerate(params["tails"]):
-        weight = head[..., first + i, None]
-
-        def look(best: tuple, tail: Any = tail, weight: Any = weight, start: int = start) -> tuple:
-            values, ranks = best
-            inside, places = lax.top_k(
-                jax.nn.log_softmax(_tail_logits(hidden, tail)), min(k, tail["bias"].shape[0])
-            )
-            values = jnp.concatenate([values, inside + weight], axis=-1)
-            ranks = jnp.concatenate([ranks, places + start], axis=-1)
-            values, places = lax.top_k(values, k)
-            return values, jnp.take_along_axis(ranks, places, axis=-1)
-
-        needed = (weight[..., 0] > values[..., -1]).any()
-        values, ranks = lax.cond(needed, look, lambda best: best, (values, ranks))
-        start += tail["kernel"].shape[0]
-    return ops.TopK(values, jnp.asarray(params["order"])[ranks], jnp.zeros(values.shape[:-1]))
+    first = head.shape[-1] - len(tails)
+    parts = [head[..., :first]]
+    for i, tail in enumerate(tails):
+        logits = _affine(hidden @ tail["down"], tail["kernel"], tail["bias"])
+        parts.append(head[..., first + i, None] + jax.nn.log_softmax(logits))
+    return jnp.concatenate(parts, axis=-1)
 
 
 def adaptive_cost(params: dict[str, Any], tables: dict[str, Any]) -> heads.HeadCost:
@@ -189,34 +157,3 @@ def _metric_roots(cov: Any) -> tuple[jax.Array, jax.Array]:
 
 def _affine(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", hidden, kernel) + bias
-
-
-def _tail_logits(hidden: jax.Array, tail: dict[str, Any]) -> jax.Array:
-    return _affine(hidden @ tail["down"], tail["kernel"], tail["bias"])
-
-
-def _tail_nll(
-    hidden: jax.Array, places: jax.Array, here: jax.Array, tail: dict[str, Any], block_size: int
-) -> jax.Array:
-    count = len(here)
-    blocks = -(-count // block_size)
-    order = jnp.argsort(~here, stable=True)
-    order = jnp.pad(order, (0, blocks * block_size - count), constant_values=count)
-    order = order.reshape(blocks, block_size)
-
-    def block(_: None, rows: jax.Array) -> tuple[None, jax.Array]:
-        exists = here.at[rows].get(mode="fill", fill_value=False)
-
-        def compute() -> jax.Array:
-            logits = _tail_logits(hidden.at[rows].get(mode="fill", fill_value=0), tail)
-            selected = jnp.where(exists, places.at[rows].get(mode="fill", fill_value=0), 0)
-            nll = (
-                ops.logsumexp(logits)
-                - jnp.take_along_axis(logits, selected[:, None], axis=-1)[:, 0]
-            )
-            return jnp.where(exists, nll, 0.0)
-
-        return None, lax.cond(exists.any(), compute, lambda: jnp.zeros(block_size))
-
-    _, nll = lax.scan(jax.checkpoint(block), None, order)
-    return jnp.zeros(count).at[order.reshape(-1)].add(nll.reshape(-1), mode="drop")

@@ -273,7 +273,7 @@ def _adaptive(ctx: Context, trial: Trial) -> Variants:
     )
 
     def decode(arrays: Any, hidden: Any) -> Any:
-        return adaptive_topk(hidden, arrays, TOP).indices
+        return adaptive_topk(hidden, arrays, TOP)
 
     made = Converted(
         outputs=lambda arrays, h, y: (adaptive_nll(h, arrays, y), decode(arrays, h)),
