@@ -215,7 +215,7 @@ def fit(
     if candidate.grid and (folds or validation is not None):
         options: Any = dict(seed=seed, folds=folds, sequential=True)
         _, best = candidate.sweep(task, {part: shown[part]}, part, **options)
-        candidate = candidate.at(best[0])
+        candidate = candidate.at(int(best[0]))
     method = candidate.method
     # Refuses here what it cannot see inside `jit`.
     method.check(pictures.task)
