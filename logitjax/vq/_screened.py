@@ -52,7 +52,8 @@ class ScreenedHead(VocabularyHead):
 
     >>> rows, cheap = jnp.array([[9.0], [4.0], [3.0]]), lambda h: jnp.array([[0.0, 1.0, 2.0]])
     >>> exact = ScreenedHead(cheap, rows=rows, num_candidates=1, errors=jnp.array([9.0, 3.0, 1.0]))
-    >>> exact.top_k(jnp.ones((1, 1)), 1).indices, exact.certified(jnp.ones((1, 1)), 1)
+    >>> look = jax.jit(lambda h: (exact.top_k(h, 1).indices, exact.certified(h, 1)))
+    >>> look(jnp.ones((1, 1)))
     (Array([[0]], dtype=int32), Array([ True], dtype=bool))
     """
 

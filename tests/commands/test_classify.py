@@ -201,6 +201,8 @@ def test_a_mixture_is_never_less_likely_than_its_best_method():
             assert np.log(right @ weights).sum() >= np.log(right).sum(0).max() - 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.many_programs("three methods learn by themselves and in a mixture")
 def test_a_mixture_adds_probabilities_and_is_read_as_it_was_saved(tmp_path):
     rng, labels = np.random.default_rng(0), np.arange(120) % 3

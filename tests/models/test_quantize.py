@@ -85,6 +85,9 @@ def test_bits_that_nobody_has_are_refused():
         Codes.of(np.ones((2, 2)), "int2")
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
+@pytest.mark.many_programs("eager codes beside compiled ones")
 def test_groups_with_offsets_meet_what_they_can_represent():
     rng = np.random.default_rng(0)
     # Sixteen steps from an offset, both short in bfloat16, and rows that are constant or zero.

@@ -22,6 +22,10 @@ from logitjax.vq._targets import head_targets
 VOCAB, WIDTH, COUNT, SIZE = 300, 24, 320, 16
 
 
+# Fitting compiles some forty programs.
+pytestmark = [pytest.mark.slow, pytest.mark.every_change]
+
+
 @pytest.fixture(scope="module")
 def case() -> dict[str, Any]:
     rng = np.random.default_rng(0)

@@ -306,8 +306,8 @@ def test_certified_tops_are_the_full_head_s(dtype):
     bias[[3, 50]] = -np.inf
     hidden = rng.normal(size=(60, 32)).astype(np.float32) * 10.0 ** rng.uniform(-12, 12, (60, 1))
     rows, hidden = rows.astype(dtype), hidden.astype(dtype)
-    codes = Codes.of(rows, "int8")
-    errors = row_errors(rows, codes.dense())
+    codes = jax.jit(lambda rows: Codes.of(rows, "int8"))(rows)
+    errors = jax.jit(lambda rows, codes: row_errors(rows, codes.dense()))(rows, codes)
     exact = np.asarray(hidden, np.float64) @ np.asarray(rows, np.float64).T + bias
 
     @functools.partial(jax.jit, static_argnames=("count", "k"))
