@@ -169,7 +169,7 @@ def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Arr
 
 
 def _fit(ctx: Context, trial: Trial, kind: Any, start: Any = None, **options: Any) -> Any:
-    """A head of the library, with the budget that all arms share."""
+    """A head of the library, with the budget that all arms share, and the loss by step."""
     config, train = ctx.config, ctx.splits["train"]
     convert = vq.ConvertConfig(
         kind=kind,
@@ -188,12 +188,12 @@ def _fit(ctx: Context, trial: Trial, kind: Any, start: Any = None, **options: An
         statistics=ctx.statistics,
         start=start,
         mesh=ctx.mesh,
-    )[0]
+    )
 
 
 def _vq(ctx: Context, trial: Trial) -> Variants:
     method, use_bias = VQ_ARMS[trial.arm]
-    head = _fit(
+    head, curve = _fit(
         ctx,
         trial,
         "vq",
@@ -218,7 +218,7 @@ def _vq(ctx: Context, trial: Trial) -> Variants:
         arrays=arrays,
         cost=head.cost(),
         floor=vq.perplexity_floor(assignment, np.asarray(ctx.unigram)).perplexity,
-        curve=tuple(history["loss"]),
+        curve=tuple(curve),
         head=head,
     )
     return {trial.arm: made}
@@ -236,18 +236,18 @@ def _screens(
 
 
 def _screened(ctx: Context, trial: Trial) -> Variants:
-    head = _fit(ctx, trial, "screened")
+    head = _fit(ctx, trial, "screened")[0]
     # Much the same number for few candidates and many.
     return _screens(ctx, "packed", head.screen, ctx.config.candidates, head.tail or 0.0)
 
 
 def _rounded(ctx: Context, trial: Trial) -> Variants:
     counts = ctx.config.candidates[1:2] if trial.arm == "int4" else ()
-    return _screens(ctx, trial.arm, _fit(ctx, trial, trial.arm), counts)
+    return _screens(ctx, trial.arm, _fit(ctx, trial, trial.arm)[0], counts)
 
 
 def _as_fitted(ctx: Context, trial: Trial) -> Variants:
-    return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm))}
+    return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm)[0])}
 
 
 def _adaptive(ctx: Context, trial: Trial) -> Variants:
