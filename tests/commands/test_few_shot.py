@@ -130,7 +130,7 @@ def test_methods_learn_from_views_and_are_judged_on_the_pictures():
     assert stacked.views == 2
     np.testing.assert_array_equal(stacked.support.features[0], expected)
     np.testing.assert_array_equal(stacked.labels[0], task.labels)
-    for part, rows in (("validation", sample.validation), ("test", sample.rest)):
+    for part, rows in (("calibration", sample.validation), ("test", sample.rest)):
         np.testing.assert_array_equal(held_out[part][0].features[0], pictures.features[rows])
     with pytest.raises(ValueError, match="views: expected the labels of the pictures"):
         dataclasses.replace(pictures, views=(views[0][::-1],))
