@@ -42,6 +42,8 @@ def screened():
     return load_model("tiny", layout="listed").with_head(ScreenedHead(head, num_candidates=16))
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_rows_that_need_logits_get_them(disagreeing):
     options = DecodeOptions(
         logprobs=True, top_logprobs=2, masks=True, repetition=True, max_logit_bias=2
@@ -72,6 +74,8 @@ def test_rows_that_need_logits_get_them(disagreeing):
     assert engine.decode_chunk(1).tokens[1, 0] == BEST
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_a_token_of_the_fast_search_ends_rows_and_counts(disagreeing):
     out = generate(disagreeing, PROMPTS[:2], max_new_tokens=5, stop_ids=[BEST])
     assert out.rows() == [[ALL, BEST]] * 2
