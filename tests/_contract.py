@@ -659,8 +659,7 @@ ELSEWHERE = {
         distillation.train_student
         distillation.TeacherCache
         unlearning.Unlearning unlearning.examine
-        unlearning.judge unlearning.relearning unlearning.membership_auc
-        unlearning.exact_memorisation unlearning.extraction_strength
+        unlearning.judge unlearning.relearning unlearning.memorisation
  unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app
         vq.HiddenCache vq.load_head

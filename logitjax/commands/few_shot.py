@@ -41,7 +41,7 @@ from etils import epath
 from logitjax import data, few_shot, processes, storage, vision
 from logitjax.commands.cli import field
 from logitjax.commands.few_shot_report import MIXTURE, advised, cell, columns, mistakes, report
-from logitjax.commands.pictures import Encoders, describe
+from logitjax.commands.pictures import Encoders, describe, digest_of
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -212,6 +212,7 @@ class Problem:
             small = {"probabilities": scores[part]["probabilities"].astype(np.float16)}
             small["labels"] = held_out[part][1]
             storage.write_atomic(path, lambda file: np.savez(file, **small))
+            record["probabilities"] = path.name
         rows = np.arange(len(best))
         record |= {name: score["accuracy"][rows, best].tolist() for name, score in scores.items()}
         images, labels = held_out["test"]
@@ -263,7 +264,7 @@ def _run(problem: Problem, out: epath.Path) -> None:
     )
     most = max(names)
     chosen, left_out = _methods(problem)
-    # The results in the folder belong to these pictures.
+    # Results belong to these pictures.
     storage.Manifest(out, "few-shot run").claim(problem.made_of)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     judged: dict[str, Any] = {}
@@ -276,7 +277,9 @@ def _run(problem: Problem, out: epath.Path) -> None:
             score = functools.partial(problem.score, candidate, shots, arrays)
             records[name][shots] = storage.kept(path, score)
             logging.info("%s, %d shots: %s", name, shots, cell(records[name][shots]["test"]))
-            if shots == most and arrays.exists():
+            if "probabilities" in records[name][shots]:
+                if not arrays.exists():
+                    raise ValueError(f"{arrays}: missing; remove {path}, which is made again")
                 judged[name] = storage.weights.read_npz(arrays)
         problem.save_head(out / "heads" / name, candidate.at(records[name][most]["best"][0]))
     advice = next(iter(chosen)), "the first, because nothing was held out to choose among them"
@@ -286,10 +289,9 @@ def _run(problem: Problem, out: epath.Path) -> None:
         members, *estimate = few_shot.recommend(probabilities, labels)
         advice = MIXTURE, advised(members, *estimate)
         mixed = [chosen[name].at(setting) for name, (setting, _) in members.items()]
-        about = {name: list(pair) for name, pair in members.items()}
-        problem.save_head(out / "heads" / MIXTURE, mixed, mixture=about)
-    names_of_heads = dict.fromkeys([*chosen, advice[0]])
-    heads = {name: few_shot.load(out / "heads" / name) for name in names_of_heads}
+        weights = {name: list(pair) for name, pair in members.items()}
+        problem.save_head(out / "heads" / MIXTURE, mixed, mixture=weights)
+    heads = {n: few_shot.load(out / "heads" / n) for n in dict.fromkeys([*chosen, advice[0]])}
     mistakes(problem, heads[advice[0]], out / "mistakes.html")
     text = report(problem, chosen, records, left_out, heads, advice)
     storage.write_atomic(out / "report.md", text)
@@ -313,23 +315,11 @@ def _read(config: Config) -> Problem:
         pictures=pictures,
         test=None if test is None else read(test),
         made_of={
-            "pictures": _digest(config.features.split(",")),
-            "test": None if test is None else _digest(test.split(",")),
-            "class_weights": _digest([config.class_weights]),
+            "pictures": digest_of(config.features.split(",")),
+            "test": None if test is None else digest_of(test.split(",")),
+            "class_weights": digest_of([config.class_weights]),
         },
     )
-
-
-def _digest(places: Sequence[Any]) -> str:
-    """Fingerprint of files, or of the pictures and encoders of caches: features vary by machine."""
-    items: list[Any] = []
-    for location in map(epath.Path, places):
-        if location.is_dir():
-            cache = few_shot.FeatureCache(location)
-            items.append((cache.identity, np.asarray(cache.row_numbers)))
-        else:
-            items.append(location)
-    return storage.digest(*items, length=12)
 
 
 def _encode(config: Config, out: epath.Path) -> Problem:
@@ -351,13 +341,13 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     entries: dict[str, few_shot.Pictures] = {}
     made_of: dict[str, str | None] = {"pictures": None, "validation": None, "test": None}
     if config.class_weights is not None:
-        made_of["class_weights"] = _digest([config.class_weights])
+        made_of["class_weights"] = digest_of([config.class_weights])
     for part, (split, images, rows) in parts.items():
         kinds = dict.fromkeys(("plain", config.views if part == "pictures" else "plain"))
         directories = [
             encoders.encode(images, rows, out, split, kind, config.seed) for kind in kinds
         ]
-        made_of[part] = _digest([directory for kind in directories for directory in kind])
+        made_of[part] = digest_of([directory for kind in directories for directory in kind])
         plain, *others = directories
         entries[part] = few_shot.read_pictures(
             *plain,

@@ -241,3 +241,15 @@ def write_answers(
     counts = np.bincount(first, minlength=len(names)).tolist()
     notes = ", ".join(f"{count} {name}" for name, count in zip(names, counts) if count)
     print(f"{len(files)} pictures: {notes}; {out / 'predictions.csv'}, {out / 'index.html'}")
+
+
+def digest_of(places: Sequence[Any]) -> str:
+    """Fingerprint of files, or of the pictures and encoders of caches: features vary by machine."""
+    items: list[Any] = []
+    for location in map(epath.Path, places):
+        if location.is_dir():
+            cache = few_shot.FeatureCache(location)
+            items.append((cache.identity, np.asarray(cache.row_numbers)))
+        else:
+            items.append(location)
+    return storage.digest(*items, length=12)

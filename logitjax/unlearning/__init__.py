@@ -19,8 +19,6 @@ from logitjax.unlearning._verdict import judge as judge
 from logitjax.unlearning.assistant._assistant import Assistant as Assistant
 from logitjax.unlearning.assistant._deployed import Deployed as Deployed
 from logitjax.unlearning.measures._examine import examine as examine
-from logitjax.unlearning.measures._membership import exact_memorisation as exact_memorisation
-from logitjax.unlearning.measures._membership import extraction_strength as extraction_strength
-from logitjax.unlearning.measures._membership import membership_auc as membership_auc
+from logitjax.unlearning.measures._membership import memorisation as memorisation
 from logitjax.unlearning.measures._relearn import relearning as relearning
 from logitjax.unlearning.methods import METHODS as METHODS

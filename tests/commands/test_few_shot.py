@@ -66,6 +66,10 @@ def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_pat
     # What was trained is not trained again.
     monkeypatch.setattr(few_shot, "sweep", None)
     command.run(config, out)
+    # Its probabilities are not left out of the mixture in silence.
+    (out / "results" / "pro_ker_4.npz").unlink()
+    with pytest.raises(ValueError, match=r"pro_ker_4\.npz: missing; remove .*pro_ker_4\.json"):
+        command.run(config, out)
     # And is not shown for other pictures.
     write_features(tmp_path, count=76)
     with pytest.raises(ValueError, match=r"few-shot run .* does not fit: its pictures is"):

@@ -24,9 +24,8 @@ from logitjax.models import load_model, with_layout
 from logitjax.unlearning import Deployed
 from logitjax.unlearning.measures._membership import (
     detection_rate,
-    exact_memorisation,
-    extraction_strength,
     membership_auc,
+    memorisation,
     min_k,
     zlib_loss,
 )
@@ -84,9 +83,9 @@ def test_memorisation():
                 break
         greedy = best == labels
         # Their loop leaves k at the last token where no end fits.
-        strength = max(extraction_strength(greedy), 1 / TOKENS)
-        assert strength == pytest.approx(1 - k / TOKENS)
-        assert exact_memorisation(greedy) == pytest.approx((best == labels).sum() / TOKENS)
+        strength, exact = memorisation(greedy)
+        assert max(strength, 1 / TOKENS) == pytest.approx(1 - k / TOKENS)
+        assert exact == pytest.approx((best == labels).sum() / TOKENS)
 
 
 @pytest.mark.parametrize("k", [0.2, 0.4, 1.0])
@@ -129,9 +128,10 @@ def evaluated():
         return {"agg_value": float(np.mean(values)), "value_by_index": by_item}
 
     greedy = LOG_P[:, 0].argmax(-1) == LABELS[:, 0]
+    strengths, exact = zip(*map(memorisation, greedy))
     made = {
-        "extraction_strength": entries("score", list(map(extraction_strength, greedy))),
-        "exact_memorization": entries("score", list(map(exact_memorisation, greedy))),
+        "extraction_strength": entries("score", strengths),
+        "exact_memorization": entries("score", exact),
         "model_utility": {"agg_value": 0.5},
     }
     for name in ("forget", "retain", "ra", "wf"):

@@ -23,11 +23,7 @@ from experiments.forgetting.tofu._truth_ratio import (
     truth_ratio_utility,
 )
 from logitjax.evaluation import rouge
-from logitjax.unlearning.measures._membership import (
-    exact_memorisation,
-    extraction_strength,
-    membership_auc,
-)
+from logitjax.unlearning.measures._membership import membership_auc, memorisation
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 losses = st.floats(0, 30)
@@ -255,13 +251,13 @@ def test_forget_quality_refuses_what_is_no_number():
 @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_extraction_strength_as_it_is_written(hits):
     k = next((k for k in range(len(hits) + 1) if all(hits[k:])), len(hits))
-    strength = extraction_strength(hits)
+    strength, exact = memorisation(hits)
     assert strength == pytest.approx(1 - k / len(hits))
-    assert strength <= exact_memorisation(hits) == pytest.approx(np.mean(hits))
+    assert strength <= exact == pytest.approx(np.mean(hits))
 
 
 def test_a_text_without_a_token_is_not_known():
-    assert extraction_strength([]) == exact_memorisation([]) == 0
+    assert memorisation([]) == (0, 0)
 
 
 @hypothesis.given(

@@ -12,7 +12,7 @@ from experiments.forgetting.tofu._metrics import Evaluation, metrics_from_logs
 from experiments.forgetting.tofu._truth_ratio import Form, normalised_probability, truth_ratio
 from logitjax.data import TokenizerLike
 from logitjax.evaluation import NllFn, PromptTemplate, rouge, score_rows
-from logitjax.unlearning import exact_memorisation, extraction_strength
+from logitjax.unlearning import memorisation
 
 # (prompts, most new tokens) -> the continuation of each prompt.
 GenerateFn = Callable[[list[np.ndarray], int], Sequence[Any]]
@@ -143,8 +143,9 @@ class _Rows:
             # An answer that was cut off has no end mark.
             ends = [rows[i][0][-1] == tokenizer.eos_id for i in local]
             greedy = [scores.greedy[i][: -1 if end else None] for i, end in zip(local, ends)]
-            log["extraction_strength"] = self._column(map(extraction_strength, greedy))
-            log["exact_memorization"] = self._column(map(exact_memorisation, greedy))
+            strengths, exact = zip(*map(memorisation, greedy), strict=True)
+            log["extraction_strength"] = self._column(strengths)
+            log["exact_memorization"] = self._column(exact)
         if self.name in _LOSS_ONLY:
             return log
         others = [average[row] for row in wrong]

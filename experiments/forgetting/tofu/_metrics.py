@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments.forgetting.tofu._forget_quality import ForgetQuality, forget_quality
 from experiments.forgetting.tofu._logs import Log, column, items_of, read_logs
@@ -21,7 +22,6 @@ from experiments.forgetting.tofu._truth_ratio import (
     truth_ratio_forget,
     truth_ratio_utility,
 )
-from logitjax.unlearning import membership_auc
 
 # Sets whose answers TOFU compares with wrong ones.
 _OPTIONS = ("real_authors", "world_facts")
@@ -265,10 +265,7 @@ def _damage(logs: Mapping[str, Log], reference: Mapping[str, Log], vocab_size: i
 
 def _membership(logs: Mapping[str, Log], reference: Mapping[str, Log]) -> Membership | None:
     aucs = [
-        membership_auc(
-            column(log["forget"], "avg_gt_loss", "forget"),
-            column(log["holdout"], "avg_gt_loss", "holdout"),
-        )
+        _auc(*(column(log[name], "avg_gt_loss", name) for name in ("forget", "holdout")))
         if "forget" in log and "holdout" in log
         else None
         for log in (logs, reference)
@@ -277,6 +274,11 @@ def _membership(logs: Mapping[str, Log], reference: Mapping[str, Log]) -> Member
         return None
     base = 0.5 if aucs[1] is None else aucs[1]
     return Membership(auc=aucs[0], reference_auc=base, privleak=privleak(aucs[0], base))
+
+
+def _auc(members: Any, others: Any) -> float:
+    """Share of pairs in which the member's loss is the lower one, ties half (Yeom et al., 2018)."""
+    return float(stats.mannwhitneyu(others, members).statistic) / (len(others) * len(members))
 
 
 def privleak(auc: float, reference_auc: float = 0.5) -> float:

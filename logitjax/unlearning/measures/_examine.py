@@ -20,9 +20,8 @@ from logitjax.unlearning._ways import WAYS, search
 from logitjax.unlearning.assistant._deployed import Deployed
 from logitjax.unlearning.measures._membership import (
     detection_rate,
-    exact_memorisation,
-    extraction_strength,
     membership_auc,
+    memorisation,
     min_k,
     zlib_loss,
 )
@@ -189,8 +188,9 @@ def _attacks(
             lens = Deployed(model=first_layers(model.model, max(1, round(share * depth))))
             nll = questions.scores(lens, "forget", few=True).nll
             attacks[f"logit lens at {100 * share:.0f} % of the layers"] = _probability(nll)
-    attacks["extraction strength"] = _share(extraction_strength, words)
-    attacks["exact memorisation"] = _share(exact_memorisation, words)
+    shares = np.mean([memorisation(row) for row in words], axis=0).tolist()
+    for name, share in zip(("extraction strength", "exact memorisation"), shares, strict=True):
+        attacks[name] = {"share": share}
     if questions.rows["holdout_test"]:
         attacks |= _memberships(model, questions, scores, thorough, reference)
     return attacks
@@ -317,7 +317,3 @@ def _each(
 def _probability(nll: Sequence[np.ndarray]) -> dict[str, float]:
     items = [float(np.exp(-row.mean())) for row in nll]
     return {"probability": float(np.median(items)), "worst": max(items)}
-
-
-def _share(measure: Any, greedy: Sequence[np.ndarray]) -> dict[str, float]:
-    return {"share": float(np.mean([measure(row) for row in greedy]))}

@@ -59,21 +59,25 @@ def detection_rate(losses: Any, holdout_losses: Any) -> float:
     return float((members < np.sort(others)[allowed]).mean())
 
 
-def extraction_strength(greedy: Any) -> float:
-    """The share of a text that a model completes verbatim from its beginning.
+def memorisation(greedy: Any) -> tuple[float, float]:
+    """Extraction strength and exact memorisation of a text, from which tokens are the likeliest.
 
-    1 - k / n, k the shortest beginning after which every token is the most likely one (Carlini et
-    al., 2021). OpenUnlearning's never falls below 1 / n: its loop leaves k at the last token.
+    The former is the share that a model completes verbatim from its beginning: 1 - k / n, k the
+    shortest beginning after which every token is the likeliest one (Carlini et al., 2021). The
+    latter is the share of tokens that are, OpenUnlearning's `exact_memorization`. OpenUnlearning's
+    extraction strength never falls below 1 / n: its loop leaves k at the last token.
+
+    Args:
+        greedy: Bool `[n]`; both are 0 without tokens.
+
+    >>> memorisation([True, False, True, True])
+    (0.5, 0.75)
     """
-    wrong = np.flatnonzero(~np.asarray(greedy, bool))
+    greedy = np.asarray(greedy, bool)
+    wrong, count = np.flatnonzero(~greedy), max(len(greedy), 1)
     # All after the last wrong token are right.
     begun = wrong[-1] + 1 if len(wrong) else 0
-    return float((len(greedy) - begun) / max(len(greedy), 1))
-
-
-def exact_memorisation(greedy: Any) -> float:
-    """The share of tokens that are the most likely ones; OpenUnlearning's `exact_memorization`."""
-    return float(np.sum(greedy) / max(len(greedy), 1))
+    return float((len(greedy) - begun) / count), float(greedy.sum() / count)
 
 
 def _both_sides(losses: Any, holdout_losses: Any) -> tuple[np.ndarray, np.ndarray]:
