@@ -296,4 +296,4 @@ FITS: dict[str, Callable[[Context, Trial], Variants]] = {
     "adaptive": _adaptive,
 }
 #: Arms that no learning rate changes.
-UNTUNED = ("full", "bf16", "int8_plain", "certified", "paged", "flash", "svd", "faiss")
+UNTUNED = ("full", "bf16", "int8_plain", "certified", "flash", "svd", "faiss")

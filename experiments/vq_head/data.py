@@ -142,11 +142,11 @@ def _outputs(cache: vq.HiddenCache, head: losses.Head) -> dict[str, list]:
     """The old head's losses and its five best tokens."""
 
     @jax.jit
-    def run(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run(head: losses.Head, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = head.logits(hidden)
         return losses.cross_entropy(logits, labels), ops.top_k(logits, 5)[1]
 
-    nll, tokens = in_blocks(run, cache.hidden, cache.labels)
+    nll, tokens = in_blocks(functools.partial(run, head), cache.hidden, cache.labels)
     return {"nll": nll.tolist(), "top_tokens": tokens.tolist()}
 
 

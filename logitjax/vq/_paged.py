@@ -84,6 +84,23 @@ class Pages:
     def __getitem__(self, index: Any) -> "Pages":
         return self
 
+    def tuned(self, imitate: Callable[..., Any]) -> tuple["Pages", list[float]]:
+        """Another scale and bias for each row of the sketch, by `Tuning.imitate`; its losses."""
+        scales, offsets = (self.lines[:, i].reshape(-1) for i in range(2))
+        rows = (self.projection.astype(jnp.float32) @ self.codes.astype(jnp.float32) * scales).T
+
+        def head_of(params: Any, rows: Any) -> Head:
+            gains, offsets = params
+            return Head(rows * jnp.exp(gains)[:, None], offsets, vocab_axis=0)
+
+        params = jnp.zeros(self.places.shape), offsets[self.places]
+        (gains, tuned), losses = imitate(head_of, params, rows[self.places])
+        scales = scales.at[self.places].multiply(jnp.exp(gains))
+        lines = scales, offsets.at[self.places].set(tuned)
+        tile = self.lines.shape[2]
+        stacked = jnp.stack([line.reshape(-1, tile) for line in lines], 1)
+        return dataclasses.replace(self, lines=stacked), losses
+
     def sketched(self, hidden: jax.Array) -> jax.Array:
         """Approximate logits ``[n, pages, size]``."""
         coordinates = hidden.astype(jnp.float32) @ self.projection.astype(jnp.float32)
@@ -146,21 +163,16 @@ class PagedHead(VocabularyHead):
 
     Args:
         pages: the rows, of `PagedHead.fit`.
-        num_pages: number of pages that a single position reads.
-        shared_pages: number of pages that 2 to 16 positions read together.
+        num_pages: number of pages that up to 16 positions read together.
         dtype: type of the products.
     """
 
     screens = True
 
-    def __init__(
-        self, pages: Pages, *, num_pages: int, shared_pages: int, dtype: Any = jnp.float32
-    ):
+    def __init__(self, pages: Pages, *, num_pages: int, dtype: Any = jnp.float32):
+        checks.between(num_pages, 1, pages.rows.shape[0], "num_pages")
         self.pages: Any = Assignment(pages)
-        most = pages.rows.shape[0]
-        for name, count in (("num_pages", num_pages), ("shared_pages", shared_pages)):
-            checks.between(count, 1, most, name)
-        self.num_pages, self.shared_pages, self.dtype = num_pages, shared_pages, dtype
+        self.num_pages, self.dtype = num_pages, dtype
 
     @classmethod
     def fit(
@@ -171,53 +183,45 @@ class PagedHead(VocabularyHead):
         *,
         page_size: int = 16,
         rank: int | None = None,
-        recall: float = 0.997,
+        share: float = 0.28,
+        imitate: Callable[..., Any] | None = None,
         dtype: Any = jnp.float32,
-    ) -> "PagedHead":
-        """Sketch a full head's rows, and choose how many pages to read.
+    ) -> tuple["PagedHead", list[float]]:
+        """Sketch a full head's rows; returns the head and the losses of tuning its sketch.
 
-        The last quarter of the positions, at most 4,096, is not used for the sketch. On it, the
-        numbers of pages are the least with which a share ``recall`` of likeliest tokens is read.
         ValueError if the head has a soft cap.
 
         Args:
             hidden, targets: positions, and ``head``'s outputs on them, `HiddenCache.head_targets`.
             page_size: tokens a page, a divisor of 128.
-            rank: dimensions of the sketch; by default two thirds of the width, in whole registers
-                of 128.
+            rank: dimensions of the sketch; by default four fifths of the width, in multiples of 64.
+            share: what sketch and pages read, of the bytes of all rows in bfloat16.
+            imitate: tunes a head that amounts to rows, `Tuning.imitate`; None leaves the sketch.
         """
         if head.soft_cap is not None:
             raise ValueError(f"head: expected one without a soft cap, got {head.soft_cap}")
         if page_size < 1 or 128 % page_size:
             raise ValueError(f"page_size: expected a divisor of 128, got {page_size}")
         width = head.rows.shape[1]
-        rank = (width * 2 // 3 // 128 * 128 or width) if rank is None else rank
+        rank = (width * 4 // 5 // 64 * 64 or width) if rank is None else rank
         checks.between(rank, 1, width, "rank")
-        # Groups of positions that read together, at random: neighbours have more in common.
-        held = min(max(1, len(hidden) // 4 // TOGETHER), 256) * TOGETHER
-        statistics = head_statistics(hidden[:-held] if len(hidden) > held else hidden)
-        pages = Pages.of(head, np.asarray(targets.counts), statistics, page_size, rank)
-        some = np.random.default_rng(0).permutation(np.arange(len(hidden))[-held:])
-        best, states = targets.top_tokens[some, 0], np.asarray(hidden[some], np.float32)
-        right = np.asarray(pages.places)[best] // page_size
-        mass = jax.jit(lambda pages, hidden: _log_share(pages.mass(hidden)))
-        parts = [np.asarray(mass(pages, states[i : i + 256])) for i in range(0, len(some), 256)]
-        score, needed = np.concatenate(parts), []
-        # Copied together.
+        counts, statistics = np.asarray(targets.counts), head_statistics(hidden)
+        pages, losses = Pages.of(head, counts, statistics, page_size, rank), []
+        if imitate is not None:
+            pages, losses = pages.tuned(imitate)
+        made = cls(pages, num_pages=1, dtype=dtype)
+        # Pages are copied together.
         step, most = _LANES // page_size, pages.rows.shape[0]
-        for together in (1, TOGETHER if len(some) == held else 1):
-            joint = score.reshape(-1, together, most).max(1)
-            own = np.take_along_axis(joint, right.reshape(-1, together), 1)
-            better = (joint[:, None] > own[..., None]).sum(-1)
-            last = np.sort(better, axis=None)[math.ceil(recall * len(some)) - 1]
-            needed.append(min(most, (int(last) // step + 1) * step))
-        return cls(pages, num_pages=needed[0], shared_pages=needed[1], dtype=dtype)
+        one, two = (cls(pages, num_pages=n).cost().read_bytes for n in (1, 2))
+        left = (share * 2 * head.rows.size - one) / (two - one)
+        made.num_pages = min(most, max(step, int(left) // step * step))
+        return made, losses
 
     def _record(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         # Files have no type of four bits.
         pages = dataclasses.replace(self.pages[...], codes=self.pages[...].codes.astype(jnp.int8))
         tensors = {k: np.asarray(v) for k, v in vars(pages).items() if v is not None}
-        return tensors, {"num_pages": self.num_pages, "shared_pages": self.shared_pages}
+        return tensors, {"num_pages": self.num_pages}
 
     @classmethod
     def of_record(cls, tensors: Any, **options: Any) -> "PagedHead":
@@ -231,7 +235,6 @@ class PagedHead(VocabularyHead):
         hidden = jnp.asarray(hidden, self.dtype)
         batch, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
         others = tuple(jnp.asarray(x).reshape(-1, *jnp.shape(x)[len(batch) :]) for x in others)
-        count = self.num_pages if flat.shape[0] == 1 else self.shared_pages
 
         def run(flat: jax.Array, pages: Pages, *others: jax.Array) -> Any:
             def group(inputs: tuple[jax.Array, ...]) -> Any:
@@ -240,7 +243,7 @@ class PagedHead(VocabularyHead):
                 # What pads the last group chooses nothing.
                 score = jnp.where(exists[:, None], _log_share(mass), -jnp.inf).max(0)
                 # In the order of memory.
-                ids = jnp.sort(lax.top_k(lax.stop_gradient(score), count)[1])
+                ids = jnp.sort(lax.top_k(lax.stop_gradient(score), self.num_pages)[1])
                 return fn(pages, ids, mass, hidden, *others)
 
             return in_blocks(group, (flat, jnp.ones(len(flat), bool), *others), TOGETHER)
@@ -279,7 +282,7 @@ class PagedHead(VocabularyHead):
 
         ValueError if ``k`` is not from 1 to the number of tokens that are read.
         """
-        tokens = self.pages[...].rows.shape[1] * min(self.num_pages, self.shared_pages)
+        tokens = self.pages[...].rows.shape[1] * self.num_pages
         checks.between(k, 1, tokens, "k")
 
         def best(pages: Pages, ids: Any, mass: Any, hidden: Any) -> tuple[jax.Array, ...]:

@@ -295,9 +295,12 @@ def _rounding(rows: Any) -> float:
 def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
     """The `ScreenedHead.tail` with the full head's mean mass outside the candidates."""
 
+    graphdef, state = nnx.split(head)
+
+    # Large arrays are arguments: constants would be compiled, and written to the cache of programs.
     @jax.jit
-    def odds(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        look, exact = head._look(hidden, full.rows), full.logits(hidden)
+    def odds(state: Any, full: Head, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        look, exact = nnx.merge(graphdef, state)._look(hidden, full.rows), full.logits(hidden)
         best = logsumexp(look.better)
 
         def rest(scores: jax.Array) -> jax.Array:
@@ -306,7 +309,7 @@ def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
 
         return rest(exact), rest(look.scores)
 
-    parts = [odds(jnp.asarray(hidden[at : at + 256])) for at in range(0, len(hidden), 256)]
+    parts = [odds(state, full, hidden[at : at + 256]) for at in range(0, len(hidden), 256)]
     wanted, rest = (np.concatenate(x) for x in zip(*map(jax.device_get, parts)))
     share = scipy.special.expit(wanted).mean()
 

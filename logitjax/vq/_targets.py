@@ -64,7 +64,9 @@ def head_targets(
 
     # `[vocab, hidden]` sums in place.
     @jax.jit(donate_argnums=(0, 1))
-    def add(sums: Any, counts: Any, hidden: Any, labels: Any, exists: Any) -> Any:
+    def add(
+        sums: Any, counts: Any, rows: Any, bias: Any, hidden: Any, labels: Any, exists: Any
+    ) -> Any:
         logits = hidden @ rows.T + bias
         if head.soft_cap is not None:
             logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
@@ -88,7 +90,7 @@ def head_targets(
         label = np.pad(labels[start : start + block_size], (0, pad))
         # The last block is padded.
         exists = np.arange(block_size) < here
-        sums, counts, out = add(sums, counts, block, label, exists)
+        sums, counts, out = add(sums, counts, rows, bias, block, label, exists)
         parts.append([np.asarray(x)[:here] for x in out])
         if start // block_size % 20 == 0:
             logging.info("full head: %d of %d positions", start + here, len(hidden))

@@ -32,16 +32,27 @@ def case() -> dict[str, Any]:
     rows = rng.normal(size=(VOCAB, WIDTH)).astype(jnp.bfloat16).astype(np.float32)
     hidden = rng.normal(size=(COUNT, WIDTH)).astype(np.float32)
     head = Head(rows, rng.normal(size=VOCAB).astype(np.float32), vocab_axis=0)
-    paged = PagedHead.fit(head, hidden, head_targets(hidden, head), page_size=SIZE, rank=16)
+    tuning = vq.Tuning(steps=4, batch_size=64, learning_rate=1e-2)
+    targets = head_targets(hidden, head)
+    paged, losses = PagedHead.fit(
+        head,
+        hidden,
+        targets,
+        page_size=SIZE,
+        rank=16,
+        share=6.0,
+        imitate=lambda *args: tuning.imitate(*args[:2], hidden, targets, constants=args[2]),
+    )
+    assert losses[-1] < losses[0]
     return dict(hidden=hidden, paged=paged, full=hidden @ rows.T + head.bias, head=head)
 
 
-def _reading(case, one, several):
-    return PagedHead(case["paged"].pages[...], num_pages=one, shared_pages=several)
+def _reading(case, count):
+    return PagedHead(case["paged"].pages[...], num_pages=count)
 
 
 def _all(case):
-    return _reading(case, *[case["paged"].pages[...].rows.shape[0]] * 2)
+    return _reading(case, case["paged"].pages[...].rows.shape[0])
 
 
 def _nll(logits, labels):
@@ -78,7 +89,7 @@ def test_all_pages_are_the_full_head(case, count):
 
 
 def test_one_read_serves_a_batch_and_its_logits_are_exact(case):
-    head, hidden = _reading(case, 3, 6), case["hidden"][:8]
+    head, hidden = _reading(case, 6), case["hidden"][:8]
     logits, top = jax.jit(lambda h: (head(h), head.top_k(h, 3)))(hidden)
     pages = np.asarray(head.pages[...].places) // SIZE
     exact = np.abs(np.asarray(logits) - case["full"][:8]) < 1e-4
@@ -96,7 +107,6 @@ def test_enough_pages_are_read_for_the_likeliest_token(case):
     one = jax.jit(jax.vmap(lambda h: paged.top_k(h, 1).indices[0]))(case["hidden"])
     together = jax.jit(lambda h: paged.top_k(h, 1).indices[:, 0])(case["hidden"])
     assert min((one == best).mean(), (together == best).mean()) > 0.98
-    assert paged.num_pages <= paged.shared_pages
 
 
 def test_gradients_are_finite_and_those_of_the_full_head(case):
@@ -107,7 +117,7 @@ def test_gradients_are_finite_and_those_of_the_full_head(case):
     def full(hidden):
         return -jax.nn.log_softmax(hidden @ rows.T + bias)[np.arange(3), labels].sum()
 
-    few = _reading(case, 2, 2)
+    few = _reading(case, 2)
     got, want, some = jax.jit(
         lambda h: (
             jax.grad(lambda h: head.nll(h, labels, temperature=1.0).sum())(h),
@@ -126,24 +136,24 @@ def test_it_is_saved_and_loaded(case, tmp_path):
     pages, want = loaded.pages[...], case["paged"].pages[...]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), pages, want)
     assert (pages.codes.dtype, pages.rows.dtype) == (jnp.int4, jnp.bfloat16)
-    assert loaded.num_pages == case["paged"].num_pages
+    assert loaded.num_pages == case["paged"].num_pages == 16
 
 
 def test_costs_are_those_of_sketch_and_pages(case):
-    few, more = _reading(case, 2, 2).cost(), _reading(case, 3, 2).cost()
+    few, more = _reading(case, 2).cost(), _reading(case, 3).cost()
     assert more.read_bytes - few.read_bytes == SIZE * (128 * 2 + 4)
     assert not few.exact
     assert _all(case).cost().exact
 
 
 def test_errors_name_the_argument(case):
-    head = _reading(case, 1, 2)
+    head = _reading(case, 1)
     with pytest.raises(ValueError, match="k: expected"):
         head.top_k(case["hidden"], SIZE + 1)
     with pytest.raises(ValueError, match="labels: expected shape"):
         head.nll(case["hidden"], np.zeros(2, np.int32))
     with pytest.raises(ValueError, match="num_pages: expected"):
-        _reading(case, 0, 2)
+        _reading(case, 0)
     capped = Head(case["head"].kernel, vocab_axis=0, soft_cap=3.0)
     targets = head_targets(case["hidden"], case["head"])
     with pytest.raises(ValueError, match="head: expected one without a soft cap"):
@@ -176,7 +186,7 @@ def test_the_kernels_match_dense_products(case, chosen):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
 @pytest.mark.parametrize("topology", ["v5p:1x1x1", "v6e:1x1"])
-@pytest.mark.parametrize(("positions", "chosen"), [(1, 40), (16, 168)])
+@pytest.mark.parametrize(("positions", "chosen"), [(1, 184), (16, 184)])
 def test_a_tpu_reads_three_tenths_of_the_rows(topology, positions, chosen):
     from jax.experimental import topologies
 
@@ -187,7 +197,7 @@ def test_a_tpu_reads_three_tenths_of_the_rows(topology, positions, chosen):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
     # SmolLM2's head.
-    vocab, width, rank = 49152, 576, 384
+    vocab, width, rank = 49152, 576, 448
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
@@ -203,7 +213,7 @@ def test_a_tpu_reads_three_tenths_of_the_rows(topology, positions, chosen):
     )
 
     def greedy(pages: Pages, hidden: jax.Array) -> jax.Array:
-        head = PagedHead(pages, num_pages=chosen, shared_pages=chosen, dtype=jnp.bfloat16)
+        head = PagedHead(pages, num_pages=chosen, dtype=jnp.bfloat16)
         return head.top_k(hidden, 1).indices
 
     with jax.set_mesh(mesh):
@@ -214,4 +224,5 @@ def test_a_tpu_reads_three_tenths_of_the_rows(topology, positions, chosen):
     assert "logitjax_page_products" in text
     # The kernels declare what their blocks hold: codes, scales and biases, and the pages' rows.
     declared = vocab * (rank // 2 + 8) + chosen * SIZE * 640 * 2
+    open(f"/tmp/h/hlo_{positions}_{topology[:3]}.txt","w").write(text); print({k:v for k,v in costs.items() if "bytes" in k})
     assert declared < costs["bytes accessed"] <= 0.3 * math.prod((vocab, width, 2))
