@@ -303,9 +303,7 @@ def _certified_head(sample: _Sample) -> tuple[ScreenedHead, list[float]]:
 
 
 def _paged_head(sample: _Sample) -> tuple[PagedHead, list[float]]:
-    return PagedHead.fit(
-        sample.head, sample.hidden, sample.targets, imitate=sample.imitate
-    )
+    return PagedHead.fit(sample.head, sample.hidden, sample.targets, imitate=sample.imitate)
 
 
 def _linear(codes: Codes, bias: Array | None) -> LinearHead:

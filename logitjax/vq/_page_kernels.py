@@ -15,6 +15,10 @@ _PARAMS = pltpu.CompilerParams(vmem_limit_bytes=48 * 2**20)
 
 
 _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+# Products with rows.
+_across = functools.partial(
+    lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+)
 
 
 def page_mass(
@@ -25,15 +29,18 @@ def page_mass(
     size: int,
     *,
     interpret: Any = False,
-) -> jax.Array:
-    """``[n, pages]``, logsumexp by page of ``(hidden @ projection @ codes) * scales + offsets``."""
-    (width, rank), (steps, _, tile), n = projection.shape, lines.shape, hidden.shape[0]
+) -> tuple[jax.Array, jax.Array]:
+    """``[n, pages]``, logsumexp by page, and ``[n, 1]``, of all, of ``(hidden @ projection.T @ codes) * scales + offsets``."""
+    (rank, width), (steps, _, tile), n = projection.shape, lines.shape, hidden.shape[0]
     count = tile // size
 
-    def kernel(x: Any, projection: Any, codes: Any, lines: Any, out: Any, here: Any) -> None:
+    def kernel(
+        x: Any, projection: Any, codes: Any, lines: Any, out: Any, log_z: Any, here: Any
+    ) -> None:
         @pl.when(pl.program_id(0) == 0)
         def _() -> None:
-            here[...] = _dot(x[...], projection[...]).astype(here.dtype)
+            log_z[...] = jnp.full_like(log_z, -jnp.inf)
+            here[...] = _across(x[...], projection[...]).astype(here.dtype)
 
         logits = _dot(here[...], codes[...].astype(here.dtype)) * lines[0, :1] + lines[0, 1:]
         peak = logits.max(-1, keepdims=True)
@@ -43,18 +50,26 @@ def page_mass(
         ones = same.astype(jnp.float32)
         sums = _dot(jnp.exp(logits - peak), ones, precision=lax.Precision.HIGHEST)
         out[0] = jnp.log(sums) + peak
+        # The first tile has tokens, so that both are never -inf.
+        log_z[...] = jnp.logaddexp(log_z[...], jnp.log(sums.sum(-1, keepdims=True)) + peak)
 
-    out = pl.pallas_call(
+    out, log_z = pl.pallas_call(
         kernel,
         grid=(steps,),
         in_specs=[
             pl.BlockSpec((n, width), lambda i: (0, 0)),
-            pl.BlockSpec((width, rank), lambda i: (0, 0)),
+            pl.BlockSpec((rank, width), lambda i: (0, 0)),
             pl.BlockSpec((rank, tile), lambda i: (0, i)),
             pl.BlockSpec((1, 2, tile), lambda i: (i, 0, 0)),
         ],
-        out_specs=pl.BlockSpec((1, n, count), lambda i: (i, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((steps, n, count), jnp.float32),
+        out_specs=[
+            pl.BlockSpec((1, n, count), lambda i: (i, 0, 0)),
+            pl.BlockSpec((n, 1), lambda i: (0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((steps, n, count), jnp.float32),
+            jax.ShapeDtypeStruct((n, 1), jnp.float32),
+        ],
         scratch_shapes=[pltpu.VMEM((n, rank), jnp.bfloat16)],
         cost_estimate=pl.CostEstimate(
             flops=2 * n * (width * rank + steps * tile * (rank + count)),
@@ -66,7 +81,7 @@ def page_mass(
         interpret=interpret,
         name="logitjax_page_mass",
     )(hidden.astype(projection.dtype), projection, codes, lines)
-    return jnp.moveaxis(out, 1, 0).reshape(n, -1)
+    return jnp.moveaxis(out, 1, 0).reshape(n, -1), log_z
 
 
 def page_products(
@@ -83,8 +98,7 @@ def page_products(
     def kernel(_: Any, x: Any, *refs: Any) -> None:
         *pages, out = refs
         rows = jnp.concatenate([page[0] for page in pages])
-        across = (((1,), (1,)), ((), ()))
-        out[0] = lax.dot_general(x[...], rows, across, preferred_element_type=jnp.float32)
+        out[0] = _across(x[...], rows)
 
     def page(copy: int, step: Any, ids: Any) -> tuple[Any, int, int]:
         return ids[step * copies + copy], 0, 0

@@ -36,10 +36,11 @@ class Pages:
     rows: Any
     # `[pages * size]` or None.
     bias: Any
-    # The sketch: int4 `[rank, pages * size]`, and `[steps, 2, tile]`, its scales and biases.
+    # The sketch: int4 `[rank, pages * size]`.
     codes: Any
+    # Its scales and biases `[steps, 2, tile]`.
     lines: Any
-    # `[hidden, rank]`, to its coordinates.
+    # `[rank, hidden]`, to its coordinates.
     projection: Any
     # The token of each row `[pages * size]`, the row of each token `[vocab]`.
     tokens: Any
@@ -87,7 +88,7 @@ class Pages:
     def tuned(self, imitate: Callable[..., Any]) -> tuple["Pages", list[float]]:
         """Another scale and bias for each row of the sketch, by `Tuning.imitate`; its losses."""
         scales, offsets = (self.lines[:, i].reshape(-1) for i in range(2))
-        rows = (self.projection.astype(jnp.float32) @ self.codes.astype(jnp.float32) * scales).T
+        rows = (self.projection.T.astype(jnp.float32) @ self.codes.astype(jnp.float32) * scales).T
 
         def head_of(params: Any, rows: Any) -> Head:
             gains, offsets = params
@@ -103,22 +104,23 @@ class Pages:
 
     def sketched(self, hidden: jax.Array) -> jax.Array:
         """Approximate logits ``[n, pages, size]``."""
-        coordinates = hidden.astype(jnp.float32) @ self.projection.astype(jnp.float32)
+        coordinates = hidden.astype(jnp.float32) @ self.projection.T.astype(jnp.float32)
         products = coordinates @ self.codes.astype(jnp.float32)
         scales, offsets = (self.lines[:, i].reshape(-1) for i in range(2))
         return (products * scales + offsets).reshape(-1, *self.rows.shape[:2])
 
-    def mass(self, hidden: jax.Array) -> jax.Array:
-        """``[n, pages]``, logsumexp of a page's approximate logits."""
+    def mass(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``[n, pages]``, logsumexp of a page's approximate logits; ``[n, 1]``, of all."""
 
-        def plain(hidden: jax.Array) -> jax.Array:
-            return logsumexp(self.sketched(hidden))
+        def plain(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mass = logsumexp(self.sketched(hidden))
+            return mass, logsumexp(mass)[:, None]
 
         if not _kernels(hidden):
             return plain(hidden)
         from logitjax.vq._page_kernels import page_mass
 
-        def kernel(hidden: jax.Array) -> jax.Array:
+        def kernel(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             given = hidden, self.projection, self.codes, self.lines
             return page_mass(*given, self.rows.shape[1])
 
@@ -183,7 +185,7 @@ class PagedHead(VocabularyHead):
         *,
         page_size: int = 16,
         rank: int | None = None,
-        share: float = 0.28,
+        share: float = 0.25,
         imitate: Callable[..., Any] | None = None,
         dtype: Any = jnp.float32,
     ) -> tuple["PagedHead", list[float]]:
@@ -231,7 +233,7 @@ class PagedHead(VocabularyHead):
         return cls(Pages(**{"bias": None} | arrays), **options)
 
     def _by_groups(self, fn: Callable, out_ndims: tuple, hidden: Array, *others: Array) -> Any:
-        """`fn(pages, ids, mass, hidden, *others)` over groups of positions that share pages."""
+        """`fn(pages, ids, mass, log_z, hidden, *others)` over groups that share pages."""
         hidden = jnp.asarray(hidden, self.dtype)
         batch, flat = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
         others = tuple(jnp.asarray(x).reshape(-1, *jnp.shape(x)[len(batch) :]) for x in others)
@@ -239,12 +241,12 @@ class PagedHead(VocabularyHead):
         def run(flat: jax.Array, pages: Pages, *others: jax.Array) -> Any:
             def group(inputs: tuple[jax.Array, ...]) -> Any:
                 hidden, exists, *others = inputs
-                mass = pages.mass(hidden)
+                mass, log_z = pages.mass(hidden)
                 # What pads the last group chooses nothing.
-                score = jnp.where(exists[:, None], _log_share(mass), -jnp.inf).max(0)
+                score = jnp.where(exists[:, None], mass - log_z, -jnp.inf).max(0)
                 # In the order of memory.
                 ids = jnp.sort(lax.top_k(lax.stop_gradient(score), self.num_pages)[1])
-                return fn(pages, ids, mass, hidden, *others)
+                return fn(pages, ids, mass, log_z, hidden, *others)
 
             return in_blocks(group, (flat, jnp.ones(len(flat), bool), *others), TOGETHER)
 
@@ -285,11 +287,13 @@ class PagedHead(VocabularyHead):
         tokens = self.pages[...].rows.shape[1] * self.num_pages
         checks.between(k, 1, tokens, "k")
 
-        def best(pages: Pages, ids: Any, mass: Any, hidden: Any) -> tuple[jax.Array, ...]:
+        def best(
+            pages: Pages, ids: Any, mass: Any, log_z: Any, hidden: Any
+        ) -> tuple[jax.Array, ...]:
             exact, size = pages.exact(hidden, ids), pages.rows.shape[1]
             # In one stage: what two would save, their copies cost.
             values, found = top_k(exact, k, group_size=exact.shape[-1])
-            log_z = logsumexp(mass) + _shift(exact, mass, ids)
+            log_z = log_z[:, 0] + _shift(exact, mass, ids)
             return values, pages.tokens[ids[found // size] * size + found % size], log_z
 
         return TopK(*self._by_groups(best, (2, 2, 1), hidden))
@@ -322,7 +326,7 @@ def _sketch(rows: Array, mean: Array, cov: Array, rank: int) -> Any:
     # A rotation at random spreads a row's size over all dimensions, so that one scale will do.
     mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (rank, rank)))[0]
     basis = leading @ mixing
-    projection = (vectors / jnp.sqrt(values) @ basis).astype(jnp.bfloat16)
+    projection = (vectors / jnp.sqrt(values) @ basis).T.astype(jnp.bfloat16)
     coordinates = whitened @ basis
     largest = jnp.maximum(jnp.abs(coordinates).max(-1), 1e-30)
     scales = largest / 7
@@ -334,7 +338,7 @@ def _sketch(rows: Array, mean: Array, cov: Array, rank: int) -> Any:
         scales, error = jnp.where(missed < error, tried, scales), jnp.minimum(missed, error)
     codes = jnp.clip(jnp.round(coordinates / scales[:, None]), -8, 7)
     # No error at the mean hidden state.
-    offsets = rows @ mean - (codes @ (mean @ projection)) * scales
+    offsets = rows @ mean - (codes @ (projection @ mean)) * scales
     return codes.astype(jnp.int8), scales, offsets, projection
 
 
@@ -358,16 +362,12 @@ def _grouped(coordinates: jax.Array, exists: jax.Array, tile: int, size: int) ->
     return order.reshape(-1)
 
 
-def _log_share(mass: jax.Array) -> jax.Array:
-    return mass - logsumexp(mass)[:, None]
-
-
 def _shift(exact: jax.Array, mass: jax.Array, ids: jax.Array) -> jax.Array:
     """``[n]``, what makes the pages that were read keep their predicted share."""
     return logsumexp(exact) - logsumexp(mass[:, ids])
 
 
-def _logits(pages: Pages, ids: jax.Array, mass: jax.Array, hidden: jax.Array) -> jax.Array:
+def _logits(pages: Pages, ids: jax.Array, mass: Any, log_z: Any, hidden: jax.Array) -> jax.Array:
     exact = pages.exact(hidden, ids)
     # Of the same products as the approximate logits beside them.
     sketched = pages.sketched(hidden)
