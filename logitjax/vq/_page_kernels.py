@@ -30,7 +30,10 @@ def page_mass(
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """``[n, pages]``, logsumexp by page, and ``[n, 1]``, of all, of ``(hidden @ projection.T @ codes) * scales + offsets``."""
+    """``[n, pages]`` and ``[n, 1]``, logsumexp by page and of all of these logits. ::
+
+        (hidden @ projection.T @ codes) * scales + offsets
+    """
     (rank, width), (steps, _, tile), n = projection.shape, lines.shape, hidden.shape[0]
     count = tile // size
 
