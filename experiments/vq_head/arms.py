@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_cost, adaptive_nll, adaptive_topk
 from experiments.vq_head.data import Context
@@ -250,6 +251,18 @@ def _as_fitted(ctx: Context, trial: Trial) -> Variants:
     return {trial.arm: of_head(ctx, _fit(ctx, trial, trial.arm)[0])}
 
 
+def _paged(ctx: Context, trial: Trial) -> Variants:
+    shared = _as_fitted(ctx, trial)["paged"]
+
+    def outputs(arrays: Any, *positions: Any) -> Any:
+        def alone(position: Any) -> Any:
+            return shared.outputs(arrays, *jax.tree.map(lambda x: x[None], position))
+
+        return jax.tree.map(lambda x: x[:, 0], lax.map(alone, positions))
+
+    return {"paged": shared, "paged alone": dataclasses.replace(shared, outputs=outputs)}
+
+
 def _adaptive(ctx: Context, trial: Trial) -> Variants:
     """Trained on labels: its log-probabilities are not linear in the old head's sums."""
     train, vocab, config = ctx.splits["train"], ctx.vocab, ctx.config
@@ -292,7 +305,8 @@ FITS: dict[str, Callable[[Context, Trial], Variants]] = {
     "int8_plain": lambda ctx, _: {"int8_plain": references(ctx)["int8"]},
     **dict.fromkeys(("int8", "int4"), _rounded),
     "screened": _screened,
-    **dict.fromkeys(("certified", "paged"), _as_fitted),
+    "certified": _as_fitted,
+    "paged": _paged,
     "adaptive": _adaptive,
 }
 #: Arms that no learning rate changes.

@@ -32,7 +32,7 @@ def page_mass(
 ) -> tuple[jax.Array, jax.Array]:
     """``[n, pages]`` and ``[n, 1]``, logsumexp by page and of all of these logits. ::
 
-        (hidden @ projection.T @ codes) * scales + offsets
+    (hidden @ projection.T @ codes) * scales + offsets
     """
     (rank, width), (steps, _, tile), n = projection.shape, lines.shape, hidden.shape[0]
     count = tile // size

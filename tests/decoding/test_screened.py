@@ -107,6 +107,18 @@ def test_greedy_text_is_that_of_a_loop_over_the_head(screened):
 
 
 @pytest.mark.slow
+@pytest.mark.every_change
+def test_a_screened_head_drafts_for_the_full_one(screened):
+    full = load_model("tiny", layout="listed")
+    expected = generate(full, PROMPTS, max_new_tokens=12).rows()
+    cheaper = full.with_head(ScreenedHead(screened.head.screen, num_candidates=160))
+    out = generate(full, PROMPTS, max_new_tokens=12, drafts=DraftControl(cheaper, 3))
+    assert out.rows() == expected
+    assert out.drafting is not None
+    assert 0 < sum(out.drafting.accepted) < sum(out.drafting.tested)
+
+
+@pytest.mark.slow
 def test_samples_are_those_of_the_heads_logits(screened, monkeypatch):
     warm = [Sampling(temperature=1.0, top_p=0.9, seed=4), Sampling(), Sampling(temperature=2.0)]
     out = generate(screened, PROMPTS, max_new_tokens=12, sampling=warm)

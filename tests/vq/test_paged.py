@@ -41,7 +41,9 @@ def case() -> dict[str, Any]:
         page_size=SIZE,
         rank=16,
         share=6.0,
-        imitate=lambda *args: tuning.imitate(*args[:2], hidden, targets, constants=args[2]),
+        imitate=lambda head_of, params, rows: tuning.imitate(
+            head_of, params, hidden, targets, constants=rows
+        ),
     )
     assert losses[-1] < losses[0]
     return dict(hidden=hidden, paged=paged, full=hidden @ rows.T + head.bias, head=head)
