@@ -152,7 +152,7 @@ def _distances(
     """Kolmogorov-Smirnov distances of truth ratios; between controls it is the floor."""
     pairs = itertools.combinations(controls, 2) if inside else itertools.product(records, controls)
     return [
-        float(stats.ks_2samp(a["truth ratios"], b["truth ratios"])[0])
+        next(map(float, stats.ks_2samp(a["truth ratios"], b["truth ratios"])))
         for a, b in pairs
         if a and b and a["truth ratios"] and b["truth ratios"]
     ]
