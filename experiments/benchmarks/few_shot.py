@@ -8,9 +8,7 @@ nothing else. If the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the sam
 there with as many threads, in turns with ours; every step of the run costs the same.
 """
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +43,7 @@ _SECONDS, _GB = 75.0, 1.5
 def run(options: suite.Options) -> suite.Result:
     shape = Shape(classes=20, features=32, shots=4, epochs=3) if options.smoke else Shape()
     batch = 16 if options.smoke else 256
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        whole = pool.submit(_whole_run, shape, batch).result()
+    whole = suite.in_fresh_process(_whole_run, shape, batch)
     rows: list[dict[str, Any]] = [whole]
     bars = []
     if not options.smoke:

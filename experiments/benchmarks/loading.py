@@ -4,72 +4,55 @@ On CPU the loaded model itself is in host memory, so 1.0 is the minimum. A mixtu
 spread over a mesh of 8 devices of this host.
 """
 
-import json
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from experiments.shared import suite
-
-_CHILD = """
-import json, sys, time
-import jax, jax.numpy as jnp
-from flax import nnx
-from experiments.shared.suite import memory_bytes
-from logitjax import models, training
-
-spec, layout, dtype = sys.argv[1:]
-jnp.zeros(()).block_until_ready()
-# A child inherits its parent's peak through getrusage, not through VmHWM.
-before, start = memory_bytes("VmRSS"), time.perf_counter()
-mesh = training.make_mesh("expert:8") if "experts" in spec else None
-model = models.load_model(
-    spec, layout=layout, param_dtype=jnp.dtype(dtype), mesh=mesh, rules=models.DECODER_RULES
-)
-leaves = jax.tree.leaves(nnx.state(model))
-jax.block_until_ready(leaves)
-seconds = time.perf_counter() - start
-size = sum(leaf.nbytes for leaf in leaves)
-print(json.dumps({"seconds": seconds, "size": size, "peak": memory_bytes("VmHWM") - before}))
-"""
-
-_EXPORT = """
-import sys
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from logitjax import models
 
-spec, directory = sys.argv[1:]
-if spec == "random":
-    config = models.DecoderConfig(
-        vocab_size=32_000, hidden_size=512, intermediate_size=1408, num_layers=8, num_heads=8,
-        num_kv_heads=4, head_dim=64, max_length=2048,
-    )
-elif spec == "experts":
-    config = models.DecoderConfig(
-        family="qwen3_moe", qk_norm=True, vocab_size=8_000, hidden_size=512, intermediate_size=512,
-        num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, max_length=2048,
-        num_experts=16, experts_per_token=4, expert_size=256,
-    )
-if spec in ("random", "experts"):
-    model = models.Decoder(config, rngs=nnx.Rngs(0))
-else:
-    model = models.load_model(spec)
-models.save_pretrained(model, None, directory, max_shard_bytes=2**28)
-"""
+from experiments.shared import suite
+from logitjax import models, training
+
+_SIZES: Any = dict(hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64)
+_EXPERTS: Any = dict(family="qwen3_moe", qk_norm=True, num_experts=16, experts_per_token=4)
+_RANDOM = {
+    "random": models.DecoderConfig(
+        vocab_size=32_000, intermediate_size=1408, max_length=2048, **_SIZES
+    ),
+    "experts": models.DecoderConfig(
+        vocab_size=8_000,
+        intermediate_size=512,
+        expert_size=256,
+        max_length=2048,
+        **_SIZES,
+        **_EXPERTS,
+    ),
+}
 
 
-def _child(program: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", program, *arguments]
+def _export(name: str, directory: str) -> None:
+    if name in _RANDOM:
+        model = models.Decoder(_RANDOM[name], rngs=nnx.Rngs(0))
+    else:
+        model = models.load_model(name)
+    models.save_pretrained(model, None, directory, max_shard_bytes=2**28)
+
+
+def _load(spec: str, layout: Any, dtype: str) -> dict[str, float]:
+    """Seconds of loading, the model's bytes, and those that the process came to hold."""
     # A mixture uses all of them, other models the first.
-    devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=devices).stdout
-
-
-def _measure(spec: str, layout: str, dtype: str) -> dict[str, Any]:
-    return json.loads(_child(_CHILD, spec, layout, dtype).splitlines()[-1])
+    jax.config.update("jax_num_cpu_devices", 8)
+    jnp.zeros(()).block_until_ready()
+    before, start = suite.memory_bytes("VmRSS"), time.perf_counter()
+    mesh = training.make_mesh("expert:8") if "experts" in spec else None
+    model = models.load_model(
+        spec, layout=layout, param_dtype=jnp.dtype(dtype), mesh=mesh, rules=models.DECODER_RULES
+    )
+    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    seconds, size = time.perf_counter() - start, sum(leaf.nbytes for leaf in leaves)
+    return {"seconds": seconds, "size": size, "peak": suite.memory_bytes("VmHWM") - before}
 
 
 def run(options: suite.Options) -> suite.Result:
@@ -79,13 +62,13 @@ def run(options: suite.Options) -> suite.Result:
     sources = {} if options.smoke else {"smollm2 gguf": "smollm2"}
     for model in (name, "experts"):
         directory = str(Path(options.directory) / f"{model}-safetensors")
-        _child(_EXPORT, model, directory)
+        suite.in_fresh_process(_export, model, directory)
         sources[f"{model} safetensors"] = directory
     rows, worst = [], 0.0
     for kind, spec in sources.items():
         for layout in ("stacked", "listed"):
             for dtype in ("float32", "bfloat16"):
-                seen = _measure(spec, layout, dtype)
+                seen = suite.in_fresh_process(_load, spec, layout, dtype)
                 ratio = seen["peak"] / seen["size"]
                 if "safetensors" in kind and dtype == "float32":
                     worst = max(worst, ratio)

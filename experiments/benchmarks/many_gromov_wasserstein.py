@@ -6,13 +6,10 @@
 which no cache keeps between processes, but not making the pairs.
 """
 
-import json
-import os
-import subprocess
-import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.shared import suite
@@ -27,7 +24,7 @@ def run(options: suite.Options) -> suite.Result:
     rows: list[dict[str, Any]] = []
     bars = []
     for form in ("factors", "matrices"):
-        seconds = {way: _cold(form, way, pairs, n) for way in _WAYS}
+        seconds = {way: suite.in_fresh_process(cpu_seconds, form, way, pairs, n) for way in _WAYS}
         ratio = seconds["loop"] / seconds["certificate_many"]
         rows += [
             {"pairs": pairs, "n": n, "form": form, "way": way, "CPU-seconds": seconds[way]}
@@ -38,15 +35,9 @@ def run(options: suite.Options) -> suite.Result:
     return suite.Result(rows=rows, bars=bars)
 
 
-def _cold(form: str, way: str, pairs: int, n: int) -> float:
-    command = [sys.executable, "-m", __name__, form, way, str(pairs), str(n)]
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def main(form: str, way: str, pairs: int, n: int) -> float:
+def cpu_seconds(form: str, way: str, pairs: int, n: int) -> float:
     """CPU-seconds of this process for the bounds of all pairs."""
+    jax.config.update("jax_enable_compilation_cache", False)
     rng = np.random.default_rng(0)
     graphs: list[tuple[Any, Any]] = []
     for _ in range(pairs):
@@ -60,7 +51,3 @@ def main(form: str, way: str, pairs: int, n: int) -> float:
     else:
         transport.certificate_many(graphs)
     return time.process_time() - start
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))

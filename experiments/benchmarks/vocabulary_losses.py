@@ -18,14 +18,13 @@ import contextlib
 import functools
 import io
 import itertools
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,6 @@ def peak_rss(shape: Shape, kind: str, peer: str) -> int:
     return suite.memory_bytes("VmHWM")
 
 
-def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def _measure(shape: Shape, kind: str, options: suite.Options) -> list[dict[str, Any]]:
     abstract = {
         name: jax.ShapeDtypeStruct(size, jnp.int32 if name == "labels" else jnp.float32)
@@ -70,7 +63,8 @@ def _measure(shape: Shape, kind: str, options: suite.Options) -> list[dict[str, 
         row = {"loss": kind, "T": shape[0], "H": shape[1], "V": shape[2], "form": peer}
         row["temp MiB"] = suite.temp_bytes(vocabulary.form_step(kind, peer), abstract) / 2**20
         try:
-            row["peak RSS MiB"] = _in_fresh_process(peak_rss, shape, kind, peer) / 2**20
+            peak = suite.in_fresh_process(peak_rss, shape, kind, peer)
+            row["peak RSS MiB"] = peak / 2**20
         except concurrent.futures.process.BrokenProcessPool:
             logging.warning("%s %s at %s does not fit into memory", kind, peer, shape)
             row["peak RSS MiB"] = None

@@ -4,10 +4,8 @@ Weights are random: nothing timed here depends on their values.
 """
 
 import functools
-import json
 import math
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -123,41 +121,27 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
     return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
-_FIT = """
-import json, sys, time
-import jax, jax.numpy as jnp
-from experiments.shared.suite import memory_bytes
-from logitjax import vq
-
-vocab, hidden, codes, iterations = map(int, sys.argv[1:])
-key = jax.random.key(0)
-# From a small block: making them must not take more than fitting, or its memory does not show.
-block = jax.random.normal(key, (997, hidden), jnp.bfloat16)
-rows = jax.jit(lambda block: jnp.resize(block, (vocab, hidden)))(block)
-unigram = 1.0 / jnp.arange(1.0, vocab + 1)
-jax.block_until_ready(rows)
-before, start = memory_bytes("VmHWM"), time.perf_counter()
-fit = vq.fit_assignment(
-    rows, unigram, jnp.zeros(hidden), jnp.eye(hidden), codes, iterations=iterations
-)
-jax.block_until_ready(fit)
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "added": memory_bytes("VmHWM") - before}))
-"""
+def _fit_costs(vocab: int, hidden: int, codes: int, iterations: int) -> tuple[float, int]:
+    """Seconds of a fit, and the bytes that it adds to the most that this process has held."""
+    # From a small block: making them must not take more than fitting, or its memory does not show.
+    block = jax.random.normal(jax.random.key(0), (997, hidden), jnp.bfloat16)
+    rows = jax.jit(lambda block: jnp.resize(block, (vocab, hidden)))(block)
+    unigram = 1.0 / jnp.arange(1.0, vocab + 1)
+    jax.block_until_ready(rows)
+    before, start = suite.memory_bytes("VmHWM"), time.perf_counter()
+    spread = jnp.zeros(hidden), jnp.eye(hidden)
+    jax.block_until_ready(vq.fit_assignment(rows, unigram, *spread, codes, iterations=iterations))
+    return time.perf_counter() - start, suite.memory_bytes("VmHWM") - before
 
 
 def _fit(options: suite.Options) -> tuple[dict[str, Any], suite.Bar]:
     vocab, hidden, codes = (2_000, 32, 64) if options.smoke else (262_144, 2304, 4096)
-    arguments = [str(x) for x in (vocab, hidden, codes, 2)]
-    command = [sys.executable, "-c", _FIT, *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    record = json.loads(done.stdout.splitlines()[-1])
+    seconds, added = suite.in_fresh_process(_fit_costs, vocab, hidden, codes, 2)
     whole = vocab * codes * 4
     row = {"what": f"fit_assignment, {codes} codes, 2 iterations", "d": hidden, "V": vocab}
-    row |= {"head": "vq", "ms": 1e3 * record["seconds"], "added MiB": record["added"] / 2**20}
+    row |= {"head": "vq", "ms": 1e3 * seconds, "added MiB": added / 2**20}
     row["V x K would be, MiB"] = whole / 2**20
-    share = record["added"] / whole
-    return row, suite.at_most("fitting: memory added / (V x K)", share, 0.9)
+    return row, suite.at_most("fitting: memory added / (V x K)", added / whole, 0.9)
 
 
 def run(options: suite.Options) -> suite.Result:

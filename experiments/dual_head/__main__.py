@@ -13,7 +13,7 @@ alpha times that loss); `single` (the same with the logit loss, on one head); `l
 head, the paper's method), where `..._aligned` projects the logit loss's gradient in the trunk.
 
 Presets: `smoke` (synthetic images, seconds), `demo` (Fashion-MNIST, 10,000 images, ResNet-8),
-`report` (100 languages, an MLP, 5 seeds), `fashion` (an MLP, all baselines, 9 alphas, 10 seeds),
+`report` (100 languages, an MLP, 10 seeds), `fashion` (an MLP, all baselines, 9 alphas, 10 seeds),
 `paper` (CIFAR-100), `paper_tiny_imagenet`, `paper_imagenet`. The last three need `--data` to point
 to the files. `docs/dual_head.md` has the results, and says how to get the data.
 """

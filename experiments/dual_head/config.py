@@ -1,14 +1,16 @@
 """Settings of a run of `experiments.dual_head`, and its presets."""
 
 import dataclasses
-from typing import Any
 
+from experiments.shared import presets
 from logitjax.commands.cli import field
 
 _MAIN = ("ce", "kd", "dkd", "single", "dual_linear", "dual_linear_aligned")
 _MAIN += ("dual_mlp", "dual_mlp_aligned")
-_BASELINES = ("kd_t1", "kd_t2", "dkd_warm", "kd_standardized", "dist")
-ARMS = (*_MAIN, *_BASELINES, "logit_only", "kd_and_logit")
+ARMS = (
+    *(*_MAIN, "kd_t1", "kd_t2", "dkd_warm", "kd_standardized", "dist"),
+    *("logit_only", "kd_and_logit"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,114 +85,4 @@ class Config:
                 raise ValueError(f"{name}: expected at least one value")
 
 
-_FASHION: dict[str, Any] = dict(
-    data="tfds:fashion_mnist_png",
-    train_examples=10_000,
-    validation_examples=2_000,
-    # Better on five times the data than a deeper ResNet on the students', and quick to train.
-    teacher="mlp-512",
-    teacher_examples=50_000,
-    student="resnet8",
-    arm=("ce", "kd", "single", "dual_linear"),
-    epochs=5,
-    teacher_epochs=5,
-    decay_at=(0.6, 0.8),
-)
-_IMAGENET: dict[str, Any] = dict(
-    augment="resized_crop",
-    checkpoint_every=1,
-    learning_rate=0.1,
-    teacher_learning_rate=0.1,
-    weight_decay=1e-4,
-    epochs=100,
-    teacher_epochs=100,
-    batch_size=256,
-    decay_at=(0.3, 0.6, 0.9),
-    temperature=1.0,
-    arm=("ce", "kd", "dkd", "single", "dual_linear"),
-)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        data="synthetic:10",
-        train_examples=256,
-        validation_examples=128,
-        test_examples=128,
-        teacher="resnet8",
-        student="resnet8",
-        arm=("ce", "single", "dual_mlp_aligned"),
-        alpha=(0.1,),
-        # The teacher learns the task, its students only part of it: otherwise arms do not differ.
-        epochs=6,
-        teacher_epochs=16,
-        batch_size=32,
-        augment="crop_flip",
-    ),
-    "demo": _FASHION | dict(alpha=(0.3,)),
-    # Baselines tuned as hard: KD's published weights are .9 beside .1, which is 9, at temperatures
-    # of 1 to 4, and every weight at four rates, since a loss of large gradients needs a small one.
-    "fashion": _FASHION
-    | dict(
-        student="mlp-64",
-        seeds=11,
-        epochs=10,
-        # Projecting gradients hurts on the languages, so it is left out here.
-        arm=tuple(name for name in ARMS if not name.endswith("aligned")),
-        alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0, 30.0, 90.0),
-        rate=(0.1, 0.3, 1.0, 3.0),
-        convex=True,
-        validation_examples=5_000,
-        warmup_epochs=2,
-    ),
-    "report": dict(
-        # A deeper teacher is no better here; one that saw five times the data is.
-        teacher="mlp-512",
-        teacher_examples=30_000,
-        arm=tuple(name for name in ARMS if name != "dkd_warm"),
-        alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0, 30.0),
-        rate=(0.3, 1.0, 3.0, 10.0),
-        convex=True,
-        seeds=11,
-        train_examples=6_000,
-        batch_size=128,
-        epochs=10,
-        teacher_epochs=10,
-    ),
-    "paper": dict(
-        data="cifar100:data/cifar-100-binary",
-        validation_examples=5_000,
-        augment="crop_flip",
-        teacher="resnet32x4",
-        student="resnet8x4",
-        learning_rate=0.01,
-        epochs=240,
-        teacher_epochs=240,
-        arm=_MAIN + _BASELINES,
-        alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0, 30.0),
-        warmup_epochs=20,
-        seeds=3,
-    ),
-    "paper_tiny_imagenet": dict(
-        data="folder:data/tiny-imagenet-200",
-        image_size=64,
-        validation_examples=10_000,
-        augment="crop_flip",
-        teacher="resnet18_small_stem",
-        student="resnet20",
-        learning_rate=0.01,
-        epochs=240,
-        teacher_epochs=240,
-        alpha=(0.01, 0.03, 0.1, 0.3, 1.0),
-        seeds=3,
-    ),
-    "paper_imagenet": _IMAGENET
-    | dict(
-        data="folder:data/imagenet",
-        image_size=224,
-        validation_examples=50_000,
-        teacher="imagenet_resnet34",
-        student="imagenet_resnet18",
-        stop_epoch=50,
-        alpha=(0.01, 0.1),
-    ),
-}
+PRESETS = presets.read(__file__)

@@ -1,9 +1,9 @@
 """Settings of a run of `experiments.few_shot`, and its presets."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
-from experiments.few_shot.sources import CLIP_SOURCES
+from experiments.shared import presets
 from logitjax.commands.cli import field
 
 METHODS: tuple[str, ...] = (
@@ -59,25 +59,4 @@ class Config:
             raise ValueError(f"shots: expected positive numbers, got {self.shots}")
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        data=("synthetic:5",),
-        shots=(1, 4),
-        runs=3,
-        epochs=4,
-        steps=8,
-        arm=("amu", "tip_adapter", "task_res", "fixed"),
-    ),
-    "demo": {},
-    "report": dict(arm=ARMS, grid="full", steps=200),
-    "paper": dict(
-        data=tuple(CLIP_SOURCES),
-        encoder="hf:timm/resnet50_clip.openai",
-        auxiliary="r-50-1000ep.pth.tar",
-        views="random:10",
-        encode_batch=128,
-        runs=3,
-        grid="full",
-        steps=12_800,
-    ),
-}
+PRESETS = presets.read(__file__)

@@ -1,6 +1,7 @@
 """Tables, paired tests and the plot of the few-shot experiment."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,11 +44,8 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
 
 
 def _mean_std(values: Sequence[float]) -> str:
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return f"{100 * mean:.1f}"
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return f"{100 * mean:.1f} +- {100 * math.sqrt(variance):.1f}"
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return f"{mean} +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def _row(arm: str, values: Mapping[int, Any]) -> Row:
@@ -109,7 +107,7 @@ def means(results: Mapping[str, Records]) -> list[Row]:
         columns = {}
         for shots in first[arm]:
             runs = [arms[arm][shots]["test"] for arms in results.values()]
-            columns[shots] = _mean_std([math.fsum(run) / len(run) for run in zip(*runs)])
+            columns[shots] = _mean_std(list(map(statistics.fmean, zip(*runs))))
         rows.append(_row(arm, columns))
         if set(results) == set(CLIP_SOURCES):
             rows += _known(arm, PUBLISHED[_MEAN], columns, "published")

@@ -41,14 +41,14 @@ _FASHION = Source(
     train="train[:500]",
     test="test[:2000]",
     size=96,
-    synsets=few_shot_synsets.FASHION,
+    synsets=few_shot_synsets.TABLES["fashion"],
     cosine=True,
     # The likelihood of the 500 is highest here; at 100 the head is 33% right and 78% sure.
     scale=20.0,
 )
 
 SOURCES: dict[str, Source] = {
-    "stamps": Source(data="stamps", fit="pad", size=160, synsets=few_shot_synsets.STAMPS),
+    "stamps": Source(data="stamps", fit="pad", size=160, synsets=few_shot_synsets.TABLES["stamps"]),
     "fashion": _FASHION,
     # Enough that samples hardly overlap.
     "fashion_wide": dataclasses.replace(_FASHION, train="train[:6000]"),
@@ -57,7 +57,7 @@ SOURCES: dict[str, Source] = {
         data="emoji:apple",
         fit="pad",
         size=96,
-        synsets=few_shot_synsets.EMOJI,
+        synsets=few_shot_synsets.TABLES["emoji"],
         shifted={v: (f"emoji:{v}", "all") for v in ("facebook", "google", "twitter")},
     ),
 }

@@ -1,9 +1,9 @@
 """Settings of a run of `experiments.forgetting`, and its presets."""
 
 import dataclasses
-from typing import Any
 
 from experiments.forgetting.divergence import Divergence
+from experiments.shared import presets
 from logitjax import unlearning
 from logitjax.commands.cli import field
 
@@ -122,99 +122,4 @@ class Config:
         )
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        model="tiny",
-        method=("difference", "npo_kl"),
-        teach_steps=60,
-        teach_rate=1e-2,
-        layers=1,
-        lora_rank=4,
-        steps=4,
-        check_every=2,
-        least=0.1,
-        most_perplexity=9.0,
-        text="text:LICENSE",
-        text_windows=2,
-        text_length=32,
-        max_length=192,
-        new_tokens=4,
-        thorough=False,
-        relearn_rates=(1e-3,),
-        relearn_steps=(2,),
-    ),
-    "demo": dict(
-        method=("difference", "gradient_difference", "npo_kl", "rmu"),
-        teach_steps=16,
-        teach_rate=2e-3,
-        steps=20,
-        check_every=20,
-        batch_size=4,
-        text_windows=4,
-        text_length=64,
-        new_tokens=24,
-        thorough=False,
-        relearn_rates=(5e-4,),
-        relearn_steps=(2, 6),
-    ),
-    # The verdict's claim about authors of TOFU, small enough for a laptop.
-    "tofu": dict(
-        scene="tofu",
-        authors=6,
-        forget_authors=1,
-        method=("difference", "divergence", "gradient_difference"),
-        teach_steps=60,
-        teach_rate=2e-3,
-        steps=20,
-        batch_size=4,
-        text_windows=4,
-        text_length=64,
-        new_tokens=32,
-        eval_batch=16,
-        thorough=False,
-        relearn_rates=(5e-4,),
-        relearn_steps=(10,),
-    ),
-    # Many hours of two cores: run it part by part with --only.
-    "report": dict(
-        scene="tofu",
-        method=(*_METHODS, f"gradient_difference{ALL}", f"npo_gradient_difference{ALL}"),
-        # Five epochs, as for TOFU's own models.
-        teach_steps=250,
-        teach_batch=16,
-        teach_rank=64,
-        retrained=3,
-        rates=(0.3, 1.0, 3.0, 10.0),
-        seeds=3,
-        steps=30,
-        check_every=30,
-        batch_size=4,
-        topics=40,
-        relearn_rates=(5e-4, 2e-3),
-        relearn_steps=(6, 20),
-        eval_batch=40,
-        dtype="bfloat16",
-    ),
-    # The paper's model and numbers of rows: for a slice whose devices belong to one process.
-    "paper": dict(
-        model="hf:meta-llama/Llama-2-7b-chat-hf",
-        scene="tofu",
-        method=("difference", f"npo_kl{ALL}"),
-        authors=198,
-        forget_authors=2,
-        teach_steps=620,
-        teach_batch=32,
-        teach_rank=64,
-        retrained=3,
-        rates=(0.3, 1.0, 3.0),
-        seeds=3,
-        steps=60,
-        batch_size=32,
-        lora_rank=32,
-        max_length=200,
-        new_tokens=200,
-        eval_batch=64,
-        dtype="bfloat16",
-        mesh="data:-1,fsdp:8",
-    ),
-}
+PRESETS = presets.read(__file__)

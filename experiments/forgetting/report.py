@@ -152,15 +152,10 @@ def _distances(
     """Kolmogorov-Smirnov distances of truth ratios; between controls it is the floor."""
     pairs = itertools.combinations(controls, 2) if inside else itertools.product(records, controls)
     return [
-        _distance(a["truth ratios"], b["truth ratios"])
+        next(map(float, stats.ks_2samp(a["truth ratios"], b["truth ratios"])))
         for a, b in pairs
         if a and b and a["truth ratios"] and b["truth ratios"]
     ]
-
-
-def _distance(ratios: Sequence[float], others: Sequence[float]) -> float:
-    d, _ = map(float, stats.ks_2samp(ratios, others))
-    return d
 
 
 def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

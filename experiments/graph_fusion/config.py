@@ -1,8 +1,9 @@
 """Settings of a run of `experiments.graph_fusion`, and its presets."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
+from experiments.shared import presets
 from logitjax import distillation, training
 from logitjax.commands.cli import build, field, flatten, nested
 
@@ -110,12 +111,12 @@ class Config:
         """The configuration of one part."""
         both = {"student": self.student, "other": self.reading.teachers[0]}
         chosen = dict(PARTS[name])
-        student, sources = chosen.pop("who")
         chosen["fit_to"] = (
             *self.reading.fit_to,
             *(both[name] for name in chosen.pop("fit_to", ())),
         )
-        chosen |= {"student": both[student], "source": tuple(both[name] for name in sources)}
+        chosen["student"] = both[chosen["student"]]
+        chosen["source"] = tuple(both[name] for name in chosen["source"])
         return build(Config, flatten(self) | {"part": ()} | chosen)
 
     @property
@@ -129,128 +130,6 @@ class Config:
         return self.reading.teachers or (self.student,)
 
 
-# A model that lacks layers learns faster than a whole one.
-_HEALING = (1.25e-4, 3.125e-4, 7.8125e-4)
 # The student and teachers of each part, and its differences from the run's configuration.
-PARTS: dict[str, dict[str, Any]] = {
-    "pair": dict(who=("student", ("other",)), drop_layers=(0,)),
-    # InfiGFusion's own claim: several sources, one pivot.
-    # All on the rows that both tokenizers cut; otherwise bits a byte would be of different texts.
-    "healed_own": dict(
-        who=("student", ("student",)),
-        fit_to=("other",),
-        loss=("sft", "first_piece"),
-        learning_rate=_HEALING,
-    ),
-    "healed_other": dict(
-        who=("student", ("other",)), loss=("first_piece",), learning_rate=_HEALING
-    ),
-    "healed_both": dict(
-        who=("student", ("student", "other")), loss=("first_piece",), learning_rate=_HEALING
-    ),
-    # The second pair of tokenizers: a student with a large vocabulary, a source with a small one.
-    "reverse": dict(
-        who=("other", ("student",)),
-        drop_layers=(0,),
-        # One of each kind, because a step takes twice the time of one of the other pair.
-        loss=("sft", "first_piece", "hybrid", "alm", "uld"),
-        # Most of a small model of 262,144 tokens is its embedding. Few of its rows occur in 5,120
-        # tokens, and training it takes half the time of a step.
-        freeze="embedding",
-        # A first run with the other pair's rates chose 1.26e-5 for SFT.
-        learning_rate=(8e-6, 1.26e-5, 2e-5),
-        steps=40,
-        topic_rows=0,
-    ),
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        student="tiny",
-        drop_layers=(1,),
-        source=("tiny:1",),
-        data="text:LICENSE",
-        loss=ARMS,
-        seq_len=64,
-        batch_size=2,
-        eval_batch=2,
-        steps=6,
-        eval_rows=4,
-        eval_every=3,
-        checkpoint_every=3,
-        log_every=2,
-        cache_top_k=16,
-        learning_rate=(1e-2,),
-    ),
-    "demo": dict(freeze_below=True, steps=40, learning_rate=(3e-4,), eval_rows=24),
-    "report": dict(
-        freeze_below=True,
-        drop_layers=(6, 2, 4, 8),
-        drop_arm=("sft", "kl"),
-        loss=("sft", "kl", "kl_only", "uld", "uld+gld"),
-        gld=(
-            "rank/row_sum/closed_form:0.002",
-            "token/row_rms/closed_form:0.02",
-            "rank/row_sum/sorted_coupling:0.0001",
-        ),
-        mix=(0.5, 0.75, 0.25),
-        learning_rate=(1e-4, 2e-4, 4e-4),
-        seeds=3,
-        eval_rows=32,
-    ),
-    # The basis of the claims IF-1 to IF-3. Rows are short so that a step has two, because the null
-    # arm takes the graph of the other. A share of 0 is ULD alone, so only the largest is an edge.
-    "claims": dict(
-        freeze_below=True,
-        loss=("uld", "uld+gld", NULL),
-        gld=tuple(f"rank/row_sum/closed_form:{share}%" for share in (10, 3, 30, 100, 300)),
-        learning_rate=_HEALING,
-        trials=8,
-        seeds=11,
-        seq_len=64,
-        batch_size=2,
-        checkpoint_every=240,
-        eval_rows=96,
-        unit_rows=256,
-    ),
-    # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
-    "heterogeneous": dict(
-        source=(".cache/models/gemma-3-270m.gguf",),
-        part=("pair", "healed_own", "healed_other", "healed_both", "reverse"),
-        freeze_below=True,
-        loss=("sft", *CROSS, "uld", "uld+gld"),
-        # A first run chose .25, the smallest of .25, .5 and .75.
-        mix=(0.25, 0.1, 0.5),
-        learning_rate=(2e-5, 5e-5, 1.25e-4),
-        trials=6,
-        seeds=3,
-        eval_rows=48,
-        topic_rows=40,
-    ),
-    # 130k examples, 4K inputs, four 14B-24B models: for a pod. Data: jsonl of prompt and response.
-    "paper": dict(
-        student="hf:microsoft/phi-4",
-        drop_layers=(0,),
-        source=(
-            "hf:Qwen/Qwen2.5-14B-Instruct",
-            "hf:Qwen/Qwen2.5-Coder-14B-Instruct",
-            "hf:mistralai/Mistral-Small-24B-Instruct-2501",
-        ),
-        data="jsonl:data/fusion",
-        loss=("sft", "uld+gld"),
-        seq_len=4096,
-        batch_size=128,
-        eval_batch=128,
-        accumulate=2,
-        steps=1000,
-        learning_rate=(1e-5,),
-        weight_decay=0.1,
-        eval_rows=512,
-        eval_every=250,
-        checkpoint_every=100,
-        dtype="bfloat16",
-        layout="stacked",
-        remat="full",
-        mesh="data:-1,fsdp:32,tensor:2",
-    ),
-}
+PARTS = presets.read(__file__, "parts.toml")
+PRESETS = presets.read(__file__)

@@ -1,28 +1,15 @@
 """Settings of a run of `experiments.leakage_audit`, and its presets."""
 
 import dataclasses
-from typing import Any
 
+from experiments.shared import presets
 from logitjax import leakage
 from logitjax.commands.cli import field
 
-DEMO = (
-    "full",
-    "round_2",
-    "round_1",
-    "round_0",
-    "noise_0.3",
-    "noise_1",
-    "floor_-10",
-    "top_1000",
-    "top_20",
-    "top_5",
-    "top_5_bias",
-    "sampling",
-    "draws",
-    "argmax",
+_DEMO = (
+    *("full", "round_2", "round_1", "round_0", "noise_0.3", "noise_1", "floor_-10"),
+    *("top_1000", "top_20", "top_5", "top_5_bias", "sampling", "draws", "argmax"),
 )
-REPORT = (*DEMO, "round_5", "noise_0.1", "noise_3", "floor_-6", "top_5000", "top_200")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +21,7 @@ class Config:
     prompts: int = field(700, "Number of prompts, with one row of logits each.")
     prompt_length: int = field(24, "Number of tokens in a prompt.")
     batch_size: int = field(25, "Number of prompts in a forward pass.")
-    policy: tuple[str, ...] = field(DEMO, "Policy of the API to audit.")
+    policy: tuple[str, ...] = field(_DEMO, "Policy of the API to audit.")
     seeds: int = field(1, "Number of seeds of noise. Other policies run once.")
     corner: int = field(
         0, "Number of rows and columns of the corner to query through a bias. 0 for none."
@@ -50,24 +37,4 @@ class Config:
             raise ValueError(f"corner: at most prompts={self.prompts}, got {self.corner}")
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        model="tiny",
-        data="text:LICENSE",
-        prompts=60,
-        prompt_length=8,
-        policy=("full", "round_2", "noise_0.3", "top_5", "top_5_bias", "sampling", "argmax"),
-        corner=40,
-    ),
-    "demo": dict(corner=0),
-    "report": dict(policy=REPORT, seeds=3, corner=620),
-    "paper": dict(
-        model="hf:distilbert/distilgpt2",
-        data="tfds:experiments.shared.wikitext103:Wikitext103",
-        policy=REPORT,
-        seeds=3,
-        prompts=1000,
-        prompt_length=64,
-        corner=820,
-    ),
-}
+PRESETS = presets.read(__file__)

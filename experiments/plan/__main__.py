@@ -22,13 +22,11 @@ import importlib
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
 from etils import epath
 
 from experiments.plan import chips, commands, costs, runs
@@ -36,6 +34,7 @@ from experiments.shared import figures
 from experiments.shared.report import markdown_table, write_report
 from logitjax import ops, training
 from logitjax.commands import cli
+from logitjax.commands.cli import field, nested
 
 # The slice to plan for, by experiment, if no chip is named.
 EXPERIMENTS = {
@@ -391,51 +390,86 @@ def keep(plan: Plan, workdir: epath.Path) -> None:
     (workdir / f"{name}.json").write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
 
 
-def _main(argv: Sequence[str]) -> None:
-    values = flags.FLAGS
-    workdir = epath.Path(values.workdir)
-    try:
-        if values.report:
-            items = read(workdir)
-            compiled = sorted({plan.versions for plan in items})
-            text = write_report(
-                workdir / "report",
-                f"# Plans\n\n{markdown(items)}\n\n![memory of a device](memory.png)",
-                tables=tables(items) | {"compiled with": [{"versions": v} for v in compiled]},
-                pictures={"memory": picture(items)},
-            )
-            print(text)
-            return
-        if (values.experiment is None) == (values.command is None):
-            raise ValueError(
-                f"experiment: expected one of {', '.join(EXPERIMENTS)}, or a --command that trains"
-            )
-        chip = chips.parse_chip(
-            values.chip or EXPERIMENTS.get(values.experiment, "v5e:2x2"), values.slices
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to plan, and for which hardware."""
+
+    experiment: str | None = field(
+        None, "Experiment whose programs to plan.", choices=tuple(EXPERIMENTS)
+    )
+    command: str | None = field(
+        None, "Training command, such as convert-head; its flags follow --."
+    )
+    preset: str = field("paper", "Preset of the experiment; its own flags, after --, override it.")
+    arguments: tuple[str, ...] = field(
+        (), "Flags of the experiment or the command, after --.", positional=True
+    )
+    mesh: str = field("", "Axes and sizes of the mesh, in place of the preset's.")
+    chip: str | None = field(
+        None,
+        "Chips to plan for: v5p:4x4x8, v5e:..., v6e:..., h100[:COUNT], h200[:COUNT] or cpu:COUNT.",
+    )
+    slices: int = field(
+        1, "Number of such TPU slices; each has the mesh, joined by dcn_data.", minimum=1
+    )
+    all: bool = field(False, "Plan every program of the experiment, not only the main one.")
+    run: bool = field(False, "Print the cost of a whole run: hours, chips, disk and money.")
+    smallest: bool = field(False, "Look for the smallest slice in which the run fits.")
+    assumed: runs.Assumptions = nested(without=("prices",))
+    prices: str = field(
+        "", "YAML file: dollars of an hour of each chip. By default experiments/plan/prices.yaml."
+    )
+    workdir: str = field("runs/plans", "Folder in which plans are kept.")
+    report: bool = field(False, "Report the stored plans in WORKDIR/report, and stop.")
+
+
+def run(config: Config) -> None:
+    """Plan, print and keep programs, or report those that are kept."""
+    # A plan says how long its compilation took.
+    jax.config.update("jax_enable_compilation_cache", False)
+    workdir = epath.Path(config.workdir)
+    if config.report:
+        items = read(workdir)
+        compiled = sorted({plan.versions for plan in items})
+        text = write_report(
+            workdir / "report",
+            f"# Plans\n\n{markdown(items)}\n\n![memory of a device](memory.png)",
+            tables=tables(items) | {"compiled with": [{"versions": v} for v in compiled]},
+            pictures={"memory": picture(items)},
         )
-        mesh = values.mesh or ""
-        if values.slices > 1 and "dcn_data" not in mesh:
-            # Each slice gets the preset's mesh.
-            local = mesh or _mesh_of(values.experiment, values.preset)
-            mesh = f"dcn_data:{values.slices},{local}"
-        chips.prepare(chip, mesh or _mesh_of(values.experiment, values.preset))
-        assumed = runs.Assumptions.of(values) if values.run else None
-        if values.command:
-            plan = functools.partial(command_plans, values.command, argv[1:])
-        else:
-            plan = functools.partial(plans, values.experiment, values.preset, arguments=argv[1:])
-        if values.smallest:
-            chip, mesh = _smallest(plan, chip, mesh or _mesh_of(values.experiment, values.preset))
-        items = []
-        for one in plan(chip, mesh=mesh, every=values.all or values.run):
-            print(report(one), flush=True)
-            keep(one, workdir)
-            items.append(one)
-        if assumed is not None:
-            print(runs.report(items, assumed))
-    except (ValueError, ImportError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(text)
+        return
+    if (config.experiment is None) == (config.command is None):
+        raise ValueError(
+            f"experiment: expected one of {', '.join(EXPERIMENTS)}, or a --command that trains"
+        )
+    own, mesh = _mesh_of(config.experiment, config.preset), config.mesh
+    chip = chips.parse_chip(
+        config.chip or EXPERIMENTS.get(config.experiment or "", "v5e:2x2"), config.slices
+    )
+    if config.slices > 1 and "dcn_data" not in mesh:
+        # Each slice gets the preset's mesh.
+        mesh = f"dcn_data:{config.slices},{mesh or own}"
+    chips.prepare(chip, mesh or own)
+    assumed = config.assumed
+    if config.run:
+        assumed = dataclasses.replace(assumed, prices=runs.read_prices(config.prices))
+    if config.command:
+        plan = functools.partial(command_plans, config.command, config.arguments)
+    else:
+        assert config.experiment is not None
+        plan = functools.partial(
+            plans, config.experiment, config.preset, arguments=config.arguments
+        )
+    if config.smallest:
+        chip, mesh = _smallest(plan, chip, mesh or own)
+    items = []
+    for one in plan(chip, mesh=mesh, every=config.all or config.run):
+        print(report(one), flush=True)
+        keep(one, workdir)
+        items.append(one)
+    if config.run:
+        print(runs.report(items, assumed))
 
 
 def _smallest(
@@ -459,29 +493,4 @@ def _mesh_of(experiment: str | None, preset: str) -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("experiment", None, list(EXPERIMENTS), "Experiment whose programs to plan.")
-    flags.DEFINE_string(
-        "command", None, "Training command, such as convert-head; its flags follow --."
-    )
-    flags.DEFINE_string(
-        "preset", "paper", "Preset of the experiment; its own flags, after --, override it."
-    )
-    flags.DEFINE_string("mesh", None, "Axes and sizes of the mesh, in place of the preset's.")
-    flags.DEFINE_string(
-        "chip",
-        None,
-        "Chips to plan for: v5p:4x4x8, v5e:..., v6e:..., h100[:COUNT], h200[:COUNT] or cpu:COUNT.",
-    )
-    flags.DEFINE_integer(
-        "slices",
-        1,
-        "Number of such TPU slices; each has the mesh, joined by dcn_data.",
-        lower_bound=1,
-    )
-    flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
-    flags.DEFINE_bool("run", False, "Print the cost of a whole run: hours, chips, disk and money.")
-    flags.DEFINE_bool("smallest", False, "Look for the smallest slice in which the run fits.")
-    runs.define_flags()
-    flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")
-    flags.DEFINE_bool("report", False, "Report the stored plans in WORKDIR/report, and stop.")
-    app.run(_main)
+    cli.main(Config, None, run)

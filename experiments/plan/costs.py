@@ -81,14 +81,12 @@ def collectives(text: str) -> Collectives:
             sent[0] += times
             sent[1] += times * _first_bytes(instruction)
         elif kind in KINDS:
+            size = _result_bytes(instruction)
             # The TPU compiler writes a reduce-scatter as an all-reduce that a fusion cuts.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-                size = _result_bytes(instruction)
-            else:
-                size = _result_bytes(instruction)
-                if kind == "reduce-scatter":
-                    size *= _group_size(instruction.rest)
+            elif kind == "reduce-scatter":
+                size *= _group_size(instruction.rest)
             calls[kind] += times
             apart[kind] += times * (started or instruction.kind.endswith("-start"))
             sizes[kind] += times * size

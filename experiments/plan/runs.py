@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from absl import flags
 
 from experiments.plan import chips
 from experiments.shared.report import markdown_table
@@ -41,29 +40,14 @@ class Assumptions:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected above 0, got {getattr(self, name)}")
 
-    @classmethod
-    def of(cls, values: Any) -> "Assumptions":
-        """The assumptions from the flags."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "prices"]
-        try:
-            prices = yaml.safe_load(pathlib.Path(values.prices).read_text())
-            prices = {str(chip): float(price) for chip, price in prices.items()}
-        except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"prices: {values.prices}: {str(error).splitlines()[0]}") from None
-        return cls(**{name: getattr(values, name) for name in names}, prices=prices)
 
-
-def define_flags() -> None:
-    """Flags of `Assumptions`."""
-    help_texts = {
-        "utilisation": "Share of the chips' peak that products reach.",
-        "failure_hours": "Chip-hours between two failures.",
-        "restart_minutes": "Minutes from a failure to the next update.",
-        "checkpoint_minutes": "Minutes between two checkpoints.",
-    }
-    for name, text in help_texts.items():
-        flags.DEFINE_float(name, getattr(Assumptions(), name), text)
-    flags.DEFINE_string("prices", str(_PRICES), "YAML file: dollars of an hour of each chip.")
+def read_prices(path: str) -> dict[str, float]:
+    """Dollars of an hour of one chip, by chip, from a YAML file; by default the one beside this."""
+    try:
+        prices = yaml.safe_load(pathlib.Path(path or _PRICES).read_text())
+        return {str(chip): float(price) for chip, price in prices.items()}
+    except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"prices: {path}: {str(error).splitlines()[0]}") from None
 
 
 def call_seconds(plan: Any, assumed: Assumptions) -> float:

@@ -1,8 +1,8 @@
 """Settings of a run of `experiments.replication`, and its presets."""
 
 import dataclasses
-from typing import Any
 
+from experiments.shared import presets
 from logitjax.commands.cli import field
 
 KINDS = ("recovered", "copied", "official", "none", "dropped", "scratch")
@@ -57,61 +57,4 @@ class Config:
             raise ValueError(f"prompts: more than width + 1 = {self.width + 1} are needed")
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        tokenizer="tiny",
-        data="text:LICENSE",
-        splits=("train", "validation", "test"),
-        vocab=64,
-        width=16,
-        teacher_layers=2,
-        seq_len=32,
-        batch_size=4,
-        teacher_steps=6,
-        steps=4,
-        learning_rate=(1e-2,),
-        arm=("recovered_2", "copied_1", "official_1", "none_1", "dropped_1", "scratch_1"),
-        prompts=24,
-        # The width of a barely trained model drowns in two decimals.
-        decimals=6,
-        timing_repeats=2,
-        mesh="data:1",
-    ),
-    "demo": dict(
-        teacher_steps=300,
-        steps=150,
-        learning_rate=(3e-3,),
-        arm=("recovered_4", "copied_4", "dropped_4", "scratch_4"),
-    ),
-    # Reduced until two cores can run it in hours.
-    "report": dict(
-        batch_size=8,
-        steps=300,
-        arm=(
-            "recovered_6",
-            "copied_6",
-            "official_6",
-            "none_6",
-            "scratch_6",
-            "recovered_4",
-            "dropped_4",
-            "scratch_4",
-        ),
-        seeds=2,
-    ),
-    "paper": dict(
-        # DistilGPT2's shape; a head over 50,257 tokens.
-        data="tfds:experiments.shared.wikitext103:Wikitext103",
-        splits=("train", "validation", "test"),
-        vocab=50_257,
-        width=768,
-        seq_len=128,
-        batch_size=32,
-        teacher_steps=100_000,
-        steps=100_000,
-        teacher_learning_rate=6e-4,
-        learning_rate=(1e-4, 3e-4),
-        prompts=1024,
-        seeds=3,
-    ),
-}
+PRESETS = presets.read(__file__)

@@ -1,7 +1,9 @@
 """Shared parts of benchmarks and rigs: options, bars, output files, and the command."""
 
+import concurrent.futures
 import dataclasses
 import importlib
+import multiprocessing
 import pkgutil
 import re
 import types
@@ -106,6 +108,13 @@ def memory_bytes(field: str, process: int | str = "self") -> int:
     status = Path(f"/proc/{process}/status").read_text()
     match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns in a new process, whose memory and programs are its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def write(result: Result, options: Options) -> str:

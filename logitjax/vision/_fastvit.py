@@ -143,22 +143,6 @@ class FastViT(Projected):
 _BRANCHES = re.compile(
     r"(.*)\.(?:conv_kxk\.\d+|conv_scale|large_conv|small_conv|identity)\.(weight|bias)$"
 )
-_NAMES = (
-    (r"\.(reparam_conv|pos_enc)\.", "."),
-    (r"\.downsample\.proj\.0\.se\.", ".se."),
-    (r"\.downsample\.proj\.0\.", ".large."),
-    (r"\.downsample\.proj\.1\.", ".mix."),
-    (r"\.pos_emb\.", ".positions."),
-    (r"\.token_mixer\.(qkv\.)", r".\1"),
-    (r"\.token_mixer\.proj\.", ".out."),
-    (r"\.token_mixer\.", ".mixer."),
-    (r"\.mlp\.fc1\.", ".up."),
-    (r"\.mlp\.fc2\.", ".down."),
-    (r"\.mlp\.conv\.", ".conv."),
-    (r"^final_conv\.se\.", "se."),
-    (r"^final_conv\.", "final."),
-    (r"^head\.fc\.", "fc."),
-)
 _LINEAR = re.compile(r"(\.|^)(up|down|mix|stem\.2|se\.fc\d)\.weight$")
 # Factors of channels, and the projection into which they are folded.
 _SCALES = (("layer_scale", "mlp.fc2"), ("layer_scale_1", "token_mixer.proj"))
@@ -242,7 +226,7 @@ def fastvit_names(weights: Weights) -> dict[str, np.ndarray]:
             gamma = folded.pop(f"{block}.{scale}.gamma").reshape(-1)
             for name in (f"{block}.{layer}.{leaf}" for leaf in ("weight", "bias")):
                 folded[name] = (folded[name].T * gamma).T
-    named = renamed(folded, _NAMES)
+    named = renamed(folded, "fastvit")
     return {k: v.reshape(v.shape[:2]) if _LINEAR.search(k) else v for k, v in named.items()}
 
 

@@ -184,7 +184,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
             prep = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
                 raise ValueError("downsample_in_bottleneck: expected false, got true")
-            return _resnet(spec, towers.renamed(weights, towers.RESNET), prep, dtype)
+            return _resnet(spec, towers.renamed(weights, "resnet"), prep, dtype)
         if str(settings.get("architecture")).startswith(("resnetaa", "resnetblur")):
             raise ValueError("anti-aliased strides are not supported")
         prep = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET

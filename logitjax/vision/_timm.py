@@ -14,29 +14,6 @@ from logitjax.vision._preprocessing import Preprocessing
 from logitjax.vision._tower_names import Weights
 from logitjax.vision._vit import Pooling, Rotary, ViTConfig
 
-_NAMES = (
-    (r"^patch_embed\.(proj|backbone\.2\.conv)\.", "patch."),
-    (r"^patch_embed\.backbone\.", "stem."),
-    (r"^cls_token$", "class_token"),
-    (r"^reg_token$", "registers"),
-    (r"^pos_embed$", "positions"),
-    (r"^norm_pre\.", "pre_norm."),
-    (r"^fc_norm\.", "norm."),
-    (r"^head\.", "fc."),
-    (r"\.attn\.([qv])_bias$", r".\1.bias"),
-    (r"\.attn\.([qkv])_proj\.", r".\1."),
-    (r"\.attn\.norm\.", ".attention_norm."),
-    (r"\.mlp\.norm\.", ".mlp_norm."),
-    (r"\.attn\.qkv\.", ".qkv."),
-    (r"\.attn\.proj\.", ".out."),
-    (r"\.(ls(?=\d\.gamma)|gamma_(?=\d$))(\d)(\.gamma)?$", r".scale\2"),
-    (r"\.mlp\.fc1_g\.", ".gate."),
-    (r"\.mlp\.fc1(_x)?\.", ".up."),
-    (r"\.mlp\.fc2\.", ".down."),
-    (r"^attn_pool\.latent$", "pool.probe"),
-    (r"^attn_pool\.proj\.", "pool.out."),
-    (r"^attn_pool\.", "pool."),
-)
 # Families in timm's names that consist of these blocks. The following ones store their weights
 # under the same names but use them differently: norms after the branches, other rotations.
 _KNOWN = re.compile(r"(deit3?|flexivit|vit|eva|eva02)_")
@@ -138,7 +115,7 @@ def timm_tower(
 
 
 def _vit_names(weights: Weights) -> dict[str, np.ndarray]:
-    named = towers.renamed(without_norms(weights), _NAMES)
+    named = towers.renamed(without_norms(weights), "timm_vit")
     for leaf in ("weight", "bias"):
         parts = [f"pool.{part}.{leaf}" for part in ("q", "kv")]
         if set(parts) <= set(named):

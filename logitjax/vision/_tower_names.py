@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import tomllib
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -25,105 +27,16 @@ Weights = Mapping[str, np.ndarray]
 PREFIX = re.compile(r"^(vision_model|vit|dinov2|dinov2_with_registers|resnet|convnext(v2)?)\.")
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 _ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
-_TRANSFORMER = (
-    # CLIP and SigLIP.
-    (r"^embeddings\.class_embedding$", "class_token"),
-    (r"^embeddings\.patch_embedding\.", "patch."),
-    (r"^embeddings\.position_embedding\.weight$", "positions"),
-    # The spelling is transformers'.
-    (r"^pre_layrnorm\.", "pre_norm."),
-    (r"^post_layernorm\.", "norm."),
-    (r"^final_layer_norm\.", "norm."),
-    (r"^embeddings\.token_embedding\.", "tokens."),
-    (r"^encoder\.layers\.", "blocks."),
-    (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.self_attn\.out_proj\.", ".out."),
-    (r"\.self_attn\.([qkv])_proj\.", r".\1."),
-    (r"^head\.probe$", "pool.probe"),
-    (r"^head\.attention\.in_proj_(weight|bias)$", r"pool.qkv.\1"),
-    (r"^head\.attention\.out_proj\.", "pool.out."),
-    (r"^head\.layernorm\.", "pool.norm."),
-    (r"^head\.mlp\.", "pool.mlp."),
-    (r"^visual_projection\.", "projection."),
-    # ViT and DINOv2.
-    (r"^embeddings\.cls_token$", "class_token"),
-    (r"^embeddings\.register_tokens$", "registers"),
-    (r"^embeddings\.position_embeddings$", "positions"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".\1."),
-    (r"\.attention\.output\.dense\.", ".out."),
-    (r"\.intermediate\.dense\.", ".up."),
-    (r"\.output\.dense\.", ".down."),
-    (r"\.layer_scale(\d)\.lambda1$", r".scale\1"),
-    (r"\.mlp\.weights_out\.", ".down."),
-    (r"\.mlp\.fc1\.", ".up."),
-    (r"\.mlp\.fc2\.", ".down."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "fc."),
-    # DINOv3, without the prefix on the hub.
-    (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch.\1"),
-    (r"^(model\.)?layer\.", "blocks."),
-    (r"\.attention\.([qkv])_proj\.", r".\1."),
-    (r"\.attention\.o_proj\.", ".out."),
-    (r"\.mlp\.(gate|up|down)_proj\.", r".\1."),
-)
-_CONVNEXT = (
-    (r"^embeddings\.patch_embeddings\.", "patch."),
-    (r"^embeddings\.layernorm\.", "patch_norm."),
-    # DINOv3, without the prefix on the hub.
-    (r"^model\.", ""),
-    (r"^stages\.0\.downsample_layers\.0\.", "patch."),
-    (r"^stages\.0\.downsample_layers\.1\.", "patch_norm."),
-    (r"\.downsample_layers\.0\.", ".norm."),
-    (r"\.downsample_layers\.1\.", ".reduce."),
-    (r"\.depthwise_conv\.", ".dwconv."),
-    (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
-    (r"\.layer_norm\.", ".norm."),
-    (r"^layer_norm\.", "norm."),
-    (r"\.gamma$", ".factor"),
-    # timm.
-    (r"^stem\.0\.", "patch."),
-    (r"^stem\.1\.", "patch_norm."),
-    (r"\.downsample\.0\.", ".norm."),
-    (r"\.downsample\.1\.", ".reduce."),
-    (r"\.conv_dw\.", ".dwconv."),
-    (r"\.mlp\.fc1\.", ".up."),
-    (r"\.mlp\.fc2\.", ".down."),
-    (r"\.mlp\.grn\.", ".grn."),
-    (r"^head\.norm\.", "norm."),
-    (r"^head\.fc\.", "fc."),
-    (r"^encoder\.stages\.", "stages."),
-    (r"\.downsampling_layer\.0\.", ".norm."),
-    (r"\.downsampling_layer\.1\.", ".reduce."),
-    (r"\.layers\.", ".blocks."),
-    (r"\.layernorm\.", ".norm."),
-    (r"\.pwconv1\.", ".up."),
-    (r"\.pwconv2\.", ".down."),
-    (r"\.layer_scale_parameter$", ".factor"),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "fc."),
-)
-# From transformers' to torchvision's names.
-RESNET = (
-    (r"^embedder\.embedder\.convolution\.", "conv1."),
-    (r"^embedder\.embedder\.normalization\.", "bn1."),
-    (r"^encoder\.stages\.(\d)\.layers\.", lambda match: f"layer{int(match[1]) + 1}."),
-    (r"\.shortcut\.convolution\.", ".downsample.0."),
-    (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"\.layer\.(\d)\.convolution\.", lambda match: f".conv{int(match[1]) + 1}."),
-    (r"\.layer\.(\d)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
-    (r"^classifier\.1\.", "fc."),
+_RULES: dict[str, list[tuple[str, str]]] = tomllib.loads(
+    (resources.files("logitjax.vision") / "names.toml").read_text()
 )
 # Masks, and position ids.
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|mask_token)$|^pooler\.")
 
 
-def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
-    """Weights renamed by pairs of patterns and replacements, one after another."""
-    named = {}
+def renamed(weights: Weights, *tables: str) -> dict[str, np.ndarray]:
+    """Weights renamed by all rules of some tables of `names.toml`, one after another."""
+    rules, named = [rule for table in tables for rule in _RULES[table]], {}
     for name, value in weights.items():
         name = PREFIX.sub("", name)
         if _NO_WEIGHTS.search(name):
@@ -141,7 +54,7 @@ def below(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
 
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
     """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, with joined projections."""
-    named = renamed(weights, _TRANSFORMER)
+    named = renamed(weights, "transformer")
     join_projections(named, biased="positions" in named)
     # Joins SwiGLU's halves.
     for name in [n for n in named if ".mlp.weights_in." in n]:
@@ -183,7 +96,7 @@ def flatten_tokens(named: dict[str, np.ndarray]) -> None:
 
 def convnext_names(weights: Weights) -> dict[str, np.ndarray]:
     """A ConvNeXt of transformers or timm in the names of `ConvNeXt`."""
-    named = renamed(weights, _CONVNEXT)
+    named = renamed(weights, "convnext")
     for name, value in named.items():
         if ".grn." in name:
             named[name] = value.reshape(-1)
@@ -371,30 +284,6 @@ def _clip_settings(
 _NO_CLIP_WEIGHTS = re.compile(
     r"(input_resolution|context_length|vocab_size|attn_mask|logit_bias|.*position_ids)$"
 )
-_OPENAI = (
-    # For models with a separate text module.
-    (r"^text\.", ""),
-    (r"^visual\.", "vision."),
-    (r"^(transformer|ln_final)\.", r"text.\1."),
-    (r"^token_embedding\.", "text.tokens."),
-    (r"^positional_embedding$", "text.positions"),
-    (r"\.ln_(final|post)\.", ".norm."),
-    (r"^text_projection$", "text.head.weight"),
-    (r"\.transformer\.resblocks\.", ".blocks."),
-    (r"\.ln_(\d)\.", r".norm\1."),
-    (r"\.attn\.in_proj_(weight|bias)$", r".qkv.\1"),
-    (r"\.attn\.out_proj\.", ".out."),
-    (r"\.mlp\.c_fc\.", ".up."),
-    (r"\.mlp\.c_proj\.", ".down."),
-)
-# Only for a vision transformer: a ResNet has other layers of these names.
-_OPENAI_VIT = (
-    (r"^vision\.class_embedding$", "vision.class_token"),
-    (r"^vision\.conv1\.", "vision.patch."),
-    (r"^vision\.positional_embedding$", "vision.positions"),
-    (r"^vision\.ln_pre\.", "vision.pre_norm."),
-    (r"^vision\.proj$", "vision.projection.weight"),
-)
 
 
 def clip_names(weights: Weights) -> dict[str, np.ndarray]:
@@ -402,10 +291,10 @@ def clip_names(weights: Weights) -> dict[str, np.ndarray]:
     weights = {k: v for k, v in weights.items() if not _NO_CLIP_WEIGHTS.match(k)}
     if any(name.startswith("vision_model.") for name in weights):
         return _from_transformers(weights)
-    rules = _OPENAI + (_OPENAI_VIT if "visual.class_embedding" in weights else ())
+    tables = ("openai", "openai_vit") if "visual.class_embedding" in weights else ("openai",)
     # These two are stored transposed, unlike the layers of torch.
     turned = ("vision.projection.weight", "text.head.weight")
-    return {k: v.T if k in turned else v for k, v in renamed(weights, rules).items()}
+    return {k: v.T if k in turned else v for k, v in renamed(weights, *tables).items()}
 
 
 def _from_transformers(weights: Weights) -> dict[str, np.ndarray]:

@@ -169,8 +169,7 @@ def test_synsets_are_numbers_and_ranges():
     assert [rows.tolist() for rows in ids] == [[7], [1, 2, 3]]
     with pytest.raises(ValueError, match="'c'"):
         few_shot_synsets.ids_of({"a": "3"}, ["c"])
-    tables = (few_shot_synsets.STAMPS, few_shot_synsets.FASHION, few_shot_synsets.EMOJI)
-    for table in tables:
+    for table in few_shot_synsets.TABLES.values():
         rows = np.concatenate(few_shot_synsets.ids_of(table, list(table)))
         assert rows.min() >= 0
         assert rows.max() < 1000

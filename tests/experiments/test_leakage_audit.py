@@ -11,7 +11,6 @@ from etils import epath
 
 from experiments.leakage_audit import __main__ as leakage_audit
 from experiments.leakage_audit import capability, measure
-from experiments.leakage_audit.config import DEMO, REPORT
 from logitjax import leakage
 from logitjax.leakage._alignment import HeadAlignment
 from logitjax.leakage._subspace import OutputSubspace
@@ -83,7 +82,7 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
 
 def test_policies_by_name():
     assert leakage.LogitPolicy.parse("top_20_bias").bias == "reported"
-    for name in {*DEMO, *REPORT}:
+    for name in {*leakage_audit.Config().policy, *leakage_audit.PRESETS["report"]["policy"]}:
         assert leakage.LogitPolicy.parse(name)
     for wrong in ("top", "round_x", "noise_-1", "open"):
         with pytest.raises(ValueError, match="policy"):

@@ -9,7 +9,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -498,6 +497,5 @@ def test_the_smallest_slice_is_the_first_that_fits(capsys):
 def test_a_table_of_prices_that_cannot_be_read_is_named(tmp_path, text):
     path = tmp_path / "prices.yaml"
     path.write_text(text)
-    values = types.SimpleNamespace(**vars(runs.Assumptions()) | {"prices": str(path)})
     with pytest.raises(ValueError, match=r"prices: .*prices\.yaml"):
-        runs.Assumptions.of(values)
+        runs.read_prices(str(path))

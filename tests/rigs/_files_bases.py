@@ -1,6 +1,7 @@
 """Small files of every kind as people have them."""
 
 import functools
+import gzip
 import io
 import pickle
 import tempfile
@@ -128,6 +129,7 @@ def pickled_weights() -> bytes:
 
 
 STORAGES = {"0": _random(30).tobytes(), "1": _random(7).astype(np.float16).tobytes()}
+MERGES = gzip.compress(b"#version\na b\nc d\nab cd\n", mtime=0)
 
 
 def archive(data: bytes, storages: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> bytes:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gzip
 import json
 import os
 import random
@@ -35,6 +34,7 @@ MESSAGES = [
 Random = random.Random
 # Bombs and good files of each kind are fewer.
 _FIRST = 100
+_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 _CODEC = storage.ArrayCodec({"x": ("float32", (4,))})
 
 
@@ -287,18 +287,8 @@ def _load_picture(directory: Path) -> int:
     return pixels.shape[0] * pixels.shape[1] * (4 + 3) if path else 0
 
 
-def _write_merges(directory: Path, number: int, rng: Random) -> None:
-    hostile = bombs.gzip_bombs() if number < 10 else []
-    content = gzip.compress(b"#version\na b\nc d\nab cd\n")
-    if number < len(hostile):
-        content = hostile[number]
-    elif number > len(hostile) + 10:
-        content = mutate.any_bytes(content, rng)
-    (directory / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
-
-
 def _load_merges(directory: Path) -> int:
-    path = directory / "bpe_simple_vocab_16e6.txt.gz"
+    path = directory / _MERGES
     with storage.guard.naming(path, "merges"):
         content = storage.guard.read_bytes(path, most=storage.guard.LIMITS.json_bytes)
         return len(storage.guard.gunzip(content, "merges"))
@@ -384,6 +374,7 @@ _GGUF = (bombs.gguf_bombs, lambda: [bases.gguf_file()], mutate.any_bytes)
 _ZIP = (bombs.zip_bombs, lambda: [bases.torch_zip()], _in_zip)
 _OLDER = (_legacy_bombs, lambda: [bases.torch_legacy()], _in_legacy)
 _PICKLE = (bombs.pickle_bombs, bases.numpy_pickles, mutate.a_pickle)
+_GZIP = (bombs.gzip_bombs, lambda: [bases.MERGES], mutate.any_bytes)
 KINDS: dict[str, Kind] = {
     "safetensors": Kind(
         16_000, one_file("model.safetensors", *_SAFETENSORS), _read("model.safetensors")
@@ -399,7 +390,7 @@ KINDS: dict[str, Kind] = {
     "template": Kind(4000, _write_template, _load_template),
     "image": Kind(6000, _write_picture, _load_picture),
     "manifest": Kind(3000, _write_json, _load_json),
-    "gzip": Kind(500, _write_merges, _load_merges),
+    "gzip": Kind(500, one_file(_MERGES, *_GZIP), _load_merges),
     "row cache": Kind(1000, _write_rows, _load_rows),
     "head": Kind(500, _write_head, lambda d: _parameters(vq.load_head(d)), warm=0),
     "model": Kind(600, _write_model, _load_model(), warm=0),

@@ -16,21 +16,9 @@ import numpy as np
 
 from experiments.shared import suite
 from logitjax.fusion import DynamicFusion
+from tests.rigs import _tables
 
-# Kind: batches at smoke and at full scale. Together 100,000 rows.
-KINDS = {
-    "student t": (1, 40),
-    "zipf": (1, 20),
-    "peaked": (1, 8),
-    "ties": (1, 8),
-    "-inf entries": (1, 8),
-    "offsets": (1, 8),
-    "nearly equal": (1, 8),
-    "V = 10": (1, 4),
-    "V = 4,096": (0, 4),
-    "V = 32,000": (0, 4),
-    "V = 150,000": (0, 4),
-}
+KINDS = _tables.read("guarantees.toml")["fusion"]
 METHODS = ("grid", "jeffreys", "project")
 ROWS = 1000
 _HIGH, _GRID, _POINTS = 2.0, 21, 100_000

@@ -22,24 +22,9 @@ import scipy.stats
 from experiments.shared import suite
 from logitjax import leakage
 from tests.leakage import apis, servers
+from tests.rigs import _tables
 
-# Kind: cases at smoke and at full scale. The first nine make 1,000; the others are what no interval
-# can hold, or what none of the sources allows for.
-KINDS = {
-    "exact": (6, 240),
-    "fewer rows than wide": (3, 100),
-    "noise known": (4, 150),
-    "noise unknown": (4, 150),
-    "noise 30 % off": (4, 120),
-    "output bias": (3, 80),
-    "low rank": (2, 60),
-    "NaN or -inf": (2, 50),
-    "pure noise": (2, 50),
-    "another noise": (2, 100),
-    "weak behind strong": (1, 40),
-    "60 APIs": (60, 10_000),
-    "toy servers": (34, 340),
-}
+KINDS = _tables.read("guarantees.toml")["leakage"]
 
 
 def run(kind: str, count: int, seed: int) -> list[dict[str, Any]]:

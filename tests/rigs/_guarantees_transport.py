@@ -21,37 +21,11 @@ import scipy.optimize
 from experiments.shared import suite
 from logitjax import transport
 from logitjax.transport import FactoredGraph
+from tests.rigs import _tables
 
-# Kind: cases at smoke and at full scale. Together 9,400.
-KINDS = {
-    "factored": (6, 2_500),
-    "factored, jit": (4, 1_000),
-    "matrix": (4, 1_500),
-    "matrix, p = 1": (4, 1_000),
-    "weights": (4, 1_000),
-    "weights, p = 1": (2, 600),
-    "third": (3, 1_000),
-    "third, p = 1": (2, 300),
-    "third, weights": (2, 200),
-    "third, 512": (0, 6),
-    "large": (1, 94),
-    "extreme scale": (4, 200),
-}
-# Numbers beyond what float32 holds or in more digits, scales of their own, nearly equal rows, pairs
-# that are bounded together: 10,010 more.
-_NUMBERS = {
-    "magnitudes, matrix": (3, 1_500),
-    "magnitudes, factored": (2, 1_000),
-    "float64, jit": (2, 1_500),
-    "float64, jit, closed over": (1, 10),
-    "separate, factored": (3, 1_000),
-    "separate, factored, jit": (2, 500),
-    "separate, matrix": (2, 500),
-    "repeated rows": (3, 1_000),
-    "repeated rows, jit": (2, 500),
-    "many": (3, 2_000),
-}
-KINDS |= _NUMBERS | {"plans": (1, 500)}
+_TABLE = _tables.read("guarantees.toml")
+_NUMBERS = _TABLE["transport_numbers"]
+KINDS = _TABLE["transport"] | _NUMBERS
 _SHAPES = ((1, 1), (2, 1), (3, 2), (6, 4), (7, 4), (12, 30), (40, 16))
 _FEW = ((6, 4), (12, 30))
 _LARGE = ((600, 40), (3_000, 16), (5_000, 8), (8_192, 8))

@@ -1,12 +1,15 @@
-"""Tables of what rigs try, as files of JSON beside them."""
+"""Tables of what rigs try, as files of JSON or TOML beside them."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 
 def read(name: str) -> Any:
-    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
+    """A table by the name of its file, of which `.json` may be left out."""
+    text = Path(__file__).with_name(name if "." in name else f"{name}.json").read_text()
+    return tomllib.loads(text) if name.endswith(".toml") else json.loads(text)
 
 
 def text(parts: Any) -> str:

@@ -41,6 +41,8 @@ _NEW = 48  # Tokens that any answer to these schemas fits into.
 
 
 def run(options: suite.Options) -> suite.Result:
+    import openai
+
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         model, tokenizer = models.load("tiny" if options.smoke else "smollm2", layout="listed")
@@ -62,8 +64,10 @@ def run(options: suite.Options) -> suite.Result:
             "--policy_seed=0",
         )
         with serving(*flags, python=python) as (address, _):
-            rows = _calls(address, new)
-            structured = _structured(address, 24 if options.smoke else 200, new, options)
+            base = {"base_url": f"{address}/v1", "max_retries": 0, "timeout": 3600}
+            client = openai.OpenAI(api_key="a-key", **base)
+            rows = _calls(client, new)
+            structured = _structured(client, 24 if options.smoke else 200, new)
     passed = sum(row["passed"] for row in rows)
     rows.append(structured)
     bars = [
@@ -84,11 +88,7 @@ def _empty_environment(folder: pathlib.Path) -> str:
     return python
 
 
-def _calls(address: str, new: int) -> list[dict[str, Any]]:
-    import openai
-
-    base = {"base_url": f"{address}/v1", "max_retries": 0, "timeout": 3600}
-    client: Any = openai.OpenAI(api_key="a-key", **base)
+def _calls(client: Any, new: int) -> list[dict[str, Any]]:
     plain: dict[str, Any] = {"model": "served", "prompt": "One, two, three,", "max_tokens": 8}
     told = [{"role": "user", "content": "Say hello."}]
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
@@ -180,7 +180,7 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
     def chosen(**more: Any) -> list[int]:
         return [choice.index for choice in asked(**more).choices]
 
-    stranger: Any = openai.OpenAI(api_key="other", **base)
+    stranger = client.with_options(api_key="other")
     spoken = [{"role": "user", "content": parts}]
     calls: dict[str, Callable[[], bool]] = {
         "completion": lambda: one(temperature=0).finish_reason in ("length", "stop"),
@@ -228,13 +228,7 @@ def _tried(name: str, call: Callable[[], bool]) -> dict[str, Any]:
     return {"passed": not wrong} | ({"what": wrong} if wrong else {})
 
 
-def _structured(address: str, count: int, new: int, options: suite.Options) -> dict[str, Any]:
-    import openai
-
-    client: Any = openai.OpenAI(
-        base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=3600
-    )
-
+def _structured(client: Any, count: int, new: int) -> dict[str, Any]:
     def ask(i: int, most: int, structured: bool) -> tuple[bool, int]:
         schema: Any = list(_SCHEMAS.values())[i % len(_SCHEMAS)]
         given: Any = {}

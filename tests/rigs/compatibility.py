@@ -31,6 +31,8 @@ from tests.rigs import _compatibility_templates as templates
 _PUBLISHED = Path(__file__).parent / "published_configs.json"
 _SEED = 0
 _TOLERANCE = 1e-4
+# A row of the table, and the bars that it decides.
+_Part = tuple[dict[str, Any], Sequence[suite.Bar]]
 
 
 def run(options: suite.Options) -> suite.Result:
@@ -39,37 +41,23 @@ def run(options: suite.Options) -> suite.Result:
     if missing:
         note = f"not run: {' and '.join(missing)} not installed"
         return suite.Result(rows=({"part": "all", "result": note},))
-    parts = options.only.split(",") if options.only else [*fuzz.VALUES, "published", "templates"]
-    unknown = set(parts) - {*fuzz.VALUES, "published", "templates"}
-    if unknown:
-        raise ValueError(f"only: expected families, published or templates, got {unknown.pop()!r}")
-    rows: list[dict[str, Any]] = []
-    bars: list[suite.Bar] = []
+    parts = options.parts([*fuzz.VALUES, "published", "templates"])
     families = [name for name in parts if name in fuzz.VALUES]
     if options.smoke and not options.only:
         families = families[-1:]
-    for family in families:
-        row, more = _family(family, 3 if options.smoke else 60, options.templates)
-        rows.append(row)
-        bars += more
-    if "published" in parts:
-        row, more = _published()
-        rows.append(row)
-        bars += more
-    if "templates" in parts:
-        row, more = _templates(options.templates)
-        rows.append(row)
-        bars += more
-    return suite.Result(rows=rows, bars=bars)
+    count = 3 if options.smoke else 60
+    results = [_family(family, count, options.templates) for family in families]
+    results += [_published()] if "published" in parts else []
+    results += [_templates(options.templates)] if "templates" in parts else []
+    rows, bars = zip(*results, strict=True)
+    return suite.Result(rows=rows, bars=[bar for more in bars for bar in more])
 
 
 def _row(part: str, count: int, equal: int, **more: Any) -> dict[str, Any]:
     return {"part": part, "cases": count, "equal": equal, **more}
 
 
-def _family(
-    family: str, count: int, archives: Path | None
-) -> tuple[dict[str, Any], Sequence[suite.Bar]]:
+def _family(family: str, count: int, archives: Path | None) -> _Part:
     drawn = fuzz.covering(fuzz.VALUES[family], 60, _SEED)
     raws = [fuzz.raw_config(family, row) for row in drawn[:count]]
     worst: dict[str, float] = {"whole": 0.0, "steps": 0.0, "export": 0.0}
@@ -132,7 +120,7 @@ def _files(family: str, places: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _published() -> tuple[dict[str, Any], Sequence[suite.Bar]]:
+def _published() -> _Part:
     import transformers
 
     from logitjax import models
@@ -153,10 +141,8 @@ def _published() -> tuple[dict[str, Any], Sequence[suite.Bar]]:
         equal += not wrong
         if wrong:
             print(f"published: {name}: {', '.join(wrong)}", flush=True)
-    row = _row("published", len(published), equal)
-    return row, [
-        suite.at_least("published configurations that parse alike", equal, 30)
-    ]  # fmt: skip
+    bar = suite.at_least("published configurations that parse alike", equal, 30)
+    return _row("published", len(published), equal), [bar]
 
 
 def _differences(ours: Any, hf_config: Any, outer: Any) -> list[str]:
@@ -206,7 +192,7 @@ def _differences(ours: Any, hf_config: Any, outer: Any) -> list[str]:
     return [name for name, value in expected.items() if getattr(ours, name) != value]
 
 
-def _templates(folder: Path | None) -> tuple[dict[str, Any], Sequence[suite.Bar]]:
+def _templates(folder: Path | None) -> _Part:
     if folder is None:
         note = f"not run: --templates names no folder with {templates.archives()}"
         return {"part": "templates", "result": note}, []

@@ -7,8 +7,8 @@ Each package answers in an interpreter that has it: this one, or one of those th
 ``LOGITJAX_PEER_PYTHONS`` names, with ``:`` between them (packages of JAX and of torch rarely live
 together). Those that no interpreter has are named and left out. A cell is the largest error of a
 value in nats, or, where values are right, the largest relative error of a gradient; `-` where a
-package does not offer the case. What is known to be wrong stands in `KNOWN` with its version: the
-rig fails if that is no longer so, or if something else is.
+package does not offer the case. What is known to be wrong stands in `conformance.toml` with its
+version: the rig fails if that is no longer so, or if something else is.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from absl import logging
 
 from experiments.shared import suite
 from tests.rigs import _conformance_peers as peers
+from tests.rigs import _tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,47 +86,8 @@ class Case:
         return arrays_of_sides | {"labels": labels, "factors": factors, "where": where}
 
 
-CASES = (
-    Case(name="plain"),
-    Case(name="vocabulary 1,024", vocab=1024),
-    Case(name="vocabulary 1,000", vocab=1000),
-    Case(name="vocabulary 2,049", vocab=2049),
-    Case(name="vocabulary over 8 devices", devices=8),
-    Case(name="entries of -inf", masked=True),
-    Case(name="1,019 tokens", tokens=1019),
-    Case(name="cotangents other than 1", weights="any"),
-    Case(name="weights of 0", weights="some 0"),
-    Case(name="ignored labels out of range", weights="some 0", ignored=-(1 << 20)),
-    Case(name="logits in the hundreds", scale=60.0),
-    Case(name="bfloat16", hidden_type="bfloat16", head_type="bfloat16"),
-    Case(name="bfloat16 states, float32 head", hidden_type="bfloat16"),
-    Case(name="soft cap", scale=20.0, soft_cap=5.0),
-    Case(name="temperature", temperature=0.7),
-    Case(name="KL", teacher=True),
-    Case(name="KL, temperature", teacher=True, temperature=2.0),
-    Case(name="KL, weights of 0", teacher=True, weights="some 0"),
-    Case(name="KL, entries of -inf", teacher=True, masked=True),
-    Case(name="KL over 8 devices", teacher=True, devices=8),
-)
-
-# tokamax fills its default block of 2,048 columns up with zeros that count as logits, and rounds
-# logits of bfloat16 operands to it; its kernels, interpreted, read past the end. tunix counts
-# padding in its KL, and a label of zero times a log-probability of -inf is nan there, as is the
-# difference of two logits of -inf in optax and Liger.
-KNOWN: dict[tuple[str, str], set[str]] = {
-    ("optax", "0.2.8"): {"KL, entries of -inf"},
-    ("tokamax_xla", "0.0.17"): {"bfloat16"},
-    ("tokamax_chunked", "0.0.17"): {
-        "vocabulary 1,024",
-        "vocabulary 1,000",
-        "vocabulary 2,049",
-        "bfloat16",
-        "bfloat16 states, float32 head",
-    },
-    ("tokamax_mosaic", "0.0.17"): {"vocabulary 1,000", "vocabulary 2,049", "1,019 tokens"},
-    ("tunix", "0.1.7"): {"entries of -inf", "KL, entries of -inf", "KL, weights of 0"},
-    ("liger", "0.8.5"): {"KL, entries of -inf"},
-}
+_TABLE = _tables.read("conformance.toml")
+CASES = tuple(Case(**case) for case in _TABLE["cases"])
 
 
 def oracle(case: Case) -> dict[str, np.ndarray]:
@@ -230,7 +192,7 @@ def run(options: suite.Options) -> suite.Result:
                         cells.append(f"**{gap:.2g}**")
                         wrong.add(case.name)
             columns[f"{name} {version}"] = cells
-            known_faults = KNOWN.get((name, version), set())
+            known_faults = set(_TABLE["known"].get(f"{name} {version}", ()))
             ours += len(wrong) if name.startswith("ours") else 0
             surprises += 0 if name.startswith("ours") else len(wrong ^ known_faults)
             logging.info("%s %s: wrong in %s", name, version, sorted(wrong) or "nothing")

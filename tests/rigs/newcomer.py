@@ -69,10 +69,8 @@ def _run(
 ) -> dict[str, Any]:
     """Runs a command and notes what was said when; Ctrl-C comes after a text."""
     # None of the repository, and no settings of tests.
-    keep = ("PATH", "HOME", "LANG", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    keep = ("PATH", "HOME", "LANG", "JAX_COMPILATION_CACHE_DIR")
     environment = {n: v for n, v in os.environ.items() if n in keep} | {"COLUMNS": "100"}
-    # From outside of the package this is a flag of tests; here it would split the device.
-    environment.pop("XLA_FLAGS", None)
     reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:
         # Without a size there is no room for a bar.
