@@ -55,7 +55,6 @@ class Measured:
         With a task of lm-evaluation-harness, also what it makes of each arm's answers.
         """
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
-        record["search"] = {}
         chosen: dict[str, float] = {}
 
         def score(strategies: Mapping[str, Any], domains: Sequence[str], name: str, split: str):
@@ -64,7 +63,6 @@ class Measured:
 
         for domain, names in SETS.items():
             validation = score(arms.SINGLE, [domain], domain, "validation")
-            record["search"][domain] = arms.best_search(validation)
             chosen[domain] = arms.best_static(validation, self.config.static_alpha)
             record["single"][domain] = {
                 name: score(arms.SINGLE, [domain], name, "test") for name in names
@@ -170,32 +168,29 @@ class Measured:
     def traces(self) -> dict[str, Any]:
         """Alphas over the first tokens of the domain, and of both experts over three data sets."""
         size = self.config.trace_tokens
-        variants = self.models(["domain"], 0)
-        single = arms.traces(
-            self._scored(variants, "domain", "test"),
-            self._heads(variants),
-            arms.SINGLE,
-            positions=size,
-            block_size=self.config.block_size,
-        )
-        variants = self.models(["domain", "task"], 0)
-        pieces = [self._scored(variants, name, "test") for name in BOTH]
         part = size // len(BOTH)
+        variants = self.models(["domain"], 0)
+        single = self._alphas(variants, arms.SINGLE, {"domain": size})
+        variants = self.models(["domain", "task"], 0)
+        several = self._alphas(variants, arms.SEVERAL, dict.fromkeys(BOTH, part))
+        return {"single": single, "several": several, "part": part}
+
+    def _alphas(
+        self, variants: Sequence[Variant], strategies: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> dict[str, list[list[float]]]:
+        """Alphas `[T][positions]` of the dynamic arms, on the first positions of data sets."""
+        dynamic = {k: v for k, v in strategies.items() if isinstance(v, DynamicFusion)}
         joined = [
             Scored(
-                np.concatenate([piece[i].hidden[:part] for piece in pieces]),
-                np.concatenate([piece[i].labels[:part] for piece in pieces]),
+                np.concatenate([one.hidden[:size] for one, size in zip(pieces, sizes.values())]),
+                np.concatenate([one.labels[:size] for one, size in zip(pieces, sizes.values())]),
             )
-            for i in range(len(variants))
+            for pieces in zip(*[self._scored(variants, name, "test") for name in sizes])
         ]
-        several = arms.traces(
-            joined,
-            self._heads(variants),
-            arms.SEVERAL,
-            positions=part * len(BOTH),
-            block_size=self.config.block_size,
+        values = arms.by_position(
+            joined, self._heads(variants), dynamic, block_size=self.config.block_size
         )
-        return {"single": single, "several": several, "part": part}
+        return {name: values[name]["alphas"].T.tolist() for name in dynamic}
 
     def speeds(self) -> list[dict[str, Any]]:
         config = self.config
@@ -243,5 +238,7 @@ def open_lineup(config: Config, workdir: epath.Path) -> Measured:
         "validation": config.validation_questions,
         "test": config.test_questions,
     }
-    task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
+    task = load_task(
+        config.task, tokenizer, length=config.task_length, sizes=sizes, examples=config.examples
+    )
     return Measured(config, workdir / "results", Lineup(config, root, texts, task), tokenizer)

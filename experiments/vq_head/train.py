@@ -1,7 +1,7 @@
 """A small language model trained from scratch with each head; the trunk is the same."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from experiments.shared.records import Record
 from experiments.vq_head import arms
 from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll
 from experiments.vq_head.config import Config
-from experiments.vq_head.data import Context
+from experiments.vq_head.data import Context, Text
 from logitjax import losses, models, training, vq
 
 #: `(params, given, hidden, labels)` to the loss of each position.
@@ -96,13 +96,17 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     )
     evaluate = training.EvalStep(loss_fn, mesh=mesh)
 
-    def blocks(split: str) -> Iterator[dict[str, np.ndarray]]:
-        return (fit.share(mesh, block) for block in text.blocks(split))
+    def score(split: str) -> list[tuple[float, float]]:
+        # Every device has to have a row.
+        blocks = (fit.share(mesh, block) for block in text.blocks(split, max(4, mesh.size)))
+        return [evaluate(state.params, block, given)["loss"] for block in blocks]
 
-    held_out = {
-        name: evaluate.means(state.params, blocks(split), given)["loss"]
-        for name, split in (("validation_nll", "validation"), ("nll", "test"))
+    parts = {"validation_nll": score("validation"), "nll": score("test")}
+    held_out: Record = {
+        name: float(sum(total for total, _ in part) / sum(count for _, count in part))
+        for name, part in parts.items()
     }
+    held_out["units"] = [float(total / count) for total, count in parts["nll"]]
     size = sum(x.size for x in jax.tree.leaves(head.params))
     return held_out | {
         "arm": arm,
@@ -117,7 +121,7 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
 def _head(ctx: Context, arm: str, seed: int) -> Head:
     text, width = ctx.text, ctx.config.scratch_width
     vocab = len(text.unigram)
-    codes = codes_of(vocab)
+    codes = ctx.config.scratch_codes or codes_of(vocab)
     key = jax.random.key(seed + 1000)
     log_unigram = jnp.log(jnp.asarray(text.unigram / text.unigram.sum(), jnp.float32))
 
@@ -136,24 +140,39 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
         params = config.init(key, jnp.asarray(text.unigram))
         tables = {name: params.pop(name) for name in ("order", "rank")}
         return Head(params, tables, lambda params, given, h, y: adaptive_nll(h, params | given, y))
-    if arm == "vq_random":
+    if arm in ("vq_random", "random_map"):
         assignment = jax.random.permutation(key, jnp.arange(vocab) * codes // vocab)
+    elif arm == "frequency_map":
+        # Blocks of ranks that grow from single tokens, of about the same mass by Zipf's law.
+        start = codes / np.log(vocab / codes)
+        blocks = np.log1p(np.arange(vocab) / start) / np.log1p(vocab / start) * codes
+        assignment = jnp.asarray(blocks)[np.argsort(np.argsort(-text.unigram, kind="stable"))]
     else:
-        # Rows of the pretrained head: the map imports its knowledge. Others share one mean row.
-        rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
-        assignment = vq.fit_assignment(
-            rows,
-            jnp.asarray(text.unigram, jnp.float32),
-            ctx.statistics.mean,
-            ctx.statistics.cov,
-            codes,
-            key=key,
-            iterations=10,
-        ).assignment
+        if arm == "neighbour_map":
+            rows = _neighbours(text)
+            mean, cov = np.zeros(rows.shape[1], np.float32), np.eye(rows.shape[1], dtype=np.float32)
+        else:
+            # Rows of the pretrained head: the map imports its knowledge. Others share a mean row.
+            rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
+            mean, cov = ctx.statistics.mean, ctx.statistics.cov
+        unigram = jnp.asarray(text.unigram, jnp.float32)
+        options: Any = dict(key=key, iterations=10)
+        assignment = vq.fit_assignment(rows, unigram, mean, cov, codes, **options).assignment
     params = {"codebook": normal(codes, width)}
-    if arm != "vq_plain":
+    if arm in ("vq_bias", "vq_random"):
         params["bias"] = log_unigram
     return Head(params, {"assignment": assignment.astype(jnp.int32)}, arms.label_loss)
+
+
+def _neighbours(text: Text, most: int = 256) -> np.ndarray:
+    """Roots of the shares with which the most frequent tokens precede each token."""
+    column = np.full(len(text.unigram), -1)
+    column[np.argsort(-text.unigram)[:most]] = np.arange(most)
+    before, token = column[text.train[:, :-1]], text.train[:, 1:]
+    where = text.train_mask[:, 1:] & (before >= 0)
+    counts = np.zeros((len(column), most), np.float32)
+    np.add.at(counts, (token[where], before[where]), 1)
+    return np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
 
 
 def _full_nll(params: Any, given: Any, hidden: Any, labels: Any) -> Any:
