@@ -163,7 +163,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         steps=60,
         batch_size=512,
         kmeans_iterations=5,
-        train_tokens=48_000,
+        # As many as the steps see.
+        train_tokens=31_000,
         timing_repeats=2,
     ),
     # The basis of the claim VQ-3: as many codes as 1 % of the vocabulary.
