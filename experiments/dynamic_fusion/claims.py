@@ -19,20 +19,23 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     """
     config = json.loads((workdir / "config.json").read_text())
     metric = setting.contrasts[0].metric
-    part = next(one for one in config["part"] if setting.records.endswith(one))
+    part = setting.records.removeprefix("dynamic_fusion_")
     # As many tokens as the questions of the other expert have.
     examples = config["tune_steps"] * config["batch_size"] * config["seq_len"]
 
     def values(part: str, seed: int) -> dict[str, np.ndarray]:
-        arms = json.loads((workdir / "results" / f"{part}-{seed}.json").read_text())
+        stored = json.loads((workdir / "results" / f"{part}-{seed}.json").read_text())
+        # The file has a checksum as well.
+        arms = {arm: one for arm, one in stored.items() if isinstance(one, dict)}
         if metric != "gap":
             return {arm: np.array(one[metric]) for arm, one in arms.items()}
         large, ceiling = (np.array(arms[name]["nll"]) for name in ("large", "ceiling"))
         gap = (large.mean() - ceiling.mean()) / 100
         return {arm: (large - one["nll"]) / gap for arm, one in arms.items()}
 
-    # Shared weights are chosen for both data sets at once.
-    shared = [one for one in config["part"] if one.startswith("both_")] or [part]
+    # The weight of merging is chosen for both data sets at once.
+    both = [one for one in config["part"] if one.startswith("both_")]
+    shared = both if part in both else [part]
     chosen = [values(one, 0) for one in shared] if metric != "nll" else []
     for arm in setting.arms:
         tried: Any = [np.mean([one[arm].mean() for one in chosen])] if chosen else ()

@@ -270,6 +270,7 @@ def answer_states(
     model: models.Decoder, questions: Questions, size: int, examples: Sequence[int] = ()
 ) -> np.ndarray:
     """Hidden states that predict the answers, `[n, width]`, after the tokens of examples."""
+    model = models.with_layout(model, "listed")
     graphdef, state = nnx.split(model)
 
     @jax.jit

@@ -96,7 +96,12 @@ def test_every_part_of_the_claims_has_a_value_for_each_unit(tmp_path):
     alphas = dynamic_fusion.PRESETS["claims"]["static_alpha"]
     parts = ("domain", "task", "general", "shown", "both_domain", "both_task")
     changes = {**CHANGES, "mesh": "data:1", "part": parts, "seeds": 2, "examples": 2}
-    changes |= {"static_alpha": alphas, "test_tokens": 130, "block_size": 60}
+    changes |= {
+        "static_alpha": alphas,
+        "test_tokens": 130,
+        "block_size": 60,
+        "validation_tokens": 130,
+    }
     config = dynamic_fusion.Config(**{**dynamic_fusion.PRESETS["smoke"], **changes})
     folder = epath.Path(tmp_path)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
