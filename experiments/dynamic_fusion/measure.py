@@ -98,20 +98,13 @@ class Measured:
         seed: int,
     ) -> dict[str, Any]:
         logging.info("seed %d: %s on %s (%s)", seed, " and ".join(domains), name, split)
-        variants = self.models(domains, seed)
-        return arms.score(
-            self._scored(variants, name, split),
-            self._heads(variants),
-            strategies,
-            block_size=self.config.block_size,
-            static=self.config.static_alpha,
-            options=self._options(name),
-        )
+        inputs = self.inputs(self.models(domains, seed), name, split)
+        static = self.config.static_alpha
+        return arms.score(*inputs, strategies, static=static, **self.options(name))
 
     def _alone(self, variant: Variant, name: str, split: str) -> dict[str, float]:
-        size, options = self.config.block_size, self._options(name)
-        inputs = self._scored([variant] * 3, name, split), self._heads([variant] * 3)
-        return arms.score(*inputs, {}, block_size=size, options=options)["large"]
+        inputs = self.inputs([variant] * 3, name, split)
+        return arms.score(*inputs, {}, **self.options(name))["large"]
 
     def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, float]]:
         """The harness's metrics by arm, all of which answer without examples."""
@@ -156,14 +149,18 @@ class Measured:
             for name in arms_
         }
 
-    def _options(self, name: str) -> Sequence[int] | None:
-        return self.lineup.task.options if name == "task" else None
+    def options(self, name: str) -> dict[str, Any]:
+        """Options of `arms.by_position` for a data set."""
+        options = self.lineup.task.options if name in ("task", "shown") else None
+        return {"block_size": self.config.block_size, "options": options}
 
-    def _scored(self, variants: Sequence[Variant], name: str, split: str) -> list[Scored]:
-        return [self.lineup.scored(variant, name, split) for variant in variants]
-
-    def _heads(self, variants: Sequence[Variant]) -> list[np.ndarray]:
-        return [self.lineup.head_of(variant) for variant in variants]
+    def inputs(
+        self, variants: Sequence[Variant], name: str, split: str, count: int | None = None
+    ) -> tuple[list[Scored], list[np.ndarray]]:
+        """Hidden states of models on the first positions of a data set, and their heads."""
+        scored = [self.lineup.scored(variant, name, split) for variant in variants]
+        few = [Scored(one.hidden[:count], one.labels[:count]) for one in scored]
+        return few, [self.lineup.head_of(variant) for variant in variants]
 
     def traces(self) -> dict[str, Any]:
         """Alphas over the first tokens of the domain, and of both experts over three data sets."""
@@ -180,16 +177,13 @@ class Measured:
     ) -> dict[str, list[list[float]]]:
         """Alphas `[T][positions]` of the dynamic arms, on the first positions of data sets."""
         dynamic = {k: v for k, v in strategies.items() if isinstance(v, DynamicFusion)}
+        named = {name: self.inputs(variants, name, "test", size) for name, size in sizes.items()}
         joined = [
-            Scored(
-                np.concatenate([one.hidden[:size] for one, size in zip(pieces, sizes.values())]),
-                np.concatenate([one.labels[:size] for one, size in zip(pieces, sizes.values())]),
-            )
-            for pieces in zip(*[self._scored(variants, name, "test") for name in sizes])
+            Scored(np.concatenate([x.hidden for x in one]), np.concatenate([x.labels for x in one]))
+            for one in zip(*[scored for scored, _ in named.values()])
         ]
-        values = arms.by_position(
-            joined, self._heads(variants), dynamic, block_size=self.config.block_size
-        )
+        heads = next(iter(named.values()))[1]
+        values = arms.by_position(joined, heads, dynamic, block_size=self.config.block_size)
         return {name: values[name]["alphas"].T.tolist() for name in dynamic}
 
     def speeds(self) -> list[dict[str, Any]]:

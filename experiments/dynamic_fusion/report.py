@@ -11,8 +11,6 @@ from experiments.dynamic_fusion.config import Config
 from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, spread, write_report
 
-#: The comparisons and their measures: (name, whether larger is better).
-MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}
 _TITLES = {
     "domain": "text of the first domain",
     "task": "questions of the second domain",

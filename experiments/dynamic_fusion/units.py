@@ -6,14 +6,14 @@ seed 0.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.dynamic_fusion import arms
 from experiments.dynamic_fusion.measure import Measured
-from experiments.dynamic_fusion.train import Scored, Variant
+from experiments.dynamic_fusion.train import Variant
 from experiments.shared.records import Record, kept
 from logitjax.fusion import DynamicFusion, ProxyTuning
 
@@ -81,22 +81,24 @@ class _Seed:
 
         With `static` also every static alpha, and as `null` the grid's alphas at other positions.
         """
-        config = self.measured.config
-        options: Any = {"block_size": config.block_size}
-        if name in ("task", "shown"):
-            options["options"] = self.measured.lineup.task.options
-        inputs = self._inputs(name, ("large", "base", *experts), few)
-        alphas = config.static_alpha if static else ()
+        measured, alphas = self.measured, self.measured.config.static_alpha if static else ()
+        options, split = measured.options(name), "test" if self.seed else "validation"
+
+        def score(models: Sequence[str], strategies: Any, **static: Any) -> arms.Values:
+            variants = [self.variants[model] for model in models]
+            inputs = measured.inputs(variants, name, split, few)
+            return arms.by_position(*inputs, strategies, static=static, **options)
+
+        lineup = ("large", "base", *experts)
         named = {arms.static_name(alpha).replace(" ", "_"): alpha for alpha in alphas}
-        values = arms.by_position(*inputs, strategies, static=named, **options)
+        values = score(lineup, strategies, **named)
         if static:
-            order = np.random.default_rng(self.seed).permutation(len(inputs[0][0].labels))
-            null = {"null": values["grid"]["alpha"][order]}
-            values["null"] = arms.by_position(*inputs, {}, static=null, **options)["null"]
+            found = values["grid"]["alpha"]
+            order = np.random.default_rng(self.seed).permutation(len(found))
+            values["null"] = score(lineup, {}, null=found[order])["null"]
         if ceiling:
-            tuned = self._inputs(name, (f"ceiling_{ceiling}",) * 3, few)
-            values["ceiling"] = arms.by_position(*tuned, {}, **options)["large"]
-        size = 1 if "options" in options else UNIT
+            values["ceiling"] = score((f"ceiling_{ceiling}",) * 3, {})["large"]
+        size = 1 if options["options"] else UNIT
         return {
             arm: {
                 key: one[key][: len(one[key]) // size * size].reshape(-1, size).mean(1).tolist()
@@ -104,12 +106,3 @@ class _Seed:
             }
             for arm, one in values.items()
         }
-
-    def _inputs(
-        self, name: str, models: tuple[str, ...], few: int | None
-    ) -> tuple[list[Scored], list[np.ndarray]]:
-        lineup, variants = self.measured.lineup, [self.variants[model] for model in models]
-        split = "test" if self.seed else "validation"
-        scored = [lineup.scored(variant, name, split) for variant in variants]
-        scored = [Scored(one.hidden[:few], one.labels[:few]) for one in scored]
-        return scored, [lineup.head_of(variant) for variant in variants]

@@ -1,7 +1,7 @@
 """A small language model trained from scratch with each head; the trunk is the same."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     """Trains one model; returns its held-out loss, the numbers in its head, and the curve."""
     logging.info("from scratch: %s, seed %d, learning rate %g", arm, seed, rate)
     config, text, mesh = ctx.config, ctx.text, ctx.mesh
-    head = _head(ctx, arm, seed)
+    head = start_head(ctx, arm, seed)
     graphdef, trunk, rest = make_trunk(config, len(text.unigram), seed=seed)
     loss_fn = make_loss(graphdef, rest, head.nll)
     update = make_update(loss_fn, config, mesh, rate)
@@ -96,17 +96,16 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     )
     evaluate = training.EvalStep(loss_fn, mesh=mesh)
 
-    def score(split: str) -> list[tuple[float, float]]:
-        # Every device has to have a row.
-        blocks = (fit.share(mesh, block) for block in text.blocks(split, max(4, mesh.size)))
-        return [evaluate(state.params, block, given)["loss"] for block in blocks]
+    def blocks(split: str, size: int = 16) -> Iterator[dict[str, np.ndarray]]:
+        return (fit.share(mesh, block) for block in text.blocks(split, size))
 
-    parts = {"validation_nll": score("validation"), "nll": score("test")}
     held_out: Record = {
-        name: float(sum(total for total, _ in part) / sum(count for _, count in part))
-        for name, part in parts.items()
+        name: evaluate.means(state.params, blocks(split), given)["loss"]
+        for name, split in (("validation_nll", "validation"), ("nll", "test"))
     }
-    held_out["units"] = [float(total / count) for total, count in parts["nll"]]
+    # Every device has to have a row.
+    units = blocks("test", max(4, mesh.size))
+    held_out["units"] = [evaluate.means(state.params, [one], given)["loss"] for one in units]
     size = sum(x.size for x in jax.tree.leaves(head.params))
     return held_out | {
         "arm": arm,
@@ -118,7 +117,8 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     }
 
 
-def _head(ctx: Context, arm: str, seed: int) -> Head:
+def start_head(ctx: Context, arm: str, seed: int) -> Head:
+    """A head of a small model before training."""
     text, width = ctx.text, ctx.config.scratch_width
     vocab = len(text.unigram)
     codes = ctx.config.scratch_codes or codes_of(vocab)
@@ -166,7 +166,7 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
 
 def _neighbours(text: Text, most: int = 256) -> np.ndarray:
     """Roots of the shares with which the most frequent tokens precede each token."""
-    column = np.full(len(text.unigram), -1)
+    column, most = np.full(len(text.unigram), -1), min(most, len(text.unigram))
     column[np.argsort(-text.unigram)[:most]] = np.arange(most)
     before, token = column[text.train[:, :-1]], text.train[:, 1:]
     where = text.train_mask[:, 1:] & (before >= 0)
