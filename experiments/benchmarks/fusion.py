@@ -123,14 +123,17 @@ def _forwards(batch: int, options: suite.Options) -> tuple[dict[str, Any], float
         large, _ = models.load("smollm2", layout="listed")
         small = models.keep_layers(large, _SMALL_LAYERS)
         vocab = large.config.vocab_size
-    steps = {name: _step(model, batch) for name, model in (("large", large), ("small", small))}
+    steps = {
+        name: decoding_step(model, batch) for name, model in (("large", large), ("small", small))
+    }
     seconds = timing.paired_seconds(steps, repeats=options.repeats)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     total = medians["large"] + 2 * medians["small"]
     return {"vocab": vocab, "batch": batch, "search": "(forward passes)", "ms": 1e3 * total}, total
 
 
-def _step(model: models.Decoder, batch: int) -> Callable[[], Any]:
+def decoding_step(model: models.Decoder, batch: int) -> Callable[[], Any]:
+    """A call that decodes one token of every row, after none."""
     listed = models.with_layout(model, "listed")
     graphdef, state = nnx.split(listed)
     cache = listed.init_cache(batch, 256)

@@ -2,12 +2,16 @@
 
 `closed_form` times InfiGFusion's number on ever larger graphs. `vq` times the head of VQ-Logits
 beside a full one of SmolLM2's size, with 491 codes, at 1, 16 and 256 positions: the same logits
-written out to the vocabulary (`logits`), and the first 40 of them (`top`).
+written out to the vocabulary (`logits`), and the first 40 of them (`top`). `fusion` relates the
+paper's search for alpha to the forward passes of a decoding step, for 1 and 16 rows. `unlearning`
+relates an update of all weights by NPO to one of the assistant whose logits are subtracted. These
+two count CPU-seconds.
 """
 
 import functools
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,10 +21,15 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
+from experiments.benchmarks.fusion import decoding_step, made_up_logits
+from experiments.dynamic_fusion.config import Config as FusionConfig
+from experiments.forgetting import programs as forgetting
+from experiments.forgetting.config import ALL, PRESETS
+from experiments.forgetting.config import Config as ForgettingConfig
 from experiments.shared.records import kept
 from experiments.shared.scaling import closed_form_rows
-from experiments.shared.timing import paired_ratio, paired_seconds
-from logitjax import ops
+from experiments.shared.timing import paired_ratio, paired_seconds, repeated
+from logitjax import fusion, models, ops, training
 
 _ROUNDS, _REPEATS = 10, 5
 
@@ -59,7 +68,50 @@ def _vq() -> dict[str, list[float]]:
     return entries
 
 
-_PARTS: Mapping[str, Callable[[], Any]] = {"closed_form": _closed_form, "vq": _vq}
+def _fusion() -> dict[str, list[float]]:
+    """The search's share of large model, expert and base, with twelve layers each of the two."""
+    large, _ = models.load("smollm2", layout="listed")
+    named = {"large": large, "small": models.keep_layers(large, FusionConfig().small_layers)}
+    search = fusion.DynamicFusion(method="grid")
+    alphas = jax.jit(lambda *logits: search(*logits)[1]["alpha"])
+    entries = {}
+    for rows in (1, 16):
+        logits = made_up_logits(rows, large.config.vocab_size)
+        calls = {name: decoding_step(one, rows) for name, one in named.items()}
+        calls["search"] = functools.partial(alphas, *logits)
+        shares = entries[f"search_{rows}"] = []
+        for _ in range(_ROUNDS):
+            one = paired_seconds(calls, repeats=_REPEATS, clock=time.process_time)
+            steps = [large + 2 * small for large, small in zip(one["large"], one["small"])]
+            shares.append(paired_ratio(one["search"], steps))
+    return entries
+
+
+def _unlearning() -> dict[str, list[float]]:
+    """How many times longer an update of the whole model takes, for rows of 128 tokens."""
+    methods = ("difference", f"npo_gradient_difference{ALL}")
+    changes: Any = dict(method=methods, max_length=128, dtype="float32")
+    config = ForgettingConfig(**PRESETS["report"] | changes)
+
+    def made(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        # Masks are true, and how long a product takes does not depend on its numbers.
+        return jnp.full(leaf.shape, leaf.dtype == jnp.bool_, leaf.dtype)
+
+    updates = forgetting.programs(config, training.make_mesh(config.mesh, partial=True))
+    calls = {
+        one.name: repeated(one.jitted, *jax.tree.map(made, one.arguments))
+        for one in itertools.islice(updates, len(methods))
+    }
+    seconds = paired_seconds(calls, repeats=_ROUNDS, clock=time.process_time)
+    small, large = (seconds[f"update of {name}"] for name in methods)
+    return {"step": [a / b for a, b in zip(large, small)]}
+
+
+_PARTS: Mapping[str, Callable[[], Any]] = {
+    one.__name__[1:]: one for one in (_closed_form, _vq, _fusion, _unlearning)
+}
 
 
 def main(argv: list[str]) -> None:

@@ -22,14 +22,17 @@ runs. You may kill it at any time: the same command continues where it stopped.
 import jax
 from etils import epath
 
-from experiments.dynamic_fusion import measure, report
+from experiments.dynamic_fusion import measure, report, units
 from experiments.dynamic_fusion.config import PRESETS, Config
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Make the models, score every arm, write the report."""
-    results = measure.open_lineup(config, workdir).all()
+    measured = measure.open_lineup(config, workdir)
+    if config.part:
+        return units.run(measured)
+    results = measured.all()
     if jax.process_index() == 0:
         print(report.write(config, results, workdir))
 

@@ -27,70 +27,77 @@ SEVERAL: dict[str, Any] = {
 }
 
 
-class Block:
-    """Logits of a few positions of all models, float32 on the device."""
-
-    def __init__(self, logits: Sequence[jax.Array], labels: np.ndarray, where: np.ndarray):
-        self.large, self.base, *experts = logits
-        self.experts = jnp.stack(experts)
-        self.labels, self.where = labels, where
+#: Values of every position, by arm and metric.
+Values = dict[str, dict[str, np.ndarray]]
 
 
-def blocks(scored: Sequence[Scored], heads: Sequence[np.ndarray], size: int) -> Any:
-    """Blocks of `size` positions; the last is filled up with positions that do not count.
+@functools.partial(jax.jit, static_argnames="arms")
+def _block(heads: Any, hidden: Any, labels: Any, options: Any, alphas: Any, *, arms: Any) -> Any:
+    """Values of models and strategies, and those of given alphas, stacked."""
+    vocab = min(len(head) for head in heads)
+    large, base, *several = (
+        (one @ head.T)[:, :vocab] for head, one in zip(heads, hidden, strict=True)
+    )
+    experts = jnp.stack(several)
 
-    Heads are `[vocab, width]`, one array if models share it.
+    def values(logits: jax.Array, info: Mapping[str, Any] = {}) -> dict[str, jax.Array]:
+        nll = -jnp.take_along_axis(log_softmax(logits), labels[:, None], -1)[:, 0]
+        if options is None:
+            best = logits.argmax(-1)
+        else:
+            best = options[logits[:, options].argmax(-1)]
+        scores = {"nll": nll, "accuracy": best == labels}
+        if "alpha" in info:
+            scores |= {"alpha": info["alpha"].sum(0), "at_bound": info["at_bound"]}
+            scores |= {"alphas": info["alpha"].T}
+        return scores
+
+    def fixed(alpha: jax.Array) -> dict[str, jax.Array]:
+        return values(large + alpha[:, None] * (experts - base).sum(0)) | {"alpha": alpha}
+
+    scores = {"large": values(large), "base": values(base)}
+    scores |= {f"expert {i}": values(one) for i, one in enumerate(several)}
+    scores |= {name: values(*strategy(large, experts, base)) for name, strategy in arms}
+    return scores, jax.lax.map(fixed, alphas)
+
+
+def by_position(
+    scored: Sequence[Scored],
+    heads: Sequence[np.ndarray],
+    arms: Mapping[str, Any],
+    *,
+    block_size: int,
+    static: Mapping[str, Any] = {},
+    options: Sequence[int] | None = None,
+) -> Values:
+    """NLL and accuracy of every arm, of the models alone, and of given alphas.
+
+    Args:
+        scored: of the large model, the base and the experts.
+        heads: `[vocab, width]`, one array if models share it.
+        static: alphas by name of their arms, each a number or one for each position; all experts
+            use the same one.
+        options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
     """
-    on_device: dict[int, jax.Array] = {}
-    placed = [on_device.setdefault(id(head), jnp.asarray(head)) for head in heads]
-    labels = scored[0].labels
-    vocab = min(head.shape[0] for head in placed)
-    for start in range(0, len(labels), size):
-        rows = np.arange(start, start + size)
-        where = rows < len(labels)
-        rows = np.minimum(rows, len(labels) - 1)
-        logits = [
-            _logits(head, one.hidden[rows])[:, :vocab]
-            for head, one in zip(placed, scored, strict=True)
-        ]
-        yield Block(logits, labels[rows], where)
-
-
-@jax.jit
-def _logits(head: jax.Array, hidden: jax.Array) -> jax.Array:
-    return hidden @ head.T
-
-
-@jax.jit
-def _sums(
-    logits: jax.Array, info: Mapping[str, Any], labels: jax.Array, where: jax.Array, options: Any
-) -> dict[str, jax.Array]:
-    nll = -jnp.take_along_axis(log_softmax(logits), labels[:, None], -1)[:, 0]
-    if options is None:
-        best = logits.argmax(-1)
-    else:
-        best = options[logits[:, options].argmax(-1)]
-    values = {"nll": nll, "accuracy": best == labels}
-    if "alpha" in info:
-        values |= {"alpha": info["alpha"].sum(0), "at_bound": info["at_bound"]}
-    return {name: jnp.where(where, value, 0).sum() for name, value in values.items()}
-
-
-@functools.partial(jax.jit, static_argnames="strategy")
-def _fused(large: Any, experts: Any, base: Any, *, strategy: Any) -> tuple[jax.Array, Any]:
-    return strategy(large, experts, base)
-
-
-@jax.jit
-def _static_sums(
-    large: Any, experts: Any, base: Any, labels: Any, where: Any, options: Any, alphas: Any
-) -> dict[str, jax.Array]:
-    """Like the other arms, with a leading axis of alphas `[num]`; all experts use the same one."""
-
-    def one(alpha: jax.Array) -> dict[str, jax.Array]:
-        return _sums(large + alpha * (experts - base).sum(0), {}, labels, where, options)
-
-    return jax.lax.map(one, alphas)
+    on_device = {id(head): jnp.asarray(head) for head in heads}
+    placed = [on_device[id(head)] for head in heads]
+    choices = None if options is None else jnp.asarray(options)
+    count = len(scored[0].labels)
+    given = np.zeros((len(static), count), np.float32)
+    for row, alpha in zip(given, static.values()):
+        row[:] = alpha
+    parts = []
+    for start in range(0, count, block_size):
+        # The last block is filled up with positions that do not count.
+        rows = np.minimum(np.arange(start, start + block_size), count - 1)
+        hidden, labels = [one.hidden[rows] for one in scored], scored[0].labels[rows]
+        inputs = (placed, hidden, labels, choices, given[:, rows])
+        values, fixed = _block(*inputs, arms=tuple(arms.items()))
+        for i, name in enumerate(static):
+            values[name] = {key: value[i] for key, value in fixed.items()}
+        here = slice(count - start)
+        parts.append(jax.tree.map(lambda x, here=here: np.asarray(x, np.float64)[here], values))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
 def score(
@@ -98,45 +105,15 @@ def score(
     heads: Sequence[np.ndarray],
     arms: Mapping[str, Any],
     *,
-    block_size: int,
     static: Sequence[float] = (),
-    options: Sequence[int] | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, float]]:
-    """Mean NLL and accuracy of every arm, of the models alone, and of static alphas.
-
-    Args:
-        scored: of the large model, the base and the experts.
-        static: alphas of `static ALPHA` arms.
-        options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
-    """
-    totals: dict[str, dict[str, Any]] = {}
-    count = 0
-
-    def add(arm: str, sums: Mapping[str, Any]) -> None:
-        stored = totals.setdefault(arm, {})
-        for name, value in jax.device_get(dict(sums)).items():
-            stored[name] = stored.get(name, 0.0) + np.asarray(value, np.float64)
-
-    choices = None if options is None else jnp.asarray(options)
-    for block in blocks(scored, heads, block_size):
-        count += int(block.where.sum())
-        rest = (block.labels, block.where, choices)
-        alone = {"large": block.large, "base": block.base}
-        alone |= {f"expert {i}": logits for i, logits in enumerate(block.experts)}
-        for name, logits in alone.items():
-            add(name, _sums(logits, {}, *rest))
-        inputs = (block.large, block.experts, block.base)
-        for name, strategy in arms.items():
-            add(name, _sums(*_fused(*inputs, strategy=strategy), *rest))
-        if static:
-            alphas = jnp.asarray(static, jnp.float32)
-            values = jax.device_get(_static_sums(*inputs, *rest, alphas))
-            for i, alpha in enumerate(static):
-                one = {name: value[i] for name, value in values.items()}
-                add(static_name(alpha), one | {"alpha": alpha * block.where.sum()})
+    """Means of `by_position` for arms, models and `static ALPHA`."""
+    named = {static_name(alpha): alpha for alpha in static}
+    values = by_position(scored, heads, arms, static=named, **options)
     return {
-        name: {key: float(value / count) for key, value in sums.items()}
-        for name, sums in totals.items()
+        name: {key: float(value.mean()) for key, value in one.items()}
+        for name, one in values.items()
     }
 
 
@@ -147,28 +124,3 @@ def static_name(alpha: float) -> str:
 def best_static(means: Mapping[str, Mapping[str, float]], alphas: Sequence[float]) -> float:
     """The alpha with the smallest NLL."""
     return min(alphas, key=lambda alpha: means[static_name(alpha)]["nll"])
-
-
-def best_search(means: Mapping[str, Mapping[str, float]]) -> str:
-    """The dynamic arm with the smallest NLL."""
-    searches = [name for name, arm in SINGLE.items() if isinstance(arm, DynamicFusion)]
-    return min(searches, key=lambda name: means[name]["nll"])
-
-
-def traces(
-    scored: Sequence[Scored],
-    heads: Sequence[np.ndarray],
-    arms: Mapping[str, Any],
-    *,
-    positions: int,
-    block_size: int,
-) -> dict[str, list[list[float]]]:
-    """Alphas `[T][positions]` of the dynamic arms on the first positions."""
-    dynamic = {name: s for name, s in arms.items() if isinstance(s, DynamicFusion)}
-    entries: dict[str, list[np.ndarray]] = {name: [] for name in dynamic}
-    few = [Scored(one.hidden[:positions], one.labels[:positions]) for one in scored]
-    for block in blocks(few, heads, block_size):
-        for name, strategy in dynamic.items():
-            _, info = _fused(block.large, block.experts, block.base, strategy=strategy)
-            entries[name].append(np.asarray(info["alpha"])[:, np.asarray(block.where)])
-    return {name: np.concatenate(parts, 1).tolist() for name, parts in entries.items()}

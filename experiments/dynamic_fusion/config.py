@@ -46,6 +46,13 @@ class Config:
     )
     graded_questions: int = field(1000, "Number of its questions to answer.")
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
+    examples: int = field(0, "Number of answered questions before each question of a claim.")
+    part: tuple[str, ...] = field(
+        (),
+        "Data set to score unit by unit, for the claims: domain, task, general, shown (questions "
+        "after examples), both_domain or both_task. By default the run is the comparison.",
+        execution=True,
+    )
     seeds: int = field(1, "Number of seeds, each with experts and a ceiling of its own.")
     block_size: int = field(64, "Number of positions whose logits are in memory at once.")
     trace_tokens: int = field(96, "Number of positions in the plot of alpha.")
@@ -98,6 +105,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "demo": dict(),
     "report": dict(seeds=3),
+    # The basis of the claims DF-1 and DF-3 to DF-5, by --part. Seed 0 chooses.
+    "claims": dict(
+        seeds=6,
+        test_tokens=4096,
+        test_questions=1000,
+        examples=4,
+        static_alpha=(0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 1.75, 2),
+        block_size=256,
+    ),
     # Once for each of the paper's tasks: gsm8k, truthfulqa_mc1, triviaqa, cnn_dailymail_abisee and,
     # which no expert was tuned on, mmlu. Data: jsonl of prompt and response, in the task's words.
     "paper": dict(

@@ -64,10 +64,14 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Questions of each split; `options` are the token ids that may be answers."""
+    """Questions of each split; `options` are the token ids that may be answers.
+
+    `examples` are the tokens of answered questions, to stand before a question.
+    """
 
     splits: Mapping[str, Questions]
     options: tuple[int, ...]
+    examples: tuple[int, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -81,12 +85,15 @@ class Task:
         return dataclasses.asdict(questions[order[location * size : (location + 1) * size]])
 
 
-def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int]) -> Task:
+def load_task(
+    spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int], examples: int = 0
+) -> Task:
     """`topics:tfds:NAME`: articles whose `topic` is the answer; `letters`: a toy task.
 
     Args:
         length: tokens a question, prompt included.
         sizes: questions of each split.
+        examples: number of answered questions to have at hand, the first ones of training.
     """
     kind, _, source = spec.partition(":")
     rows: dict[str, list[tuple[str, str, str]]]
@@ -106,7 +113,11 @@ def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[st
     if len(set(first.values())) < len(first):
         raise ValueError(f"task: answers of {spec} share their first tokens: {first}")
     splits = {split: _questions(rows[split], tokenizer, first, length) for split in data.SPLITS}
-    return Task(splits, tuple(first.values()))
+    train, shown = splits["train"], []
+    for number, (*_, answer) in enumerate(rows["train"][:examples]):
+        tokens = train.tokens[number, : train.last[number] + 1].tolist()
+        shown += [*tokens, *tokenizer.encode(f"{answer}\n\n")]
+    return Task(splits, tuple(first.values()), tuple(shown))
 
 
 def _questions(

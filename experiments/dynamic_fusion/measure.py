@@ -55,7 +55,6 @@ class Measured:
         With a task of lm-evaluation-harness, also what it makes of each arm's answers.
         """
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
-        record["search"] = {}
         chosen: dict[str, float] = {}
 
         def score(strategies: Mapping[str, Any], domains: Sequence[str], name: str, split: str):
@@ -64,7 +63,6 @@ class Measured:
 
         for domain, names in SETS.items():
             validation = score(arms.SINGLE, [domain], domain, "validation")
-            record["search"][domain] = arms.best_search(validation)
             chosen[domain] = arms.best_static(validation, self.config.static_alpha)
             record["single"][domain] = {
                 name: score(arms.SINGLE, [domain], name, "test") for name in names
@@ -100,20 +98,13 @@ class Measured:
         seed: int,
     ) -> dict[str, Any]:
         logging.info("seed %d: %s on %s (%s)", seed, " and ".join(domains), name, split)
-        variants = self.models(domains, seed)
-        return arms.score(
-            self._scored(variants, name, split),
-            self._heads(variants),
-            strategies,
-            block_size=self.config.block_size,
-            static=self.config.static_alpha,
-            options=self._options(name),
-        )
+        inputs = self.inputs(self.models(domains, seed), name, split)
+        static = self.config.static_alpha
+        return arms.score(*inputs, strategies, static=static, **self.options(name))
 
     def _alone(self, variant: Variant, name: str, split: str) -> dict[str, float]:
-        size, options = self.config.block_size, self._options(name)
-        inputs = self._scored([variant] * 3, name, split), self._heads([variant] * 3)
-        return arms.score(*inputs, {}, block_size=size, options=options)["large"]
+        inputs = self.inputs([variant] * 3, name, split)
+        return arms.score(*inputs, {}, **self.options(name))["large"]
 
     def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, float]]:
         """The harness's metrics by arm, all of which answer without examples."""
@@ -158,44 +149,42 @@ class Measured:
             for name in arms_
         }
 
-    def _options(self, name: str) -> Sequence[int] | None:
-        return self.lineup.task.options if name == "task" else None
+    def options(self, name: str) -> dict[str, Any]:
+        """Options of `arms.by_position` for a data set."""
+        options = self.lineup.task.options if name in ("task", "shown") else None
+        return {"block_size": self.config.block_size, "options": options}
 
-    def _scored(self, variants: Sequence[Variant], name: str, split: str) -> list[Scored]:
-        return [self.lineup.scored(variant, name, split) for variant in variants]
-
-    def _heads(self, variants: Sequence[Variant]) -> list[np.ndarray]:
-        return [self.lineup.head_of(variant) for variant in variants]
+    def inputs(
+        self, variants: Sequence[Variant], name: str, split: str, count: int | None = None
+    ) -> tuple[list[Scored], list[np.ndarray]]:
+        """Hidden states of models on the first positions of a data set, and their heads."""
+        scored = [self.lineup.scored(variant, name, split) for variant in variants]
+        few = [Scored(one.hidden[:count], one.labels[:count]) for one in scored]
+        return few, [self.lineup.head_of(variant) for variant in variants]
 
     def traces(self) -> dict[str, Any]:
         """Alphas over the first tokens of the domain, and of both experts over three data sets."""
         size = self.config.trace_tokens
-        variants = self.models(["domain"], 0)
-        single = arms.traces(
-            self._scored(variants, "domain", "test"),
-            self._heads(variants),
-            arms.SINGLE,
-            positions=size,
-            block_size=self.config.block_size,
-        )
-        variants = self.models(["domain", "task"], 0)
-        pieces = [self._scored(variants, name, "test") for name in BOTH]
         part = size // len(BOTH)
-        joined = [
-            Scored(
-                np.concatenate([piece[i].hidden[:part] for piece in pieces]),
-                np.concatenate([piece[i].labels[:part] for piece in pieces]),
-            )
-            for i in range(len(variants))
-        ]
-        several = arms.traces(
-            joined,
-            self._heads(variants),
-            arms.SEVERAL,
-            positions=part * len(BOTH),
-            block_size=self.config.block_size,
-        )
+        variants = self.models(["domain"], 0)
+        single = self._alphas(variants, arms.SINGLE, {"domain": size})
+        variants = self.models(["domain", "task"], 0)
+        several = self._alphas(variants, arms.SEVERAL, dict.fromkeys(BOTH, part))
         return {"single": single, "several": several, "part": part}
+
+    def _alphas(
+        self, variants: Sequence[Variant], strategies: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> dict[str, list[list[float]]]:
+        """Alphas `[T][positions]` of the dynamic arms, on the first positions of data sets."""
+        dynamic = {k: v for k, v in strategies.items() if isinstance(v, DynamicFusion)}
+        named = {name: self.inputs(variants, name, "test", size) for name, size in sizes.items()}
+        joined = [
+            Scored(np.concatenate([x.hidden for x in one]), np.concatenate([x.labels for x in one]))
+            for one in zip(*[scored for scored, _ in named.values()])
+        ]
+        heads = next(iter(named.values()))[1]
+        values = arms.by_position(joined, heads, dynamic, block_size=self.config.block_size)
+        return {name: values[name]["alphas"].T.tolist() for name in dynamic}
 
     def speeds(self) -> list[dict[str, Any]]:
         config = self.config
@@ -243,5 +232,7 @@ def open_lineup(config: Config, workdir: epath.Path) -> Measured:
         "validation": config.validation_questions,
         "test": config.test_questions,
     }
-    task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
+    task = load_task(
+        config.task, tokenizer, length=config.task_length, sizes=sizes, examples=config.examples
+    )
     return Measured(config, workdir / "results", Lineup(config, root, texts, task), tokenizer)

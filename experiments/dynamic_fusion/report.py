@@ -1,7 +1,6 @@
 """The tables, verdicts and plots of dynamic fusion."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from experiments.dynamic_fusion.config import Config
 from experiments.shared import figures
 from experiments.shared.report import markdown_table, mean_and_spread, spread, write_report
 
-#: The comparisons and their measures: (name, whether larger is better).
-MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}
 _TITLES = {
     "domain": "text of the first domain",
     "task": "questions of the second domain",
@@ -37,7 +34,7 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     for name in seeds[0]["several"]:
         title = f"Both experts, on {_TITLES[name]}"
         tables.append((title, several_table(seeds, name)))
-    text = f"# Dynamic fusion\n\n{_setting(config, seeds)}\n\n## Verdicts\n\n{verdicts(seeds)}\n"
+    text = f"# Dynamic fusion\n\n{_setting(config, seeds)}\n"
     for title, rows in tables:
         text += f"\n## {title}\n\n{markdown_table(rows)}\n"
     if "graded" in seeds[0]:
@@ -153,48 +150,6 @@ def _ratio(scores: Mapping[str, float], seed: Any, name: str) -> float:
     if name == "task":
         return 100 * scores["accuracy"] / ceiling["accuracy"] if ceiling["accuracy"] else 0.0
     return 100 * math.exp(ceiling["nll"] - scores["nll"])
-
-
-def verdicts(seeds: Sequence[Any]) -> str:
-    """Whether choosing alpha for every token pays, judged by the gap of the held-out NLL."""
-    lines = []
-    for domain in ("domain", "task"):
-        items = [seed["single"][domain][domain] for seed in seeds]
-        static = [static_name(seed["chosen"][domain]) for seed in seeds]
-        closed = {name: _closed(items, [name] * len(seeds), seeds, domain) for name in SINGLE}
-        fixed = _closed(items, static, seeds, domain)
-        alphas = ", ".join(f"{seed['chosen'][domain]:g}" for seed in seeds)
-        lines.append(
-            f"- {_which(domain)} domain: of the gap of the NLL, proxy-tuning with alpha = 1 closes "
-            f"{mean_and_spread(closed['proxy'])}%, with the best static alpha ({alphas}) "
-            f"{mean_and_spread(fixed)}%."
-        )
-        best = ", ".join(seed["search"][domain] for seed in seeds)
-        lines.append(f"  - Best search on validation data, by seed: {best}.")
-        for name in SINGLE:
-            if name != "proxy":
-                against = [_against(closed[name], closed["proxy"]), _against(closed[name], fixed)]
-                lines.append(
-                    f"  - {name} closes {mean_and_spread(closed[name])}%: {against[0]} than alpha "
-                    f"= 1, {against[1]} than the best static alpha."
-                )
-    return "\n".join(lines)
-
-
-def _closed(
-    scores: Sequence[Any], arms: Sequence[str], seeds: Sequence[Any], domain: str
-) -> list[float]:
-    gaps = [
-        gap_closed(f[arm]["nll"], f["large"]["nll"], seed["ceiling"][domain][domain]["nll"])
-        for f, arm, seed in zip(scores, arms, seeds, strict=True)
-    ]
-    return [0.0 if gap is None else gap for gap in gaps]
-
-
-def _against(ours: Sequence[float], other: Sequence[float]) -> str:
-    wins = sum(a > b for a, b in zip(ours, other, strict=True))
-    word = "MORE" if statistics.fmean(ours) > statistics.fmean(other) else "NOT more"
-    return f"{word} (in {wins} of {len(ours)} seeds)"
 
 
 def traces(record: Mapping[str, Any]) -> figures.Picture:

@@ -7,7 +7,7 @@ processes train a model together; afterwards each holds it whole, and the first 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,21 @@ class Lineup:
 
         return Variant(directory, make)
 
+    def merged(self, weight: float, seed: int) -> Variant:
+        """The base with the changes of both experts, times a weight: task arithmetic."""
+        experts = [self.tuned("base", domain, seed) for domain in ("domain", "task")]
+        name = digest(weight, [str(one.directory.parent.name) for one in experts], length=12)
+
+        def make() -> models.Decoder:
+            graphdef, start = nnx.split(self.base.model)
+            changed = [nnx.split(expert.model)[1] for expert in experts]
+            return nnx.merge(
+                graphdef,
+                jax.tree.map(lambda x, *new: x + weight * sum(y - x for y in new), start, *changed),
+            )
+
+        return Variant(self.root / f"merged-{name}" / f"seed-{seed}", make)
+
     @functools.cached_property
     def head(self) -> np.ndarray:
         """The large model's head, `[vocab, width]`."""
@@ -117,14 +132,19 @@ class Lineup:
         return _array(variant.directory / "head.npy", variant, _head_rows)
 
     def scored(self, variant: Variant, name: str, split: str) -> Scored:
-        """Compute a head's inputs on a split of a text or of the task, once."""
+        """Compute a head's inputs on a split of a text or of the task, once.
+
+        `shown` are the questions of the task after its examples.
+        """
         config = self.config
-        if name == "task":
+        if name in ("task", "shown"):
             questions = self.task.splits[split]
-            directory = (
-                variant.directory / f"task-{split}-{digest(self.task.fingerprint, length=12)}"
+            examples = self.task.examples if name == "shown" else ()
+            key = digest(self.task.fingerprint, *[examples] * bool(examples), length=12)
+            directory = variant.directory / f"{name}-{split}-{key}"
+            states = functools.partial(
+                answer_states, questions=questions, size=config.batch_size, examples=examples
             )
-            states = functools.partial(answer_states, questions=questions, size=config.batch_size)
             return Scored(_array(directory / "hidden.npy", variant, states), questions.answers)
         text = self.texts[name]
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
@@ -246,24 +266,37 @@ def task_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any
     return loss.sum(), jnp.float32(loss.size)
 
 
-def answer_states(model: models.Decoder, questions: Questions, size: int) -> np.ndarray:
-    """Hidden states that predict the answers, `[n, width]`."""
+def answer_states(
+    model: models.Decoder, questions: Questions, size: int, examples: Sequence[int] = ()
+) -> np.ndarray:
+    """Hidden states that predict the answers, `[n, width]`, after the tokens of examples."""
+    model = models.with_layout(model, "listed")
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def run(state: Any, batch: Mapping[str, Any]) -> jax.Array:
-        return _at_last(nnx.merge(graphdef, state), batch).astype(jnp.float32)
+    def read(state: Any, tokens: Any, cache: Any) -> Any:
+        return nnx.merge(graphdef, state).hidden_states(tokens, cache=cache)[1]
 
+    @jax.jit
+    def run(state: Any, batch: Mapping[str, Any], cache: Any) -> jax.Array:
+        return _at_last(nnx.merge(graphdef, state), batch, cache).astype(jnp.float32)
+
+    cache = None
+    if examples:
+        # Read once for all questions, whose keys and values follow theirs.
+        empty = model.init_cache(1, len(examples) + questions.tokens.shape[1])
+        cache = read(state, np.array([examples]), empty)
+        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, size, 0), cache)
     items = []
     for start in range(0, len(questions), size):
         rows = np.arange(start, start + size) % len(questions)
-        part = run(state, dataclasses.asdict(questions[rows]))
+        part = run(state, dataclasses.asdict(questions[rows]), cache)
         items.append(np.asarray(part)[: len(questions) - start])
     return np.concatenate(items)
 
 
-def _at_last(model: models.Decoder, batch: Mapping[str, Any]) -> jax.Array:
-    hidden, _ = model.hidden_states(batch["tokens"])
+def _at_last(model: models.Decoder, batch: Mapping[str, Any], cache: Any = None) -> jax.Array:
+    hidden, _ = model.hidden_states(batch["tokens"], cache=cache)
     # By a mask: a gather of sharded rows would need the sharding of its result.
     at = jnp.arange(hidden.shape[1]) == batch["last"][:, None]
     return jnp.einsum("bt,bth->bh", at.astype(hidden.dtype), hidden)

@@ -31,8 +31,10 @@ def tuned_seeds(
 
 
 def best_of(run: Callable[[float], Record], rates: Sequence[float]) -> Record:
-    """The run with the smallest `validation_nll`."""
-    return min(map(run, rates), key=lambda record: record["validation_nll"])
+    """The run with the smallest `validation_nll`; `tried` has those of all rates."""
+    records = [run(rate) for rate in rates]
+    tried = {str(rate): one["validation_nll"] for rate, one in zip(rates, records)}
+    return min(records, key=lambda record: record["validation_nll"]) | {"tried": tried}
 
 
 def by_key(records: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:

@@ -12,7 +12,11 @@ import jax
 
 
 def paired_seconds(
-    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each function, called in turn `repeats` times after `warmup` calls."""
     for function in functions.values():
@@ -21,9 +25,9 @@ def paired_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

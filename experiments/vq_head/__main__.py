@@ -43,7 +43,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     for codes in config.codes:
         for arm in config.arm:
             # Arms without a codebook are the same whatever its size.
-            if codes != config.codes[0] and not arm.startswith("vq"):
+            if codes != config.codes[0] and not arm.startswith(config.code_arm or "vq"):
                 continue
             # Learning rates are compared at the first codebook size only.
             tried = (rates[arm],) if arm in rates else config.learning_rate

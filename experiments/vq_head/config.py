@@ -24,6 +24,12 @@ NAMES = {
     "faiss": "FAISS IndexPQFastScan, exact rows",
     "adaptive": "adaptive softmax, tuned on labels",
 }
+# Maps of the heads without bias that nothing pretrained knows of.
+MAPS = {
+    "random_map": "VQ without bias, random mapping",
+    "frequency_map": "VQ without bias, tokens of like frequency",
+    "neighbour_map": "VQ without bias, tokens with like neighbours",
+}
 SCRATCH_NAMES = {
     "full_bias": "full softmax + bias (control)",
     "full": "full softmax",
@@ -31,14 +37,14 @@ SCRATCH_NAMES = {
     "vq_random": "VQ + bias, random mapping",
     "vq_plain": "VQ without bias, mapping from pretrained rows *",
     "adaptive": "adaptive softmax",
-}
+} | MAPS
 #: Arms of the comparison of heads; the others are those of VQ-Logits' claims.
 HEADS = (
     *("bf16", "int8_plain", "int8", "int4", "screened", "certified", "paged"),
     *("vq_bias", "flash", "svd", "faiss"),
 )
 ARMS = (*HEADS, "vq_paper", "vq_plain", "adaptive")
-SCRATCH_ARMS = tuple(SCRATCH_NAMES)
+SCRATCH_ARMS = tuple(name for name in SCRATCH_NAMES if name not in MAPS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,9 @@ class Config:
     test_tokens: int = field(14_000, "Number of positions to report on.")
     arm: tuple[str, ...] = field(ARMS, "Head to convert to.", execution=True, choices=ARMS)
     codes: tuple[int, ...] = field((2048,), "Sizes of the codebook.")
+    code_arm: tuple[str, ...] = field(
+        (), "Head to convert to with all codebooks but the first. By default all VQ heads."
+    )
     seeds: int = field(1, "Number of runs of each arm at its best learning rate.")
     learning_rate: tuple[float, ...] = field((2e-3,), "Peak learning rates to choose from.")
     steps: int = field(100, "Number of tuning steps of each arm.")
@@ -68,9 +77,10 @@ class Config:
     stretches: bool = field(False, "Report each seed on a stretch of its own.")
     adaptive_div: float = field(4.0, "Factor by which the tails of adaptive softmax narrow.")
     scratch_arm: tuple[str, ...] = field(
-        (), "Head to train a small model from scratch with.", choices=SCRATCH_ARMS
+        (), "Head to train a small model from scratch with.", choices=tuple(SCRATCH_NAMES)
     )
     scratch_vocab: int = field(8192, "Vocabulary of the small model.")
+    scratch_codes: int = field(0, "Number of codes of small models. 0 for V / 16.")
     scratch_width: int = field(128, "Hidden size of the small model.")
     scratch_steps: int = field(200, "Number of training steps of the small model.")
     scratch_batch: int = field(8, "Number of rows in a step of the small model.")
@@ -148,12 +158,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "claims": dict(
         codes=(491, 2048, 6719),
         arm=("vq_paper", "vq_plain", "adaptive"),
+        code_arm=("vq_plain",),
         seeds=6,
         learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         steps=60,
         batch_size=512,
         kmeans_iterations=5,
-        train_tokens=48_000,
+        # As many as the steps see.
+        train_tokens=31_000,
+        timing_repeats=2,
+    ),
+    # The basis of the claim VQ-3: as many codes as 1 % of the vocabulary.
+    "scratch": dict(
+        arm=(),
+        seeds=11,
+        train_tokens=2_000,
+        validation_tokens=500,
+        test_tokens=500,
+        scratch_arm=("full_bias", *MAPS),
+        scratch_codes=82,
+        scratch_steps=150,
+        scratch_learning_rate=(1e-3, 4e-3, 1.6e-2, 6.4e-2),
     ),
     "paper": dict(
         # C4: --data=tfds:c4:en --splits='train[:200000]' --splits='validation[:50%]'

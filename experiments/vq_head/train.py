@@ -16,7 +16,7 @@ from experiments.shared.records import Record
 from experiments.vq_head import arms
 from experiments.vq_head.adaptive import AdaptiveConfig, adaptive_nll
 from experiments.vq_head.config import Config
-from experiments.vq_head.data import Context
+from experiments.vq_head.data import Context, Text
 from logitjax import losses, models, training, vq
 
 #: `(params, given, hidden, labels)` to the loss of each position.
@@ -79,7 +79,7 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     """Trains one model; returns its held-out loss, the numbers in its head, and the curve."""
     logging.info("from scratch: %s, seed %d, learning rate %g", arm, seed, rate)
     config, text, mesh = ctx.config, ctx.text, ctx.mesh
-    head = _head(ctx, arm, seed)
+    head = start_head(ctx, arm, seed)
     graphdef, trunk, rest = make_trunk(config, len(text.unigram), seed=seed)
     loss_fn = make_loss(graphdef, rest, head.nll)
     update = make_update(loss_fn, config, mesh, rate)
@@ -96,13 +96,16 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     )
     evaluate = training.EvalStep(loss_fn, mesh=mesh)
 
-    def blocks(split: str) -> Iterator[dict[str, np.ndarray]]:
-        return (fit.share(mesh, block) for block in text.blocks(split))
+    def blocks(split: str, size: int = 16) -> Iterator[dict[str, np.ndarray]]:
+        return (fit.share(mesh, block) for block in text.blocks(split, size))
 
-    held_out = {
+    held_out: Record = {
         name: evaluate.means(state.params, blocks(split), given)["loss"]
         for name, split in (("validation_nll", "validation"), ("nll", "test"))
     }
+    # Every device has to have a row.
+    units = blocks("test", max(4, mesh.size))
+    held_out["units"] = [evaluate.means(state.params, [one], given)["loss"] for one in units]
     size = sum(x.size for x in jax.tree.leaves(head.params))
     return held_out | {
         "arm": arm,
@@ -114,10 +117,11 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     }
 
 
-def _head(ctx: Context, arm: str, seed: int) -> Head:
+def start_head(ctx: Context, arm: str, seed: int) -> Head:
+    """A head of a small model before training."""
     text, width = ctx.text, ctx.config.scratch_width
     vocab = len(text.unigram)
-    codes = codes_of(vocab)
+    codes = ctx.config.scratch_codes or codes_of(vocab)
     key = jax.random.key(seed + 1000)
     log_unigram = jnp.log(jnp.asarray(text.unigram / text.unigram.sum(), jnp.float32))
 
@@ -136,24 +140,39 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
         params = config.init(key, jnp.asarray(text.unigram))
         tables = {name: params.pop(name) for name in ("order", "rank")}
         return Head(params, tables, lambda params, given, h, y: adaptive_nll(h, params | given, y))
-    if arm == "vq_random":
+    if arm in ("vq_random", "random_map"):
         assignment = jax.random.permutation(key, jnp.arange(vocab) * codes // vocab)
+    elif arm == "frequency_map":
+        # Blocks of ranks that grow from single tokens, of about the same mass by Zipf's law.
+        start = codes / np.log(vocab / codes)
+        blocks = np.log1p(np.arange(vocab) / start) / np.log1p(vocab / start) * codes
+        assignment = jnp.asarray(blocks)[np.argsort(np.argsort(-text.unigram, kind="stable"))]
     else:
-        # Rows of the pretrained head: the map imports its knowledge. Others share one mean row.
-        rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
-        assignment = vq.fit_assignment(
-            rows,
-            jnp.asarray(text.unigram, jnp.float32),
-            ctx.statistics.mean,
-            ctx.statistics.cov,
-            codes,
-            key=key,
-            iterations=10,
-        ).assignment
+        if arm == "neighbour_map":
+            rows = _neighbours(text)
+            mean, cov = np.zeros(rows.shape[1], np.float32), np.eye(rows.shape[1], dtype=np.float32)
+        else:
+            # Rows of the pretrained head: the map imports its knowledge. Others share a mean row.
+            rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
+            mean, cov = ctx.statistics.mean, ctx.statistics.cov
+        unigram = jnp.asarray(text.unigram, jnp.float32)
+        options: Any = dict(key=key, iterations=10)
+        assignment = vq.fit_assignment(rows, unigram, mean, cov, codes, **options).assignment
     params = {"codebook": normal(codes, width)}
-    if arm != "vq_plain":
+    if arm in ("vq_bias", "vq_random"):
         params["bias"] = log_unigram
     return Head(params, {"assignment": assignment.astype(jnp.int32)}, arms.label_loss)
+
+
+def _neighbours(text: Text, most: int = 256) -> np.ndarray:
+    """Roots of the shares with which the most frequent tokens precede each token."""
+    column, most = np.full(len(text.unigram), -1), min(most, len(text.unigram))
+    column[np.argsort(-text.unigram)[:most]] = np.arange(most)
+    before, token = column[text.train[:, :-1]], text.train[:, 1:]
+    where = text.train_mask[:, 1:] & (before >= 0)
+    counts = np.zeros((len(column), most), np.float32)
+    np.add.at(counts, (token[where], before[where]), 1)
+    return np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))
 
 
 def _full_nll(params: Any, given: Any, hidden: Any, labels: Any) -> Any:

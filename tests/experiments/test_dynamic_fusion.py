@@ -1,5 +1,6 @@
 """The dynamic fusion experiment: a smoke run through its command line, and what scores mean."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 from etils import epath
 
+from experiments.claims.claim import Units, load
 from experiments.dynamic_fusion import __main__ as dynamic_fusion
 from experiments.dynamic_fusion import arms as dynamic_fusion_arms
+from experiments.dynamic_fusion import claims as dynamic_fusion_claims
 from experiments.dynamic_fusion import report as dynamic_fusion_report
-from experiments.dynamic_fusion.data import load_task
-from experiments.dynamic_fusion.train import Scored
+from experiments.dynamic_fusion.data import Questions, load_task
+from experiments.dynamic_fusion.train import Scored, answer_states
 from logitjax import training
+from logitjax.data import SPLITS
 from logitjax.fusion import DynamicFusion, ProxyTuning
-from logitjax.models import load_tokenizer
+from logitjax.models import load_model, load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHANGES = {
@@ -35,7 +39,7 @@ def finished(tmp_path_factory):
     command += [f"--workdir={workdir}", *[f"--{k}={v}" for k, v in CHANGES.items()]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "## Verdicts" in done.stdout
+    assert "One expert, of the first domain" in done.stdout
     return epath.Path(workdir)
 
 
@@ -86,6 +90,55 @@ def test_a_task_of_the_harness_is_answered_by_every_arm(tmp_path, monkeypatch):
     assert all(0 <= scores["exact_match"] <= 1 for scores in seed["graded"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.many_programs("every part of the claims makes models and scores them")
+def test_every_part_of_the_claims_has_a_value_for_each_unit(tmp_path):
+    alphas = dynamic_fusion.PRESETS["claims"]["static_alpha"]
+    parts = ("domain", "task", "general", "shown", "both_domain", "both_task")
+    changes = {**CHANGES, "mesh": "data:1", "part": parts, "seeds": 2, "examples": 2}
+    changes |= {
+        "static_alpha": alphas,
+        "test_tokens": 130,
+        "block_size": 60,
+        "validation_tokens": 130,
+    }
+    config = dynamic_fusion.Config(**{**dynamic_fusion.PRESETS["smoke"], **changes})
+    folder = epath.Path(tmp_path)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    dynamic_fusion.run(config, folder)
+    counts = {"64 tokens": 2, "question": config.test_questions}
+    for name in ("DF-1", "DF-3", "DF-4", "DF-5"):
+        for setting in load()[name].settings:
+            units = Units(of=setting.units.of, n=counts[setting.units.of])
+            changed = setting.model_copy(update={"seeds": 1, "units": units})
+            made = list(dynamic_fusion_claims.records(changed, tmp_path))
+            reports = [record for record in made if record.role == "report"]
+            assert {record.arm for record in reports} == set(setting.arms)
+            for record in reports:
+                (metric,) = record.values
+                assert np.isfinite(record.of(metric)).all()
+                if record.arm == "static_0":
+                    np.testing.assert_allclose(record.of("gap"), 0, atol=1e-3)
+            assert all(len(record.validation) == 1 for record in made if record.role == "trial")
+
+
+def test_questions_after_examples_are_read_as_one_row():
+    task = load_task(
+        "letters", load_tokenizer("tiny"), length=16, sizes=dict.fromkeys(SPLITS, 5), examples=2
+    )
+    questions, model = task.splits["test"], load_model("tiny", layout="listed")
+    assert len(task.examples) == 2 * len("aaaa:a\n\n")
+    shown = np.broadcast_to(task.examples, (5, len(task.examples)))
+    whole = Questions(
+        np.concatenate([shown, questions.tokens], 1),
+        questions.last + len(task.examples),
+        questions.answers,
+    )
+    np.testing.assert_allclose(
+        answer_states(model, questions, 3, task.examples), answer_states(model, whole, 3), atol=1e-5
+    )
+
+
 @pytest.fixture(scope="module")
 def scored():
     rng = np.random.default_rng(0)
@@ -116,26 +169,27 @@ def test_scores_are_means_over_positions_whatever_the_block(scored):
     assert means["static 1"]["nll"] == pytest.approx(means["proxy"]["nll"], abs=1e-5)
     assert means["static 0"]["nll"] == pytest.approx(means["large"]["nll"], abs=1e-5)
     assert dynamic_fusion_arms.best_static(means, (0.0, 1.0)) in (0.0, 1.0)
+    given = {"own": np.linspace(0, 1, 11)}
+    by_position = dynamic_fusion_arms.by_position(
+        models, [head] * 3, {}, block_size=4, static=given
+    )
+    own = large + given["own"][:, None] * (expert - base)
+    own -= np.log(np.exp(own).sum(-1, keepdims=True))
+    nll = by_position["own"]["nll"]
+    np.testing.assert_allclose(nll, -own[np.arange(11), labels], atol=1e-4)
     among = dynamic_fusion_arms.score(
         models, [head] * 3, {}, block_size=4, options=sorted(set(labels.tolist()))
     )
     assert among["large"]["accuracy"] >= means["large"]["accuracy"]
 
 
-def test_traces_are_alphas_of_the_first_positions(scored):
+def test_alphas_are_those_of_each_position(scored):
     models, head = scored
-    arms = {"proxy": ProxyTuning(), "grid": DynamicFusion(method="grid")}
-    alphas = dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
-    assert list(alphas) == ["grid"]
+    arms = {"grid": DynamicFusion(method="grid")}
+    values = dynamic_fusion_arms.by_position(models, [head] * 3, arms, block_size=4)
     large, base, expert = (m.hidden @ head.T for m in models)
     _, info = jax.jit(DynamicFusion(method="grid").__call__)(large, expert, base)
-    np.testing.assert_allclose(alphas["grid"], info["alpha"][:, :7], atol=1e-6)
-
-
-def test_best_search_is_the_dynamic_arm_of_least_nll():
-    means = {name: {"nll": 3.0} for name in dynamic_fusion_arms.SINGLE}
-    means |= {"proxy": {"nll": 1.0}, "jeffreys": {"nll": 2.0}}
-    assert dynamic_fusion_arms.best_search(means) == "jeffreys"
+    np.testing.assert_allclose(values["grid"]["alphas"].T, info["alpha"], atol=1e-6)
 
 
 def test_questions_end_before_their_answer_and_answers_differ_at_once():
@@ -151,24 +205,9 @@ def test_questions_end_before_their_answer_and_answers_differ_at_once():
         load_task("sums", load_tokenizer("tiny"), length=16, sizes=sizes)
 
 
-def test_verdicts_say_plainly_what_does_not_pay():
+def test_a_gap_is_none_where_there_is_none():
     assert dynamic_fusion_report.gap_closed(3.0, 4.0, 2.0) == 50
     assert dynamic_fusion_report.gap_closed(3.0, 4.0, 4.0) is None
-    arms = {name: {"nll": 3.5} for name in dynamic_fusion_arms.SINGLE}
-    arms |= {"large": {"nll": 4.0}, "static 0.5": {"nll": 3.0}, "proxy": {"nll": 3.6}}
-    seed = {
-        "single": {"domain": {"domain": arms}, "task": {"task": arms}},
-        "ceiling": {name: {name: {"nll": 2.0}} for name in ("domain", "task")},
-        "chosen": {"domain": 0.5, "task": 0.5},
-        "search": {"domain": "project", "task": "jeffreys"},
-    }
-    text = dynamic_fusion_report.verdicts([seed])
-    assert "with the best static alpha (0.5) 50%" in text
-    assert "Best search on validation data, by seed: jeffreys." in text
-    assert (
-        "jeffreys closes 25%: MORE (in 1 of 1 seeds) than alpha = 1, NOT more (in 0 of 1 seeds) "
-        "than the best static alpha" in text
-    )
 
 
 def test_mistakes_are_named():

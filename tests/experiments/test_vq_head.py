@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from experiments.claims.claim import load
 from experiments.vq_head import __main__ as vq_head
-from experiments.vq_head import arms, config, data, measure, rebuilt
+from experiments.vq_head import arms, claims, config, data, measure, rebuilt, train
+from experiments.vq_head.config import MAPS
 from logitjax import vq
 
 
@@ -67,6 +69,35 @@ def test_finished_arms_are_not_run_again(finished, monkeypatch):
     monkeypatch.setattr(measure, "run_arm", fail)
     vq_head.run(config, workdir)
     assert (workdir / "results" / "vq_bias_32_0.json").read_text() == before
+
+
+@pytest.mark.slow
+@pytest.mark.many_programs("models with four heads are trained and have records")
+def test_models_from_scratch_have_records_and_maps_of_their_own(tmp_path):
+    rates = (1e-3, 4e-3, 1.6e-2)
+    settings = vq_head.PRESETS["smoke"] | vq_head.PRESETS["scratch"]
+    settings |= {name: vq_head.PRESETS["smoke"][name] for name in ("train_tokens", "test_tokens")}
+    settings |= {"scratch_codes": 8, "scratch_steps": 2, "seeds": 2, "scratch_learning_rate": rates}
+    config, workdir = vq_head.Config(**settings), epath.Path(tmp_path)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    vq_head.run(config, workdir)
+    (setting,) = load()["VQ-3"].settings
+    made = list(claims.records(setting.model_copy(update={"seeds": 1}), tmp_path))
+    assert {record.arm for record in made} == set(setting.arms)
+    for record in made:
+        assert len(record.validation) == (3 if record.role == "trial" else 0)
+        # The short text fills a part of the rows.
+        assert np.isfinite(record.of("nll")).any()
+    ctx = data.prepare(config, workdir)
+    for arm in MAPS:
+        head = train.start_head(ctx, arm, 0)
+        assert set(head.params) == {"codebook"}
+        codes = np.asarray(head.given["assignment"])
+        assert 4 <= len(np.unique(codes)) <= 8
+        if arm == "frequency_map":
+            by_rank = codes[np.argsort(-ctx.text.unigram, kind="stable")]
+            assert (np.diff(by_rank) >= 0).all()
+            assert by_rank[0] < by_rank[2]
 
 
 def test_presets_are_configurations():
