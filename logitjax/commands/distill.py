@@ -315,8 +315,8 @@ def reading_of(config: Config) -> distillation.Reading:
 def objective_of(config: Config) -> distillation.Objective:
     """The losses and the weights of the teachers."""
     return distillation.Objective(
-        # A draft head has its own loss.
-        terms=() if config.draft_head else distillation.parse_terms(config.loss),
+        # A draft head has a loss of its own.
+        terms=distillation.parse_terms(("sft:1",) if config.draft_head else config.loss),
         teachers=config.teacher_weight or (1.0,) * len(config.teachers),
     )
 

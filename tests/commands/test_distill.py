@@ -70,7 +70,7 @@ def tokens(seed=0):
 @pytest.mark.many_programs("a draft head is trained, and decodes")
 @pytest.mark.parametrize("more", [dict(draft_vocab=40), dict(draft_vocab=0, draft_rank=4)])
 def test_a_draft_head_is_trained_and_decodes_as_the_model(text, tmp_path, more):
-    given = dict(draft_head=True, draft_rows=12, draft_loss="lambda", mesh="data:2", **more)
+    given = dict(draft_head=True, draft_rows=12, draft_loss="lambda", **more)
     chosen = config(text, **given, eval_rows=2, steps=6, eval_every=3)
     out = epath.Path(tmp_path) / "run"
     distill.run(chosen, out)

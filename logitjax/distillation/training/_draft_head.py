@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax import data, decoding, losses, models, processes, storage, training
 from logitjax.distillation._draft_statistic import DraftReading, DraftStatistic
@@ -96,6 +96,7 @@ class DraftTraining:
             tokens = _most_frequent(train, rows, self.vocab, model.config.vocab_size, end_ids)
         head = models.DraftHead.of(model, tokens=tokens, rank=self.rank, seed=course.seed)
         loss, size = _Loss(self, head, model), course.batch_size
+        constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
         rate = training.Schedule(
             course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
         )
@@ -110,7 +111,7 @@ class DraftTraining:
         def score(state: training.TrainState, number: int) -> dict[str, float]:
             whole = range(0, held_out_rows // size * size, size)
             batches = (held_out.read(range(i, i + size)) for i in whole)
-            return scorer.means(state.params, batches, loss.constants)
+            return scorer.means(state.params, batches, constants)
 
         with contextlib.ExitStack() as stack:
             folder = workdir / "train"
@@ -119,7 +120,7 @@ class DraftTraining:
             stack.enter_context(contextlib.closing(writer))
             state = training.train_loop(
                 start,
-                functools.partial(step, constants=loss.constants),
+                functools.partial(step, constants=constants),
                 lambda number: train.read(_order(number, rows, size, course.seed)),
                 total_steps=course.steps,
                 workdir=folder,
