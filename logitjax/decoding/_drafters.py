@@ -73,6 +73,8 @@ class Beside:
     """A model that is not a member. It remembers what it has read, and reads what it has missed."""
 
     rests: ClassVar[bool] = False
+    # Whether streams of the model itself come with the text that it has verified.
+    on_features: ClassVar[bool] = False
 
     plan: Plan
     token_map: Any
@@ -86,10 +88,18 @@ class Beside:
         self, plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, memory: Any,
         length: int,
     ) -> Proposal:  # fmt: skip
-        group, at, ids = self.plan.groups[0], state.lengths[0], self._ids(plan)
+        group, at = self.plan.groups[0], state.lengths[0]
         rows, index = jnp.arange(len(at))[:, None], jnp.arange(state.text.shape[1])
-        # Read again in any case, up to the last token.
-        window = jnp.arange(1 - self.window(length), 1)
+        mapping = self.token_map
+        if mapping is None:
+            # Padding rows at the end of a vocabulary, which only one of the two has.
+            last = self.plan.vocab_size - 1
+            ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
+        else:
+            ids = _Ids(mapping.to_small, mapping.to_large)
+        # Includes the token before: if all drafts were accepted, the last has not been read. What
+        # was read as drafts, with streams of the drafter, is read again.
+        window = jnp.arange(-length if self.on_features else -1, 1)
         least = at + window[0]
 
         def num_read(read: jax.Array) -> jax.Array:
@@ -121,29 +131,15 @@ class Beside:
         tokens, warm, cache = _drawn(
             group, options, params, state, cache, (fed, places), ids, length
         )
-        drafted = at[:, None] + jnp.arange(1, length)
-        places = jnp.where(state.active[:, None], jnp.concatenate([places, drafted], axis=1), -1)
-        read = noted(read, places, jnp.concatenate([fed, self.remembered(tokens[:-1].T)], axis=1))
+        places = places[:, :1] + jnp.arange(len(window) + length - 1)
+        places = jnp.where(state.active[:, None], places, -1)
+        drafts = jnp.full_like(tokens, -1) if self.on_features else tokens
+        read = noted(read, places, jnp.concatenate([fed, drafts[:-1].T], axis=1))
         return Proposal(tokens, warm, state.cache, (cache, read))
-
-    def window(self, length: int) -> int:
-        # With the token before: if all drafts were accepted, the last has not been read.
-        return 2
 
     def ready(self, params: Any, state: DecodeState, cache: Any, places: jax.Array) -> Any:
         """The cache, with what else is needed to read the text at these places."""
         return cache
-
-    def remembered(self, drafts: jax.Array) -> jax.Array:
-        """Drafts as they are noted; -1 for those to be read again if they turn out right."""
-        return drafts
-
-    def _ids(self, plan: Plan) -> "_Ids":
-        if self.token_map is not None:
-            return _Ids(self.token_map.to_small, self.token_map.to_large)
-        # Padding rows at the end of a vocabulary, which only one of the two has.
-        last = self.plan.vocab_size - 1
-        return _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,17 +149,12 @@ class OnFeatures(Beside):
     That of verified tokens comes from features in the model's cache, that of drafts from itself.
     """
 
-    def window(self, length: int) -> int:
-        # All that the last round may have accepted, now with true streams.
-        return length + 1
+    on_features: ClassVar[bool] = True
 
     def ready(self, params: Any, state: DecodeState, cache: Any, places: jax.Array) -> Any:
         before = jnp.maximum(places - 1, 0)[..., None]
         features = jnp.take_along_axis(state.cache[0][1], before, axis=1)
         return cache[0], self.plan.groups[0].apply.head(params).fuse(features)
-
-    def remembered(self, drafts: jax.Array) -> jax.Array:
-        return jnp.full_like(drafts, -1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,22 +24,19 @@ from logitjax.losses import sweep
 _WRITTEN, _READ = 64, 8
 
 
-def _alpha(reading: DraftReading, inside: Any) -> jax.Array:
-    return jnp.where(inside, -jnp.log(jnp.maximum(reading.acceptance, 1e-6)), 0.0)
-
-
-def _kl(reading: DraftReading, inside: Any) -> jax.Array:
-    # EAGLE leaves out positions whose most likely token is not drafted.
-    return jnp.where(inside, reading.kl, 0.0)
-
-
 def _mixed(reading: DraftReading, inside: Any) -> jax.Array:
     share = jnp.exp(-3.0 * jax.lax.stop_gradient(reading.acceptance))
-    return share * _kl(reading, inside) + (1 - share) * (1 - reading.acceptance)
+    return share * jnp.where(inside, reading.kl, 0.0) + (1 - share) * (1 - reading.acceptance)
 
 
-# Of the reading, and whether the model's most likely token can be drafted.
-_LOSSES: Mapping[str, Callable[..., jax.Array]] = {"kl": _kl, "alpha": _alpha, "lambda": _mixed}
+# Of the reading, and whether the model's most likely token can be drafted: EAGLE leaves out others.
+_LOSSES: Mapping[str, Callable[..., jax.Array]] = {
+    "kl": lambda reading, inside: jnp.where(inside, reading.kl, 0.0),
+    "alpha": lambda reading, inside: jnp.where(
+        inside, -jnp.log(jnp.maximum(reading.acceptance, 1e-6)), 0.0
+    ),
+    "lambda": _mixed,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +106,9 @@ class DraftTraining:
         )
 
         def score(state: training.TrainState, number: int) -> dict[str, float]:
-            whole = range(0, held_out_rows // size * size, size)
-            batches = (held_out.read(range(i, i + size)) for i in whole)
+            part = min(size, held_out_rows)
+            whole = range(0, held_out_rows // part * part, part)
+            batches = (held_out.read(range(i, i + part)) for i in whole)
             return scorer.means(state.params, batches, constants)
 
         with contextlib.ExitStack() as stack:
@@ -127,7 +125,11 @@ class DraftTraining:
                 checkpointer=checkpointer,
                 eval_fn=score if course.loop.eval_every else None,
                 writer=writer,
-                identity={**train.made_from, "draft": repr(self), "steps": course.steps},
+                identity={
+                    **train.made_from,
+                    "draft": repr(self),
+                    "course": f"{course.steps} steps, rate {course.learning_rate:g}, {course.seed}",
+                },
                 options=course.loop,
             )
         return loss.head(processes.local_copy(state.params))
@@ -218,11 +220,11 @@ def _written(
 
 def _cuts(columns: Mapping[str, np.ndarray], chat: bool, share: float) -> np.ndarray:
     """The length of each row's prompt."""
-    tokens = np.asarray(columns["tokens"])
     if chat:
         # Where the first answer begins.
         return np.maximum(np.asarray(columns["loss_mask"]).argmax(axis=1), 1)
-    return np.full(len(tokens), max(1, int(share * tokens.shape[1])))
+    present = (np.asarray(columns["segment_ids"]) > 0).sum(axis=1)
+    return np.clip(int(share * columns["tokens"].shape[1]), 1, present)
 
 
 def _most_frequent(
