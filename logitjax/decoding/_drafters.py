@@ -189,9 +189,11 @@ class _HeadCache:
 def _on_features(head: DraftHead, plan: Plan, params: Any) -> tuple[OnFeatures, Any, Plan]:
     """The drafter, its parameters, and the plan whose cache stores what the head reads."""
     large = plan.groups[0]
-    if not hasattr(large.apply, "model"):
+    apply: Any = large.apply
+    init_cache: Any = large.init_cache
+    if not hasattr(apply, "model"):
         raise ValueError("draft: a draft head expects a decoder, got another function")
-    table = large.apply.model(params[0]).embedding[...]
+    table = apply.model(params[0]).embedding[...]
     graphdef, state = nnx.split(head)
     local = CachedModel(
         apply=_HeadApply(Static(graphdef)),
@@ -199,8 +201,8 @@ def _on_features(head: DraftHead, plan: Plan, params: Any) -> tuple[OnFeatures, 
         init_cache=_HeadCache(head.config, head.fuse.kernel.dtype),
         vocab_size=head.config.vocab_size,
     )
-    apply = dataclasses.replace(large.apply, layers=head.layers, screens=False)
-    init_cache = dataclasses.replace(large.init_cache, features=head.fuse.kernel.shape[0])
+    apply = dataclasses.replace(apply, layers=head.layers, screens=False)
+    init_cache = dataclasses.replace(init_cache, features=head.fuse.kernel.shape[0])
     large = dataclasses.replace(large, apply=apply, init_cache=init_cache)
     plan = dataclasses.replace(plan, groups=(large, *plan.groups[1:]))
     return OnFeatures(Ensemble(local).plan, None), local.params, plan

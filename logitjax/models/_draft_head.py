@@ -82,8 +82,8 @@ class DraftHead(nnx.Module):
         kinds: Any = {"rngs": rngs, "dtype": dtype, "param_dtype": dtype}
         linear = functools.partial(linear_map, use_bias=False, **kinds)
         self.fuse = linear(len(self.layers) * hidden, hidden)
-        for name in ("embedding_norm", "hidden_norm", "mlp_norm", "final_norm"):
-            setattr(self, name, Norm(config, hidden, param_dtype=dtype))
+        norms = (Norm(config, hidden, param_dtype=dtype) for _ in range(4))
+        self.embedding_norm, self.hidden_norm, self.mlp_norm, self.final_norm = norms
         # It reads the embedding and the stream, side by side.
         self.attention = Attention(dataclasses.replace(config, hidden_size=2 * hidden), **kinds)
         self.attention.output = linear(config.num_heads * config.head_dim, hidden)
@@ -129,8 +129,8 @@ class DraftHead(nnx.Module):
 
     def step(
         self,
-        stream: Float[Array, "batch time hidden"],
-        embedded: Float[Array, "batch time hidden"],
+        stream: Float[jax.Array, "batch time hidden"],
+        embedded: Float[jax.Array, "batch time hidden"],
         positions: Int[Array, "batch time"],
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
@@ -147,8 +147,8 @@ class DraftHead(nnx.Module):
 
     def unrolled(
         self,
-        features: Float[Array, "batch time features"],
-        embedded: Float[Array, "batch time hidden"],
+        features: Float[jax.Array, "batch time features"],
+        embedded: Float[jax.Array, "batch time hidden"],
         steps: int,
     ) -> list[jax.Array]:
         """Streams of `steps` drafts in a row at every position: EAGLE-3's training-time test.
@@ -190,7 +190,7 @@ class DraftHead(nnx.Module):
         out = self.final_norm(stream)
         return self.narrow(out) if hasattr(self, "narrow") else out
 
-    def logits(self, stream: Float[Array, "batch time hidden"]) -> Float[jax.Array, "..."]:
+    def logits(self, stream: Float[jax.Array, "batch time hidden"]) -> Float[jax.Array, "..."]:
         """float32 logits of all tokens of the model, -inf for those that are not drafted."""
         drafted = self.head(self.normed(stream)).astype(jnp.float32)
         if drafted.shape[-1] == self.config.vocab_size:

@@ -156,7 +156,7 @@ class DraftTraining:
         layers = models.DraftHead.layers_of(model.config)
 
         @nnx.jit
-        def run(model: models.Decoder, tokens: jax.Array) -> dict[str, jax.Array]:
+        def run(model: models.Decoder, tokens: Any) -> dict[str, jax.Array]:
             hidden, _ = model.hidden_states(tokens, entering=(entering := []))
             features = jnp.concatenate([entering[i] for i in layers], axis=-1)
             readout = losses.linear_readout(hidden, model.head_of(), top_k=1)
