@@ -615,7 +615,7 @@ ELSEWHERE = {
         few_shot.Candidate few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static ops.Codes models.quantize losses.Blocks losses.Head losses.Readout
-        losses.GraphStatistics losses.LogProbs
+        losses.GraphStatistics
         few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Tuning distillation.LayerPruning
         distillation.Objective
@@ -629,13 +629,14 @@ ELSEWHERE = {
         decoding.CachedModel training.BatchLayout training.Goodput training.LoopOptions
         training.Preempted
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
-        models.DecoderConfig models.Family models.Lora data.Examples
+        models.DecoderConfig models.DraftHead distillation.DraftTraining
+        models.Family models.Lora data.Examples
         data.ImageViews data.PackedDataset data.PackedSplits data.TokenizerLike
         evaluation.PromptTemplate storage.ArrayCodec transport.Refinement
         leakage.Audit leakage.Choice leakage.Ledger
         leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
-        distillation.Chunks distillation.ChunkScores
+        distillation.ChunkScores
         distillation.Teacher distillation.TokenProjection distillation.TokenSet
         distillation.Vocabularies distillation.align_chunks
         distillation.token_projection""",

@@ -5,6 +5,7 @@
     logitjax distill --student=DIR --teacher=DIR2 --data=jsonl:chats.jsonl --out=runs/better
     logitjax distill --student=DIR --teacher=cache:runs/cache/source0 --data=text:FILE \\
         --loss=sft:0.3 --loss=kl:0.7 --out=runs/cached
+    logitjax distill --draft_head --student=smollm2 --data=tfds:wiki_summaries --out=runs/draft
     logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
         --student_head=runs/audit --data=text:FILE --out=runs/replica
 
@@ -16,6 +17,9 @@ was pruned from.
 
 With `--on_policy=0.5` the student writes half of each batch itself, and live teachers correct it
 (docs/on_policy.md).
+
+With `--draft_head` the student stays as it is, and a head of one layer learns to draft its next
+tokens, for `logitjax generate --draft=OUT/model` (docs/draft_heads.md).
 
 OUT/model is the result: a Hugging Face directory for transformers, vLLM and the other commands.
 OUT/report.md compares the student before and after, with curves and samples. `--recipe` supplies
@@ -38,7 +42,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, distillation, models, processes, storage, training
+from logitjax import data, decoding, distillation, models, processes, storage, training
 from logitjax.commands import hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
@@ -74,6 +78,12 @@ class Config:
     )
     on_policy: distillation.on_policy.OnPolicy = nested(
         distillation.on_policy.OnPolicy(), rename={"share": "on_policy"}
+    )
+    draft_head: bool = field(False, "Train a draft head for the student, and not the student.")
+    drafting: distillation.DraftTraining = nested(
+        distillation.DraftTraining(),
+        rename={name: f"draft_{name}" for name in ("vocab", "rank", "ahead", "decay", "loss")}
+        | {"rows": "draft_rows", "prompt": "draft_prompt"},
     )
     pruning: distillation.Pruning = distillation.Pruning()  # noqa: RUF009
     lora_rank: int = field(
@@ -114,6 +124,8 @@ class Config:
         drops = self.pruning.drop_layers or self.pruning.drop_share
         if self.freeze == "below" and (not drops or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
+        if self.draft_head and (drops or self.reading.teachers or self.layout != "listed"):
+            raise ValueError("draft_head: expected listed layers, no teacher and no pruning")
         named = self.reading.teachers
         if self.on_policy.share:
             if self.reading.teacher_reads != "live":
@@ -134,6 +146,8 @@ class Config:
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.draft_head:
+            return 1e-3
         # Pruned layers and fresh adapters have far to go; a whole model is close to its goal.
         return 3e-4 if self.pruning.prunes or self.lora_rank else 5e-5
 
@@ -168,6 +182,9 @@ def run(config: Config, out: epath.Path) -> None:
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
     _check_weights(config, full, out)
+    if config.draft_head:
+        _train_draft_head(config, full, tokenizer, packed, mesh, out)
+        return
     if config.pruning.prunes:
         storage.progress.mark("pruning the student", log=True)
     model, note, freeze = _pruned(config, full, packed, out)
@@ -215,6 +232,46 @@ def run(config: Config, out: epath.Path) -> None:
         hub.push(out / "model", config.push_to_hub)
 
 
+def _train_draft_head(
+    config: Config,
+    model: models.Decoder,
+    tokenizer: models.Tokenizer,
+    packed: data.PackedSplits,
+    mesh: jax.sharding.Mesh,
+    out: epath.Path,
+) -> None:
+    """Train a draft head, and let it draft after held-out prompts."""
+    course, drafting = course_of(config), config.drafting
+    ends = sorted({*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]})
+    model = models.with_layout(model, "listed")
+    head = drafting.train(model, packed, course, mesh=mesh, workdir=out, end_ids=ends)
+    head.save(out / "model")
+    prompts = drafting.prompts(packed, "test", course.eval_rows)
+    new, rows = config.reading.seq_len - max(map(len, prompts)), []
+    for name, temperature in (("most likely", 0.0), ("drawn", 1.0)):
+        counts = decoding.generate(
+            model,
+            prompts,
+            max_new_tokens=new,
+            sampling=decoding.Sampling(temperature=temperature),
+            stop_ids=ends,
+            drafts=decoding.DraftControl(head, drafting.ahead),
+        ).drafting
+        assert counts is not None
+        row = {"tokens": name, "drafts": drafting.ahead, "accepted %": 100 * counts.acceptance}
+        rows.append(row | {"tokens a verification": counts.length})
+    text = (
+        f"# A draft head of `{config.student}`\n\n{len(head.tokens[...]):,} tokens to draft; "
+        f"`{drafting.loss}` on {drafting.rows} rows that the model wrote after text of "
+        f"`{config.reading.data}`, {course.steps} steps of {course.batch_size} x "
+        f"{config.reading.seq_len} tokens, learning rate {config.peak:g}.\n\n"
+        f"{markdown_table(rows)}\n\n{len(prompts)} prompts of the test text, continued by {new} "
+        "tokens. A verification emits the accepted drafts and one more token.\n"
+    )
+    storage.write_atomic(out / "report.md", text)
+    print(text)
+
+
 def _card(config: Config, report: str) -> str:
     heading, _, scores = report.partition("\n")
     # Pictures, and the line about this folder, mean nothing on the hub.
@@ -251,14 +308,15 @@ def reading_of(config: Config) -> distillation.Reading:
         batch_size=config.course.batch_size,
         dtype=config.dtype,
         layout=config.layout,
-        terms=tuple(term for term, _ in distillation.parse_terms(config.loss)),
+        terms=tuple(term for term, _ in objective_of(config).terms),
     )
 
 
 def objective_of(config: Config) -> distillation.Objective:
     """The losses and the weights of the teachers."""
     return distillation.Objective(
-        terms=distillation.parse_terms(config.loss),
+        # A draft head has a loss of its own.
+        terms=distillation.parse_terms(("sft:1",) if config.draft_head else config.loss),
         teachers=config.teacher_weight or (1.0,) * len(config.teachers),
     )
 

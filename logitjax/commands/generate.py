@@ -18,7 +18,8 @@ another prompt: `--base=smollm2 --fusion=context_aware --base_prompt="the questi
 
 With `--draft`, a drafter proposes tokens and all models verify them: the text has the same
 distribution and appears sooner if drafts are often right. `--draft=prompt` copies what followed the
-last tokens earlier, `--draft=DIR` loads a small model, and `--draft=expert` uses a member.
+last tokens earlier, `--draft=DIR` loads a small model or a draft head (docs/draft_heads.md), and
+`--draft=expert` uses a member.
 """
 
 import dataclasses

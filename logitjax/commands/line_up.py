@@ -30,7 +30,8 @@ class LineUp:
         quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`.
         head: Folder of a head from `logitjax convert-head`, which replaces the model's own.
         draft: Drafter of tokens for all models to verify: `expert` or `base`, `prompt` (what
-            followed the last tokens earlier in the text), or another model.
+            followed the last tokens earlier in the text), another model, or the folder of a draft
+            head from `logitjax distill --draft_head`.
     """
 
     model: str = "smollm2"
@@ -50,11 +51,15 @@ class LineUp:
         specs = (self.model, *self.expert, *self.base)
         return min(models.load_config(spec).max_length for spec in specs)
 
+    @property
+    def _head_drafts(self) -> bool:
+        return self.draft is not None and models.DraftHead.is_at(self.draft)
+
     def check(self) -> None:
         """Refuse a drafter that does not exist, before anything is loaded."""
         if self.draft in ("expert", "base") and not getattr(self, self.draft):
             raise ValueError(f"draft: expected a model from --{self.draft}, got none")
-        if self.draft not in (None, "expert", "base", "prompt"):
+        if self.draft not in (None, "expert", "base", "prompt") and not self._head_drafts:
             try:
                 models.load_config(self.draft)
             except ValueError as error:
@@ -64,6 +69,9 @@ class LineUp:
         """The drafter for models with this tokenizer, loaded if necessary."""
         if self.draft is None or self.draft in ("expert", "base", "prompt"):
             return None if self.draft is None else decoding.DraftControl(self.draft)
+        if self._head_drafts:
+            shape, dtype = models.load_config(self.model), jnp.dtype(self.dtype)
+            return decoding.DraftControl(models.DraftHead.load(self.draft, shape, dtype=dtype))
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
         kinds: Any = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
         model, _ = models.load(self.draft, **kinds)

@@ -85,13 +85,24 @@ class _DecoderApply:
     graphdef: Static
     # Whether the head finds the best token without all logits.
     screens: bool = False
+    # Layers whose inputs the cache stores, for a draft head.
+    layers: tuple[int, ...] = ()
 
     def model(self, params: Any) -> Decoder:
         return nnx.merge(self.graphdef.value, params)
 
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
         model = self.model(params)
-        hidden, cache = model.hidden_states(tokens, positions=positions, cache=cache)
+        if self.layers:
+            entering, given = [], dict(positions=positions, cache=cache[0])
+            hidden, stored = model.hidden_states(tokens, **given, entering=entering)
+            new = jnp.concatenate([entering[i] for i in self.layers], axis=-1)
+            # Padding goes beyond the last slot, which the scatter drops.
+            slots = jnp.where(positions < 0, cache[1].shape[1], positions)
+            rows = jnp.arange(len(tokens))[:, None]
+            cache = stored, cache[1].at[rows, slots].set(new.astype(cache[1].dtype), mode="drop")
+        else:
+            hidden, cache = model.hidden_states(tokens, positions=positions, cache=cache)
         return model.logits(hidden[:, -1:] if last_only else hidden), cache
 
 
@@ -102,13 +113,19 @@ class _DecoderCache:
     config: DecoderConfig
     dtype: Any
     ring_slack: int = 0
+    # Numbers per position beside keys and values.
+    features: int = 0
 
-    def __call__(self, rows: int, max_length: int) -> Cache:
-        return Cache.init(
-            self.config, rows, max_length, self.dtype, layout="listed", ring_slack=self.ring_slack
-        )
+    def __call__(self, rows: int, max_length: int) -> Any:
+        kinds: Any = dict(layout="listed", ring_slack=self.ring_slack)
+        cache = Cache.init(self.config, rows, max_length, self.dtype, **kinds)
+        if not self.features:
+            return cache
+        return cache, jnp.zeros((rows, max_length, self.features), self.dtype)
 
-    def slot_axes(self, cache: Cache) -> list[int]:
+    def slot_axes(self, cache: Any) -> list[int]:
+        if self.features:
+            return [*dataclasses.replace(self, features=0).slot_axes(cache[0]), 1]
         # Keys and values are [rows, heads, slots, dim], positions [rows, slots].
         vectors, positions = jax.tree.leaves((cache.keys, cache.values)), cache.positions
         return [2] * len(vectors) + [1] * len(positions) + [-1]

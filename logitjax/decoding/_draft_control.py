@@ -19,9 +19,10 @@ class DraftControl:
     compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
-        draft: the drafter: a model with the same tokenizer, as for `CachedModel.of`; a member of
-            the ensemble, ``'expert'`` or ``'base'`` (the first) or an index among large, experts
-            and bases; or ``'prompt'``: the earlier continuation of the last tokens.
+        draft: the drafter: a model with the same tokenizer, as for `CachedModel.of`; a
+            `models.DraftHead` trained for the large one; a member of the ensemble, ``'expert'`` or
+            ``'base'`` (the first) or an index among large, experts and bases; or ``'prompt'``: the
+            earlier continuation of the last tokens.
         lengths: numbers of tokens to draft at once, ascending, besides 0; each compiles a program.
             By default (4, 9) for ``'prompt'`` and (2, 5) for models. One number is always used.
         token_map: for a drafting model with other token ids, from `fusion.vocabulary_map`.

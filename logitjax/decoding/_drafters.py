@@ -1,4 +1,4 @@
-"""Drafters: a member of the ensemble, a separate model, or the text itself."""
+"""Drafters: a member of the ensemble, a separate model, a draft head, or the text itself."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,11 +6,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
+from logitjax.decoding._cached_model import CachedModel
 from logitjax.decoding._ensemble import Ensemble, Group, Plan
 from logitjax.decoding._sampling import SamplingRows, row_keys, sampling_logits
 from logitjax.decoding._step import DecodeOptions, DecodeState, mark_seen, moved_logits
+from logitjax.models import Cache, DecoderConfig, DraftHead
+from logitjax.ops import Codes, Static
 
 # Random draws of a token: the draft, its acceptance, its replacement.
 DRAFT, ACCEPT, INSTEAD = 1, 2, 3
@@ -69,6 +73,8 @@ class Beside:
     """A model that is not a member. It remembers what it has read, and reads what it has missed."""
 
     rests: ClassVar[bool] = False
+    # Whether streams of the model itself come with the text that it has verified.
+    on_features: ClassVar[bool] = False
 
     plan: Plan
     token_map: Any
@@ -91,10 +97,14 @@ class Beside:
             ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
         else:
             ids = _Ids(mapping.to_small, mapping.to_large)
+        # Includes the token before: if all drafts were accepted, the last has not been read. What
+        # was read as drafts, with streams of the drafter, is read again.
+        window = jnp.arange(-length if self.on_features else -1, 1)
+        least = at + window[0]
 
         def num_read(read: jax.Array) -> jax.Array:
             # As far as the text it read still matches, despite later changes of drafts and slots.
-            same = (read == state.text) & (index < at[:, None] - 1)
+            same = (read == state.text) & (index < least[:, None])
             return jnp.cumprod(same, axis=1, dtype=jnp.int32).sum(axis=1)
 
         def noted(read: jax.Array, places: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -102,27 +112,100 @@ class Beside:
             return read.at[rows, places].set(tokens, mode="drop")
 
         def behind(carry: Any) -> jax.Array:
-            return ((num_read(carry[1]) < at - 1) & state.active).any()
+            return ((num_read(carry[1]) < least) & state.active).any()
 
         def catch_up(carry: Any) -> Any:
             cache, read = carry
-            places = num_read(read)[:, None] + jnp.arange(_PIECE)
+            places = num_read(read)[:, None] + jnp.arange(min(_PIECE, len(index)))
             tokens = jnp.take_along_axis(state.text, jnp.minimum(places, index[-1]), axis=1)
-            unread = (places < at[:, None] - 1) & state.active[:, None]
+            unread = (places < least[:, None]) & state.active[:, None]
             places = jnp.where(unread, places, -1)
+            cache = self.ready(params, state, cache, places)
             _, cache = group.forward(params, ids.read(tokens)[None], places[None], cache, True)
             return cache, noted(read, places, tokens)
 
         cache, read = lax.while_loop(behind, catch_up, memory)
-        # Includes the token before: if all drafts were accepted, the last has not been read.
-        places = at[:, None] + jnp.array([-1, 0])
+        places = at[:, None] + window
         fed = jnp.take_along_axis(state.text, jnp.maximum(places, 0), axis=1)
+        cache = self.ready(params, state, cache, places)
         tokens, warm, cache = _drawn(
             group, options, params, state, cache, (fed, places), ids, length
         )
-        places = jnp.where(state.active[:, None], places[:, :1] + jnp.arange(length + 1), -1)
-        read = noted(read, places, jnp.concatenate([fed, tokens[:-1].T], axis=1))
+        places = places[:, :1] + jnp.arange(len(window) + length - 1)
+        places = jnp.where(state.active[:, None], places, -1)
+        drafts = jnp.full_like(tokens, -1) if self.on_features else tokens
+        read = noted(read, places, jnp.concatenate([fed, drafts[:-1].T], axis=1))
         return Proposal(tokens, warm, state.cache, (cache, read))
+
+    def ready(self, params: Any, state: DecodeState, cache: Any, places: jax.Array) -> Any:
+        """The cache, with what else is needed to read the text at these places."""
+        return cache
+
+
+@dataclasses.dataclass(frozen=True)
+class OnFeatures(Beside):
+    """A draft head, which reads each token with the stream of the position before.
+
+    That of verified tokens comes from features in the model's cache, that of drafts from itself.
+    """
+
+    on_features: ClassVar[bool] = True
+
+    def ready(self, params: Any, state: DecodeState, cache: Any, places: jax.Array) -> Any:
+        before = jnp.maximum(places - 1, 0)[..., None]
+        features = jnp.take_along_axis(state.cache[0][1], before, axis=1)
+        return cache[0], self.plan.groups[0].apply.head(params).fuse(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadApply:
+    """A draft head as decoding calls a model; its cache holds the stream to read next, too."""
+
+    graphdef: Static
+
+    def head(self, params: Any) -> DraftHead:
+        return nnx.merge(self.graphdef.value, params[0])
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any) -> tuple[Any, Any]:
+        head, table, (stored, stream) = self.head(params), params[1], cache
+        embedded = table.rows(tokens) if isinstance(table, Codes) else table[tokens]
+        # The first token of a text has no stream before it.
+        positions = jnp.where(positions > 0, positions, -1)
+        streams, stored = head.step(stream, embedded.astype(stream.dtype), positions, stored)
+        last = streams[:, -1:]
+        return head.logits(last), (stored, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadCache:
+    config: DecoderConfig
+    dtype: Any
+
+    def __call__(self, rows: int, room: int) -> Any:
+        stream = jnp.zeros((rows, 1, self.config.hidden_size), self.dtype)
+        return Cache.init(self.config, rows, room, self.dtype), stream
+
+
+def _on_features(head: DraftHead, plan: Plan, params: Any) -> tuple[OnFeatures, Any, Plan]:
+    """The drafter, its parameters, and the plan whose cache stores what the head reads."""
+    large = plan.groups[0]
+    apply: Any = large.apply
+    init_cache: Any = large.init_cache
+    if not hasattr(apply, "model"):
+        raise ValueError("draft: a draft head expects a decoder, got another function")
+    table = apply.model(params[0]).embedding[...]
+    graphdef, state = nnx.split(head)
+    local = CachedModel(
+        apply=_HeadApply(Static(graphdef)),
+        params=(nnx.to_pure_dict(state), table),
+        init_cache=_HeadCache(head.config, head.fuse.kernel.dtype),
+        vocab_size=head.config.vocab_size,
+    )
+    apply = dataclasses.replace(apply, layers=head.layers, screens=False)
+    init_cache = dataclasses.replace(init_cache, features=head.fuse.kernel.shape[0])
+    large = dataclasses.replace(large, apply=apply, init_cache=init_cache)
+    plan = dataclasses.replace(plan, groups=(large, *plan.groups[1:]))
+    return OnFeatures(Ensemble(local).plan, None), local.params, plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,15 +309,17 @@ def gumbel(keys: jax.Array, purpose: int, size: int) -> jax.Array:
 
 def drafter_of(
     draft: Any, token_map: Any, plan: Plan, params: Any
-) -> tuple[Member | Beside | LookUp, Any]:
-    """The drafter that a `DraftControl` names or contains, and its parameters."""
+) -> tuple[Member | Beside | LookUp, Any, Plan]:
+    """The drafter that a `DraftControl` names or contains, its parameters, and its plan."""
     if isinstance(draft, str) and draft == "prompt":
-        return LookUp(), ()
+        return LookUp(), (), plan
+    if isinstance(draft, DraftHead):
+        return _on_features(draft, plan, params)
     if not isinstance(draft, str | int):
         alone = Ensemble(draft)
         if alone.plan.outputs > 1:
             raise ValueError("draft: expected one model, got several")
-        return Beside(alone.plan, token_map), alone.params[0]
+        return Beside(alone.plan, token_map), alone.params[0], plan
     if plan.outputs != plan.streams:
         raise ValueError("draft: the members share one pass, so none can run ahead of the others")
     places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}
@@ -247,4 +332,4 @@ def drafter_of(
     index = next(i for i, group in enumerate(plan.groups) if stream in group.streams)
     streams = plan.groups[index].streams
     member = Member(stream, index, streams.index(stream), len(streams) == 1)
-    return member, member.own(params[index])
+    return member, member.own(params[index]), plan

@@ -39,6 +39,12 @@ class Drafting:
         tested = int(self.tested.sum())
         return float(self.accepted.sum()) / tested if tested else float("nan")
 
+    @property
+    def length(self) -> float:
+        """Tokens emitted per verification, the model's own one included; nan without any."""
+        rounds = int(self.rounds.sum())
+        return 1 + float(self.accepted.sum()) / rounds if rounds else float("nan")
+
 
 class Rounds:
     """Timed calls of an engine with the draft length that a control chooses."""

@@ -110,7 +110,7 @@ class Engine:
         self.rounds: Rounds | None = None
         if drafts is not None:
             arguments = (drafts.draft, drafts.token_map, self.plan, self.params)
-            self._drafter, self._draft_params = drafter_of(*arguments)
+            self._drafter, self._draft_params, self.plan = drafter_of(*arguments)
             keys = None if options is None else options.draw_keys
             if keys is not None and not self._drafter.rests:
                 raise ValueError("draw_keys: expected None with models' drafts, got a function")

@@ -9,6 +9,7 @@
   `universal_logit_distance`.
 - Across tokenizers: `align_chunks`, `token_projection`, and terms such as `terms.FirstPiece`.
 - `distillation.on_policy`: a student learns from its own samples.
+- `DraftTraining` trains a `models.DraftHead`, which makes decoding of a model faster.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 
@@ -38,7 +39,6 @@ from logitjax.distillation._term import Term as Term
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )
-from logitjax.distillation.tokenizers._alignment import Chunks as Chunks
 from logitjax.distillation.tokenizers._alignment import align_chunks as align_chunks
 from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores as ChunkScores
 from logitjax.distillation.tokenizers._likelihood_matching import TokenSet as TokenSet
@@ -52,6 +52,7 @@ from logitjax.distillation.training._distill import Scorer as Scorer
 from logitjax.distillation.training._distill import Trained as Trained
 from logitjax.distillation.training._distill import distill as distill
 from logitjax.distillation.training._distill import train_student as train_student
+from logitjax.distillation.training._draft_head import DraftTraining as DraftTraining
 from logitjax.distillation.training._loss_function import LossFunction as LossFunction
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
 from logitjax.distillation.training._prune import Pruning as Pruning

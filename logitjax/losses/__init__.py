@@ -40,7 +40,6 @@ from logitjax.losses._linear_divergences import (
     linear_generalized_jensen_shannon as linear_generalized_jensen_shannon,
 )
 from logitjax.losses._linear_divergences import linear_kl_divergence as linear_kl_divergence
-from logitjax.losses._linear_log_probs import LogProbs as LogProbs
 from logitjax.losses._linear_log_probs import linear_log_probs as linear_log_probs
 from logitjax.losses._linear_log_probs import pad_support as pad_support
 from logitjax.losses._linear_readout import Readout as Readout

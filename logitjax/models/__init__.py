@@ -4,6 +4,7 @@ from logitjax.models._apply import from_nnx as from_nnx
 from logitjax.models._cache import Cache as Cache
 from logitjax.models._config import DecoderConfig as DecoderConfig
 from logitjax.models._decoder import Decoder as Decoder
+from logitjax.models._draft_head import DraftHead as DraftHead
 from logitjax.models._export import save_pretrained as save_pretrained
 from logitjax.models._families import register_family as register_family
 from logitjax.models._family import Family as Family

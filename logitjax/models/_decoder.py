@@ -150,8 +150,9 @@ class Segment(nnx.Module):
         self.layers = nnx.List(blocks)
 
     def __call__(
-        self, x: jax.Array, contexts: dict, caches: Any, loras: Any, *, layout: str, remat: str
-    ) -> tuple[jax.Array, tuple | None]:
+        self, x: jax.Array, contexts: dict, caches: Any, loras: Any, *, layout: str, remat: str,
+        entering: list | None,
+    ) -> tuple[jax.Array, tuple | None]:  # fmt: skip
         """`caches`: one (keys, values) pair per member of `layers`, or None."""
         pattern = self.spec.pattern
         count = len(self.layers)
@@ -173,6 +174,8 @@ class Segment(nnx.Module):
         def run_all(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             out = []
             for j, (state, cache, lora) in enumerate(zip(*inputs, strict=True)):
+                if entering is not None:
+                    entering.append(x)
                 x, cache = layer(j)(state, x, cache, lora)
                 x = _over_batch(x)
                 out.append(cache)
@@ -274,6 +277,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         lora: Lora | None = None,
         lora_rows: Array | None = None,
+        entering: list[jax.Array] | None = None,
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache | None]:
         """Normed hidden states in the compute dtype, and the cache after these tokens, if any.
 
@@ -284,10 +288,14 @@ class Decoder(nnx.Module):
             cache: cache from `init_cache`, in the model's layout.
             lora: adapters in the model's layout.
             lora_rows: bool `[batch]`, the rows that use the adapters; by default all.
+            entering: gets the input of each layer and the last one's output, of a listed model.
 
         Raises:
-            ValueError: for `segment_ids` together with a cache, or more new tokens than slots.
+            ValueError: for `segment_ids` together with a cache, more new tokens than slots, or
+                `entering` with stacked layers.
         """
+        if entering is not None and self.layout != "listed":
+            raise ValueError("model: expected listed layers, use with_layout(model, 'listed')")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids: packed documents cannot be used with a cache")
         padded = positions is not None
@@ -308,6 +316,7 @@ class Decoder(nnx.Module):
                 None if adapters is None else adapters[i],
                 layout=self.layout,
                 remat=self.remat,
+                entering=entering,
             )
             if pairs is not None:
                 keys.append(tuple(k for k, _ in pairs))
@@ -316,6 +325,8 @@ class Decoder(nnx.Module):
             # Padding is at -1.
             length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
             cache = Cache(keys=tuple(keys), values=tuple(values), positions=stored, length=length)
+        if entering is not None:
+            entering.append(x)
         return self.final_norm(x), cache
 
     def run_layers(

@@ -25,8 +25,9 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file
 
-from logitjax import commands, distillation, leakage, models, processes, training
+from logitjax import commands, decoding, distillation, leakage, models, processes, training
 from logitjax.commands import audit, cache_logits, cli, distill, hub, work
+from logitjax.commands.line_up import LineUp
 from tests.serving._server import server
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
@@ -62,6 +63,37 @@ def test_speed_is_written_without_an_exponent():
 
 def tokens(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (2, 12))
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.many_programs("a draft head is trained, and decodes")
+@pytest.mark.parametrize("more", [dict(draft_vocab=40), dict(draft_vocab=0, draft_rank=4)])
+def test_a_draft_head_is_trained_and_decodes_as_the_model(text, tmp_path, more):
+    given = dict(draft_head=True, draft_rows=12, draft_loss="lambda", **more)
+    chosen = config(text, **given, eval_rows=2, steps=6, eval_every=3)
+    out = epath.Path(tmp_path) / "run"
+    distill.run(chosen, out)
+    lines = [json.loads(line) for line in (out / "train/metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
+    assert losses[-1] < losses[0]
+    report = (out / "report.md").read_text()
+    assert f"{257 if 'draft_rank' in more else 40} tokens to draft" in report
+    rows = [row.split("|")[1:-1] for row in report.splitlines() if "most likely" in row]
+    assert 1 <= float(rows[0][-1]) <= 5
+    texts = []
+    for draft in (None, str(out / "model")):
+        line_up = LineUp(model="tiny", draft=draft)
+        line_up.check()
+        ensemble, tokenizer, _ = line_up.load()
+        drafts = line_up.drafts(tokenizer)
+        texts.append(decoding.generate(ensemble, [1, 2], max_new_tokens=8, drafts=drafts).rows())
+    assert texts[0] == texts[1]
+    # The same command reads what exists.
+    before = load_file(out / "model/model.safetensors")
+    distill.run(chosen, out)
+    after = load_file(out / "model/model.safetensors")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.every_change

@@ -13,10 +13,13 @@ from logitjax.commands import serve
 from logitjax.commands.line_up import LineUp
 from logitjax.decoding import DraftControl, Ensemble, Request, generate
 from logitjax.leakage import LogitPolicy
+from logitjax.models import DraftHead
 from logitjax.serving import ServerConfig
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Job, Prompt, Scheduler
+from tests._marks import EVERY_CHANGE
 from tests.decoding._bags import bag_of_words
+from tests.decoding._models import decoder
 
 
 @contextlib.contextmanager
@@ -164,11 +167,15 @@ def test_a_slow_structure_keeps_nobody_waiting_and_one_that_fails_ends():
 
 
 @pytest.mark.every_change
-def test_drafted_answers_are_those_of_plain_decoding():
+@pytest.mark.parametrize("draft", ["prompt", pytest.param("head", marks=EVERY_CHANGE)])
+def test_drafted_answers_are_those_of_plain_decoding(draft):
     policy = LogitPolicy(returns="token")
     config = ServerConfig(model="bags", policy=policy, slots=2, max_length=32, prefill_chunk=4)
     model, prompts = Ensemble(bag_of_words(2, 16)), [[3, 4, 5, 3, 4, 5, 3, 4], [1, 2]]
-    drafts = DraftControl("prompt", 2)
+    if draft == "head":
+        # Its cache holds features, too, also of prompts that are read in pieces.
+        model, draft = Ensemble(decoder()), DraftHead.of(decoder())
+    drafts = DraftControl(draft, 2)
     scheduler = Scheduler(model, Disclosure(policy), (), config, drafts)
 
     async def ask():
@@ -187,7 +194,8 @@ def test_drafted_answers_are_those_of_plain_decoding():
     finally:
         scheduler.close()
     assert answers == generate(model, prompts, max_new_tokens=12).rows()
-    assert scheduler.engine.rounds.stats[2].sum() > 0
+    stats = scheduler.engine.rounds.stats
+    assert stats[2 if drafts.draft == "prompt" else 1].sum() > 0
 
 
 def test_a_row_without_probabilities_ends_in_an_error():
