@@ -21,7 +21,7 @@ from experiments.vq_head.data import Context, Split, in_blocks
 #: Stretches of a split whose losses are kept separate: 250 of 14,000 positions each.
 UNITS = 56
 #: Learning rates that an arm tries at most.
-MOST_RATES = 5
+MOST_RATES = 7
 #: The fitting function of each arm.
 FITS = arms.FITS | {"flash": rebuilt.flash, "svd": rebuilt.svd, "faiss": rebuilt.faiss}
 
