@@ -1,7 +1,6 @@
 """The dual-head experiment: what it tunes, compares, measures and resumes."""
 
 import dataclasses
-import json
 import math
 import pathlib
 import signal
@@ -25,7 +24,7 @@ from experiments.dual_head import run as dual_head_run
 from experiments.dual_head import train as dual_head_train
 from experiments.dual_head.score import Scorer
 from experiments.shared.report import paired
-from logitjax import training
+from logitjax import storage, training
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "vision/goldens"
 
@@ -108,8 +107,9 @@ def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     line = results["arms"]["single"][0]["curves"][0]
     assert {f"nc/{name}" for name in diagnostics.MEASURES} <= set(line)
     path = workdir / "arms" / "single" / "seed-1" / "result.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"test": [0.5, 0.25]}))
+    record = storage.read_json(path)
+    path.unlink()
+    storage.kept(path, lambda: record | {"test": [0.5, 0.25]})
     again = dual_head_run.train_all(TINY, workdir)
     assert again["arms"]["single"][1]["test"] == [0.5, 0.25]
 

@@ -89,6 +89,8 @@ def _empty_environment(folder: pathlib.Path) -> str:
 
 
 def _calls(client: Any, new: int) -> list[dict[str, Any]]:
+    import openai
+
     plain: dict[str, Any] = {"model": "served", "prompt": "One, two, three,", "max_tokens": 8}
     told = [{"role": "user", "content": "Say hello."}]
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
