@@ -99,7 +99,7 @@ def _unlearning() -> dict[str, list[float]]:
         # Masks are true, and how long a product takes does not depend on its numbers.
         return jnp.full(leaf.shape, leaf.dtype == jnp.bool_, leaf.dtype)
 
-    updates = forgetting.programs(config, training.make_mesh(config.mesh, partial=True))
+    updates: Any = forgetting.programs(config, training.make_mesh(config.mesh, partial=True))
     calls = {
         one.name: repeated(one.jitted, *jax.tree.map(made, one.arguments))
         for one in itertools.islice(updates, len(methods))

@@ -40,6 +40,6 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
     for arm in setting.arms:
         tried: Any = [np.mean([one[arm].mean() for one in chosen])] if chosen else ()
         for seed in range(0 if chosen else 1, config["seeds"]):
-            scored = {metric: values(part, seed)[arm]} if seed else {}
+            scored: Any = {metric: values(part, seed)[arm]} if seed else {}
             units = range(setting.units.n)
             yield make(setting, arm, seed, scored, units=units, examples=examples, tried=tried)

@@ -86,14 +86,14 @@ class Task:
 
 
 def load_task(
-    spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int], examples: int = 0
+    spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int], shown: int = 0
 ) -> Task:
     """`topics:tfds:NAME`: articles whose `topic` is the answer; `letters`: a toy task.
 
     Args:
         length: tokens a question, prompt included.
         sizes: questions of each split.
-        examples: number of answered questions to have at hand, the first ones of training.
+        shown: number of answered questions to have at hand, the first ones of training.
     """
     kind, _, source = spec.partition(":")
     rows: dict[str, list[tuple[str, str, str]]]
@@ -113,11 +113,11 @@ def load_task(
     if len(set(first.values())) < len(first):
         raise ValueError(f"task: answers of {spec} share their first tokens: {first}")
     splits = {split: _questions(rows[split], tokenizer, first, length) for split in data.SPLITS}
-    train, shown = splits["train"], []
-    for number, (*_, answer) in enumerate(rows["train"][:examples]):
+    train, ids = splits["train"], []
+    for number, (*_, answer) in enumerate(rows["train"][:shown]):
         tokens = train.tokens[number, : train.last[number] + 1].tolist()
-        shown += [*tokens, *tokenizer.encode(f"{answer}\n\n")]
-    return Task(splits, tuple(first.values()), tuple(shown))
+        ids += [*tokens, *tokenizer.encode(f"{answer}\n\n")]
+    return Task(splits, tuple(first.values()), tuple(ids))
 
 
 def _questions(

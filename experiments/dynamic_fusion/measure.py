@@ -233,6 +233,6 @@ def open_lineup(config: Config, workdir: epath.Path) -> Measured:
         "test": config.test_questions,
     }
     task = load_task(
-        config.task, tokenizer, length=config.task_length, sizes=sizes, examples=config.examples
+        config.task, tokenizer, length=config.task_length, sizes=sizes, shown=config.examples
     )
     return Measured(config, workdir / "results", Lineup(config, root, texts, task), tokenizer)

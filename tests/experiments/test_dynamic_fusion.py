@@ -124,7 +124,7 @@ def test_every_part_of_the_claims_has_a_value_for_each_unit(tmp_path):
 
 def test_questions_after_examples_are_read_as_one_row():
     task = load_task(
-        "letters", load_tokenizer("tiny"), length=16, sizes=dict.fromkeys(SPLITS, 5), examples=2
+        "letters", load_tokenizer("tiny"), length=16, sizes=dict.fromkeys(SPLITS, 5), shown=2
     )
     questions, model = task.splits["test"], load_model("tiny", layout="listed")
     assert len(task.examples) == 2 * len("aaaa:a\n\n")
