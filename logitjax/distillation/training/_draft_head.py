@@ -84,14 +84,18 @@ class DraftTraining:
             raise ValueError(f"draft_head: expected one process, got {jax.process_count()}")
         counts = {"train": self.rows, "validation": course.eval_rows}
         texts = {
-            split: self._read(model, packed, split, count, workdir / split, tuple(end_ids))
+            split: self._read(model, packed, split, count, workdir / "rows" / split, tuple(end_ids))
             for split, count in counts.items()
         }
         (train, rows), (held_out, held_out_rows) = texts.values()
         tokens = None
         if self.vocab:
             tokens = _most_frequent(train, rows, self.vocab, model.config.vocab_size, end_ids)
-        head = models.DraftHead.of(model, tokens=tokens, rank=self.rank, seed=course.seed)
+        # Of a typical token: the first one's is often a hundred times that.
+        last = train.read(range(min(_READ, rows)))["features"][..., -model.config.hidden_size :]
+        typical = float(np.median(np.sqrt(np.square(np.float32(last)).mean(axis=-1))))
+        options: Any = dict(rank=self.rank, size=max(typical, 1e-6), seed=course.seed)
+        head = models.DraftHead.of(model, tokens=tokens, **options)
         loss, size = _Loss(self, head, model), course.batch_size
         constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
         steps, rate = course.steps, course.learning_rate
