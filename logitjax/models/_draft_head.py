@@ -102,19 +102,9 @@ class DraftHead(nnx.Module):
 
     @classmethod
     def of(
-        cls,
-        model: Decoder,
-        *,
-        tokens: Array | None = None,
-        rank: int = 0,
-        size: float = 1.0,
-        seed: int = 0,
+        cls, model: Decoder, *, tokens: Array | None = None, rank: int = 0, seed: int = 0
     ) -> "DraftHead":
         """An untrained head for a model, with its last norm and rows of its output head.
-
-        Args:
-            size: root mean square of the last feature, which starts as the stream, at 1: beside a
-                large stream, what the layer adds would learn slowly.
 
         >>> from logitjax.models import load_model
         >>> head = DraftHead.of(load_model("tiny"), tokens=np.arange(0, 257, 2))
@@ -127,7 +117,8 @@ class DraftHead(nnx.Module):
         config, layers = DecoderConfig(num_layers=1, **sizes), cls.layers_of(model.config)
         build = functools.partial(cls, config, layers=layers, tokens=tokens, rank=rank)
         head = nnx.jit(lambda: build(rngs=nnx.Rngs(seed)))()
-        eye = jnp.eye(config.hidden_size) / size
+        # The last stream passes through at first.
+        eye = jnp.eye(config.hidden_size)
         head.fuse.kernel[...] = jnp.zeros_like(head.fuse.kernel[...]).at[-len(eye) :].set(eye)
         scale = model.final_norm.scale[...] + model.final_norm.offset
         head.final_norm.scale[...] = scale.astype(jnp.float32)

@@ -91,11 +91,12 @@ class DraftTraining:
         tokens = None
         if self.vocab:
             tokens = _most_frequent(train, rows, self.vocab, model.config.vocab_size, end_ids)
-        # Of a typical token: the first one's is often a hundred times that.
+        head = models.DraftHead.of(model, tokens=tokens, rank=self.rank, seed=course.seed)
+        # Beside a large stream, what the layer adds would learn slowly. Of a typical token, as the
+        # first one's is often a hundred times larger.
         last = train.read(range(min(_READ, rows)))["features"][..., -model.config.hidden_size :]
-        typical = float(np.median(np.sqrt(np.square(np.float32(last)).mean(axis=-1))))
-        options: Any = dict(rank=self.rank, size=max(typical, 1e-6), seed=course.seed)
-        head = models.DraftHead.of(model, tokens=tokens, **options)
+        typical = np.median(np.sqrt(np.square(np.float32(last)).mean(axis=-1)))
+        head.fuse.kernel[...] = head.fuse.kernel[...] / max(float(typical), 1e-6)
         loss, size = _Loss(self, head, model), course.batch_size
         constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
         steps, rate = course.steps, course.learning_rate
