@@ -246,6 +246,7 @@ def _train_draft_head(
     model = models.with_layout(model, "listed")
     head = drafting.train(model, packed, course, mesh=mesh, workdir=out, end_ids=ends)
     head.save(out / "model")
+    storage.progress.mark("drafting after held-out prompts", log=True)
     prompts = drafting.prompts(packed, "test", course.eval_rows)
     new, rows = config.reading.seq_len - max(map(len, prompts)), []
     for name, temperature in (("most likely", 0.0), ("drawn", 1.0)):

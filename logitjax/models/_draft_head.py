@@ -119,7 +119,7 @@ class DraftHead(nnx.Module):
         head = nnx.jit(lambda: build(rngs=nnx.Rngs(seed)))()
         # The last stream passes through at first.
         eye = jnp.eye(config.hidden_size)
-        head.fuse.kernel[...] = head.fuse.kernel[...].at[-len(eye) :].add(eye)
+        head.fuse.kernel[...] = jnp.zeros_like(head.fuse.kernel[...]).at[-len(eye) :].set(eye)
         scale = model.final_norm.scale[...] + model.final_norm.offset
         head.final_norm.scale[...] = scale.astype(jnp.float32)
         if not rank:

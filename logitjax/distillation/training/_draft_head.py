@@ -84,7 +84,7 @@ class DraftTraining:
             raise ValueError(f"draft_head: expected one process, got {jax.process_count()}")
         counts = {"train": self.rows, "validation": course.eval_rows}
         texts = {
-            split: self._read(model, packed, split, count, workdir / split, tuple(end_ids))
+            split: self._read(model, packed, split, count, workdir / "rows" / split, tuple(end_ids))
             for split, count in counts.items()
         }
         (train, rows), (held_out, held_out_rows) = texts.values()
@@ -92,14 +92,18 @@ class DraftTraining:
         if self.vocab:
             tokens = _most_frequent(train, rows, self.vocab, model.config.vocab_size, end_ids)
         head = models.DraftHead.of(model, tokens=tokens, rank=self.rank, seed=course.seed)
+        # Beside a large stream, what the layer adds would learn slowly. Of a typical token, as the
+        # first one's is often a hundred times larger.
+        last = train.read(range(min(_READ, rows)))["features"][..., -model.config.hidden_size :]
+        typical = np.median(np.sqrt(np.square(np.float32(last)).mean(axis=-1)))
+        head.fuse.kernel[...] = head.fuse.kernel[...] / max(float(typical), 1e-6)
         loss, size = _Loss(self, head, model), course.batch_size
         constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
-        rate = training.Schedule(
-            course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
-        )
-        tx = rate.optimizer(weight_decay=course.weight_decay)
+        steps, rate = course.steps, course.learning_rate
+        schedule = training.Schedule(rate, warmup=int(course.warmup * steps), total_steps=steps)
+        tx = schedule.optimizer(weight_decay=course.weight_decay)
         kinds: Any = dict(mesh=mesh, accumulate=course.accumulate)
-        step = training.TrainStep(loss, tx, schedule=rate, **kinds)
+        step = training.TrainStep(loss, tx, schedule=schedule, **kinds)
         scorer = training.EvalStep(loss, mesh=mesh)
         start: Any = functools.partial(
             training.TrainState.create, loss.params, tx, mesh=mesh, seed=course.seed
@@ -120,16 +124,12 @@ class DraftTraining:
                 start,
                 functools.partial(step, constants=constants),
                 lambda number: train.read(_order(number, rows, size, course.seed)),
-                total_steps=course.steps,
+                total_steps=steps,
                 workdir=folder,
                 checkpointer=checkpointer,
                 eval_fn=score if course.loop.eval_every else None,
                 writer=writer,
-                identity={
-                    **train.made_from,
-                    "draft": repr(self),
-                    "course": f"{course.steps} steps, rate {course.learning_rate:g}, {course.seed}",
-                },
+                identity={**train.made_from, "draft": repr(self), "course": f"{steps}, {rate}"},
                 options=course.loop,
             )
         return loss.head(processes.local_copy(state.params))
@@ -191,13 +191,10 @@ class DraftTraining:
 
 
 def _order(step: int, rows: int, size: int, seed: int) -> np.ndarray:
-    """The rows of a training step; every epoch visits each once, in another order."""
-    places = np.arange(step * size, (step + 1) * size)
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(rows)
-        for epoch in np.unique(places // rows)
-    }
-    return np.array([orders[place // rows][place % rows] for place in places])
+    """The rows of a training step; every epoch is in another order."""
+    epoch, part = divmod(step, max(1, rows // size))
+    order = np.random.default_rng((seed, epoch)).permutation(rows)
+    return order.take(np.arange(part * size, (part + 1) * size), mode="wrap")
 
 
 def _written(
