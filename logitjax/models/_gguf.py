@@ -5,7 +5,7 @@
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -175,8 +175,8 @@ class GgufSource:
         _, shape, _ = self._tensors[name]
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)
         out = guard.aligned((max(0, last - first), self._row_width(name)), dtype or np.float32)
-        for span, data in self._data(name, first, len(out)):
-            out[span] = self._numbers(name, data)
+        for span, numbers in self._numbers(name, first, len(out)):
+            out[span] = numbers
         return out.reshape(last - first, *shape[1:]) if len(shape) > 1 else out[0][rows]
 
     def codes(self, name: str) -> Codes | None:
@@ -188,44 +188,39 @@ class GgufSource:
                 self._expanded.add(kind)
             return None
         bits, size, *forms = _CODED[kind]
-        (rows, width), block = shape, self._block(name)
+        rows, width = shape
         # Those of types in blocks of blocks are products.
-        steps = np.float16 if size == block[0] and kind != "MXFP4" else np.float32
+        steps = np.float16 if size == self._block(name)[0] and kind != "MXFP4" else np.float32
         out = [np.empty((rows, width), np.int8)]
         out += [np.empty((rows, width // size), steps) for _ in range(2)]
-        for span, data in self._data(name, 0, rows):
-            for part, form in zip(out, forms, strict=True):
-                if form is None:
-                    continue
-                blocks = data.reshape(-1, block[1]).copy()
-                for start, content in form.items():
-                    places = np.frombuffer(bytes.fromhex(content), np.uint8)
-                    blocks[:, start : start + len(places)] = places
-                numbers = self._numbers(name, blocks.reshape(data.shape))
+        for part, form in zip(out, forms, strict=True):
+            for span, numbers in self._numbers(name, 0, rows, form) if form else ():
                 part[span] = numbers[:, :: width // part.shape[1]]
         values, scales, offsets = out
         return Codes(values.astype(jnp.dtype(bits)), scales, offsets if forms[2] else None)
 
-    def _data(self, name: str, first: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Bytes of some rows, a piece at a time."""
+    def _numbers(
+        self, name: str, first: int, count: int, form: Mapping[int, str] | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Some rows, a piece at a time, from blocks in which the bytes of `form` are put first."""
         # Blocks never cross rows, so any range of rows can be read separately.
         width, step = self._row_bytes(name), max(1, _PIECE // self._row_width(name))
+        kind, quants = self._kind(name), require("gguf.quants", extra="models")
         with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
             file = guard.Reader(opened)
             file.seek(self._tensors[name][2] + first * width)
             for begin in range(0, count, step):
                 some = min(step, count - begin)
                 data = file.array(np.uint8, some * width, f"tensor {name!r}")
-                yield slice(begin, begin + some), data.reshape(some, width)
-
-    def _numbers(self, name: str, data: np.ndarray) -> np.ndarray:
-        kind = self._kind(name)
-        try:
-            return require("gguf.quants", extra="models").dequantize(data, kind)
-        except NotImplementedError:
-            raise ValueError(
-                f"{self.path}: tensor {name!r} has unsupported type {kind.name}"
-            ) from None
+                for start, content in (form or {}).items():
+                    places = np.frombuffer(bytes.fromhex(content), np.uint8)
+                    data.reshape(-1, self._block(name)[1])[:, start : start + len(places)] = places
+                try:
+                    numbers = quants.dequantize(data.reshape(some, width), kind)
+                except NotImplementedError:
+                    why = f"tensor {name!r} has unsupported type {kind.name}"
+                    raise ValueError(f"{self.path}: {why}") from None
+                yield slice(begin, begin + some), numbers
 
     def metadata(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(key, default)
