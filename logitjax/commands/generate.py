@@ -35,6 +35,7 @@ from etils import epath
 from logitjax import decoding, models
 from logitjax.commands.cli import field, nested
 from logitjax.commands.line_up import LineUp
+from logitjax.storage import guard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,8 @@ def _others(
         if text is None:
             others.append(None)
             continue
-        text = text.replace("{prompt}", entry.get("prompt", ""))
+        own = entry["prompt"] if "prompt" in entry else entry["messages"][-1].get("content")
+        text = text.replace("{prompt}", str(own))
         rendered = Conversation(tokenizer, config.system).ask(text) if chat else text
         tokens = tokenizer.encode(rendered) if chat else tokenizer.encode(rendered, None)
         others.append([plan.read(np.array(tokens, np.int32))[stream]])
@@ -215,7 +217,8 @@ def _entries(config: Config, chat: bool) -> Iterable[dict[str, Any]]:
     path = epath.Path(config.prompt_file)
     if not path.exists():
         raise FileNotFoundError(f"prompt_file: no such file: {path}")
-    text = path.read_text()
+    with guard.naming(path, "text"):
+        text = path.read_text()
     if not config.prompt_file.endswith(".jsonl"):
         return [{"prompt": text}]
     entries = []
@@ -226,15 +229,23 @@ def _entries(config: Config, chat: bool) -> Iterable[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{config.prompt_file}, line {number}: not JSON: {error}") from None
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        messages = isinstance(entry, dict) and isinstance(entry.get("messages"), list)
-        if not isinstance(prompt, str) and not (chat and messages):
+        fields = entry if isinstance(entry, dict) else {}
+        names = ("prompt", "expert_prompt", "base_prompt")
+        texts = all(isinstance(fields[name], str) for name in names if name in fields)
+        if not texts or not ("prompt" in fields or (chat and _is_talk(fields.get("messages")))):
             raise ValueError(
                 f"{config.prompt_file}, line {number}: expected an object with a text `prompt`"
-                f"{' or a list `messages`' if chat else ''}, got {line[:60]}"
+                f"{' or `messages` with roles' if chat else ''}, got {line[:60]}"
             )
         entries.append(entry)
     return entries
+
+
+def _is_talk(messages: Any) -> bool:
+    turns = messages if isinstance(messages, list) else []
+    return bool(turns) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns
+    )
 
 
 def _typed() -> Iterator[str]:

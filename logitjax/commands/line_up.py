@@ -27,7 +27,8 @@ class LineUp:
             assistant knows.
         alpha: Weight of the assistant. By default the one stored with it.
         dtype: Type of weights and computation.
-        quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`.
+        quantize: Weights in 8 or 4 bits; sums and activations stay in `dtype`. `file` keeps those
+            that a GGUF file has.
         head: Folder of a head from `logitjax convert-head`, which replaces the model's own.
         draft: Drafter of tokens for all models to verify: `expert` or `base`, `prompt` (what
             followed the last tokens earlier in the text), another model, or the folder of a draft
@@ -41,7 +42,7 @@ class LineUp:
     assistant: str | None = None
     alpha: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Literal["int8", "int4", "file"] | None = None
     head: str | None = None
     draft: str | None = None
 
@@ -73,9 +74,7 @@ class LineUp:
             shape, dtype = models.load_config(self.model), jnp.dtype(self.dtype)
             return decoding.DraftControl(models.DraftHead.load(self.draft, shape, dtype=dtype))
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
-        kinds: Any = dict(dtype=self.dtype, param_dtype=self.dtype, layout="listed")
-        model, _ = models.load(self.draft, **kinds)
-        model = model if self.quantize is None else models.quantize(model, self.quantize)
+        model = self._one(self.draft)
         token_map = None if mapping.is_identity else mapping
         return decoding.DraftControl(model, token_map=token_map)
 
@@ -93,17 +92,16 @@ class LineUp:
         record = epath.Path(self.assistant) / "assistant.json"
         if not record.exists():
             raise FileNotFoundError(f"assistant: no such file: {record}")
-        model, tokenizer = models.load(
-            self.model, dtype=self.dtype, param_dtype=self.dtype, layout="listed"
-        )
-        if self.quantize is not None:
-            model = models.quantize(model, self.quantize)
-        deployed = unlearning.Deployed.load(
-            models.with_layout(model, "listed"), self.assistant, alpha=self.alpha
-        )
+        tokenizer, model = models.load_tokenizer(self.model), self._one(self.model)
+        deployed = unlearning.Deployed.load(model, self.assistant, alpha=self.alpha)
         # Some tokenizers name another end token than the generation settings: either ends.
         ends = {*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
         return deployed.line_up(), tokenizer, tuple(sorted(ends))
+
+    def _one(self, spec: str) -> models.Decoder:
+        kinds: Any = dict(param_dtype=self.dtype, layout="listed", quantize=self.quantize)
+        model, _ = models.load(spec, dtype=self.dtype, **kinds)
+        return models.with_layout(model, "listed")
 
     def _head_for(self) -> Callable[[models.Decoder], Any] | None:
         """Reads the new head for the loaded model; a wrong one is refused before weights are."""

@@ -7,6 +7,9 @@ from typing import Any
 
 # The share of time that trying drafts may cost, and about how many tested tokens give acceptance.
 _LOSS, _MEMORY = 0.01, 48.0
+# Losses in a row by whose number that share is divided, up to this one, and the predicted speed-up
+# from which it is not: near 1, what was lost is soon won.
+_LOSSES, _NEAR = 4, 0.9
 
 
 class DraftControl:
@@ -14,9 +17,10 @@ class DraftControl:
 
     A round of length d gives ``(1 - a^(d+1)) / (1 - a)`` tokens if drafts are accepted with
     probability a. It pays if that is more than its time divided by a plain step's. If no length
-    pays, rows decode step by step, and a draft is tried now and then, as often as that costs less
-    than a hundredth of the time. Costs are medians of the last few calls, without calls that
-    compiled. Reuse one control for calls of one kind, so that it keeps its estimates.
+    pays, rows decode step by step, and a draft is tried now and then, as often as that costs
+    less than a hundredth of the time, and a quarter of that after four tries in vain. Costs are
+    medians of the last few calls, without calls that compiled. Reuse one control for calls of
+    one kind, so that it keeps its estimates.
 
     Args:
         draft: the drafter: a model with the same tokenizer, as for `CachedModel.of`; a
@@ -55,6 +59,7 @@ class DraftControl:
         self._costs: dict[Hashable, collections.deque] = {}
         self._compiled: set[Hashable] = set()
         self._spent = self._lost = 0.0
+        self._losses = 0
         self._plain_worth = self._timed = 0.0
 
     @property
@@ -98,7 +103,8 @@ class DraftControl:
             cost = self.cost(length, kind) or max(plain + slope * length, plain)
             gains[length] = expected_tokens(self.acceptance, length) * plain / cost
         best = max(gains, key=lambda length: gains[length])
-        if gains[best] > 1 or self._lost < _LOSS * self._spent:
+        losses = 1 if gains[best] > _NEAR else min(max(1, self._losses), _LOSSES)
+        if gains[best] > 1 or self._lost < _LOSS / losses * self._spent:
             return best
         return 0
 
@@ -152,6 +158,7 @@ class DraftControl:
         if length:
             # Time that drafts saved pays for later tries, but losses are not carried over.
             self._lost = max(0.0, self._lost + seconds - worth)
+            self._losses = 0 if seconds < worth else self._losses + 1
 
 
 def expected_tokens(acceptance: float, length: int) -> float:

@@ -27,7 +27,7 @@ def load_ensemble(
         bases: Models that the experts were tuned from: one for all, or one for each.
         fuse: Strategy of `logitjax.fusion`; None for the large model alone.
         dtype: Type of parameters and computation.
-        quantize: Type of the weights, as for `logitjax.models.quantize`; None for `dtype`.
+        quantize: Type of the weights, as for `logitjax.models.load_model`; None for `dtype`.
         head: Gives the head that the large model decodes with, from the model as loaded; None for
             its own.
 
@@ -54,10 +54,13 @@ def load_ensemble(
     # Loaded once each: a model may be its own base, with another prompt.
     distinct = {}
     for name in dict.fromkeys((large, *small)):
-        model, _ = models.load(name, dtype=dtype, param_dtype=dtype, layout="listed")
-        # From weights that are not quantized yet.
-        new = head(model) if head is not None and name == large else None
-        model = model if quantize is None else models.quantize(model, quantize)
+        kinds: Any = dict(dtype=dtype, param_dtype=dtype, layout="listed")
+        # A head comes from weights that are not quantized.
+        new_head = head if name == large else None
+        model, _ = models.load(name, **kinds, quantize=None if new_head else quantize)
+        new = None if new_head is None else new_head(model)
+        if new_head and quantize:
+            model = models.load_model(name, **kinds, quantize=quantize)
         distinct[name] = model if new is None else model.with_head(new)
     loaded = [distinct[name] for name in (large, *small)]
     ends = {*loaded[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}

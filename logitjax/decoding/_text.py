@@ -105,11 +105,16 @@ class TextStream:
 
     @staticmethod
     def pattern(text: str | None) -> re.Pattern[str] | None:
-        """The pattern of `stop_pattern`; ValueError if it is not a regular expression."""
+        """The pattern of `stop_pattern`; ValueError if it cannot end a text."""
+        if text is None:
+            return None
         try:
-            return None if text is None else re.compile(_SENTENCE if text == "sentence" else text)
+            pattern = re.compile(_SENTENCE if text == "sentence" else text)
         except re.error as error:
             raise ValueError(f"stop_pattern: expected a regular expression, {error}") from None
+        if pattern.search(""):
+            raise ValueError(f"stop_pattern: {text!r} matches an empty text and would stop all")
+        return pattern
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take more tokens, none after a stop string, and return the newly certain text."""

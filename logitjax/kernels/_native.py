@@ -88,13 +88,17 @@ def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Arr
     return _call("row_products", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(vectors, rows, ids)
 
 
-def code_products(vectors: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
-    """Products ``[n, o]`` of float32 vectors ``[n, d]`` with the rows of `ops.Codes` of 8 bits.
+def code_products(
+    vectors: jax.Array, values: jax.Array, scales: jax.Array, offsets: jax.Array | None = None
+) -> jax.Array:
+    """Products ``[n, o]`` of float32 vectors ``[n, d]`` with the rows of `ops.Codes`.
 
-    ``values`` are int8 ``[o, d]``, ``scales`` float32 ``[o, g]``, one for each ``d / g`` values.
+    ``values`` ``[o, d]`` are int8, int4 or uint4; ``scales`` and ``offsets`` ``[o, g]``, of one
+    type, one for each ``d / g`` values, which is even if they have four bits.
     """
+    offsets = scales[:, :0] if offsets is None else offsets
     result = jax.ShapeDtypeStruct((vectors.shape[0], values.shape[0]), jnp.float32)
-    return _call("code_products", result)(vectors, values, scales)
+    return _call("code_products", result)(vectors, values, scales, offsets)
 
 
 def largest_ids(values: jax.Array, k: int) -> jax.Array:

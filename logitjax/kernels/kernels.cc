@@ -1,5 +1,5 @@
 // What XLA's CPU compiler has no fast form of: look-ups in 16-entry tables, products with rows
-// chosen by number or stored in 8 bits, and the places of the largest entries. See __init__.py.
+// chosen by number or stored in 8 or 4 bits, and the places of the largest entries. See __init__.py.
 //
 // Portable C++17; with AVX2 the look-ups are byte shuffles. Everything else is written so that
 // compilers vectorise it.
@@ -161,18 +161,28 @@ ffi::Error LookupSums(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables,
 
 // ---- Products with chosen rows --------------------------------------------------------------
 
-float Wide(float x) { return x; }
-
-float Wide(uint16_t bits) {  // of a bfloat16
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+float FloatOf(uint32_t bits) {
   float x;
-  std::memcpy(&x, &wide, sizeof(x));
+  std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
 
-template <typename T>
+float Wide(float x) { return x; }
+
+float Wide(uint16_t bits) {  // of a bfloat16
+  return FloatOf(static_cast<uint32_t>(bits) << 16);
+}
+
+template <size_t kLanes>
+float Sum(float (&lanes)[kLanes]) {
+  for (size_t half = kLanes / 2; half; half /= 2) {
+    for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return lanes[0];
+}
+
+template <int64_t kLanes = 32, typename T>
 float Dot(const float* vector, const T* row, const T* next, int64_t width) {
-  constexpr int64_t kLanes = 32;
   float lanes[kLanes] = {0};
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
@@ -184,10 +194,7 @@ float Dot(const float* vector, const T* row, const T* next, int64_t width) {
   }
   float sum = 0;
   for (; i < width; ++i) sum += vector[i] * Wide(row[i]);
-  for (int64_t half = kLanes / 2; half; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  }
-  return sum + lanes[0];
+  return sum + Sum(lanes);
 }
 
 template <typename T>
@@ -241,7 +248,16 @@ ffi::Error RowProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors, ffi:
   }
 }
 
-// ---- Products with rows of 8 bits -----------------------------------------------------------
+// ---- Products with rows of 8 or 4 bits ------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+
+float Wide(Half x) {
+  // As a float's, its exponent is 112 too small; a product also mends subnormal numbers.
+  return FloatOf((x.bits & 0x8000u) << 16 | (x.bits & 0x7fffu) << 13) * 0x1p112f;
+}
 
 // A row is `values` times one scale for each `size` of them.
 float ScaledDot(const float* x, const int8_t* values, const float* scales, int64_t groups,
@@ -259,44 +275,124 @@ float ScaledDot(const float* x, const int8_t* values, const float* scales, int64
     }
     for (; i < size; ++i) sum += x[i] * (scale * static_cast<float>(values[i]));
   }
-  for (int64_t half = kLanes / 2; half; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  }
-  return sum + lanes[0];
+  return sum + Sum(lanes);
 }
 
-ffi::Error CodeProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors,
-                        ffi::Buffer<ffi::S8> values, ffi::Buffer<ffi::F32> scales,
+// The same of two values a byte, `size` bytes a group; a vector's odd numbers follow its even ones.
+// With `kSize` for it, compilers keep the lanes in registers, which is nine times as fast.
+template <int64_t kSize>
+float ScaledDot(const float* even, const uint8_t* bytes, uint8_t flip, const float* scales,
+                int64_t groups, int64_t size = kSize) {
+  if (kSize) size = kSize;
+  constexpr int64_t kLanes = 16;
+  const float* odd = even + groups * size;
+  float lanes[kLanes] = {0};
+  float sum = 0;
+  for (int64_t group = 0; group < groups; ++group, even += size, odd += size, bytes += size) {
+    const float scale = scales[group];
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        const int32_t byte = bytes[i + j] ^ flip;
+        lanes[j] += scale * (even[i + j] * static_cast<float>(byte & 15) +
+                             odd[i + j] * static_cast<float>(byte >> 4));
+      }
+    }
+    for (; i < size; ++i) {
+      const int32_t byte = bytes[i] ^ flip;
+      sum += scale * (even[i] * (byte & 15) + odd[i] * (byte >> 4));
+    }
+  }
+  return sum + Sum(lanes);
+}
+
+// Values have the type S8, S4 or U4; without offsets there is no pointer to them.
+template <typename Step>
+void CodedProducts(ffi::ThreadPool& pool, const float* x, const void* values, ffi::DataType type,
+                   const Step* scales, const Step* offsets, float* out, int64_t count,
+                   int64_t width, int64_t rows, int64_t groups) {
+  const int64_t size = width / groups;
+  const bool nibbles = type != ffi::S8;
+  // With the sign turned, four bits are the value and 8.
+  const int shift = type == ffi::S4 ? -8 : 0;
+  const uint8_t flip = type == ffi::S4 ? 0x88 : 0;
+  // Of one vector: its sums over groups, and its even and odd numbers apart.
+  std::vector<float> sums(groups), halves(nibbles ? width : 0);
+  for (int64_t i = 0; count == 1 && i < width; ++i) {
+    sums[i / size] += x[i];
+    if (nibbles) halves[i / 2 + (i % 2) * (width / 2)] = x[i];
+  }
+  // A million numbers are a piece of work: smaller matrices are the caller's.
+  const int64_t each = std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, width));
+  const auto* codes = static_cast<const int8_t*>(values);
+  const auto* bytes = static_cast<const uint8_t*>(values);
+  InParallel(pool, (rows + each - 1) / each, [=, &sums, &halves](int64_t piece) {
+    std::vector<float> wide(count > 1 ? width : 0), scale(groups), offset(groups);
+    for (int64_t i = piece * each; i < std::min(rows, (piece + 1) * each); ++i) {
+      for (int64_t g = 0; g < groups; ++g) {
+        scale[g] = Wide(scales[i * groups + g]);
+        offset[g] = (offsets ? Wide(offsets[i * groups + g]) : 0) + shift * scale[g];
+      }
+      const int64_t start = i * width;
+      if (count == 1) {
+        const uint8_t* row = bytes + start / 2;
+        out[i] = !nibbles ? ScaledDot(x, codes + start, scale.data(), groups, size)
+                 : size == 32
+                     ? ScaledDot<16>(halves.data(), row, flip, scale.data(), groups)
+                     : ScaledDot<0>(halves.data(), row, flip, scale.data(), groups, size / 2);
+        if (offsets || shift) out[i] += Dot<8>(sums.data(), offset.data(), offset.data(), groups);
+        continue;
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t k = g * size; k < (g + 1) * size; ++k) {
+          const int byte = nibbles ? bytes[(start + k) / 2] ^ flip : 0;
+          const int value = nibbles ? byte >> 4 * (k % 2) & 15 : codes[start + k];
+          wide[k] = scale[g] * value + offset[g];
+        }
+      }
+      for (int64_t n = 0; n < count; ++n) {
+        out[n * rows + i] = Dot(x + n * width, wide.data(), wide.data(), width);
+      }
+    }
+  });
+}
+
+ffi::Error CodeProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors, ffi::AnyBuffer values,
+                        ffi::AnyBuffer scales, ffi::AnyBuffer offsets,
                         ffi::ResultBuffer<ffi::F32> products) {
   const auto x = vectors.dimensions();
   const auto v = values.dimensions();
   const auto s = scales.dimensions();
+  const auto o = offsets.dimensions();
   const auto out = products->dimensions();
+  const auto type = values.element_type();
+  const bool nibbles = type != ffi::S8;
   if (x.size() != 2 || v.size() != 2 || s.size() != 2 || out.size() != 2 || x[1] != v[1] ||
-      v[0] != s[0] || !s[1] || v[1] % s[1] || out[0] != x[0] || out[1] != v[0]) {
-    return Expected("vectors, values, scales: expected [n, d], [o, d] and [o, g], g dividing d",
-                    {x, v, s});
+      v[0] != s[0] || !s[1] || v[1] % (s[1] * (nibbles ? 2 : 1)) || out[0] != x[0] ||
+      out[1] != v[0] || o.size() != 2 || o[0] != s[0] || (o[1] && o[1] != s[1])) {
+    return Expected("vectors, values, scales, offsets: expected [n, d], [o, d], [o, g] and [o, g] "
+                    "or [o, 0], g dividing d, and d / 2 for four bits", {x, v, s, o});
   }
-  const int64_t count = x[0], width = x[1], rows = v[0], groups = s[1], size = width / groups;
-  // A million numbers are a piece of work: smaller matrices are the caller's.
-  const int64_t each = std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, width));
-  const auto run = [=, from = vectors.typed_data(), codes = values.typed_data(),
-                    steps = scales.typed_data(), to = products->typed_data()](int64_t piece) {
-    std::vector<float> wide(count > 1 ? width : 0);
-    for (int64_t i = piece * each; i < std::min(rows, (piece + 1) * each); ++i) {
-      const int8_t* row = codes + i * width;
-      const float* scale = steps + i * groups;
-      if (count == 1) to[i] = ScaledDot(from, row, scale, groups, size);
-      for (size_t j = 0; j < wide.size(); j += size) {
-        for (int64_t k = 0; k < size; ++k) wide[j + k] = scale[j / size] * row[j + k];
-      }
-      for (int64_t n = 0; count > 1 && n < count; ++n) {
-        to[n * rows + i] = Dot(from + n * width, wide.data(), wide.data(), width);
-      }
-    }
+  if ((nibbles && type != ffi::S4 && type != ffi::U4) ||
+      scales.element_type() != offsets.element_type()) {
+    return ffi::Error::InvalidArgument("values: expected 8 or 4 bits, and steps of one type");
+  }
+  const auto run = [&](const auto* steps) {
+    const auto* more = static_cast<decltype(steps)>(offsets.untyped_data());
+    CodedProducts(pool, vectors.typed_data(), values.untyped_data(), type, steps,
+                  o[1] ? more : nullptr, products->typed_data(), x[0], x[1], v[0], s[1]);
+    return ffi::Error::Success();
   };
-  InParallel(pool, (rows + each - 1) / each, run);
-  return ffi::Error::Success();
+  switch (scales.element_type()) {
+    case ffi::F32:
+      return run(static_cast<const float*>(scales.untyped_data()));
+    case ffi::F16:
+      return run(static_cast<const Half*>(scales.untyped_data()));
+    case ffi::BF16:
+      return run(static_cast<const uint16_t*>(scales.untyped_data()));
+    default:
+      return ffi::Error::InvalidArgument("scales: expected floats of 32 or 16 bits");
+  }
 }
 
 // ---- Places of the largest entries ----------------------------------------------------------
@@ -388,8 +484,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_code_products, CodeProducts,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_largest_ids, LargestIds,

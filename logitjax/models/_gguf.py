@@ -5,11 +5,15 @@
 
 import math
 import struct
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
+from logitjax.ops import Codes
 from logitjax.storage import guard, require
 
 _SCALARS = {
@@ -18,6 +22,21 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 # The library holds a few copies of the data it dequantises.
 _PIECE = 1 << 20
+_K = "003c0000" + "01010101" + "00000000" + "01010101"
+# Of types whose numbers are `scale * value + minimum`: type of values, values of a scale, and bytes
+# by place that make every scale 1 and minimum 0, every value 1 and minimum 0, or every value 0.
+_CODED: dict[str, tuple[str, int, dict[int, str], dict[int, str], dict[int, str] | None]] = {
+    "Q8_0": ("int8", 32, {0: "003c"}, {2: "01" * 32}, None),
+    "Q4_0": ("int4", 32, {0: "003c"}, {2: "99" * 16}, None),
+    "Q4_1": ("uint4", 32, {0: "003c0000"}, {2: "0000" + "11" * 16}, {4: "00" * 16}),
+    "Q5_0": ("int8", 32, {0: "003c"}, {2: "ff" * 4 + "11" * 16}, None),
+    "Q5_1": ("int8", 32, {0: "003c0000"}, {2: "00" * 6 + "11" * 16}, {4: "00" * 20}),
+    "IQ4_NL": ("int8", 32, {0: "003c"}, {2: "88" * 16}, None),
+    "MXFP4": ("int8", 32, {0: "80"}, {1: "11" * 16}, None),
+    "Q4_K": ("uint4", 32, {0: _K}, {2: "0000", 16: "11" * 128}, {16: "00" * 128}),
+    "Q5_K": ("int8", 32, {0: _K}, {2: "0000", 16: "00" * 32 + "11" * 128}, {16: "00" * 160}),
+    "Q6_K": ("int8", 16, {192: "01" * 16 + "003c"}, {0: "11" * 128 + "aa" * 64}, None),
+}
 
 
 class _Header:
@@ -74,6 +93,7 @@ class GgufSource:
         guard.plain_file(self.path)
         self._metadata: dict[str, Any] = {}
         self._tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        self._expanded: set[str] = set()
         with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
             if opened.read(4) != b"GGUF":
                 raise ValueError(f"{self.path}: not a GGUF file")
@@ -125,9 +145,12 @@ class GgufSource:
         except ValueError:
             raise ValueError(f"{self.path}: tensor {name!r} has unknown type {number}") from None
 
+    def _block(self, name: str) -> tuple[int, int]:
+        """Numbers and bytes of a block."""
+        return require("gguf", extra="models").GGML_QUANT_SIZES[self._kind(name)]
+
     def _row_bytes(self, name: str) -> int:
-        gguf = require("gguf", extra="models")
-        block, size = gguf.GGML_QUANT_SIZES[self._kind(name)]
+        block, size = self._block(name)
         width = self._row_width(name)
         if width % block:
             raise ValueError(f"{self.path}: tensor {name!r}: rows of {width} in blocks of {block}")
@@ -149,26 +172,55 @@ class GgufSource:
 
     def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
         """A tensor, or a range of its first axis; float32 if `dtype` is None."""
-        # Blocks never cross rows, so any range of rows can be read separately.
-        _, shape, offset = self._tensors[name]
-        width, numbers = self._row_bytes(name), self._row_width(name)
+        _, shape, _ = self._tensors[name]
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)
+        out = guard.aligned((max(0, last - first), self._row_width(name)), dtype or np.float32)
+        for span, numbers in self._numbers(name, first, len(out)):
+            out[span] = numbers
+        return out.reshape(last - first, *shape[1:]) if len(shape) > 1 else out[0][rows]
+
+    def codes(self, name: str) -> Codes | None:
+        """A matrix in the file's own numbers, as NumPy arrays; None if it is to be expanded."""
+        kind, shape = self._kind(name).name, self.shape(name)
+        if kind not in _CODED or len(shape) != 2:
+            if self._block(name)[0] > 1 and kind not in self._expanded:
+                logging.warning("%s: its tensors of type %s are expanded", self.path, kind)
+                self._expanded.add(kind)
+            return None
+        bits, size, *forms = _CODED[kind]
+        rows, width = shape
+        # Those of types in blocks of blocks are products.
+        steps = np.float16 if size == self._block(name)[0] and kind != "MXFP4" else np.float32
+        out = [np.empty((rows, width), np.int8)]
+        out += [np.empty((rows, width // size), steps) for _ in range(2)]
+        for part, form in zip(out, forms, strict=True):
+            for span, numbers in self._numbers(name, 0, rows, form) if form else ():
+                part[span] = numbers[:, :: width // part.shape[1]]
+        values, scales, offsets = out
+        return Codes(values.astype(jnp.dtype(bits)), scales, offsets if forms[2] else None)
+
+    def _numbers(
+        self, name: str, first: int, count: int, form: Mapping[int, str] | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Some rows, a piece at a time, from blocks in which the bytes of `form` are put first."""
+        # Blocks never cross rows, so any range of rows can be read separately.
+        width, step = self._row_bytes(name), max(1, _PIECE // self._row_width(name))
         kind, quants = self._kind(name), require("gguf.quants", extra="models")
-        out = guard.aligned((max(0, last - first), numbers), dtype or np.float32)
-        step = max(1, _PIECE // numbers)
         with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
             file = guard.Reader(opened)
-            file.seek(offset + first * width)
-            for begin in range(0, len(out), step):
-                count = min(step, len(out) - begin)
-                data = file.array(np.uint8, count * width, f"tensor {name!r}")
+            file.seek(self._tensors[name][2] + first * width)
+            for begin in range(0, count, step):
+                some = min(step, count - begin)
+                data = file.array(np.uint8, some * width, f"tensor {name!r}")
+                for start, content in (form or {}).items():
+                    places = np.frombuffer(bytes.fromhex(content), np.uint8)
+                    data.reshape(-1, self._block(name)[1])[:, start : start + len(places)] = places
                 try:
-                    out[begin : begin + count] = quants.dequantize(data.reshape(count, width), kind)
+                    numbers = quants.dequantize(data.reshape(some, width), kind)
                 except NotImplementedError:
-                    raise ValueError(
-                        f"{self.path}: tensor {name!r} has unsupported type {kind.name}"
-                    ) from None
-        return out.reshape(last - first, *shape[1:]) if len(shape) > 1 else out[0][rows]
+                    why = f"tensor {name!r} has unsupported type {kind.name}"
+                    raise ValueError(f"{self.path}: {why}") from None
+                yield slice(begin, begin + some), numbers
 
     def metadata(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(key, default)

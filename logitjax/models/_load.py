@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from logitjax import ops
+from logitjax.models import _quantize
 from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
@@ -124,6 +125,7 @@ def load_model(
     dtype: Any = jnp.float32,
     layout: str = "stacked",
     remat: str = "none",
+    quantize: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: ops.sharding.ShardingRules | None = None,
 ) -> Decoder:
@@ -139,6 +141,8 @@ def load_model(
             random toy, for which no other argument is read.
         dtype: compute dtype.
         layout: `'stacked'` for training, `'listed'` for decoding.
+        quantize: `'int8'` or `'int4'`, as for `quantize`. `'file'` keeps the numbers that a GGUF
+            file has for matrices, on one device and in layout `'listed'`.
         mesh: devices to split the parameters over.
         rules: how they are split, such as `DECODER_RULES`; paths are like
             `segments/0/layers/0/attention/query/kernel`. Without rules every device holds all
@@ -148,10 +152,14 @@ def load_model(
         ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """
     progress.mark(f"loading {spec}", log=True)
-    seed = tiny_seed(spec)
-    if seed is not None:
-        return tiny_decoder(np.uint32(seed))
-    path = find_checkpoint(spec)
+    seed, keep = tiny_seed(spec), quantize == "file"
+    path = None if seed is not None else find_checkpoint(spec)
+    if keep and (path is None or path.is_dir() or layout != "listed" or mesh is not None):
+        kind = "a GGUF file, in layout 'listed' without a mesh"
+        raise ValueError(f"quantize: 'file' expects {kind}, got {spec} in {layout!r}")
+    if path is None:
+        model = tiny_decoder(np.uint32(seed or 0))
+        return model if quantize is None else _quantize.quantize(model, quantize)
     source: TensorSource
     if path.is_dir():
         config = _directory_config(path)
@@ -167,6 +175,7 @@ def load_model(
         tensors,
         where=str(path),
         shardings=_shardings(mesh, rules),
+        keep=keep,
         dtype=dtype,
         param_dtype=param_dtype,
         layout=layout,
@@ -176,7 +185,7 @@ def load_model(
     # XLA's CPU compiler is fast only at bfloat16 products that end in float32.
     if device.platform == "cpu" and model.dtype == jnp.bfloat16:
         use_cpu_products(model)
-    return model
+    return model if keep or quantize is None else _quantize.quantize(model, quantize)
 
 
 def _shardings(
@@ -197,9 +206,13 @@ def build_decoder(
     where: str,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
     param_dtype: Any,
+    keep: bool = False,
     **options: Any,
 ) -> Decoder:
-    """A decoder whose parameters come from `source` by the map `tensors`."""
+    """A decoder whose parameters come from `source` by the map `tensors`.
+
+    With `keep`, a GGUF file's matrices stay as it has them, in a listed decoder on one device.
+    """
     # First: layers without tensors must not be traced one by one.
     tensors = _resolve_names(tensors, source, config, where)
     # Shapes only: initial values would take as much memory as the checkpoint.
@@ -210,11 +223,14 @@ def build_decoder(
     shapes = nnx.to_pure_dict(state)
     pieces = _pieces(tensors, source, shapes, config, options["layout"], where)
 
-    def build(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def build(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
         keys = tuple(str(p.key) for p in path)
         name = "/".join(keys)
         layers, leaf_path = _layers_of(keys, config, options["layout"])
         readers = [pieces[layer, leaf_path] for layer in layers]
+        codes = readers[0](None) if keep else None
+        if codes is not None:
+            return jax.block_until_ready(jax.tree.map(jnp.asarray, codes))
         stacked = options["layout"] == "stacked" and keys[0] == "segments"
 
         def fetch(indices: Sequence[Any]) -> list[np.ndarray]:
@@ -231,12 +247,12 @@ def build_decoder(
         return array.block_until_ready()
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    built: dict[int, jax.Array] = {}
+    built: dict[int, Any] = {}
     # Largest first: each is held twice briefly, and late moments should involve small ones.
     for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
         built[i] = build(*leaves[i])
     params = jax.tree.unflatten(structure, [built[i] for i in range(len(leaves))])
-    return nnx.merge(graphdef, params)
+    return _quantize.with_coded_layers(nnx.merge(graphdef, params), lambda kernel: kernel)
 
 
 def _stacked(
@@ -326,7 +342,7 @@ def _pieces(
     config: DecoderConfig,
     layout: str,
     where: str,
-) -> dict[tuple[int | None, Path], Callable[[Sequence[Any]], list[np.ndarray]]]:
+) -> dict[tuple[int | None, Path], Callable[[Any], Any]]:
     """For every leaf of every layer, a function from indices to their values."""
     leaf_shapes: dict[tuple[int | None, Path], tuple[int, ...]] = {}
     leaf_dtypes = {}
@@ -370,17 +386,25 @@ def _pieces(
 
 def _reader(
     source: TensorSource, spec: TensorSpec, start: int, size: int, dtype: Any
-) -> Callable[[Sequence[Any]], list[np.ndarray]]:
-    def read(indices: Sequence[Any]) -> list[np.ndarray]:
+) -> Callable[[Any], Any]:
+    """A function of indices; of None, it gives the leaf's codes in a GGUF file, if it has any."""
+
+    def own(values: np.ndarray) -> np.ndarray:
+        values = interleaved(values, spec, undo=True) if spec.rope_heads else values
+        part = [slice(None)] * values.ndim
+        part[spec.axis] = slice(start, start + size)
+        return values[tuple(part)]
+
+    def read(indices: Sequence[Any] | None) -> Any:
+        if indices is None:
+            matrix = spec.transpose or spec.leaves == (("embedding",),)
+            codes = source.codes(spec.name) if matrix and isinstance(source, GgufSource) else None
+            axis = int(spec.transpose)
+            return codes and dataclasses.replace(jax.tree.map(own, codes), outer_axis=axis)
         indices = [spec.stored(tuple(i)) for i in indices]
         if spec.rope_heads or spec.axis == 1:
             # Interleaved or side-by-side parts do not lie in consecutive rows.
-            values, first = source.read(spec.name, dtype=dtype), 0
-            if spec.rope_heads:
-                values = interleaved(values, spec, undo=True)
-            part = [slice(None)] * values.ndim
-            part[spec.axis] = slice(start, start + size)
-            values = values[tuple(part)]
+            values, first = own(source.read(spec.name, dtype=dtype)), 0
         else:
             # One read of all rows that any of the devices needs.
             ranges = [index[0].indices(size)[:2] for index in indices]

@@ -49,6 +49,7 @@ def load(
     param_dtype: Any = jnp.float32,
     layout: str = "stacked",
     remat: str = "none",
+    quantize: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Decoder, Tokenizer]:
     """Load a decoder and its tokenizer.
@@ -72,6 +73,7 @@ def load(
         param_dtype=jnp.dtype(param_dtype),
         layout=layout,
         remat=remat,
+        quantize=quantize,
         mesh=mesh,
         rules=DECODER_RULES,
     )

@@ -1,5 +1,6 @@
 """Weights of a model in 8 or 4 bits, for decoding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ _of = jax.jit(Codes.of, static_argnames=("bits", "outer_axis"))
 class QuantizedLinear(nnx.Module):
     """`nnx.Linear` whose kernel is `Codes`."""
 
-    def __init__(self, linear: nnx.Linear, bits: str):
+    def __init__(self, linear: nnx.Linear, kernel: Codes):
         self.dtype: Any = linear.dtype
         self.dot_general = lax.dot_general
-        self.kernel = nnx.Param(_of(linear.kernel[...], bits, outer_axis=1))
+        self.kernel = nnx.Param(kernel)
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,10 +52,17 @@ def quantize(model: Decoder, bits: str) -> Decoder:
     out.embedding = nnx.Param(_of(out.embedding[...], bits))
     if isinstance(getattr(out.head, "kernel", None), nnx.Param):
         out.head.kernel = nnx.Param(_of(out.head.kernel[...], bits, outer_axis=1))
-    for segment in out.segments:
+    return with_coded_layers(out, lambda kernel: _of(kernel, bits, outer_axis=1))
+
+
+def with_coded_layers(model: Decoder, codes_of: Callable[[Any], Any]) -> Decoder:
+    """The decoder itself, with each linear map of layers whose kernel has codes by these."""
+    for segment in model.segments:
         for layer in segment.layers:
             for part in (layer.attention, layer.mlp):
                 for name, module in list(vars(part).items()):
                     if isinstance(module, nnx.Linear):
-                        setattr(part, name, QuantizedLinear(module, bits))
-    return out
+                        codes = codes_of(module.kernel[...])
+                        if isinstance(codes, Codes):
+                            setattr(part, name, QuantizedLinear(module, codes))
+    return model

@@ -34,8 +34,8 @@ class Codes:
         matrix[o, i] = values[o, i] * scales[o, group(i)] + offsets[o, group(i)]
 
     Attributes:
-        values: int8 or int4 `[outer, inner]`; products contract `inner`.
-        scales: float32 or bfloat16 `[outer, groups]`.
+        values: int8, int4 or uint4 `[outer, inner]`; products contract `inner`.
+        scales: float32, or 16 bits where they suffice, `[outer, groups]`.
         offsets: `[outer, groups]` of the same type; None for none.
         outer_axis: axis of `outer` in the original matrix.
 
@@ -103,7 +103,7 @@ class Codes:
     @property
     def nbytes(self) -> float:
         steps = jax.tree.leaves((self.scales, self.offsets))
-        bytes_each = 0.5 if self.dtype == jnp.int4 else 1
+        bytes_each = 1 if self.dtype == jnp.int8 else 0.5
         return self.size * bytes_each + sum(x.size * x.dtype.itemsize for x in steps)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -151,7 +151,7 @@ class Codes:
         size = self.values.shape[-1] // self.scales.shape[-1]
         asymmetric = self.offsets is not None
         kind: Any = dict(group_size=size, asymmetric=asymmetric, outer_axis=self.outer_axis)
-        return Codes.of(matrix, str(self.dtype), **kind)
+        return Codes.of(matrix, "int8" if self.dtype == jnp.int8 else "int4", **kind)
 
     def product(self, x: jax.Array) -> jax.Array:
         """float32 `x @ matrix`, `[*batch, inner]` to `[*batch, outer]`."""
@@ -159,7 +159,9 @@ class Codes:
         # A TPU joins to a product what widens codes to bfloat16: it reads the codes alone.
         small = x.dtype == self.scales.dtype == jnp.bfloat16
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.bfloat16 if small else jnp.float32)
-        few = rows.shape[0] <= _FEW and self.dtype == jnp.int8 and self.offsets is None
+        # Two values of four bits share a byte.
+        whole = self.dtype == jnp.int8 or self.values.shape[-1] // self.scales.shape[-1] % 2 == 0
+        few = rows.shape[0] <= _FEW and whole
         out = (_few_products if few else _products)(rows, self)
         return out.reshape(*x.shape[:-1], self.values.shape[0])
 
@@ -259,10 +261,12 @@ def _products(x: jax.Array, codes: Codes) -> jax.Array:
 
 @jax.custom_jvp
 def _few_products(x: jax.Array, codes: Codes) -> jax.Array:
-    def otherwise(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
-        return _products(x, Codes(values, scales))
+    def otherwise(x: jax.Array, *parts: jax.Array) -> jax.Array:
+        return _products(x, dataclasses.replace(codes, **dict(zip(names, parts, strict=True))))
 
-    return native.on_cpu(native.code_products, otherwise, x, codes.values, codes.scales)
+    names = [n for n in ("values", "scales", "offsets") if getattr(codes, n) is not None]
+    parts = [getattr(codes, name) for name in names]
+    return native.on_cpu(native.code_products, otherwise, x, *parts)
 
 
 @_few_products.defjvp

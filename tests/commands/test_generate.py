@@ -163,8 +163,11 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         assert message in refused(model=directory, **values)
     for message, values in (
         ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
+        ("stop_pattern: 'a*' matches an empty text", dict(stop_pattern="a*")),
         ("line 2: not JSON", dict(prompt_file=lines('{"prompt": "a"}\n{'))),
         ("line 1: expected an object with a text `prompt`", dict(prompt_file=lines("[]"))),
+        ("line 1: expected", dict(prompt_file=lines('{"prompt": "a", "base_prompt": 3}'))),
+        ("cannot be read as text", dict(prompt_file=str(tmp_path))),
         ("expected one of them, got both", dict(prompt_file=lines("{}"), prompt=("a",))),
         ("draft: expected expert, base, prompt or a model 'nowhere'", dict(draft="nowhere")),
     ):
@@ -184,6 +187,18 @@ def test_settings_of_a_strategy_may_be_pairs():
     assert strategy("dynamic:num=3,alpha_range=[0.5, 1.5]").alpha_range == (0.5, 1.5)
     with pytest.raises(ValueError, match="alpha_range: expected numbers in brackets, got '0'"):
         strategy("dynamic:alpha_range=0,1")
+
+
+def test_messages_of_a_line_have_roles(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    for messages, fits in (([], False), ([{}], False), ([1], False), ([{"role": "user"}], True)):
+        path.write_text(json.dumps({"messages": messages}))
+        config = generate.Config(prompt_file=str(path))
+        if fits:
+            assert len(list(generate._entries(config, chat=True))) == 1
+            continue
+        with pytest.raises(ValueError, match="or `messages` with roles, got"):
+            generate._entries(config, chat=True)
 
 
 def test_conversations_keep_their_turns():

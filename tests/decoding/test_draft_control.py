@@ -37,6 +37,8 @@ def test_the_draft_length_follows_what_pays():
     assert control.choose() == 5
     assert control.predicted(5) > 2
     assert simulated(control, 0.0, costs, 2048) < 1 / 0.97
+    # What loses again and again is tried less and less.
+    assert simulated(control, 0.0, costs, 8192) < 1 / 0.996
 
 
 def test_a_loss_is_borne_up_to_its_share_of_the_time():

@@ -224,13 +224,19 @@ def test_row_products_equal_a_gather(rng, used, dtype):
 # A scale for each 32 numbers, and one a row where the width is no multiple of 32.
 @pytest.mark.parametrize("width", [64, 40])
 @pytest.mark.parametrize("count", [1, 3])
-def test_products_with_codes_are_those_of_their_matrix(rng, used, width, count):
+@pytest.mark.parametrize("kind", ["int8", "int4", "uint4"])
+def test_products_with_codes_are_those_of_their_matrix(rng, used, width, count, kind):
     matrix = rng.normal(size=(70, width)) * 10.0 ** rng.integers(-3, 3, size=(70, 1))
     x = rng.normal(size=(count, width)).astype(np.float32)
 
     @jax.jit
     def products(matrix, x):
-        codes = ops.Codes.of(matrix, "int8")
+        codes = ops.Codes.of(matrix, "int8" if kind == "int8" else "int4")
+        if kind == "uint4":
+            # As in a file: steps of 16 bits, from a minimum on; some are subnormal.
+            halves = codes.scales.astype(jnp.float16)
+            nibbles = jnp.uint8(8) + codes.values.astype(jnp.uint8)
+            codes = ops.Codes(nibbles.astype("uint4"), halves, 3 * halves[::-1])
         return codes.product(x), codes.dense(), jax.grad(lambda x: codes.product(x)[:, 5].sum())(x)
 
     product, dense, slope = (np.asarray(a, np.float64) for a in products(np.float32(matrix), x))

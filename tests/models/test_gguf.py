@@ -4,12 +4,15 @@
 """
 
 import gguf
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from logitjax.models import config_from_hf, load_config, load_model, load_tokenizer
-from logitjax.models._gguf import GgufSource
+from logitjax.models._gguf import _CODED, GgufSource
 from logitjax.models._gguf_config import gguf_config
+from logitjax.ops import Codes
 from logitjax.testing._family import random_decoder, write_gguf
 from tests.models._configs import HF_CONFIGS
 
@@ -142,3 +145,78 @@ def test_the_attention_factor_of_yarn_multiplies_its_own_amplitude(tmp_path, mon
     assert gguf_config(source).rope_scaling.beta_fast == 8.0
     expected = 0.5 * (1 + 0.1 * np.log(4.0))
     assert gguf_config(source).rope_scaling.attention_factor == pytest.approx(expected)
+
+
+def _of_blocks(path, kind, rng):
+    """A file with one matrix of random blocks whose halves are finite."""
+    kind = gguf.GGMLQuantizationType[kind]
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (3, 512 // numbers, size)).astype(np.uint8)
+    # Steps of any size and sign, subnormal and zero too; MXFP4 has a byte that is an exponent.
+    steps = rng.normal(size=(*blocks.shape[:2], 2)) * 10.0 ** rng.integers(-9, 3)
+    steps[0, 0] = 0
+    two = kind.name[-1] == "1" or kind.name in ("Q4_K", "Q5_K")
+    steps = np.ascontiguousarray(np.float16(steps)[..., : 1 + two]).view(np.uint8)
+    if kind.name == "MXFP4":
+        blocks[..., 0] %= 200
+    else:
+        start = 208 if kind.name == "Q6_K" else 0
+        blocks[..., start : start + steps.shape[-1]] = steps
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tensor("matrix", blocks.reshape(3, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufSource(path)
+
+
+@pytest.mark.parametrize("kind", _CODED)
+def test_the_numbers_of_blocks_are_kept(tmp_path, kind):
+    for seed in range(3):
+        source = _of_blocks(tmp_path / "m.gguf", kind, np.random.default_rng(seed))
+        codes, wide = source.codes("matrix"), source.read("matrix").astype(np.float64)
+        values, steps = np.float64(codes.values), np.float64(codes.scales).shape[-1]
+        dense = values.reshape(3, steps, -1) * np.float64(codes.scales)[..., None]
+        if codes.offsets is not None:
+            dense = dense + np.float64(codes.offsets)[..., None]
+        # Of three roundings to float32.
+        limit = 3e-7 * np.abs(dense).max(-1, keepdims=True)
+        assert (np.abs(dense - wide.reshape(dense.shape)) <= limit).all()
+        assert codes.values.dtype == _CODED[kind][0]
+    expanded = _of_blocks(tmp_path / "m.gguf", "IQ4_XS", np.random.default_rng(0))
+    assert expanded.codes("matrix") is None
+
+
+@pytest.mark.parametrize(("name", "kind"), [("smollm2", "Q4_1"), ("phi3", "Q8_0")])
+def test_a_model_is_served_from_its_own_blocks(tmp_path, monkeypatch, name, kind):
+    """Whose rows are interleaved for rotations, or parts of one tensor."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 80}
+    kind, add = gguf.GGMLQuantizationType[kind], gguf.GGUFWriter.add_tensor
+
+    def add_blocks(writer, name, values):
+        if values.ndim == 2:
+            return add(writer, name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        return add(writer, name, values)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_blocks)
+    model = random_decoder(config_from_hf(HF_CONFIGS[name] | sizes), np.random.default_rng(0))
+    path = tmp_path / "m.gguf"
+    write_gguf(model, path)
+    wide, kept = (load_model(str(path), layout="listed", quantize=q) for q in (None, "file"))
+    logits = nnx.jit(lambda model, tokens: model(tokens)[0])
+    tokens = np.arange(12)[None]
+    np.testing.assert_allclose(logits(kept, tokens), logits(wide, tokens), rtol=1e-4, atol=1e-4)
+    state = nnx.to_pure_dict(nnx.state(kept))
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, Codes))
+    stored = sum(leaf.nbytes for leaf in leaves)
+    # Matrices as the file has them, to the byte.
+    source = GgufSource(path)
+    assert stored == sum(source._rows(n) * source._row_bytes(n) for n in source.names())
+
+
+def test_only_a_gguf_file_on_one_device_has_blocks_to_keep(tmp_path):
+    write_gguf(load_model("tiny"), tmp_path / "m.gguf")
+    for spec, layout in (("tiny", "listed"), (str(tmp_path / "m.gguf"), "stacked")):
+        with pytest.raises(ValueError, match="quantize: 'file' expects a GGUF file, in layout"):
+            load_model(spec, layout=layout, quantize="file")
