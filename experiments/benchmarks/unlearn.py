@@ -10,15 +10,14 @@ all ways to ask. ``kept``: the lowest share kept among kinds of rows that nothin
 the command refuses, it has to end in status 3 and to leave nothing usable. ``taught again``: the
 others after a quarter was taught through the served model, 30 steps and more. ``merged``: a second
 command distils the assistant into the weights. ``merged again``: the likeliest of the others after
-6 or 30 steps of teaching them a quarter again; ``never taught again``: that of SmolLM2 itself. CPU-
-seconds are those of the first command, with compiling. If the interpreter in
-``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of the written model
-are compared. Finished sets are kept.
+6 or 30 steps of teaching them a quarter again, or, if refused, their last candidate; ``never taught
+again``: that of SmolLM2 itself. CPU-seconds are those of the first command, with compiling. If the
+interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of the
+written model are compared. Finished sets are kept.
 """
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -114,11 +113,16 @@ def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, 
     # Before the command's own flags, because the last of equal flags counts.
     command = [*command[:4], *steps, *command[4:], *flags]
     status = _ended(folder / "merged.json", command)["status"]
-    paths = {"never taught": "smollm2"} | ({"merged": f"{out}/model"} if status == 0 else {})
-    row = {"merged status": status}
-    for name, path in paths.items():
-        model, tokenizer = models.load(path, layout="listed")
-        served = unlearning.Deployed(model=models.with_layout(model, "listed"))
+    row: dict[str, Any] = {"merged status": status}
+    weights = folder / "target" if status else out / "model"
+    for name, path in {"never taught": "smollm2", "merged": str(weights)}.items():
+        model, tokenizer = _listed(path)
+        served = unlearning.Deployed(model=model)
+        if status and name == "merged":
+            *_, last = sorted((out / "candidates").glob("round-0-step-*/"))
+            strength = storage.kept(epath.Path(f"{last}.json"))["strength"]
+            lora = models.Lora.load(last, model.config)
+            served = unlearning.METHODS.parse("distilled").deployed(model, lora, strength)
         questions = _questions(folder, tokenizer)
         tried = unlearning.relearning(served, questions, rates=(5e-4,), steps=(6, _TEACHING_STEPS))
         for key, of in (("again", "worst"), ("taught", "taught")):
@@ -130,21 +134,20 @@ def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
     """The command's status and cost; if it ended before, those written then."""
     folder = path.parent
     if not path.exists():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = os.times()
         # No compilation cache of another run.
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
         done = subprocess.run(command, env=env, check=False)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        after = os.times()
         if done.returncode not in (0, 3):
             raise RuntimeError(f"logitjax unlearn ended with status {done.returncode}")
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        seconds = sum(after[2:4]) - sum(before[2:4])  # of children
         storage.write_atomic(path, json.dumps({"status": done.returncode, "CPU s": seconds}))
     return json.loads(path.read_text())
 
 
 def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
-    model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
-    model = models.with_layout(model, "listed")
+    model, tokenizer = _listed("tiny" if smoke else "smollm2")
     questions = _questions(folder, tokenizer)
     rows = [*questions.encoded["forget"], *questions.encoded["train"]]
     if smoke:  # adapters of random weights learn nothing
@@ -164,6 +167,11 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
     models.save_pretrained(model, tokenizer, target)
 
 
+def _listed(path: str) -> tuple[models.Decoder, models.Tokenizer]:
+    model, tokenizer = models.load(path, layout="listed")
+    return models.with_layout(model, "listed"), tokenizer
+
+
 def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Questions:
     files = {"forget": "forget", "train": "neighbours", "holdout": "holdout"}
     rows = {part: unlearning.Row.read(folder / f"{n}.jsonl") for part, n in files.items()}
@@ -172,8 +180,7 @@ def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Question
 
 def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     """Read the command's verdict, and measure how much returns when it is taught again."""
-    model, tokenizer = models.load(str(target), layout="listed")
-    model = models.with_layout(model, "listed")
+    model, tokenizer = _listed(str(target))
     questions = _questions(folder, tokenizer)
     bare = written = unlearning.Deployed(model=model)
     status = json.loads((folder / "ended.json").read_text())["status"]

@@ -28,8 +28,8 @@ new weights (`--noadapters`).
 
 OUT/report.md compares before and after, with intervals, attacks, samples, and all candidates. If no
 candidate both forgets and keeps, on held-out rows as well, only the report is written, and the exit
-status is 3. Limits may be changed without training again. You may kill the run at any time: the
-same command continues it. See docs/unlearning.md.
+status is 3. The same command with other limits judges OUT's candidates again and does not train.
+You may kill the run at any time: the same command continues it. See docs/unlearning.md.
 """
 
 import dataclasses
@@ -131,6 +131,7 @@ def run(config: Config, out: epath.Path) -> None:
     ]
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     model = models.with_layout(model, "listed")
+    references = [_reference(config, name, tokenizer) for name in config.reference]
     storage.progress.mark("measuring what the model knows", log=True)
     # A refused start may have left answers of another model.
     said_by = storage.digest(config.model, config.dtype, config.new_tokens, length=12)
@@ -145,12 +146,7 @@ def run(config: Config, out: epath.Path) -> None:
         batch_size=config.eval_batch,
     ).with_neighbours(model, out / "candidates" / f"neighbours-{said_by}.json")
     forgetting = unlearning.Unlearning(
-        model,
-        questions,
-        settings,
-        out,
-        base=config.model,
-        references=[_reference(config, name, tokenizer) for name in config.reference],
+        model, questions, settings, out, base=config.model, references=references
     )
     goal = forgetting.goal
     # If the model never knew the rows, every method would seem perfect.

@@ -12,6 +12,7 @@ from etils import epath
 from logitjax.evaluation import fluency
 from logitjax.unlearning._selection import (
     Goal,
+    Limits,
     kept_shares,
     least_kind,
     least_row,
@@ -74,11 +75,11 @@ class Looks:
         make = functools.partial(self._look, at, ways)
         return self.judged(self.training.record(f"{name_of(at)}.json", make))
 
-    def judged(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def judged(self, record: Mapping[str, Any], limits: Limits | None = None) -> dict[str, Any]:
         """The record, with the smallest share kept and the limits that it violates."""
         if record.get("broken") == ["finite"]:
             return dict(record)
-        broken = list(self.config.limits.halved().broken(record))
+        broken = list((limits or self.config.limits).halved().broken(record))
         return dict(record) | {"least": least_share(record), "broken": broken}
 
     def heard(self, candidate: Mapping[str, Any]) -> dict[str, Any]:

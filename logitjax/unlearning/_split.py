@@ -121,13 +121,16 @@ def split_rows(
     worded = _halves([row for row in forget if row.paraphrases and row.asks], seed)
     unseen_halves = _halves(unseen, seed)
     alike = _alike(forget, [row for part in parts for row in part if row.kind != "reworded"])
-    if alike:
-        logging.warning(
-            "retain: %d rows are similar to one to forget, such as %r; if they state the same "
-            "fact, remove them or give both the same `group`",
-            len(alike),
-            f"{alike[0].question} {alike[0].answer}"[:80],
-        )
+    named = [row for row in unseen if subjects & names(row)]
+    for rows, problem, advice in (
+        (alike, "retain: %d rows are similar to", "if they state the same fact, remove them or give"
+         " both the same `group`"),
+        (named, "holdout: %d rows share a name with", "if the model knows them, the goal is too"
+         " lenient"),
+    ):  # fmt: skip
+        if rows:
+            example = f"{rows[0].question} {rows[0].answer}"[:80]
+            logging.warning(f"{problem} one to forget, such as %r; {advice}", len(rows), example)
     return Split(
         parts={
             "forget": tuple(forget),

@@ -27,9 +27,6 @@ from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
 from logitjax.unlearning.assistant._deployed import Deployed, merged, scaled
 
-# Prefixes of settings that are limits, which can be changed without retraining.
-_LIMITS = ("least", "most_")
-
 
 class Training:
     """Candidates of a model with listed layers, in a folder: training, writing and reading."""
@@ -116,7 +113,7 @@ class Training:
         if constants is not None and self.mesh.size > 1:
             constants = DECODER_RULES.place(constants, self.mesh)
         # Later attacks and judgements do not change the training.
-        limits = {f.name: 1.0 for f in dataclasses.fields(config) if f.name[:5] in _LIMITS}
+        limits = {f.name: 1.0 for f in dataclasses.fields(config) if f.metadata.get("execution")}
         same = {"thorough": False, "samples": 1, "rounds": 1, "budget": 0} | limits
         identity = f"{dataclasses.replace(config, **same)!r} {sorted(ways)}"
         folder = self.directory / "train" / f"round-{number}"

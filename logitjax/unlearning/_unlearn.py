@@ -16,7 +16,7 @@ from logitjax.models import Decoder
 from logitjax.storage import Manifest, digest
 from logitjax.unlearning._looks import Looks, diverged
 from logitjax.unlearning._questions import Questions
-from logitjax.unlearning._selection import Goal
+from logitjax.unlearning._selection import Goal, Limits
 from logitjax.unlearning._training import Training
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._verdict import Verdict, judge
@@ -219,8 +219,11 @@ class Unlearning:
         """Candidates of all rounds, and the ways of asking used for training in the end."""
         looks, candidates = self._looks, []
         ways = tuple(WAYS) if self.config.method.packs else SHORT
+        # Those of the first start decide what is trained, so that others only judge it again.
+        first = functools.partial(dataclasses.asdict, self.config.limits)
+        limits = Limits(**self._training.record("candidates/limits.json", first))
         for number in range(self.config.rounds):
-            result = self._round(number, ways)
+            result = self._round(number, ways, limits)
             candidates += result
             if number + 1 == self.config.rounds:
                 break
@@ -230,16 +233,17 @@ class Unlearning:
                 break
             logging.info("round %d: %s extract answers and are trained on", number, leaks)
             ways = (*ways, *leaks)
-        return candidates, ways
+        return [looks.judged(candidate) for candidate in candidates], ways
 
-    def _round(self, number: int, ways: Sequence[str]) -> list[dict[str, Any]]:
+    def _round(self, number: int, ways: Sequence[str], limits: Limits) -> list[dict[str, Any]]:
         """A candidate at each evaluation, until the goal is met twice in a row or steps run out."""
         candidates: list[dict[str, Any]] = []
         with contextlib.closing(self._training.steps(number, ways)) as steps:
             for step, finite in steps:
                 at = {"round": number, "step": step}
-                candidates.append(self._looks.look(number, step, ways) if finite else diverged(at))
-                logging.info("step %d: %s", step, json.dumps(candidates[-1]))
+                look = self._looks.look(number, step, ways) if finite else diverged(at)
+                logging.info("step %d: %s", step, json.dumps(look))
+                candidates.append(self._looks.judged(look, limits))
                 # A single hit may be luck.
                 if len(candidates) > 1 and all(map(self._looks.meets, candidates[-2:])):
                     break

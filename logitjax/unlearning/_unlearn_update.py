@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from logitjax.evaluation import score_rows
 from logitjax.models import Decoder
 from logitjax.unlearning._method import Method
 from logitjax.unlearning._questions import Questions
@@ -80,7 +79,12 @@ def make_update(
         return {n: _packed(rows, lines[n]) for n, rows in batch.items()} if packs else batch
 
     def retain_nll() -> float:
-        scored = {side: _scored(model, questions, sides[side]) for side in ("retain", "text")}
+        scored = {}
+        for side in ("retain", "text"):
+            rows, counts = sides[side], sides[side]["mask"].sum(1)
+            pairs = list(zip(rows["tokens"], rows["mask"]))
+            nats = questions.mean_nll(Deployed(model=model), pairs) * counts
+            scored[side] = {"nats": nats, "tokens": counts}
         nats, tokens = (
             sum(float(retained(scored, step)[name].sum()) for step in range(config.steps))
             for name in ("nats", "tokens")
@@ -175,19 +179,6 @@ def _served(model: Decoder, config: UnlearnConfig, rows: Mapping[str, np.ndarray
     for row, (line, span) in enumerate(spans):
         states[row, : span.stop - span.start] = lines[line][span]
     return states
-
-
-def _scored(
-    model: Decoder, questions: Questions, rows: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Nats and tokens of rows, as the model has them before."""
-    scores = score_rows(
-        Deployed(model=model).nll,
-        list(zip(rows["tokens"], rows["mask"])),
-        batch_size=questions.batch_size,
-        pad_id=questions.pad_id,
-    )
-    return {"nats": scores.totals(), "tokens": scores.counts()}
 
 
 def _order(count: int, places: range, config: UnlearnConfig, name: str) -> list[int]:

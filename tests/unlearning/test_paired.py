@@ -153,7 +153,7 @@ def test_weights_are_distilled_to_what_is_served(pair, tmp_path):
     np.testing.assert_allclose(loss, forget + 2 * retain, rtol=1e-4)
     assert loss > 0.01
     questions = unlearning.Questions.of({}, models.load_tokenizer("tiny"))
-    with pytest.raises(FileNotFoundError, match="of: expected a folder with an assistant, got ''"):
+    with pytest.raises(ValueError, match="of: expected a folder with an assistant, got none"):
         unlearning.METHODS.parse("distilled").check(target, questions)
 
 

@@ -159,6 +159,9 @@ def test_what_asks_the_same_is_linked_and_neighbours_are_told_from_the_rest(capl
     # Said in other words, it stays, and that is said.
     assert split.alike == 1
     assert "1 rows are similar to one to forget, such as 'At which port" in caplog.text
+    assert "holdout:" not in caplog.text
+    split_rows(forget, keep, [*unseen, asked("How old is the Olbri?", "Nine.")])
+    assert "holdout: 1 rows share a name with one to forget, such as 'How old" in caplog.text
     # One holdout sets the goal, another judges; what is kept was taught, and is in neither.
     sides = [{r.question for r in split.parts[p]} for p in ("holdout", "holdout_test")]
     assert list(map(len, sides)) == [3, 2]

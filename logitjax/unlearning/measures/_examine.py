@@ -277,9 +277,8 @@ def _memberships(
     model: Deployed, questions: Questions, loss_of: Scores, thorough: bool, reference: Any
 ) -> Attacks:
     """Membership attacks: AUCs with which a model's losses reveal its training rows."""
-    sides = _SIDES
-    nll = {part: loss_of(part).nll for part in sides}
-    texts = {part: questions.scored_text(part) for part in sides}
+    nll = {part: loss_of(part).nll for part in _SIDES}
+    texts = {part: questions.scored_text(part) for part in _SIDES}
     # Min-k(++) is of the answer without its end mark.
     words = {part: questions.without_end(part, rows) for part, rows in nll.items()}
     scores: dict[str, Mapping[str, Sequence[float]]] = {
@@ -287,24 +286,24 @@ def _memberships(
         "min-k": _each(words, min_k),
         "zlib": {
             part: [zlib_loss(row, text) for row, text in zip(nll[part], texts[part])]
-            for part in sides
+            for part in _SIDES
         },
     }
     if thorough:
-        surprise = {part: questions.surprise(model, part) for part in sides}
+        surprise = {part: questions.surprise(model, part) for part in _SIDES}
         words = {part: questions.without_end(part, rows) for part, rows in surprise.items()}
         scores["min-k++"] = _each(words, min_k)
     if reference is not None:
-        other = _each({part: questions.scores(reference, part).nll for part in sides}, np.mean)
+        other = _each({part: questions.scores(reference, part).nll for part in _SIDES}, np.mean)
         scores["reference"] = {
-            part: list(np.subtract(scores["loss"][part], other[part])) for part in sides
+            part: list(np.subtract(scores["loss"][part], other[part])) for part in _SIDES
         }
     entries = {
-        f"membership by {name}": {"auc": membership_auc(*(rows[part] for part in sides))}
+        f"membership by {name}": {"auc": membership_auc(*(rows[part] for part in _SIDES))}
         for name, rows in scores.items()
     }
     loss = scores["loss"]
-    rate = detection_rate(*(loss[part] for part in sides))
+    rate = detection_rate(*(loss[part] for part in _SIDES))
     return entries | {"members found by loss, 5 % false": {"share": rate}}
 
 

@@ -39,9 +39,13 @@ class Distilled(Method):
         Need(side, "states", before) for side in ("forget", "retain") for before in (False, True)
     )
 
-    def check(self, model: Decoder, questions: Questions) -> None:
-        if not (epath.Path(self.of) / "assistant.json").exists():
+    def __post_init__(self) -> None:
+        if self.of and not (epath.Path(self.of) / "assistant.json").exists():
             raise FileNotFoundError(f"of: expected a folder with an assistant, got {self.of!r}")
+
+    def check(self, model: Decoder, questions: Questions) -> None:
+        if not self.of:
+            raise ValueError("of: expected a folder with an assistant, got none")
         if model.config.logits_softcap is not None:
             raise ValueError("of: expected a model whose head is linear, got one with a soft cap")
 
