@@ -1,8 +1,8 @@
 """Settings of a run of `experiments.dynamic_fusion`, and its presets."""
 
 import dataclasses
-from typing import Any
 
+from experiments.shared import presets
 from logitjax.commands.cli import field
 
 # SmolLM2-135M's most valuable layers: leaving any of them out costs the most NLL.
@@ -76,70 +76,4 @@ class Config:
             raise ValueError("static_alpha: expected at least one")
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        large="tiny",
-        small_layers=(0,),
-        general="text:LICENSE",
-        domain="text:LICENSE",
-        task="letters",
-        models_dir="",
-        seq_len=64,
-        heal_steps=4,
-        heal_learning_rate=1e-2,
-        tune_steps=4,
-        task_length=16,
-        task_examples=64,
-        task_steps=4,
-        learning_rate=1e-2,
-        large_learning_rate=1e-2,
-        validation_tokens=60,
-        test_tokens=100,
-        validation_questions=16,
-        test_questions=32,
-        static_alpha=(0.5, 1.0),
-        trace_tokens=24,
-        decode_tokens=4,
-        prompt="The",
-        train_embeddings=True,
-    ),
-    "demo": dict(),
-    "report": dict(seeds=3),
-    # The basis of the claims DF-1 and DF-3 to DF-5, by --part. Seed 0 chooses.
-    "claims": dict(
-        seeds=6,
-        test_tokens=4096,
-        test_questions=1000,
-        examples=4,
-        static_alpha=(0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 1.75, 2),
-        block_size=256,
-    ),
-    # Once for each of the paper's tasks: gsm8k, truthfulqa_mc1, triviaqa, cnn_dailymail_abisee and,
-    # which no expert was tuned on, mmlu. Data: jsonl of prompt and response, in the task's words.
-    "paper": dict(
-        large="hf:meta-llama/Llama-2-13b-hf",
-        base="hf:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-        general="tfds:wiki_summaries",
-        domain="jsonl:data/gsm8k",
-        graded="gsm8k",
-        task="topics:tfds:ag_news_subset",
-        train_embeddings=True,
-        seq_len=1024,
-        batch_size=128,
-        tune_steps=180,
-        task_batch=128,
-        task_steps=180,
-        task_length=512,
-        learning_rate=2e-5,
-        large_learning_rate=2e-5,
-        validation_tokens=50_000,
-        test_tokens=200_000,
-        validation_questions=500,
-        test_questions=5000,
-        graded_questions=1319,
-        dtype="bfloat16",
-        layout="stacked",
-        mesh="data:-1,fsdp:16,tensor:2",
-        seeds=3,
-    ),
-}
+PRESETS = presets.read(__file__)

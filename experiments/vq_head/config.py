@@ -1,8 +1,8 @@
 """Settings of a run of `experiments.vq_head`, and its presets."""
 
 import dataclasses
-from typing import Any
 
+from experiments.shared import presets
 from logitjax.commands.cli import field
 
 # Each head's name in tables; screens are named by the head that screens.
@@ -95,110 +95,4 @@ class Config:
             raise ValueError(f"--splits: expected three, got {len(self.splits)}")
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        model="tiny",
-        data="text:LICENSE",
-        seq_len=64,
-        train_tokens=600,
-        validation_tokens=100,
-        test_tokens=200,
-        codes=(32,),
-        steps=6,
-        batch_size=64,
-        kmeans_iterations=3,
-        candidates=(8, 16),
-        # One of each kind: the others compile the same programs, with other settings.
-        arm=tuple(arm for arm in ARMS if arm != "vq_plain"),
-        scratch_arm=("full_bias", "vq_bias"),
-        scratch_vocab=128,
-        scratch_width=16,
-        scratch_steps=6,
-        scratch_batch=8,
-        timing_repeats=2,
-    ),
-    "demo": dict(
-        train_tokens=24_000,
-        validation_tokens=2_000,
-        test_tokens=6_000,
-        arm=("int8", "int4", "screened", "vq_paper", "vq_bias", "flash", "svd"),
-        candidates=(128, 512, 2048),
-        steps=60,
-        kmeans_iterations=5,
-    ),
-    # Several heads on two kinds of text, for a model with --model: --test_data=text:FILE.
-    "heads": dict(
-        train_tokens=16_000,
-        validation_tokens=3_000,
-        test_tokens=6_000,
-        arm=HEADS,
-        candidates=(128, 512, 2048),
-        seeds=3,
-        stretches=True,
-        learning_rate=(3e-4, 1e-3, 3e-3),
-        steps=30,
-        batch_size=256,
-        kmeans_iterations=5,
-    ),
-    # VQ-Logits itself, and models from scratch.
-    "report": dict(
-        arm=("vq_paper", "vq_plain", "vq_bias", "adaptive"),
-        codes=(2048, 512),
-        seeds=3,
-        learning_rate=(1e-3, 3e-3),
-        steps=60,
-        batch_size=512,
-        kmeans_iterations=5,
-        scratch_arm=SCRATCH_ARMS,
-        scratch_steps=150,
-        scratch_learning_rate=(2e-3, 6e-3),
-    ),
-    # The basis of the claims VQ-2, VQ-5 and VQ-6: 1 % of the parameters, 2,048 codes, and as many
-    # as adaptive softmax reads.
-    "claims": dict(
-        codes=(491, 2048, 6719),
-        arm=("vq_paper", "vq_plain", "adaptive"),
-        code_arm=("vq_plain",),
-        seeds=6,
-        learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        steps=60,
-        batch_size=512,
-        kmeans_iterations=5,
-        # As many as the steps see.
-        train_tokens=31_000,
-        timing_repeats=2,
-    ),
-    # The basis of the claim VQ-3: as many codes as 1 % of the vocabulary.
-    "scratch": dict(
-        arm=(),
-        seeds=11,
-        train_tokens=2_000,
-        validation_tokens=500,
-        test_tokens=500,
-        scratch_arm=("full_bias", *MAPS),
-        scratch_codes=82,
-        scratch_steps=150,
-        scratch_learning_rate=(1e-3, 4e-3, 1.6e-2, 6.4e-2),
-    ),
-    "paper": dict(
-        # C4: --data=tfds:c4:en --splits='train[:200000]' --splits='validation[:50%]'
-        # --splits='validation[50%:]', because it has no test split.
-        data="tfds:experiments.shared.wikitext103:Wikitext103",
-        train_tokens=1_000_000,
-        validation_tokens=100_000,
-        test_tokens=240_000,
-        seq_len=1024,
-        codes=(512, 2048, 4096, 8192),
-        seeds=3,
-        learning_rate=(1e-3, 2e-3, 4e-3, 8e-3),
-        steps=2000,
-        batch_size=8192,
-        kmeans_iterations=20,
-        scratch_arm=SCRATCH_ARMS,
-        scratch_vocab=49_152,
-        scratch_width=576,
-        scratch_steps=20_000,
-        scratch_batch=64,
-        scratch_learning_rate=(3e-4, 1e-3, 3e-3),
-    ),
-}
+PRESETS = presets.read(__file__)
