@@ -54,7 +54,7 @@ def run(options: suite.Options) -> suite.Result:
             table.append({
                 "tokens": name, "drafts": n, "tokens a verification": 1 + accepted / rounds,
                 "seconds": sum(seconds[n]), "plain": sum(seconds[0]),
-                "speed-up": sum(seconds[0]) / sum(seconds[n]), "rows as plain": sum(same),
+                "speed-up": sum(seconds[0]) / sum(seconds[n]), "rows as plain": int(sum(same)),
             })  # fmt: skip
     best = max(row["tokens a verification"] for row in table if row["tokens"] == "most likely")
     bars = [] if smoke else [suite.at_least("tokens a verification, most likely", best, 2.5)]
