@@ -53,6 +53,9 @@ class Questions:
     max_length: int
     new_tokens: int
     batch_size: int
+    # Encoded rows by part and way, and states of a model by batch, once they were asked for.
+    _ways: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _states: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # Number of rows of a part for costly attacks.
     costly: ClassVar[int] = 40
 
@@ -219,14 +222,6 @@ class Questions:
         others = self.rows["test" if judging else "train"]
         near = sorted(others, key=lambda other: other.kind != "near")
         return asked_so(row, way, near, judging=judging)
-
-    @functools.cached_property
-    def _ways(self) -> dict[Any, Any]:
-        return {}
-
-    @functools.cached_property
-    def _states(self) -> dict[Any, Any]:
-        return {}
 
     @property
     def pad_id(self) -> int:

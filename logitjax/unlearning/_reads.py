@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from logitjax.losses import Head, linear_cross_entropy
 from logitjax.models import Decoder, Lora, first_layers
@@ -197,14 +196,9 @@ def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) ->
     """The residual stream after some layers, without the final norm."""
     cut: Any = first_layers(model, count)
     # The last layer kept is not the model's last.
-    cut.final_norm = _Identity()
+    cut.final_norm = jax.nn.identity
     if lora is not None:
         counts = [len(segment.layers) for segment in cut.segments]
         segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]
         lora = dataclasses.replace(lora, layers=tuple(segments))
     return cut.hidden_states(tokens, lora=lora)[0]
-
-
-class _Identity(nnx.Module):
-    def __call__(self, x: Any) -> Any:
-        return x

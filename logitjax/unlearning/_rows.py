@@ -118,12 +118,9 @@ class Row:
     def padded(
         rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad_id: int = 0
     ) -> dict[str, np.ndarray]:
-        """Rows padded to one length: `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
+        """Rows padded or cut to one length: `{"tokens", "mask"}`, int32 and bool `[rows, length]`.
 
-        Args:
-            rows: Token ids and a mask of answer tokens, as from `PromptTemplate.encode_answer`.
-            length: Length of every row; longer rows are cut.
-            pad_id: Any id of the vocabulary.
+        Each is token ids and a mask of answer tokens, as from `PromptTemplate.encode_answer`.
 
         >>> one = (np.array([5, 6, 7]), np.array([False, True, True]))
         >>> Row.padded([one], 4)["tokens"]

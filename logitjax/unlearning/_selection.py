@@ -32,19 +32,16 @@ class Limits:
     def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the limits that these shares violate; None means not measured."""
         items = []
-        for field in dataclasses.fields(self):
-            value, limit = kept.get(field.name), getattr(self, field.name)
-            if value is None:
-                continue
-            ok = value <= limit if field.name == "perplexity" else value >= limit
-            if not ok:  # nan too
-                items.append(field.name)
+        for name, limit in vars(self).items():
+            value = kept.get(name)
+            holds = value is None or (value <= limit if name == "perplexity" else value >= limit)
+            if not holds:  # nan too
+                items.append(name)
         return tuple(items)
 
     def halved(self) -> "Limits":
         """Limits with half of the room, because the choice must also hold on other rows."""
-        room = {f.name: (1 + getattr(self, f.name)) / 2 for f in dataclasses.fields(self)}  # to 1
-        return Limits(**{n: v if getattr(self, n) > 0 else 0.0 for n, v in room.items()})
+        return Limits(**{n: (1 + v) / 2 if v > 0 else 0.0 for n, v in vars(self).items()})
 
 
 def kept_shares(after: Any, before: Any, kinds: Sequence[str]) -> dict[str, float]:
@@ -182,11 +179,7 @@ def least_share(kept: Mapping[str, Any]) -> float:
 def share_interval(
     after: Any, before: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The share of a mean that is left, and the ends of its bootstrap interval over rows.
-
-    Args:
-        after: One number for each row.
-        before: Numbers of the same rows before.
+    """The share of a mean over rows that is left, and the ends of its bootstrap interval.
 
     >>> share_interval([1.0, 2.0], [2.0, 4.0])
     (0.5, 0.5, 0.5)

@@ -195,25 +195,19 @@ class Unlearning:
         return examined
 
     def _check_folder(self) -> None:
-        questions, manifest = self.questions, Manifest(self.directory, "unlearning run")
-        tokenizer, model = questions.tokenizer, self._identity
+        questions, model = self.questions, self._identity
         if model is None:
             weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
             # A sample of each array.
             model = digest(weights, sample=64, length=12)
-        # Not the encoded rows: a chat template may say what day it is.
-        # Where a row was read is no part of it.
+        # Not the encoded rows: a chat template may say what day it is. Nor where a row was read.
         rows = {
             part: [dataclasses.replace(row, line="") for row in side]
             for part, side in questions.rows.items()
         }
-        inputs = rows, tokenizer.fingerprint, tokenizer.chat_template
-        made_from = {
-            "rows": digest(*inputs, length=12),
-            "text": digest(questions.texts, length=12),
-            "model": model,
-        }
-        manifest.claim(made_from)
+        inputs = rows, questions.tokenizer.fingerprint, questions.tokenizer.chat_template
+        made_from = {"rows": digest(*inputs, length=12), "text": digest(questions.texts, length=12)}
+        Manifest(self.directory, "unlearning run").claim(made_from | {"model": model})
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Candidates of all rounds, and the ways of asking used for training in the end."""

@@ -61,9 +61,6 @@ class Assistant:
             layers: number of its layers, 8 of 32 in the paper.
             rank: rank of the adapters; 32 in the paper, 16 in its code.
             alpha: scale times rank, as in `Lora.init`; 32 in both, so a scale of 1 or of 2.
-
-        Raises:
-            ValueError: as `first_layers` and `Lora.init`.
         """
         base = first_layers(model, layers)
         lora = Lora.init(base.config, rank, key=key, alpha=alpha, layout=base.layout)

@@ -12,7 +12,6 @@ from etils import epath
 from flax import nnx
 
 from logitjax import decoding
-from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
 from logitjax.models import Decoder, Lora, Tokenizer, first_layers
 from logitjax.storage import read_json, write_atomic
@@ -79,12 +78,7 @@ class Deployed:
     def save(self, directory: epath.PathLike, *, base: str = "") -> None:
         """Write the assistant for `logitjax serve` and `generate`: a PEFT adapter, and its alpha.
 
-        Args:
-            directory: Folder, made if it does not exist.
-            base: Name of the model that the assistant belongs to.
-
-        Raises:
-            ValueError: There is no assistant.
+        `base` is the name of its model. ValueError if there is no assistant.
         """
         if self.assistant is None:
             raise ValueError("assistant: expected one that is subtracted, got None")
@@ -156,7 +150,9 @@ class Deployed:
         if self.assistant is None or self.alpha == 0:  # saves a pass
             return decoding.Ensemble(self.model)
         # The form is a constant for each token: one program for all alphas.
-        pair = _weighted(self.assistant.beside(self.model), self.alpha)
+        pair = self.assistant.beside(self.model)
+        params = {"pair": pair.params, "alpha": jnp.float32(self.alpha)}
+        pair = dataclasses.replace(pair, apply=_WeightedApply(pair.apply), params=params)
         return decoding.Ensemble(pair, fuse=LogitDifference(alpha=1.0, form="raw"))
 
     def generate(
@@ -210,14 +206,10 @@ def merged(lora: Lora, model: Decoder) -> Decoder:
     return lora.merged_into(model)
 
 
-def _weighted(pair: CachedModel, alpha: float) -> CachedModel:
-    """The same pair, with the assistant's logits times alpha."""
-    params = {"pair": pair.params, "alpha": jnp.float32(alpha)}
-    return dataclasses.replace(pair, apply=_WeightedApply(pair.apply), params=params)
-
-
 @dataclasses.dataclass(frozen=True)
 class _WeightedApply:
+    """A pair's `apply`, with the assistant's logits times alpha."""
+
     apply: Any
 
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):

@@ -102,12 +102,9 @@ def examine(
 def _in_ways(
     model: Deployed, questions: Questions, part: str, ways: Sequence[str], *, judging: bool
 ) -> dict[str, list[float]]:
-    entries = {
-        way: questions.probabilities(model, part, way, judging=judging).tolist()
-        for way in ways
-        if way != "asked"
-    }
-    return {way: rows for way, rows in entries.items() if rows}
+    others = [way for way in ways if way != "asked"]
+    rows = [questions.probabilities(model, part, way, judging=judging) for way in others]
+    return {way: values.tolist() for way, values in zip(others, rows) if len(values)}
 
 
 def unseen(

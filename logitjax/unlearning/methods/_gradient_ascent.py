@@ -13,22 +13,12 @@ from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._reads import Need, Read
 
 
-def faded_ascent(nll: Array, beta: float) -> jax.Array:
-    """`-p^beta nll` of tokens; the weight is a constant, as in WGA's code."""
-    nll = as_losses(nll, "nll")
-    # Has a limit: without a weight -inf, else 0.
-    infinite = nll == jnp.inf
-    finite = jnp.where(infinite, 0.0, nll)
-    weight = jax.lax.stop_gradient(jnp.exp(-beta * finite))
-    return jnp.where(infinite, 0.0 if beta > 0 else -jnp.inf, -weight * finite)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientAscent(TwoSided):
     """Gradient ascent on tokens; with a retain loss gradient difference, with beta WGA.
 
-    The loss is `-p^beta nll`, p = exp(-nll). The weight is a constant for the gradient. Without a
-    beta there is no bound.
+    The loss is `-p^beta nll`, p = exp(-nll). The weight is a constant for the gradient, as in WGA's
+    code. Without a beta there is no bound.
 
     Attributes:
         beta: How soon the weight of a token fades as it becomes unlikely; 1 in WGA.
@@ -48,7 +38,12 @@ class GradientAscent(TwoSided):
         >>> GradientAscent().values(jnp.array([0.5, 2.0]))
         Array([-0.5, -2. ], dtype=float32)
         """
-        return faded_ascent(nll, self.beta)
+        nll = as_losses(nll, "nll")
+        # Has a limit: without a weight -inf, else 0.
+        infinite = nll == jnp.inf
+        finite = jnp.where(infinite, 0.0, nll)
+        weight = jax.lax.stop_gradient(jnp.exp(-self.beta * finite))
+        return jnp.where(infinite, 0.0 if self.beta > 0 else -jnp.inf, -weight * finite)
 
     def forget(self, read: Read) -> Any:
         return self.values(read.nll("forget")), read.where("forget")

@@ -16,17 +16,6 @@ from logitjax.unlearning._method import Retain, TwoSided
 from logitjax.unlearning._reads import Need, Read
 
 
-def _distance(hidden: Array, target: Array) -> jax.Array:
-    hidden = checks.as_float(hidden, "hidden")
-    target = lax.stop_gradient(as_losses(target, "target"))
-    if target.shape not in (hidden.shape[-1:], hidden.shape):
-        raise ValueError(
-            f"target: expected shape {hidden.shape[-1:]} or that of hidden, {hidden.shape}, "
-            f"got {target.shape}"
-        )
-    return jnp.square(hidden - target).mean(-1)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RMU(TwoSided):
     """Representation misdirection: states of one layer are moved to a random direction.
@@ -55,7 +44,7 @@ class RMU(TwoSided):
     retains: ClassVar[Mapping[str, Retain]] = {
         "hidden": Retain(
             needs=(Need("retain", "layer"), Need("retain", "layer", before=True)),
-            values=lambda read: _distance(read.layer("retain"), read.layer("retain", before=True)),
+            values=lambda read: RMU.values(read.layer("retain"), read.layer("retain", before=True)),
         )
     }
 
@@ -70,15 +59,23 @@ class RMU(TwoSided):
         # Scaled to length `scale`.
         return self.scale * direction / jnp.linalg.norm(direction)
 
+    @staticmethod
     def values(
-        self, hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
+        hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
     ) -> Float[jax.Array, "*batch"]:
         """Losses of hidden states; the target is a vector or has their shape.
 
         >>> RMU().values(jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
         Array([2. , 0.5], dtype=float32)
         """
-        return _distance(hidden, target)
+        hidden = checks.as_float(hidden, "hidden")
+        target = lax.stop_gradient(as_losses(target, "target"))
+        if target.shape not in (hidden.shape[-1:], hidden.shape):
+            raise ValueError(
+                f"target: expected shape {hidden.shape[-1:]} or that of hidden, {hidden.shape}, "
+                f"got {target.shape}"
+            )
+        return jnp.square(hidden - target).mean(-1)
 
     def forget(self, read: Read) -> Any:
         return self.values(read.layer("forget"), read.fixed), read.where("forget")

@@ -11,7 +11,7 @@ from logitjax.ops import Array
 from logitjax.unlearning._losses import as_losses
 from logitjax.unlearning._method import TwoSided
 from logitjax.unlearning._reads import Need, Read
-from logitjax.unlearning.methods._gradient_ascent import faded_ascent
+from logitjax.unlearning.methods._gradient_ascent import GradientAscent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class SatImp(TwoSided):
         """
         # 1 - exp(-nll) would be 0 of a token that is nearly certain.
         unsure = -jnp.expm1(-as_losses(nll, "nll"))
-        return jax.lax.stop_gradient(unsure**self.beta2) * faded_ascent(nll, self.beta1)
+        faded = GradientAscent(beta=self.beta1).values(nll)
+        return jax.lax.stop_gradient(unsure**self.beta2) * faded
 
     def forget(self, read: Read) -> Any:
         return self.values(read.nll("forget")), read.where("forget")
