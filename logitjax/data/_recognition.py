@@ -3,8 +3,9 @@
 import ast
 import dataclasses
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from importlib import resources
 
 from etils import epath
 
@@ -13,16 +14,6 @@ from logitjax.storage import guard, package_file, read_json
 
 _WORDNET = re.compile(r"n\d{8}")
 _SPLITS = ("train", "val", "test")
-_TEST_ONLY = {"test": "test"}
-_TRAIN_TEST = {"train": "train", "test": "test"}
-_TRAIN_VALIDATION = {"train": "train", "test": "validation"}
-_ALL_THREE = _TRAIN_TEST | {"val": "validation"}
-_PHOTO = ("a photo of a {}.",)
-# The seven of CLIP's eighty that Tip-Adapter and its successors use.
-_IMAGENET_TEMPLATES = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-    "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +24,8 @@ class RecognitionSet:
     """
 
     num_classes: int
-    # Tip-Adapter's templates, with {} in place of the class name.
-    templates: tuple[str, ...] = _PHOTO
+    # With {} in place of the class name.
+    templates: tuple[str, ...]
     # Below the folder of all data sets.
     folder: str
     images: str = "images"  # inside the folder
@@ -82,75 +73,12 @@ class RecognitionSet:
         return [[template.format(name) for template in self.templates] for name in names]
 
 
-def _zhou(folder: str, images: str, split: str, classes: int, **options: Any) -> RecognitionSet:
-    file = f"split_zhou_{split}.json"
-    return RecognitionSet(
-        num_classes=classes, folder=folder, images=images, split_file=file, **options
-    )
-
-
-def _imagenet(folder: str, images: str, tfds: str, **options: Any) -> RecognitionSet:
-    return RecognitionSet(
-        num_classes=1000, folder=folder, images=images, tfds=tfds,
-        templates=_IMAGENET_TEMPLATES, **options,
-    )  # fmt: skip
-
-
-# Eleven data sets with splits and folders of CoOp (Zhou et al., arXiv 2109.01134), and two that
-# test distribution shifts. tfds counts caltech101's background and easy faces as classes too, 102
-# in total, and has ucf101's videos, not their middle frames.
 RECOGNITION_SETS: dict[str, RecognitionSet] = {
-    "imagenet": _imagenet(
-        "imagenet", "images", "imagenet2012", folders={"train": "train", "test": "val"},
-        tfds_splits=_TRAIN_VALIDATION,
-    ),
-    "caltech101": _zhou(
-        "caltech-101", "101_ObjectCategories", "Caltech101", 100,
-        tfds="caltech101", tfds_splits=_TRAIN_TEST,
-    ),
-    "oxford_pets": _zhou(
-        "oxford_pets", "images", "OxfordPets", 37, tfds="oxford_iiit_pet", tfds_splits=_TRAIN_TEST,
-        templates=("a photo of a {}, a type of pet.",),
-    ),
-    "stanford_cars": _zhou(
-        "stanford_cars", "", "StanfordCars", 196, tfds="cars196", tfds_splits=_TRAIN_TEST,
-    ),
-    "oxford_flowers": _zhou(
-        "oxford_flowers", "jpg", "OxfordFlowers", 102,
-        tfds="oxford_flowers102", tfds_splits=_ALL_THREE,
-        templates=("a photo of a {}, a type of flower.",),
-    ),
-    "food101": _zhou(
-        "food-101", "images", "Food101", 101, tfds="food101", tfds_splits=_TRAIN_VALIDATION,
-        templates=("a photo of {}, a type of food.",),
-    ),
-    "fgvc_aircraft": RecognitionSet(
-        num_classes=100, folder="fgvc_aircraft",
-        templates=("a photo of a {}, a type of aircraft.",),
-    ),
-    "sun397": _zhou("sun397", "SUN397", "SUN397", 397, tfds="sun397:tfds", tfds_splits=_ALL_THREE),
-    "dtd": _zhou(
-        "dtd", "images", "DescribableTextures", 47, tfds="dtd", tfds_splits=_ALL_THREE,
-        templates=("{} texture.",),
-    ),
-    "eurosat": _zhou(
-        "eurosat", "2750", "EuroSAT", 10, tfds="eurosat:rgb",
-        tfds_splits={"train": "train[:50%]", "val": "train[50%:70%]", "test": "train[70%:]"},
-        templates=("a centered satellite photo of {}.",), camel_case=True,
-    ),
-    "ucf101": _zhou(
-        "ucf101", "UCF-101-midframes", "UCF101", 101,
-        templates=("a photo of a person doing {}.",), camel_case=True,
-    ),
-    "imagenet_v2": _imagenet(
-        "imagenetv2", "imagenetv2-matched-frequency-format-val", "imagenet_v2:matched-frequency",
-        folders={"test": ""}, tfds_splits=_TEST_ONLY,
-    ),
-    "imagenet_sketch": _imagenet(
-        "imagenet-sketch", "images", "imagenet_sketch",
-        folders={"test": ""}, tfds_splits=_TEST_ONLY,
-    ),
-}  # fmt: skip
+    name: RecognitionSet(**fields | {"templates": tuple(fields["templates"])})
+    for name, fields in tomllib.loads(
+        (resources.files("logitjax.data") / "recognition.toml").read_text()
+    ).items()
+}
 
 
 def recognition_set(name: str) -> RecognitionSet:

@@ -1,7 +1,9 @@
 """A family of decoders: the names and settings of its checkpoints for a `Decoder`."""
 
 import dataclasses
+import tomllib
 from collections.abc import Callable, Mapping
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 # These import the family themselves.
@@ -9,31 +11,10 @@ if TYPE_CHECKING:
     from logitjax.models._config import DecoderConfig
     from logitjax.models._hf_fields import Fields
 
-# llama.cpp has one set of names; an architecture omits those it lacks, or fuses some.
-GGUF_WEIGHTS = {
-    "embedding": "token_embd",
-    "position_embedding": "position_embd",
-    "final_norm": "output_norm",
-    "head": "output",
-    "attention_norm": "blk.*.attn_norm",
-    "attention_post_norm": "blk.*.post_attention_norm",
-    "mlp_norm": "blk.*.ffn_norm",
-    "mlp_post_norm": "blk.*.post_ffw_norm",
-    "attention.query": "blk.*.attn_q",
-    "attention.key": "blk.*.attn_k",
-    "attention.value": "blk.*.attn_v",
-    "attention.output": "blk.*.attn_output",
-    "attention.query_norm": "blk.*.attn_q_norm",
-    "attention.key_norm": "blk.*.attn_k_norm",
-    "mlp.gate": "blk.*.ffn_gate",
-    "mlp.up": "blk.*.ffn_up",
-    "mlp.down": "blk.*.ffn_down",
-    "mlp.router": "blk.*.ffn_gate_inp",
-    # All experts form one tensor.
-    "mlp.experts.gate": "blk.*.ffn_gate_exps",
-    "mlp.experts.up": "blk.*.ffn_up_exps",
-    "mlp.experts.down": "blk.*.ffn_down_exps",
-}
+NAMES: dict[str, Any] = tomllib.loads(
+    (resources.files("logitjax.models") / "names.toml").read_text()
+)
+GGUF_WEIGHTS: dict[str, str] = NAMES["gguf_weights"]
 
 
 def gguf_windows(get: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,40 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from logitjax.models._config import DecoderConfig, Window
-from logitjax.models._family import Family
+from logitjax.models._family import NAMES, Family
 from logitjax.storage import guard
 
-# Training, generation, tasks, precision, bookkeeping: none of these changes a logit.
-_HARMLESS = {
-    "architectures", "auto_map", "dtype", "finetuning_task", "model_type", "name_or_path",
-    "quantization_config", "compression_config",
-    "prefix", "tokenizer_class", "torch_dtype", "transformers_version", "transformers.js_config",
-    "unsloth_fixed", "unsloth_version", "attention_dropout", "attn_dropout", "attn_pdrop",
-    "classifier_dropout", "embd_pdrop", "embed_pdrop", "hidden_dropout", "hidden_dropout_prob",
-    "resid_pdrop", "gradient_checkpointing", "initializer_range", "neftune_noise_alpha",
-    "router_aux_loss_coef", "attn_implementation", "cache_implementation",
-    "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp",
-    "reorder_and_upcast_attn", "return_dict", "torchscript", "use_bfloat16", "use_cache",
-    "use_flash_attn", "use_return_dict", "use_reentrant", "id2label", "label2id", "num_labels",
-    "problem_type", "task_specific_params", "summary_activation", "summary_first_dropout",
-    "summary_last_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id",
-    "unk_token_id", "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample",
-    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
-    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
-    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
-    "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p", "is_decoder",
-    "is_llama_config", "model_max_length", "tie_last_hidden_states",
-}  # fmt: skip
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
+_HARMLESS = frozenset(NAMES["harmless"])
+_ACTIVATIONS: dict[str, str] = NAMES["activations"]
 _TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
 
 
