@@ -320,10 +320,8 @@ def help_text(
     """The text of `--help`: the docstring, then each flag with its help."""
     shown, rest = [], ""
     if presets:
-        names = "|".join(presets)
-        shown.append(
-            (f"--{choice_of(presets)}={names}", "Named set of defaults. The first is the default.")
-        )
+        name = f"--{choice_of(presets)}={'|'.join(presets)}"
+        shown.append((name, "Named set of defaults. The first is the default."))
     for flag in flags:
         says = _sentence(flag.help)
         if flag.metadata.get("positional"):

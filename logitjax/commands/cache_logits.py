@@ -75,15 +75,8 @@ def run(config: Config, out: epath.Path) -> None:
         for split, cache in corpus.sources[name].caches.items():
             files = cache.directory.glob("*.array_record")
             size = sum(path.stat().length for path in files)
-            table.append(
-                {
-                    "cache": f"{name}/{split}",
-                    "model": spec,
-                    "rows": len(cache),
-                    "k": cache.identity.k,
-                    "MB": size / 1e6,
-                }
-            )
+            row = {"cache": f"{name}/{split}", "model": spec, "rows": len(cache)}
+            table.append(row | {"k": cache.identity.k, "MB": size / 1e6})
     if jax.process_index() == 0:
         text = markdown_table(table)
         uses = " ".join(f"--teacher=cache:{out / name}" for name in reading.names)

@@ -92,16 +92,10 @@ def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
     table = []
     for name, model, quality in zip(("before", "after"), (old, new), qualities, strict=True):
         cost = model.head.cost(model.embedding[...])
-        table.append(
-            {
-                "head": f"{name}: {type(model.head).__name__}",
-                "perplexity": quality.perplexity,
-                "top-1 accuracy": quality.accuracy,
-                "parameters of its own": cost.parameters,
-                "MB stored": cost.stored_bytes / 1e6,
-                "MB read per token": cost.read_bytes / 1e6,
-            }
-        )
+        row = {"head": f"{name}: {type(model.head).__name__}", "perplexity": quality.perplexity}
+        row |= {"top-1 accuracy": quality.accuracy, "parameters of its own": cost.parameters}
+        sizes = {"MB stored": cost.stored_bytes / 1e6, "MB read per token": cost.read_bytes / 1e6}
+        table.append(row | sizes)
     before, after = qualities
     # Perplexity may be equal while heads disagree, which greedy decoding reveals.
     same = float((before.tokens == after.tokens).mean())

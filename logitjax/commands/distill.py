@@ -216,13 +216,11 @@ def run(config: Config, out: epath.Path) -> None:
     )
     storage.progress.mark(f"writing {out / 'model'}", log=True)
     models.save_pretrained(result.model, tokenizer, out / "model")
-    scored += [
-        _row("student before", {**result.before, "parameters": student.size}),
-        _row("student after", {**result.after, "parameters": student.size}),
-    ]
+    scores = {"before": result.before, "after": result.after}
+    for when, values in scores.items():
+        scored.append(_row(f"student {when}", {**values, "parameters": student.size}))
     if jax.process_index() == 0:
         _plot(result.trained, out / "curves.png")
-        scores = {"before": result.before, "after": result.after}
         storage.write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
         text = _report(config, packed, scored, result, note)
         storage.write_atomic(out / "report.md", text)

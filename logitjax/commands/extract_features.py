@@ -85,18 +85,11 @@ def run(config: Config, out: epath.Path) -> None:
                 processes.barrier(f"features {directory.name}")
                 seconds = time.perf_counter() - start
                 logging.info("%s: %d rows in %.1f s", directory, len(rows), seconds)
-                files = directory.glob("*.array_record")
-                table.append(
-                    {
-                        "cache": f"{slug(spec)}/{directory.name}",
-                        "pictures": len(rows),
-                        "views": views.count,
-                        "features": encoder.num_features,
-                        "logits": encoder.num_classes,
-                        "MB": sum(path.stat().length for path in files) / 1e6,
-                        "seconds": seconds,
-                    }
-                )
+                size = sum(path.stat().length for path in directory.glob("*.array_record"))
+                row = {"cache": f"{slug(spec)}/{directory.name}", "pictures": len(rows)}
+                row |= {"views": views.count, "features": encoder.num_features}
+                row |= {"logits": encoder.num_classes, "MB": size / 1e6, "seconds": seconds}
+                table.append(row)
                 # Its files stay open, and a run may create many.
                 del cache
     if jax.process_index() == 0:

@@ -41,14 +41,10 @@ def columns(problem: "Problem") -> tuple[dict[int, str], list[dict[str, Any]], l
         low, high = min(counts), max(counts)
         each = f"{low}" if low == high else f"{low} to {high}"
         chosen, tested = sample.validation, sample.rest
-        rows.append(
-            {
-                "column": names[shots],
-                "learned on": f"{len(sample.train)} ({each} a class)",
-                "chosen on": len(problem.validation or chosen) or problem.config.validation,
-                "tested on": len(tested if problem.test is None else problem.test),
-            }
-        )
+        row = {"column": names[shots], "learned on": f"{len(sample.train)} ({each} a class)"}
+        chosen_on = len(problem.validation or chosen) or problem.config.validation
+        tested_on = len(tested if problem.test is None else problem.test)
+        rows.append(row | {"chosen on": chosen_on, "tested on": tested_on})
     return names, rows, merged
 
 

@@ -12,7 +12,6 @@ marginals are repaired. `--solver=pot` needs `pip install 'logitjax[benchmark]'`
 
 import dataclasses
 import functools
-import importlib
 import time
 import types
 import warnings
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax import transport
+from logitjax import storage, transport
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
 from logitjax.storage.weights import read_npy
@@ -55,7 +54,7 @@ def run(config: Config) -> None:
         raise ValueError(f"graphs: expected two files, got {len(config.graphs)}")
     if config.solver == "pot":
         # Refused before the certificate is computed.
-        _pot()
+        storage.require("ot", extra="benchmark")
     matrices = [_read(path, config.factors) for path in config.graphs]
     c, d = (transport.FactoredGraph(x) if config.factors else x for x in matrices)
     sizes = [x.shape[-1] for x in matrices]
@@ -70,13 +69,8 @@ def run(config: Config) -> None:
     closed_form = float(transport.first_lower_bound(c, d, p=2)) / unit
     rows: list[dict[str, Any]] = [
         {"method": "closed form", "lower": closed_form, "seconds": time.perf_counter() - start},
-        {
-            "method": "certificate",
-            "lower": float(answer.lower),
-            "value": float(answer.upper),
-            "gap": float(answer.gap),
-            "seconds": seconds,
-        },
+        {"method": "certificate", "lower": float(answer.lower), "value": float(answer.upper)}
+        | {"gap": float(answer.gap), "seconds": seconds},
     ]
     if config.solver != "none":
         wide = [x.astype(np.float64) for x in matrices]
@@ -99,22 +93,13 @@ def _read(path: str, factors: bool) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def _pot() -> Any:
-    try:
-        return importlib.import_module("ot")
-    except ImportError:
-        raise ImportError(
-            "package ot is not installed: pip install 'logitjax[benchmark]'"
-        ) from None
-
-
 def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], Any]:
     start = time.perf_counter()
     if solver == "ott":
         plan, _, reason = entropic_gw(c, d)
         row: dict[str, Any] = {"method": "ott, entropic", "seconds": time.perf_counter() - start}
         return (row | {"note": reason}, None) if reason else (row, plan)
-    ot = _pot()
+    ot = storage.require("ot", extra="benchmark")
     a, b = (np.full(len(x), 1 / len(x)) for x in (c, d))
     # POT's tolerances are absolute: entries far from 1 would stop it early or never.
     unit = np.sqrt(np.square(d).mean()) or 1.0

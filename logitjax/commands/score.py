@@ -103,8 +103,7 @@ def _run(config: Config, out: epath.Path) -> None:
     table = markdown_table([{"what": name} | row for name, row in results.items()])
     shown = f"{table}{_cut(config, results)}\n"
     what = f"`{config.line_up.model}`: {config.data or ''} {config.choices or ''}"
-    report = f"# Scores\n\n{what}\n\n{shown}"
-    storage.write_atomic(out / "report.md", report)
+    storage.write_atomic(out / "report.md", f"# Scores\n\n{what}\n\n{shown}")
     print(shown, end="")
 
 

@@ -7,14 +7,9 @@ from typing import Any
 
 def format_value(value: Any) -> str:
     """Four significant digits for numbers, `-` for a missing value."""
-    if value is None:
-        return "-"
-    # Before numbers, because a bool is an int.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return str(value)
-    return f"{value:.4g}"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
 def text_cell(text: str) -> str:

@@ -198,7 +198,6 @@ class LogitPolicy:
         """The answer for logits from `disturb`: `top_k` values or all, one more with `sampled`.
 
         Args:
-            served: ``[*batch, vocab]``.
             bias_tokens: ``[*batch, biased]``; ValueError for a larger bias than allowed.
             bias_values: ``[*batch, biased]`` in nats.
             temperature: temperature of the drawn token; values are reported at 1.

@@ -58,8 +58,7 @@ class Protocol:
         return [finding for finding in order[: passed.index(True)] if not finding.declared]
 
     def add(self, test: str, seen: str, p: float, effect: float, declared: bool) -> None:
-        one = Finding(test=test, seen=seen, p=p, effect=effect, declared=declared)
-        self.findings.append(one)
+        self.findings.append(Finding(test=test, seen=seen, p=p, effect=effect, declared=declared))
 
     def compare(self, test: str, seen: str, errors: Any, size: float = 10.0) -> None:
         """Numbers that would be zero without noise and without rounding of values of some size."""

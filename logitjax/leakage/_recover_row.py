@@ -72,7 +72,6 @@ def recover_log_probs(
 
     Args:
         oracle: The API, e.g. a `LogitOracle`.
-        vocab_size: V.
         bias: In nats; by default 30, then 80 for tokens that stay below, or the policy's limit.
         tokens: The tokens to recover; by default all. An API of logits then gives their differences
             to the most likely token, because the normaliser is a sum over all.

@@ -34,7 +34,6 @@ class OutputSubspace:
     width: OutputWidth
     singular_values: np.ndarray
     vocab_where: Bool[np.ndarray, " vocab"]
-    count: int
 
     @property
     def dimension(self) -> int:
@@ -151,11 +150,7 @@ def estimate_output_subspace(
     basis = np.zeros((vocab, scaled.shape[1]), np.float32)
     basis[where] = project(table.rows, scaled, table.means if centre else None)
     return OutputSubspace(
-        basis=basis,
-        width=width,
-        singular_values=clip_spectrum(full.values),
-        vocab_where=where,
-        count=count,
+        basis=basis, width=width, singular_values=clip_spectrum(full.values), vocab_where=where
     )
 
 

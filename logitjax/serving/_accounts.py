@@ -98,10 +98,8 @@ class Accounts:
         if slowest is not None and waits[slowest] > 0:
             # A rate of zero waits forever.
             seconds = 3600 if waits[slowest] >= 3600 else int(waits[slowest]) + 1
-            message, after = (
-                f"too many {slowest} a minute for this key",
-                {"Retry-After": str(seconds)},
-            )
+            message = f"too many {slowest} a minute for this key"
+            after = {"Retry-After": str(seconds)}
             raise ApiError(429, message, code="rate_limit_exceeded", headers=after)
         self._take(key, expected)
         return key, expected

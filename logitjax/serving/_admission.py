@@ -139,8 +139,7 @@ def _allowed(
     """The words of `Request.allowed`; refuses unknown ids."""
     token_ids = {"logit_bias": dict(fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
     for name, ids in (token_ids | {"allowed_token_ids": fields.allowed_token_ids or ()}).items():
-        wrong = [i for i in ids if i >= service.vocab_size]
-        if wrong:
+        if wrong := [i for i in ids if i >= service.vocab_size]:
             raise BadRequestError(f"{name}: there is no token {wrong[0]}", name)
     if fields.allowed_token_ids is None:
         return None
@@ -175,8 +174,7 @@ def prompt_tokens(service: Service, request: CompletionRequest, prompt: Any) -> 
         tokens = list(prompt)
     if not tokens:
         raise BadRequestError(f"{name} has no token", name)
-    wrong = [i for i in tokens if i >= service.vocab_size]
-    if wrong:
+    if wrong := [i for i in tokens if i >= service.vocab_size]:
         raise BadRequestError(f"there is no token {wrong[0]}", name)
     return tokens
 

@@ -121,10 +121,8 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(listening.drain_seconds) + 1,
             )
         )
-        self._app = app
-        self._listening = listening
-        self._listener = listener
-        self._keeper = keeper
+        self._app, self._listening = app, listening
+        self._listener, self._keeper = listener, keeper
         self._tasks: list[asyncio.Task] = []
 
     async def startup(self, sockets: Any = None) -> None:

@@ -209,7 +209,9 @@ class Scheduler:
             # Nothing else may kill the server: waiting clients get an error, and health checks
             # fail.
             logging.exception("the engine stopped")
-            self._fail(error)
+            with self._wake:
+                self.failed = error
+                self._end_all(ApiError(503, "the engine stopped"))
 
     def _compile(self) -> None:
         """Compile every program once, on a dummy request."""
@@ -230,11 +232,6 @@ class Scheduler:
         for compile_more in self.compiles:
             compile_more()
         self.ready.set()
-
-    def _fail(self, error: Exception) -> None:
-        with self._wake:
-            self.failed = error
-            self._end_all(ApiError(503, "the engine stopped"))
 
     def _end_all(self, item: ApiError | str) -> None:
         """Tell all jobs; the engine's thread frees their slots as those of clients that left."""

@@ -96,7 +96,6 @@ def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
         width=width,
         singular_values=np.ones(2),
         vocab_where=np.ones(2, bool),
-        count=2,
     )
     aligned = HeadAlignment(relative_rms=0.0, overlap=0.99, chance=0.0, leak=0.99)
     audit = leakage.Audit(prompts=1, subspace=subspace, alignment=aligned, hidden=32)
