@@ -173,6 +173,9 @@ def _biases(few: bool, recipe: Recipe) -> dict[str, Candidate]:
 def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
     """Methods that use one encoder, each with the numbers that it searches."""
     tuned, clap = Recipe.published("tip_adapter_f"), Recipe.published("clap")
+    fast = dict(training__learning_rate=(0.03, 0.3))
+    searched = dict(penalty=(0.1, 1.0), training__learning_rate=(1e-4, 1e-2))
+    lip = Recipe.published("pro_lip"), searched
     auxiliary = methods.LinearProbe(source="auxiliary")
     rate, probe = (3e-4, 3e-3), dict(training__learning_rate=(3e-4, 3e-3))
     probe |= dict(training__weight_decay=(0.0, 1e-2))
@@ -187,26 +190,10 @@ def _others(few: bool, short: Recipe) -> dict[str, Candidate]:
         "task_res": (methods.TaskRes(), short, dict(training__learning_rate=rate, beta=(0.5, 1.0))),
         # Its step sizes follow from the data: only the share of the zero-shot logits is left.
         "lp_plus_plus": (methods.LPPlusPlus(), short, dict(beta=(0.25, 1.0))),
-        "clap": (
-            methods.CLAP(),
-            clap,
-            dict(penalty=(0.3, 3.0), training__learning_rate=(0.03, 0.3)),
-        ),
-        "zs_lp": (
-            methods.CLAP(penalty=0.0),
-            clap,
-            dict(beta=(0.5, 1.0), training__learning_rate=(0.03, 0.3)),
-        ),
-        "pro_lip": (
-            methods.ProLIP(),
-            Recipe.published("pro_lip"),
-            dict(penalty=(0.1, 1.0), training__learning_rate=(1e-4, 1e-2)),
-        ),
-        "pro_lip_text": (
-            methods.ProLIPText(),
-            Recipe.published("pro_lip"),
-            dict(penalty=(0.1, 1.0), training__learning_rate=(1e-4, 1e-2)),
-        ),
+        "clap": (methods.CLAP(), clap, dict(penalty=(0.3, 3.0)) | fast),
+        "zs_lp": (methods.CLAP(penalty=0.0), clap, dict(beta=(0.5, 1.0)) | fast),
+        "pro_lip": (methods.ProLIP(), *lip),
+        "pro_lip_text": (methods.ProLIPText(), *lip),
         "linear_probe": (methods.LinearProbe(), short, probe),
         "linear_probe_auxiliary": (auxiliary, short, probe),
     }

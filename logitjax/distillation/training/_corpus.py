@@ -160,23 +160,22 @@ class Reading:
         Raises:
             ValueError: A cache was made from other inputs, or a server does not answer.
         """
-        named = dict(zip(self.names, self.teachers, strict=True))
-        if self.teacher_reads == "live":
-            live = _live_sources(self, packed, directory, loaded or {})
-            return Corpus(packed=packed, sources=live, specs=self.teachers)
+        named, loaded = dict(zip(self.names, self.teachers, strict=True)), loaded or {}
+        live = self.teacher_reads == "live"
         # Caches and servers first, so that their errors appear before models read for hours.
         order = {"cache": 0, "api": 1}
         soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
         caches = {
-            name: _caches(self, packed, rows, directory, loaded or {}, name=name)
-            for name in soonest
+            name: _caches(self, packed, rows, directory, loaded, name=name)
+            for name in ([] if live else soonest)
         }
         sources = {}
         # In the user's order, which weights and batches follow.
-        for name in named:
+        for name, spec in named.items():
             columns = packed.names[name]
+            reader = _reader(self, spec, packed.tokenizers[columns], loaded) if live else None
             vocabularies = _vocabularies(self, packed, columns, directory)
-            sources[name] = Source(columns, packed, caches[name], vocabularies)
+            sources[name] = Source(columns, packed, caches.get(name, {}), vocabularies, reader)
         return Corpus(packed=packed, sources=sources, specs=self.teachers)
 
     def record(self, graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any) -> Any:
@@ -323,21 +322,6 @@ def _check_needs(
             f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache contains; use "
             "--teacher_reads=live, or kl"
         )
-
-
-def _live_sources(
-    reading: Reading,
-    packed: PackedSplits,
-    directory: epath.Path,
-    loaded: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
-) -> dict[str, Source]:
-    sources = {}
-    for name, spec in zip(reading.names, reading.teachers, strict=True):
-        columns = packed.names[name]
-        reader = _reader(reading, spec, packed.tokenizers[columns], loaded)
-        vocabularies = _vocabularies(reading, packed, columns, directory)
-        sources[name] = Source(columns, packed, {}, vocabularies, reader)
-    return sources
 
 
 def _caches(

@@ -227,7 +227,7 @@ def _stream_change(
 ) -> np.ndarray:
     """Cosine distance of the stream before a layer to `gap` layers on, `[layers - gap + 1]`."""
 
-    def changes(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> jax.Array:
+    def changes(seen: "_Seen", where: jax.Array) -> jax.Array:
         streams = seen.blocks
         pairs = zip(streams[: len(streams) - gap], streams[gap:], strict=True)
         turns = jnp.stack([1.0 - _cosine(before, after) for before, after in pairs])
@@ -253,7 +253,7 @@ def _activity(
     """Activity on the text, `[layers, kv_heads]` and `[layers, channels]`."""
     config = model.config
 
-    def squares(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> Any:
+    def squares(seen: "_Seen", where: jax.Array) -> Any:
         count = jnp.maximum(where.sum(-1), 1)[:, None]
 
         def of_rows(values: jax.Array) -> jax.Array:
@@ -274,25 +274,12 @@ def _activity(
 
 
 class _Seen:
-    """Activations of one pass: streams before each block, and inputs of each block's last maps."""
+    """Activations of one pass: streams before and after blocks, inputs of each one's last maps."""
 
     def __init__(self) -> None:
         self.blocks: list[jax.Array] = []
         self.heads: list[jax.Array] = []
         self.channels: list[jax.Array] = []
-        # The stream after the last block so far.
-        self.after: Any = None
-
-
-class _WatchedBlock(nnx.Module):
-    def __init__(self, block: nnx.Module, seen: _Seen):
-        self.block, self.seen = block, seen
-
-    def __call__(self, x: jax.Array, *rest: Any) -> Any:
-        self.seen.blocks.append(x)
-        out = self.block(x, *rest)  # pyright: ignore[reportCallIssue]
-        self.seen.after = out[0]
-        return out
 
 
 class _WatchedLinear(nnx.Linear):
@@ -305,9 +292,9 @@ class _WatchedLinear(nnx.Linear):
 
 
 def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `batch -> measure(seen, hidden, where)` for a listed model."""
-    # So that the model needs no hooks, blocks are wrapped and unrolled, and Python lists collect
-    # activations while the blocks are traced.
+    """Compile `batch -> measure(seen, where)` for a listed model."""
+    # So that the model needs no hooks, maps are wrapped, and Python lists collect activations while
+    # the unrolled blocks are traced.
     apply_fn, params = models.from_nnx(model)
 
     @jax.jit
@@ -317,15 +304,12 @@ def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..
         # Under `remat` a block has its own trace, from which the lists would leak tracers.
         trunk.remat = "none"
         for segment in trunk.segments:
-            for i, block in enumerate(segment.layers):
+            for block in segment.layers:
                 block.attention.output = _WatchedLinear(block.attention.output, seen, "heads")
                 block.mlp.down = _WatchedLinear(block.mlp.down, seen, "channels")
-                segment.layers[i] = _WatchedBlock(block, seen)
-        hidden, _ = trunk.hidden_states(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
-        seen.blocks.append(seen.after)
-        return measure(seen, hidden, jnp.asarray(batch["segment_ids"]) > 0)
+        where = {name: batch[name] for name in ("positions", "segment_ids")}
+        trunk.hidden_states(batch["tokens"], **where, entering=seen.blocks)
+        return measure(seen, jnp.asarray(batch["segment_ids"]) > 0)
 
     return lambda batch: run(params, batch)
 

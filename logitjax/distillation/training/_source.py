@@ -56,10 +56,8 @@ class Source:
     def view(self, split: str, batch: Mapping[str, Any]) -> Teacher:
         """Return the teacher's output at the student's positions."""
         if self.reader is None:
-            record, vocab_size = (
-                self.caches[split].read(batch["row"]),
-                self.caches[split].vocab_size,
-            )
+            cache = self.caches[split]
+            record, vocab_size = cache.read(batch["row"]), cache.vocab_size
         else:
             record = dict(self.reader.read(batch[self.columns], batch["row"]))
             vocab_size = self.reader.vocab_size
