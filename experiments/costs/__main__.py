@@ -21,11 +21,11 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from experiments.benchmarks.fusion import decoding_step, made_up_logits
 from experiments.dynamic_fusion.config import Config as FusionConfig
 from experiments.forgetting import programs as forgetting
 from experiments.forgetting.config import ALL, PRESETS
 from experiments.forgetting.config import Config as ForgettingConfig
+from experiments.shared.fusion_steps import decoding_step, made_up_logits
 from experiments.shared.records import kept
 from experiments.shared.scaling import closed_form_rows
 from experiments.shared.timing import paired_ratio, paired_seconds, repeated

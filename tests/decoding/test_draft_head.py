@@ -34,6 +34,7 @@ def head(rank: int = 0) -> DraftHead:
     return DraftHead.of(decoder(), tokens=TOKENS, rank=rank)
 
 
+@pytest.mark.many_programs("a head unrolled, and decoded step by step")
 def test_decoding_repeats_what_training_unrolls():
     model, local = decoder(), head()
     tokens = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)

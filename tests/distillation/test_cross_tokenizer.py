@@ -14,6 +14,7 @@ from etils import epath
 from logitjax import distillation, losses, models, ops
 from logitjax.distillation.terms import PKL, _projected
 from logitjax.distillation.tokenizers import _likelihood_matching, _matched_tokens, _token_pieces
+from logitjax.distillation.tokenizers._alignment import Chunks
 from tests._compiled import compiled
 from tests.distillation import _released_forms
 from tests.distillation.make_gold_goldens import OURS, PAIRS, THEIRS
@@ -395,7 +396,7 @@ def test_chunks_join_until_a_word_begins_and_the_rest_of_a_row_is_left_out():
     """Texts "ab|c d" and an end; the teacher doubts the first boundary."""
     ids = np.array([[0, 1, 1, 2, 3, 4, -1, -1]])
     sizes = np.array([[1, 2, 1, 1, 1, 0, 0, 0]])
-    chunks = distillation.Chunks(
+    chunks = Chunks(
         ours=ids, theirs=ids, our_sizes=sizes, their_sizes=sizes, starts=ids >= 0, places=ids
     )
     label = -np.arange(1.0, 9.0)[None]
@@ -448,7 +449,7 @@ def test_joined_chunks_are_tokenkits_one_by_one_and_their_mean_counts_each_once(
         [(x, y, z) for x, y, z in zip(labels, boundaries, ids, strict=True)]
     )
     sizes = [np.bincount(x[x >= 0], minlength=length)[None] for x in ids]
-    chunks = distillation.Chunks(
+    chunks = Chunks(
         ours=ids[1][None],
         theirs=ids[0][None],
         our_sizes=sizes[1],
