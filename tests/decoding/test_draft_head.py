@@ -100,6 +100,8 @@ def test_greedy_tokens_are_those_of_plain_decoding():
         Engine(bag_of_words(1, 64, 0), slots=1, max_length=8, drafts=DraftControl(head()))
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.many_programs("an engine whose prompts are read in pieces")
 def test_a_slot_filled_again_and_a_shared_beginning_are_read_right():
     model = decoder()
