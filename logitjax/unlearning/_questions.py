@@ -236,16 +236,16 @@ class Questions:
     def scores(self, model: Deployed, part: str, *, few: bool = False) -> Any:
         """`score_rows` of answers, or of at most 40, evenly spaced; a ValueError if not finite."""
         rows = self.encoded[part]
-        return self._scored(model.nll, _evenly(rows) if few else rows)
+        return self.scored(model.nll, _evenly(rows) if few else rows)
 
     def mean_nll(
         self, model: Deployed, rows: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> np.ndarray:
         """Nats a token of the answers of rows of `encode`."""
-        scores = self._scored(model.nll, rows)
+        scores = self.scored(model.nll, rows)
         return scores.totals() / scores.counts()
 
-    def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
+    def scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
         """Score rows, in batches no larger than the number of rows."""
         size = max(1, min(self.batch_size, len(rows)))
         return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
@@ -255,7 +255,7 @@ class Questions:
     ) -> np.ndarray:
         """`exp(-mean nats)` of each answer, its end mark counted; see `in_way`."""
         rows = self.in_way(part, way, judging=judging)
-        return answer_probabilities(self._scored(model.nll, rows)) if rows else np.zeros(0)
+        return answer_probabilities(self.scored(model.nll, rows)) if rows else np.zeros(0)
 
     def by_alpha(
         self, model: Deployed, rows: Sequence[tuple[np.ndarray, np.ndarray]], alphas: np.ndarray
@@ -284,7 +284,7 @@ class Questions:
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
         """Surprise of each answer token, see `Deployed.surprise`."""
-        return self._scored(model.surprise, self.encoded[part]).nll
+        return self.scored(model.surprise, self.encoded[part]).nll
 
     def sampled_recall(self, model: Deployed, part: str, samples: int) -> np.ndarray:
         """ROUGE-L recall of answers sampled at temperature 1, `[rows, samples]`."""
@@ -303,7 +303,7 @@ class Questions:
         # Nothing predicts the first token.
         where = np.arange(windows.shape[1]) > 0
         rows = [(window, where) for window in windows]
-        scores = self._scored(model.nll, rows)
+        scores = self.scored(model.nll, rows)
         return float(np.exp(scores.totals().sum() / scores.counts().sum()))
 
     def answers(self, model: Deployed, part: str) -> list[str]:
@@ -313,7 +313,7 @@ class Questions:
 
     def _known(self, model: Deployed, rows: Sequence[Row], *, every: bool = False) -> list[bool]:
         """Mask of answers that the model knows, by their mean or by `every` token; not of texts."""
-        scores = self._scored(model.nll, [self.encode(row) for row in rows]).nll if rows else ()
+        scores = self.scored(model.nll, [self.encode(row) for row in rows]).nll if rows else ()
         worst = -math.log(KNOWN)
         return [
             not row.asks or bool((nats.max() if every else nats.mean()) <= worst)

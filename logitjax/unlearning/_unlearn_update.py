@@ -81,10 +81,9 @@ def make_update(
     def retain_nll() -> float:
         scored = {}
         for side in ("retain", "text"):
-            rows, counts = sides[side], sides[side]["mask"].sum(1)
-            pairs = list(zip(rows["tokens"], rows["mask"]))
-            nats = questions.mean_nll(Deployed(model=model), pairs) * counts
-            scored[side] = {"nats": nats, "tokens": counts}
+            pairs = list(zip(sides[side]["tokens"], sides[side]["mask"]))
+            scores = questions.scored(Deployed(model=model).nll, pairs)
+            scored[side] = {"nats": scores.totals(), "tokens": scores.counts()}
         nats, tokens = (
             sum(float(retained(scored, step)[name].sum()) for step in range(config.steps))
             for name in ("nats", "tokens")

@@ -213,3 +213,28 @@ def test_packed_rows_are_distilled_as_rows_alone_from_states_computed_once(tmp_p
         for way in ("asked", "in context"):
             ids, _ = questions.encode(questions.changed(row, way), way)
             assert ids.astype(np.int32).tobytes() in seen
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_the_bound_of_what_is_kept_is_the_loss_on_the_rows_of_its_steps():
+    model, tokenizer = models.load("tiny", layout="listed")
+    parts = {
+        part: [Row(prompt=f"{part} {n}? ", answer="it is" + n * " so") for n in range(3)]
+        for part in ("forget", "train")
+    }
+    # The first token of a window has nothing before it: it is no target.
+    texts = {"train": np.random.default_rng(1).integers(1, 99, (8, 12), np.int32)}
+    questions = unlearning.Questions.of(parts, tokenizer, texts=texts)
+    config = unlearning.UnlearnConfig(method=unlearning.METHODS.parse("pdu"), steps=2)
+    update = make_update(model, questions, config)
+
+    @jax.jit
+    def summed(tokens, mask):
+        logits = jax.nn.log_softmax(model(tokens[:, :-1]).astype(np.float32))
+        nll = -jax.numpy.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        return (nll * mask[:, 1:]).sum(), mask[:, 1:].sum()
+
+    kept = [update.batches(step)["retain"] for step in range(2)]
+    nats, targets = np.sum([summed(rows["tokens"], rows["mask"]) for rows in kept], axis=0)
+    np.testing.assert_allclose(update.method.bound, 1.05 * nats / targets, rtol=1e-5)
