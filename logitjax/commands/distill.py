@@ -42,8 +42,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, decoding, distillation, models, processes, storage, training
-from logitjax.commands import hub
+from logitjax import data, distillation, models, processes, storage, training
+from logitjax.commands import draft_head, hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
 from logitjax.commands.work import shortened
@@ -183,7 +183,9 @@ def run(config: Config, out: epath.Path) -> None:
     )
     _check_weights(config, full, out)
     if config.draft_head:
-        _train_draft_head(config, full, tokenizer, packed, mesh, out)
+        text = draft_head.train(config, course, (full, tokenizer), packed, mesh=mesh, out=out)
+        storage.write_atomic(out / "report.md", text)
+        print(text)
         return
     if config.pruning.prunes:
         storage.progress.mark("pruning the student", log=True)
@@ -228,47 +230,6 @@ def run(config: Config, out: epath.Path) -> None:
         print(text)
     if config.push_to_hub:
         hub.push(out / "model", config.push_to_hub)
-
-
-def _train_draft_head(
-    config: Config,
-    model: models.Decoder,
-    tokenizer: models.Tokenizer,
-    packed: data.PackedSplits,
-    mesh: jax.sharding.Mesh,
-    out: epath.Path,
-) -> None:
-    """Train a draft head, and let it draft after held-out prompts."""
-    course, drafting = course_of(config), config.drafting
-    ends = sorted({*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]})
-    model = models.with_layout(model, "listed")
-    head = drafting.train(model, packed, course, mesh=mesh, workdir=out, end_ids=ends)
-    head.save(out / "model")
-    storage.progress.mark("drafting after held-out prompts", log=True)
-    prompts = drafting.prompts(packed, "test", course.eval_rows)
-    new, rows = config.reading.seq_len - max(map(len, prompts)), []
-    for name, temperature in (("most likely", 0.0), ("drawn", 1.0)):
-        counts = decoding.generate(
-            model,
-            prompts,
-            max_new_tokens=new,
-            sampling=decoding.Sampling(temperature=temperature),
-            stop_ids=ends,
-            drafts=decoding.DraftControl(head, drafting.ahead),
-        ).drafting
-        assert counts is not None
-        row = {"tokens": name, "drafts": drafting.ahead, "accepted %": 100 * counts.acceptance}
-        rows.append(row | {"tokens a verification": counts.length})
-    text = (
-        f"# A draft head of `{config.student}`\n\n{len(head.tokens[...]):,} tokens to draft; "
-        f"`{drafting.loss}` on {drafting.rows} rows that the model wrote after text of "
-        f"`{config.reading.data}`, {course.steps} steps of {course.batch_size} x "
-        f"{config.reading.seq_len} tokens, learning rate {config.peak:g}.\n\n"
-        f"{markdown_table(rows)}\n\n{len(prompts)} prompts of the test text, continued by {new} "
-        "tokens. A verification emits the accepted drafts and one more token.\n"
-    )
-    storage.write_atomic(out / "report.md", text)
-    print(text)
 
 
 def _card(config: Config, report: str) -> str:
