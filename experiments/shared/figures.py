@@ -240,8 +240,13 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
     if panel.y_ticks:
         axes.set_yticks(list(panel.y_ticks.values()), labels=list(panel.y_ticks))
         axes.set_ylim(min(panel.y_ticks.values()) - 0.7, max(panel.y_ticks.values()) + 1.5)
-    for axis in panel.log:
-        _plain_numbers(getattr(axes, f"{axis}axis"))
+    for name in panel.log:
+        axis = getattr(axes, f"{name}axis")
+        small, large = axis.get_view_interval()
+        # All points at one place would leave no room.
+        if large < 1.01 * small:
+            axis.set_view_interval(small / 1.5, large * 1.5, ignore=True)
+        _plain_numbers(axis)
     low, high = sorted(axes.get_ylim())
     for name in names:
         if name.y < low:

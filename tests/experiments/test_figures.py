@@ -146,3 +146,11 @@ def test_a_picture_comes_back_from_json_and_its_file_says_of_what_it_is(tmp_path
         assert image.info["Source"] == picture.source
         assert image.width >= 600
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["one.png"]
+
+
+def test_points_of_one_place_on_a_logarithmic_axis_are_drawn(tmp_path):
+    # The mean of three such numbers is another in its last digit.
+    points = {"a": (13.868543836805555, 2.5), "b": (13.868543836805555, 1.6)}
+    series = [Series(name=name, runs=[[point]] * 3, line=False) for name, point in points.items()]
+    panel = Panel(x="MiB", y="%", series=series, log=("x", "y"))
+    assert draw(tmp_path / "one.png", Picture(panels=[panel])).exists()
