@@ -21,6 +21,7 @@ from experiments.forgetting.topics import Topics
 from experiments.shared.records import Record, kept
 from logitjax import models, training, unlearning
 from logitjax.commands.unlearn import other_text
+from logitjax.evaluation import fluency
 from logitjax.unlearning import Deployed
 
 # Answers of each part that are kept for reading.
@@ -147,6 +148,7 @@ class Run:
         record: Record = {
             "examined": examined | {"answers": entries},
             "truth ratios": self._log_ratios(model),
+            "written": self._written(examined["answers"]["forget"]),
         }
         if config.topics:
             record["topics"] = self._topics.accuracy(model, batch_size=config.eval_batch)
@@ -154,6 +156,15 @@ class Run:
             model, questions, rates=rates, steps=config.relearn_steps, seeds=config.relearn_seeds
         )
         return record
+
+    def _written(self, texts: Sequence[str]) -> Record:
+        """Of each answer to a row to forget: its entropy, and nats a token by the first model."""
+        rows = zip(self.questions.rows["forget"], texts, strict=True)
+        written = [self.questions.encode(dataclasses.replace(r, answer=text)) for r, text in rows]
+        return {
+            "entropy": [fluency([text]) or 0.0 for text in texts],
+            "nats": self.questions.mean_nll(Deployed(model=self.start), written).tolist(),
+        }
 
     def _log_ratios(self, model: Deployed) -> list[float]:
         """Log truth ratios of the items to forget, in TOFU's form."""
