@@ -258,7 +258,7 @@ def _paged(ctx: Context, trial: Trial) -> Variants:
         def alone(position: Any) -> Any:
             return shared.outputs(arrays, *jax.tree.map(lambda x: x[None], position))
 
-        return jax.tree.map(lambda x: x[:, 0], lax.map(alone, positions))
+        return jax.tree.map(lambda x: x[:, 0], lax.map(alone, positions, batch_size=16))
 
     return {"paged": shared, "paged alone": dataclasses.replace(shared, outputs=outputs)}
 

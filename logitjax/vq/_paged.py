@@ -23,8 +23,12 @@ from logitjax.vq._targets import HeadTargets
 TOGETHER = 16
 # Rows of the sketch in a step of its kernel; the width of a chip's registers.
 _TILE, _LANES = 2048, 128
+# Units of a token's digits, which all types hold exactly.
+_RADICES = (16384, 128, 1)
 # Shares of the largest number of a row that four bits span; the rest is cut off.
 _SPANS = (0.9, 0.7, 0.55)
+# Added to the variance of every direction, in units of the mean: other text varies along others.
+_RIDGE = 10.0
 
 
 @jax.tree_util.register_dataclass
@@ -32,28 +36,28 @@ _SPANS = (0.9, 0.7, 0.55)
 class Pages:
     """Rows of a head in the order of pages; the last one is padded."""
 
-    # `[pages, size, width]`, padded to multiples of 128, or a chip would store another order.
+    # `[pages, size, width]`: rows, three columns with the base-128 digits of their tokens, and
+    # padding to a multiple of 128, or a chip would store another order.
     rows: Any
     # `[pages * size]` or None.
     bias: Any
-    # The sketch: int4 `[rank, pages * size]`.
+    # The sketch: int4 `[hidden, pages * size]`.
     codes: Any
     # Its scales and biases `[steps, 2, tile]`.
     lines: Any
-    # `[rank, hidden]`, to its coordinates.
+    # `[hidden, hidden]`, to its coordinates.
     projection: Any
-    # The token of each row `[pages * size]`, the row of each token `[vocab]`.
-    tokens: Any
+    # The row of each token `[vocab]`.
     places: Any
 
     @classmethod
-    def of(cls, head: Head, counts: np.ndarray, statistics: Any, size: int, rank: int) -> "Pages":
+    def of(cls, head: Head, counts: np.ndarray, statistics: Any, size: int) -> "Pages":
         """Pages of alike tokens of about the same expected count, and a sketch of their rows."""
-        vocab, width = head.rows.shape
+        vocab = head.rows.shape[0]
         # Tiles are whole, and the last one has a token.
         tile = min(_TILE, -(-vocab // _LANES) * _LANES)
         order = np.argsort(-np.asarray(counts), kind="stable")
-        codes, *rest = _sketch(head.rows, statistics.mean, statistics.cov, rank)
+        codes, *rest = _sketch(head.rows, statistics.mean, statistics.cov)
 
         def padded(array: Any, fill: float = 0) -> jax.Array:
             sides = [(0, -vocab % tile)] + [(0, 0)] * (array.ndim - 1)
@@ -65,19 +69,20 @@ class Pages:
         places = np.empty(vocab, np.int32)
         places[order] = np.arange(vocab)
         (scales, offsets), projection = (x[order] for x in rest[:2]), rest[2]
-        rows, codes = jnp.asarray(head.rows)[order], codes[order]
+        digits = jnp.stack([order // radix % 128 for radix in _RADICES], 1)
+        rows = jnp.concatenate([jnp.asarray(head.rows)[order], digits], 1, dtype=jnp.bfloat16)
+        codes = codes[order]
         bias = None if head.bias is None else jnp.asarray(head.bias, jnp.float32)[order]
         offsets = offsets if bias is None else offsets + bias
 
         lines = padded(scales), padded(offsets, -np.inf)
-        rows = padded(jnp.pad(rows.astype(jnp.bfloat16), ((0, 0), (0, -width % _LANES))))
+        rows = padded(jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % _LANES))))
         return cls(
             rows=rows.reshape(-1, size, rows.shape[1]),
             bias=None if bias is None else padded(bias),
             codes=padded(codes).T.astype(jnp.int4),
             lines=jnp.stack([line.reshape(-1, tile) for line in lines], 1),
             projection=projection,
-            tokens=padded(jnp.asarray(order, jnp.int32)),
             places=jnp.asarray(places),
         )
 
@@ -126,10 +131,12 @@ class Pages:
 
         return _with_gradient(kernel, plain)(hidden)
 
-    def exact(self, hidden: jax.Array, ids: jax.Array) -> jax.Array:
-        """``[n, chosen * size]``, the logits of chosen pages by their rows."""
-        _, size, width = self.rows.shape
-        hidden = jnp.pad(hidden, ((0, 0), (0, width - hidden.shape[1])))
+    def exact(self, hidden: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``[n, chosen * size]``, the logits of chosen pages by their rows, and their tokens."""
+        (_, size, width), own = self.rows.shape, hidden.shape[1]
+        # One more position reads the digits, where XLA would gather from all tokens.
+        reader = jnp.zeros((1, width), hidden.dtype).at[0, own : own + 3].set(_RADICES)
+        hidden = jnp.concatenate([jnp.pad(hidden, ((0, 0), (0, width - own))), reader])
 
         def tiles(hidden: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
             read = rows.at[ids].get(mode="promise_in_bounds").astype(hidden.dtype)
@@ -144,9 +151,10 @@ class Pages:
 
             products = _with_gradient(page_products, tiles)
         products = products(hidden, self.rows, ids)
+        products, tokens = products[:-1], products[-1].astype(jnp.int32)
         # The last page's padding.
         products = jnp.where(at < self.places.size, products, -jnp.inf)
-        return products if self.bias is None else products + self.bias[at]
+        return products if self.bias is None else products + self.bias[at], tokens
 
 
 class PagedHead(VocabularyHead):
@@ -183,9 +191,8 @@ class PagedHead(VocabularyHead):
         hidden: np.ndarray,
         targets: HeadTargets,
         *,
-        page_size: int = 16,
-        rank: int | None = None,
-        share: float = 0.25,
+        page_size: int = 8,
+        share: float = 0.28,
         imitate: Callable[..., Any] | None = None,
         dtype: Any = jnp.float32,
     ) -> tuple["PagedHead", list[float]]:
@@ -196,7 +203,6 @@ class PagedHead(VocabularyHead):
         Args:
             hidden, targets: positions, and ``head``'s outputs on them, `HiddenCache.head_targets`.
             page_size: tokens a page, a divisor of 128.
-            rank: dimensions of the sketch; by default four fifths of the width, in multiples of 64.
             share: what sketch and pages read, of the bytes of all rows in bfloat16.
             imitate: tunes a head that amounts to rows, `Tuning.imitate`; None leaves the sketch.
         """
@@ -204,11 +210,8 @@ class PagedHead(VocabularyHead):
             raise ValueError(f"head: expected one without a soft cap, got {head.soft_cap}")
         if page_size < 1 or 128 % page_size:
             raise ValueError(f"page_size: expected a divisor of 128, got {page_size}")
-        width = head.rows.shape[1]
-        rank = (width * 4 // 5 // 64 * 64 or width) if rank is None else rank
-        checks.between(rank, 1, width, "rank")
         counts, statistics = np.asarray(targets.counts), head_statistics(hidden)
-        pages, losses = Pages.of(head, counts, statistics, page_size, rank), []
+        pages, losses = Pages.of(head, counts, statistics, page_size), []
         if imitate is not None:
             pages, losses = pages.tuned(imitate)
         made = cls(pages, num_pages=1, dtype=dtype)
@@ -290,24 +293,26 @@ class PagedHead(VocabularyHead):
         def best(
             pages: Pages, ids: Any, mass: Any, log_z: Any, hidden: Any
         ) -> tuple[jax.Array, ...]:
-            exact, size = pages.exact(hidden, ids), pages.rows.shape[1]
+            exact, tokens = pages.exact(hidden, ids)
             # In one stage: what two would save, their copies cost.
             values, found = top_k(exact, k, group_size=exact.shape[-1])
             log_z = log_z[:, 0] + _shift(exact, mass, ids)
-            return values, pages.tokens[ids[found // size] * size + found % size], log_z
+            # Beside zeros, since a gather of a few numbers moves a thousand on TPUs.
+            here = found[..., None] == jnp.arange(tokens.size)
+            return values, jnp.where(here, tokens, 0).sum(-1), log_z
 
         return TopK(*self._by_groups(best, (2, 2, 1), hidden))
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """Return its `HeadCost`, for a single position."""
         pages = self.pages[...]
-        (count, size, width), (rank, total) = pages.rows.shape, pages.codes.shape
-        row = width * pages.rows.dtype.itemsize + 4
-        sketch = total * (rank // 2 + 8) + pages.projection.size * 2
-        flops = 2 * (total * rank + width * rank + self.num_pages * size * width)
+        (count, size, padded), (width, total) = pages.rows.shape, pages.codes.shape
+        row = padded * pages.rows.dtype.itemsize + 4
+        sketch = total * (width // 2 + 8) + pages.projection.size * 2
+        flops = 2 * (total * width + width * width + self.num_pages * size * padded)
         return HeadCost(
             parameters=total * (width + 1),
-            stored_bytes=sketch + total * row + 4 * (total + pages.places.size),
+            stored_bytes=sketch + total * row + 4 * pages.places.size,
             read_bytes=sketch + self.num_pages * size * row,
             decode_flops=flops,
             train_flops=3 * flops,
@@ -315,19 +320,16 @@ class PagedHead(VocabularyHead):
         )
 
 
-@jax.jit(static_argnames="rank")
-def _sketch(rows: Array, mean: Array, cov: Array, rank: int) -> Any:
-    """Rows in the leading directions of their logits' variance, in four bits."""
+@jax.jit
+def _sketch(rows: Array, mean: Array, cov: Array) -> Any:
+    """Rows in coordinates of about equal importance to logits, in four bits."""
     rows, width = jnp.asarray(rows, jnp.float32), rows.shape[1]
-    values, vectors = jnp.linalg.eigh(cov + 1e-6 * jnp.trace(cov) / width * jnp.eye(width))
-    # The variance of a logit is |S' w|^2 if the covariance is S S'.
-    whitened = rows @ (vectors * jnp.sqrt(values))
-    leading = jnp.linalg.eigh(whitened.T @ whitened)[1][:, width - rank :]
+    values, vectors = jnp.linalg.eigh(cov + _RIDGE * jnp.trace(cov) / width * jnp.eye(width))
     # A rotation at random spreads a row's size over all dimensions, so that one scale will do.
-    mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (rank, rank)))[0]
-    basis = leading @ mixing
-    projection = (vectors / jnp.sqrt(values) @ basis).T.astype(jnp.bfloat16)
-    coordinates = whitened @ basis
+    mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (width, width)))[0]
+    projection = (vectors / jnp.sqrt(values) @ mixing).T.astype(jnp.bfloat16)
+    # The variance of a logit is |S' w|^2 if the covariance is S S'.
+    coordinates = rows @ (vectors * jnp.sqrt(values)) @ mixing
     largest = jnp.maximum(jnp.abs(coordinates).max(-1), 1e-30)
     scales = largest / 7
     error = jnp.full_like(scales, jnp.inf)
@@ -368,7 +370,7 @@ def _shift(exact: jax.Array, mass: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _logits(pages: Pages, ids: jax.Array, mass: Any, log_z: Any, hidden: jax.Array) -> jax.Array:
-    exact = pages.exact(hidden, ids)
+    exact, _ = pages.exact(hidden, ids)
     # Of the same products as the approximate logits beside them.
     sketched = pages.sketched(hidden)
     shift = _shift(exact, logsumexp(sketched), ids)
