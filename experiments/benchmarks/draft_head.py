@@ -29,7 +29,7 @@ def run(options: suite.Options) -> suite.Result:
         test = data.PackedDataset(folder / "data" / "test")
         rows = test.rows(range(4 * options.repeats))[test.names[0]]["tokens"]
     length, table = rows.shape[1], []
-    lengths = (2,) if smoke else (2, 3, 4, 5)
+    lengths = (2,) if smoke else (2, 3, 5, 8)
     for name, temperature in (("most likely", 0.0), ("drawn", 1.0)):
         controls = {0: None, **{n: decoding.DraftControl(head, n) for n in lengths}}
         seconds: dict[int, list[float]] = {n: [] for n in controls}

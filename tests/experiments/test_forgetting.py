@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from experiments.forgetting import __main__ as experiment
-from experiments.forgetting import report
+from experiments.forgetting import claims, report
 from experiments.forgetting.data import load_scene
 from experiments.forgetting.divergence import Divergence
 from experiments.forgetting.run import standing
@@ -158,6 +158,23 @@ def test_what_keeps_most_at_the_goal_is_shown_and_not_what_comes_nearest_it():
     ranked = sorted((near, keeps, broken, far), key=lambda c: standing(c, chosen=False))
     assert ranked == [far, near, broken, keeps]
     assert standing(far, chosen=True) > standing(keeps, chosen=False)
+
+
+def test_the_rate_of_a_claim_keeps_most_at_the_goal_and_a_broken_one_comes_last():
+    def trial(excess, least, gap, *, broken=(), chosen=None):
+        last = {"excess": excess, "least": least, "gap": gap, "broken": list(broken)}
+        return {"candidates": [{"broken": []}, last], "chosen": chosen}
+
+    trials = [
+        trial(5.0, 0.99, 3.0, broken=["finite"]),
+        trial(5.0, 0.99, 3.0),
+        trial(3.0, 0.99, 1.0),
+        trial(1.9, 0.40, 0.0, broken=["retain"]),
+        trial(1.5, 0.97, 0.0, broken=["retain"]),
+        trial(1.9, 0.98, 0.0, chosen=1),
+    ]
+    scores = [claims._score(one) for one in trials]
+    assert scores == sorted(scores) and len(set(scores)) == len(scores)
 
 
 def test_a_rate_at_the_edge_of_those_that_were_tried_is_said_to_be():
