@@ -174,7 +174,7 @@ def test_the_rate_of_a_claim_keeps_most_at_the_goal_and_a_broken_one_comes_last(
         trial(1.9, 0.98, 0.0, chosen=1),
     ]
     scores = [claims._score(one) for one in trials]
-    assert scores == sorted(scores) and len(set(scores)) == len(scores)
+    assert scores == sorted(set(scores))
 
 
 def test_a_rate_at_the_edge_of_those_that_were_tried_is_said_to_be():
