@@ -11,6 +11,7 @@ from typing import Any
 from absl import logging
 
 from logitjax.unlearning._rows import Row, normal, own_words
+from logitjax.unlearning._ways import asked_so
 
 # Length in words of the sequences that mark copies, and the share of them that two rows share.
 _GRAM, _ALIKE = 8, 0.5
@@ -45,8 +46,8 @@ class Split:
             into `train`, `validation` for choosing settings, and `test` for the report alone. Rows
             like `forget` that are never trained on are `holdout`, which sets the goal, and
             `holdout_test`, for judging membership. The `kind` of a row to keep is `near` if it
-            shares a name with a row to forget, `reworded` if it is a paraphrase of another, or
-            `other`.
+            shares a name with a row to forget, `reworded` if it is a paraphrase of another (a near
+            row without any is asked in another form), or `other`.
         left_out: Number of rows left out: rows to keep or of the holdout that are linked to rows to
             forget, and rows of the holdout linked to rows to keep.
     """
@@ -114,7 +115,8 @@ def split_rows(
         if part == 2 and not parts[1]:
             part = 1
         parts[part] += rows + [
-            dataclasses.replace(again, kind="reworded") for again in _reworded(rows)
+            dataclasses.replace(again, kind="reworded")
+            for again in (*_reworded(rows), *_asked_again(rows, judging=part == 2))
         ]
         counts[part] += 1
         done += len(rows)
@@ -157,6 +159,12 @@ def _halves(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
 
 def _reworded(rows: Sequence[Row]) -> list[Row]:
     return [row.asked(text) for row in rows for text in row.paraphrases]
+
+
+def _asked_again(rows: Sequence[Row], *, judging: bool) -> list[Row]:
+    near = [row for row in rows if row.kind == "near" and not row.paraphrases]
+    asked = (asked_so(row, "in another form", (), judging=judging) for row in near)
+    return [row for row in asked if row is not None]
 
 
 def names(row: Row) -> set[str]:

@@ -156,6 +156,9 @@ def test_what_asks_the_same_is_linked_and_neighbours_are_told_from_the_rest(capl
     assert [kinds[q] for q in (near.question, near.paraphrases[0], "3 + 1?")] == [
         "near", "reworded", "other"
     ]  # fmt: skip
+    # A near row without paraphrases is kept in another form, too.
+    again = [row for row in kept if alike.question in row.question and row.kind == "reworded"]
+    assert [(row.question != alike.question, row.answer) for row in again] == [(True, "Tolvik.")]
     # Said in other words, it stays, and that is said.
     assert split.alike == 1
     assert "1 rows are similar to one to forget, such as 'At which port" in caplog.text
