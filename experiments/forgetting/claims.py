@@ -35,7 +35,7 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
         for seed in range(setting.seeds + 1):
             run = part(f"{arm}-{seed}")
             after = np.array(run["examined"]["probabilities"]["test"])
-            values = {"kept": (after - _LEAST * before) / before.mean()}
+            values: dict[str, Any] = {"kept": (after - _LEAST * before) / before.mean()}
             if setting.units.of == "answer":
                 values = {name: np.array(run["written"][name]) for name in ("entropy", "nats")}
                 values["entropy"] /= np.mean(target["written"]["entropy"])
