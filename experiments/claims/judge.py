@@ -148,7 +148,7 @@ def _verdict(claim: Claim, estimates: Sequence[statistics.Estimate] | None) -> V
         word = "holds" if all(near) else "refuted"
         return Verdict(word=word, scope="paper", computed=tuple(results), why=why)
     if claim.settings and estimates is None:
-        return Verdict(word="open", scope="here", why=why or "not run")
+        return Verdict(word="open", scope="here", why=why or "Not run.")
     if estimates is None:
         return claim.verdict
     every = words(claim, estimates)
