@@ -23,7 +23,7 @@ _END = 256
 _ROWS = 4
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Path:
     """Tokens that spell the text up to byte `at`, and the model's prediction after them."""
 
@@ -99,6 +99,9 @@ class _Reader:
         total = sum(mass for mass, _ in masses)
         kept = [pair for pair in masses if pair[0] > self._least * total]
         kept = sorted(kept, key=lambda pair: -pair[0])[: self._most]
+        # Only a path that ends here can go on with any byte: the likeliest stays, however unlikely.
+        ending = [(p.weight, p) for p in sorted(fresh, key=lambda p: -p.weight)[:1]]
+        kept += [pair for pair in ending if pair not in kept]
         kept_mass = sum(mass for mass, _ in kept)
         self.lost += 1 - kept_mass / total
         paths = [path for _, path in kept]
@@ -169,7 +172,8 @@ class ByteEnsemble:
 
     The distribution of a model's next byte is the sum over all token paths that spell the text so
     far, so it is the model's own. Paths below `least` of the total, and beyond the `most`
-    likeliest, are dropped; `lost` bounds their share. A model's end token ends the text.
+    likeliest, are dropped, except one that ends with the text; `lost` bounds their share. A model's
+    end token ends the text.
 
     Args:
         large: a model, as for `CachedModel.of`, and its tokenizer.

@@ -89,6 +89,18 @@ def test_sixty_four_bytes_of_a_sure_model_are_exact_to_a_millionth():
     assert one.lost < 1e-6
 
 
+def test_a_surprising_byte_is_read_after_unlikely_paths_were_dropped():
+    table = np.zeros((6, 6), np.float32)
+    # After any token "ab" is all but certain, and no token begins with "aa".
+    table[:, 2] = 30
+    found = []
+    for limits in ({"most": 1, "least": 1e-6}, {"most": 10**6, "least": 0.0}):
+        reader = ByteEnsemble((markov(table), tokenizer(TEXTS)), **limits)
+        reader.begin("")
+        found.append(reader.feed(b"aab"))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
 def test_models_of_other_tokens_write_together():
     mine, other = (markov(np.random.default_rng(i).normal(size=(6, 6)) * 2) for i in range(2))
     letters = ["</s>", "b", "a", "aa", "bb", "bab"]
