@@ -41,7 +41,7 @@ class UnlearnConfig:
     method: Method = _DEFAULT
     adapters: bool = True
     lora_rank: int = 16
-    steps: int = 100
+    steps: int = 150
     check_every: int = 25
     batch_size: int = 4
     rounds: int = 2
