@@ -82,20 +82,25 @@ def test_files_are_those_of_eagle_3(tmp_path, rank):
         DraftHead.load(tmp_path, wrong)
 
 
-@pytest.mark.many_programs("plain and drafted decoding of two line-ups")
-def test_greedy_tokens_are_those_of_plain_decoding():
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.every_change])]
+)
+@pytest.mark.many_programs("plain and drafted decoding of a line-up")
+def test_greedy_tokens_are_those_of_plain_decoding(fused):
     # Rings of 6 slots; between rounds plain steps, which the head has to catch up with.
-    alone, several = decoder(), Ensemble(decoder(), experts=[disturbed(1)], fuse=mean)
+    model = Ensemble(decoder(), experts=[disturbed(1)], fuse=mean) if fused else decoder()
     prompts = [*PROMPTS, 5 * [3, 4, 5, 6, 7, 8, 9]]
     settings = [Sampling(), Sampling(temperature=0.8, top_k=9, seed=3), Sampling(), Sampling()]
-    for model in (alone, several):
-        given = dict(max_new_tokens=14, sampling=settings)
-        plain = generate(model, prompts, **given)
-        drafts = Scripted(3, 3, 0, 1, draft=head())
-        out = generate(model, prompts, **given, drafts=drafts, text=TextOptions(chunk=4))
-        np.testing.assert_array_equal(out.tokens[[0, 2, 3]], plain.tokens[[0, 2, 3]])
-        assert out.drafting.tested.sum() > 0
-        assert out.drafting.length == 1 + out.drafting.accepted.sum() / out.drafting.rounds.sum()
+    given = dict(max_new_tokens=14, sampling=settings)
+    plain = generate(model, prompts, **given)
+    drafts = Scripted(3, 3, 0, 1, draft=head())
+    out = generate(model, prompts, **given, drafts=drafts, text=TextOptions(chunk=4))
+    np.testing.assert_array_equal(out.tokens[[0, 2, 3]], plain.tokens[[0, 2, 3]])
+    assert out.drafting.tested.sum() > 0
+    assert out.drafting.length == 1 + out.drafting.accepted.sum() / out.drafting.rounds.sum()
+
+
+def test_a_draft_head_expects_a_decoder():
     with pytest.raises(ValueError, match="draft: a draft head expects a decoder"):
         Engine(bag_of_words(1, 64, 0), slots=1, max_length=8, drafts=DraftControl(head()))
 
