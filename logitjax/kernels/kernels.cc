@@ -306,15 +306,17 @@ float ScaledDot(const float* even, const uint8_t* bytes, uint8_t flip, const Ste
 }
 
 #if defined(__AVX2__) && defined(__FMA__)
-// Compilers make half as fast a program of the loops above. Groups have 32 numbers: `dot` adds the
-// products of eight of a group, or of sixteen, to a register, and there are two.
+// Compilers make half as fast a program of the loops above. Groups have 32 numbers, `parts` times:
+// `dot` multiplies half of 32 and adds them up to eight, and there are registers for two halves.
 template <typename Step, typename Dot>
-float ScaledDot32(const Step* scales, int64_t groups, Dot dot) {
+float ScaledDot32(const Step* scales, int64_t groups, int64_t parts, Dot dot) {
   __m256 first = _mm256_setzero_ps(), second = _mm256_setzero_ps();
-  for (int64_t group = 0; group < groups; ++group) {
+  for (int64_t group = 0, part = 0; group < groups; ++group) {
     const __m256 scale = _mm256_set1_ps(Wide(scales[group]));
-    first = _mm256_fmadd_ps(scale, dot(group, 0), first);
-    second = _mm256_fmadd_ps(scale, dot(group, 1), second);
+    for (const int64_t stop = part + parts; part < stop; ++part) {
+      first = _mm256_fmadd_ps(scale, dot(part, 0), first);
+      second = _mm256_fmadd_ps(scale, dot(part, 1), second);
+    }
   }
   alignas(32) float lanes[8];
   _mm256_store_ps(lanes, _mm256_add_ps(first, second));
@@ -322,25 +324,26 @@ float ScaledDot32(const Step* scales, int64_t groups, Dot dot) {
 }
 
 template <typename Step>
-float ScaledDot32(const float* x, const int8_t* values, const Step* scales, int64_t groups) {
-  return ScaledDot32(scales, groups, [=](int64_t group, int64_t half) {
-    const auto part = [=](int64_t start) {
+float ScaledDot32(const float* x, const int8_t* values, const Step* scales, int64_t groups,
+                  int64_t parts) {
+  return ScaledDot32(scales, groups, parts, [=](int64_t part, int64_t half) {
+    const auto eight = [=](int64_t start) {
       const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + start));
       return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
     };
-    const int64_t i = group * 32 + half * 16;
-    const __m256 sum = _mm256_mul_ps(part(i), _mm256_loadu_ps(x + i));
-    return _mm256_fmadd_ps(part(i + 8), _mm256_loadu_ps(x + i + 8), sum);
+    const int64_t i = part * 32 + half * 16;
+    const __m256 sum = _mm256_mul_ps(eight(i), _mm256_loadu_ps(x + i));
+    return _mm256_fmadd_ps(eight(i + 8), _mm256_loadu_ps(x + i + 8), sum);
   });
 }
 
 template <typename Step>
 float ScaledDot32(const float* even, const uint8_t* bytes, uint8_t flip, const Step* scales,
-                  int64_t groups) {
-  const float* odd = even + groups * 16;
+                  int64_t groups, int64_t parts) {
+  const float* odd = even + groups * parts * 16;
   const __m256i flips = _mm256_set1_epi32(flip), low = _mm256_set1_epi32(15);
-  return ScaledDot32(scales, groups, [=](int64_t group, int64_t half) {
-    const int64_t i = group * 16 + half * 8;
+  return ScaledDot32(scales, groups, parts, [=](int64_t part, int64_t half) {
+    const int64_t i = part * 16 + half * 8;
     const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i));
     const __m256i both = _mm256_xor_si256(_mm256_cvtepu8_epi32(packed), flips);
     const __m256 evens = _mm256_cvtepi32_ps(_mm256_and_si256(both, low));
@@ -351,14 +354,15 @@ float ScaledDot32(const float* even, const uint8_t* bytes, uint8_t flip, const S
 }
 #else
 template <typename Step>
-float ScaledDot32(const float* x, const int8_t* values, const Step* scales, int64_t groups) {
-  return ScaledDot(x, values, scales, groups, 32);
+float ScaledDot32(const float* x, const int8_t* values, const Step* scales, int64_t groups,
+                  int64_t parts) {
+  return ScaledDot(x, values, scales, groups, 32 * parts);
 }
 
 template <typename Step>
 float ScaledDot32(const float* even, const uint8_t* bytes, uint8_t flip, const Step* scales,
-                  int64_t groups) {
-  return ScaledDot(even, bytes, flip, scales, groups, 16);
+                  int64_t groups, int64_t parts) {
+  return ScaledDot(even, bytes, flip, scales, groups, 16 * parts);
 }
 #endif
 
@@ -394,10 +398,10 @@ void CodedProducts(ffi::ThreadPool& pool, const float* x, const void* values, ff
       const int64_t start = i * width;
       if (count == 1) {
         const uint8_t* row = bytes + start / 2;
-        const bool usual = size == 32;
-        out[i] = nibbles ? usual ? ScaledDot32(halves.data(), row, flip, scale, groups)
+        const int64_t parts = size % 32 ? 0 : size / 32;
+        out[i] = nibbles ? parts ? ScaledDot32(halves.data(), row, flip, scale, groups, parts)
                                  : ScaledDot(halves.data(), row, flip, scale, groups, size / 2)
-                 : usual ? ScaledDot32(x, codes + start, scale, groups)
+                 : parts ? ScaledDot32(x, codes + start, scale, groups, parts)
                          : ScaledDot(x, codes + start, scale, groups, size);
         if (offsets || shift) out[i] += Dot<8>(sums.data(), offset.data(), offset.data(), groups);
         continue;

@@ -221,17 +221,18 @@ def test_row_products_equal_a_gather(rng, used, dtype):
     np.testing.assert_array_equal(one_by_one, products)
 
 
-# A scale for each 32 numbers, and one a row where the width is no multiple of 32.
-@pytest.mark.parametrize("width", [64, 40])
+# A scale for each 32 numbers or 64, and one a row where the width is no multiple.
+@pytest.mark.parametrize(("width", "group"), [(64, 32), (40, 32), (128, 64)])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", ["int8", "int4", "uint4"])
-def test_products_with_codes_are_those_of_their_matrix(rng, used, width, count, kind):
+def test_products_with_codes_are_those_of_their_matrix(rng, used, width, group, count, kind):
     matrix = rng.normal(size=(70, width)) * 10.0 ** rng.integers(-3, 3, size=(70, 1))
     x = rng.normal(size=(count, width)).astype(np.float32)
 
     @jax.jit
     def products(matrix, x):
-        codes = ops.Codes.of(matrix, "int8" if kind == "int8" else "int4")
+        bits = "int8" if kind == "int8" else "int4"
+        codes = ops.Codes.of(matrix, bits, group_size=group)
         if kind == "uint4":
             # As in a file: steps of 16 bits, from a minimum on; some are subnormal.
             halves = codes.scales.astype(jnp.float16)
