@@ -258,6 +258,8 @@ def test_a_search_goes_on_beyond_an_edge():
     assert min(settings.mix for settings, _ in searches["kl"][1]) == 0.0625
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_paper_preset_traces_on_a_mesh():
     """Phi-4's shape, 4K inputs, three sources: the whole update, abstractly."""
     paper = cli.build(graph_fusion.Config, graph_fusion.PRESETS["paper"])
