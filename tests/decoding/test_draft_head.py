@@ -82,9 +82,9 @@ def test_files_are_those_of_eagle_3(tmp_path, rank):
         DraftHead.load(tmp_path, wrong)
 
 
-@pytest.mark.parametrize(
-    "fused", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.every_change])]
-)
+@pytest.mark.slow
+@pytest.mark.every_change
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.many_programs("plain and drafted decoding of a line-up")
 def test_greedy_tokens_are_those_of_plain_decoding(fused):
     # Rings of 6 slots; between rounds plain steps, which the head has to catch up with.

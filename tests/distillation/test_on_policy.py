@@ -151,6 +151,8 @@ def test_what_is_written_is_the_same_on_one_device_and_on_eight(packed):
     np.testing.assert_array_equal(alone["pivot"]["tokens"], spread["pivot"]["tokens"])
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.many_programs("the parts of an update, outside the program that holds them")
 def test_the_students_own_text_is_not_learned_as_text_and_only_it_has_log_probs():
     class Sampled(distillation.Term):

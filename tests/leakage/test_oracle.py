@@ -161,6 +161,8 @@ def test_policies_name_their_mistakes():
         LogitPolicy(noise=-1.0)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.many_programs("called eagerly, each operation is one")
 def test_report_is_pure():
     policy = LogitPolicy(bias="reported", top_k=2, decimals=3)

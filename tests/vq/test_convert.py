@@ -144,6 +144,8 @@ def test_checkpoint_loads_back(conversion):
         vq.load_head(workdir)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.many_programs("converts a model, which is done in many steps")
 def test_converting_again_reads_what_is_there(model, conversion):
     result, workdir = conversion
