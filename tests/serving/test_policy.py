@@ -202,7 +202,6 @@ def test_what_a_draw_is_named_after_is_the_request_and_all_tokens_so_far():
 @pytest.mark.slow
 @pytest.mark.every_change
 @pytest.mark.many_programs("an engine is started with what it compiles")
-@pytest.mark.every_change
 def test_same_request_same_answer_and_one_charge(tmp_path):
     path = tmp_path / "audit.jsonl"
     token = float(np.log(VOCAB))
