@@ -57,7 +57,9 @@ class LineUp:
         return self.draft is not None and models.DraftHead.is_at(self.draft)
 
     def check(self) -> None:
-        """Refuse a drafter that does not exist, before anything is loaded."""
+        """Refuse models, files and drafters that are not there, before anything is loaded."""
+        for spec in (self.model, *self.expert, *self.base):
+            models.load_config(spec, quantize=self.quantize)
         if self.draft in ("expert", "base") and not getattr(self, self.draft):
             raise ValueError(f"draft: expected a model from --{self.draft}, got none")
         if self.draft not in (None, "expert", "base", "prompt") and not self._head_drafts:
@@ -74,9 +76,8 @@ class LineUp:
             shape, dtype = models.load_config(self.model), jnp.dtype(self.dtype)
             return decoding.DraftControl(models.DraftHead.load(self.draft, shape, dtype=dtype))
         mapping = fusion.vocabulary_map(tokenizer, models.load_tokenizer(self.draft))
-        model = self._one(self.draft)
         token_map = None if mapping.is_identity else mapping
-        return decoding.DraftControl(model, token_map=token_map)
+        return decoding.DraftControl(self._one(self.draft), token_map=token_map)
 
     def load(self) -> tuple[decoding.Ensemble, models.Tokenizer, tuple[int, ...]]:
         """Load the models, as `decoding.load_ensemble` returns them."""

@@ -48,12 +48,20 @@ def find_checkpoint(spec: str) -> epath.Path:
     return path
 
 
-def load_config(spec: str) -> DecoderConfig:
-    """The configuration of a model, without its weights. `spec` as for `load_model`."""
-    if tiny_seed(spec) is not None:
+def load_config(spec: str, *, quantize: str | None = None) -> DecoderConfig:
+    """The configuration of a model, without its weights. Arguments as for `load_model`."""
+    path = _find(spec, quantize)
+    if path is None:
         return tiny_config()
-    path = find_checkpoint(spec)
     return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))
+
+
+def _find(spec: str, quantize: str | None = None) -> epath.Path | None:
+    """Where a model's files are; None for `'tiny'`."""
+    path = None if tiny_seed(spec) is not None else find_checkpoint(spec)
+    if quantize == "file" and (path is None or path.is_dir()):
+        raise ValueError(f"quantize: 'file' expects a GGUF file, got {spec}")
+    return path
 
 
 def _read_generation(path: epath.Path) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def load_sampling(spec: str) -> dict[str, float]:
     >>> load_sampling("tiny")
     {}
     """
-    path = None if tiny_seed(spec) is not None else find_checkpoint(spec)
+    path = _find(spec)
     if path is None or not path.is_dir():
         return {}
     raw = _read_generation(path)
@@ -152,18 +160,15 @@ def load_model(
         ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """
     progress.mark(f"loading {spec}", log=True)
-    seed, keep = tiny_seed(spec), quantize == "file"
-    path = None if seed is not None else find_checkpoint(spec)
-    if keep and (path is None or path.is_dir() or layout != "listed" or mesh is not None):
-        kind = "a GGUF file, in layout 'listed' without a mesh"
-        raise ValueError(f"quantize: 'file' expects {kind}, got {spec} in {layout!r}")
+    path, keep = _find(spec, quantize), quantize == "file"
+    if keep and (layout != "listed" or mesh is not None):
+        raise ValueError(f"quantize: 'file' expects 'listed' without a mesh, got {layout!r}")
     if path is None:
-        model = tiny_decoder(np.uint32(seed or 0))
+        model = tiny_decoder(np.uint32(tiny_seed(spec) or 0))
         return model if quantize is None else _quantize.quantize(model, quantize)
     source: TensorSource
     if path.is_dir():
-        config = _directory_config(path)
-        source = SafetensorsSource(path)
+        config, source = _directory_config(path), SafetensorsSource(path)
         tensors = hf_tensors(config)
     else:
         source = GgufSource(path)

@@ -11,6 +11,7 @@ from logitjax.commands import _flags, generate
 from logitjax.commands.line_up import LineUp
 from logitjax.commands.strategies import strategy
 from logitjax.models import load_model, load_tokenizer
+from logitjax.testing._family import write_gguf
 from tests.models._marks import with_mark
 
 FEW = dict(max_new_tokens=6)
@@ -141,6 +142,8 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         path.write_text(text)
         return str(path)
 
+    write_gguf(load_model("tiny"), tmp_path / "m.gguf")
+    gguf = dict(model=str(tmp_path / "m.gguf"), fusion="contrastive", base=("tiny",))
     small, pair = dict(expert=("tiny",)), dict(expert=("tiny",), base=("tiny",))
     for message, values in (
         ("base: expected a model, which ProxyTuning needs", dict(fusion="proxy", **small)),
@@ -155,12 +158,13 @@ def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
         ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
         ("dynamic:num: expected a whole number", dict(fusion="dynamic:num=2.5", **pair)),
         ("draft: expected a model from --expert", dict(draft="expert")),
+        ("quantize: 'file' expects a GGUF file, got tiny", dict(quantize="file", **gguf)),
         ("base_prompt: expected a model from --base", dict(base_prompt="a")),
         ("draft: expected a model from --expert", dict(draft="expert", assistant=directory)),
         ("system: expected a chat template that takes it", dict(system="a", complete=True)),
         ("system: expected a chat template that takes it", dict(system="a")),
     ):
-        assert message in refused(model=directory, **values)
+        assert message in refused(**{"model": directory, **values})
     for message, values in (
         ("stop_pattern: expected a regular expression, ", dict(stop_pattern="(")),
         ("stop_pattern: 'a*' matches an empty text", dict(stop_pattern="a*")),

@@ -23,6 +23,7 @@ def test_a_server_is_called_by_its_folder_and_says_what_its_answers_tell(
     configs, lines = [], []
     monkeypatch.setattr(LineUp, "load", lambda self: (None, None, ()))
     monkeypatch.setattr(LineUp, "longest", 64)
+    monkeypatch.setattr("logitjax.models.load_config", lambda *_, **__: None)
     monkeypatch.setattr(serving, "build_app", lambda *given, **_: configs.append(given[-1]))
     monkeypatch.setattr(serving.Listening, "serve", lambda self, app: None)
     monkeypatch.setattr(serve.logging, "set_verbosity", lambda level: None)

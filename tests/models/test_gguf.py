@@ -217,6 +217,9 @@ def test_a_model_is_served_from_its_own_blocks(tmp_path, monkeypatch, name, kind
 
 def test_only_a_gguf_file_on_one_device_has_blocks_to_keep(tmp_path):
     write_gguf(load_model("tiny"), tmp_path / "m.gguf")
-    for spec, layout in (("tiny", "listed"), (str(tmp_path / "m.gguf"), "stacked")):
-        with pytest.raises(ValueError, match="quantize: 'file' expects a GGUF file, in layout"):
+    for spec, layout, expected in (
+        ("tiny", "listed", "a GGUF file, got tiny"),
+        (str(tmp_path / "m.gguf"), "stacked", "'listed' without a mesh, got 'stacked'"),
+    ):
+        with pytest.raises(ValueError, match=f"quantize: 'file' expects {expected}"):
             load_model(spec, layout=layout, quantize="file")
