@@ -308,16 +308,26 @@ float ScaledDot(const float* even, const uint8_t* bytes, uint8_t flip, const Ste
 }
 
 #if defined(__AVX2__) && defined(__FMA__)
-// Compilers make half as fast a program of the loops above. Groups have 32 numbers, `parts` times:
-// `dot` multiplies half of 32 and adds them up to eight, and there are registers for two halves.
-template <typename Step, typename Dot>
-float ScaledDot32(const Step* scales, int64_t groups, int64_t parts, Dot dot) {
+// Compilers make half as fast a program of the loops above, and a third where groups are not whole
+// lanes. Groups have `size` numbers, a multiple of 8, and without `kRest` of 32: from a number on,
+// `dot` multiplies 16 and adds them up to eight, and `few` multiplies 8.
+template <bool kRest, typename Step, typename Dot, typename Few>
+float ScaledDot8(const Step* scales, int64_t groups, int64_t size, Dot dot, Few few) {
   __m256 first = _mm256_setzero_ps(), second = _mm256_setzero_ps();
-  for (int64_t group = 0, part = 0; group < groups; ++group) {
+  for (int64_t group = 0, i = 0; group < groups; ++group) {
     const __m256 scale = _mm256_set1_ps(Wide(scales[group]));
-    for (const int64_t stop = part + parts; part < stop; ++part) {
-      first = _mm256_fmadd_ps(scale, dot(part, 0), first);
-      second = _mm256_fmadd_ps(scale, dot(part, 1), second);
+    const int64_t stop = i + size;
+    for (; kRest ? i + 32 <= stop : i < stop; i += 32) {
+      first = _mm256_fmadd_ps(scale, dot(i), first);
+      second = _mm256_fmadd_ps(scale, dot(i + 16), second);
+    }
+    if (kRest && i + 16 <= stop) {
+      first = _mm256_fmadd_ps(scale, dot(i), first);
+      i += 16;
+    }
+    if (kRest && i < stop) {
+      second = _mm256_fmadd_ps(scale, few(i), second);
+      i += 8;
     }
   }
   alignas(32) float lanes[8];
@@ -326,46 +336,56 @@ float ScaledDot32(const Step* scales, int64_t groups, int64_t parts, Dot dot) {
 }
 
 template <typename Step>
-float ScaledDot32(const float* x, const int8_t* values, const Step* scales, int64_t groups,
-                  int64_t parts) {
-  return ScaledDot32(scales, groups, parts, [=](int64_t part, int64_t half) {
-    const auto eight = [=](int64_t start) {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + start));
-      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    };
-    const int64_t i = part * 32 + half * 16;
-    const __m256 sum = _mm256_mul_ps(eight(i), _mm256_loadu_ps(x + i));
-    return _mm256_fmadd_ps(eight(i + 8), _mm256_loadu_ps(x + i + 8), sum);
-  });
+float ScaledDot8(const float* x, const int8_t* values, const Step* scales, int64_t groups,
+                 int64_t size) {
+  const auto eight = [=](int64_t start) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + start));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  };
+  const auto few = [=](int64_t i) { return _mm256_mul_ps(eight(i), _mm256_loadu_ps(x + i)); };
+  const auto dot = [=](int64_t i) {
+    return _mm256_fmadd_ps(eight(i + 8), _mm256_loadu_ps(x + i + 8), few(i));
+  };
+  return size % 32 ? ScaledDot8<true>(scales, groups, size, dot, few)
+                   : ScaledDot8<false>(scales, groups, size, dot, few);
 }
 
 template <typename Step>
-float ScaledDot32(const float* even, const uint8_t* bytes, uint8_t flip, const Step* scales,
-                  int64_t groups, int64_t parts) {
-  const float* odd = even + groups * parts * 16;
+float ScaledDot8(const float* even, const uint8_t* bytes, uint8_t flip, const Step* scales,
+                 int64_t groups, int64_t size) {
+  const float* odd = even + groups * size / 2;
   const __m256i flips = _mm256_set1_epi32(flip), low = _mm256_set1_epi32(15);
-  return ScaledDot32(scales, groups, parts, [=](int64_t part, int64_t half) {
-    const int64_t i = part * 16 + half * 8;
-    const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i));
+  const __m256i half = _mm256_setr_epi32(-1, -1, -1, -1, 0, 0, 0, 0);
+  const auto product = [=](__m128i packed, __m256 evens, __m256 odds) {
     const __m256i both = _mm256_xor_si256(_mm256_cvtepu8_epi32(packed), flips);
-    const __m256 evens = _mm256_cvtepi32_ps(_mm256_and_si256(both, low));
-    const __m256 odds = _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4));
-    const __m256 sum = _mm256_mul_ps(evens, _mm256_loadu_ps(even + i));
-    return _mm256_fmadd_ps(odds, _mm256_loadu_ps(odd + i), sum);
-  });
+    const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_and_si256(both, low)), evens);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4)), odds, sum);
+  };
+  const auto dot = [=](int64_t i) {
+    const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i / 2));
+    return product(packed, _mm256_loadu_ps(even + i / 2), _mm256_loadu_ps(odd + i / 2));
+  };
+  const auto few = [=](int64_t i) {
+    int32_t packed;
+    std::memcpy(&packed, bytes + i / 2, sizeof(packed));
+    return product(_mm_cvtsi32_si128(packed), _mm256_maskload_ps(even + i / 2, half),
+                   _mm256_maskload_ps(odd + i / 2, half));
+  };
+  return size % 32 ? ScaledDot8<true>(scales, groups, size, dot, few)
+                   : ScaledDot8<false>(scales, groups, size, dot, few);
 }
 #else
 template <typename Step>
-float ScaledDot32(const float* x, const int8_t* values, const Step* scales, int64_t groups,
-                  int64_t parts) {
-  return ScaledDot(x, values, scales, groups, 32 * parts);
+float ScaledDot8(const float* x, const int8_t* values, const Step* scales, int64_t groups,
+                 int64_t size) {
+  return ScaledDot(x, values, scales, groups, size);
 }
 
 template <typename Step>
-float ScaledDot32(const float* even, const uint8_t* bytes, uint8_t flip, const Step* scales,
-                  int64_t groups, int64_t parts) {
-  return parts == 1 ? ScaledDot<16>(even, bytes, flip, scales, groups, 16)
-                    : ScaledDot(even, bytes, flip, scales, groups, 16 * parts);
+float ScaledDot8(const float* even, const uint8_t* bytes, uint8_t flip, const Step* scales,
+                 int64_t groups, int64_t size) {
+  return size == 32 ? ScaledDot<16>(even, bytes, flip, scales, groups, 16)
+                    : ScaledDot(even, bytes, flip, scales, groups, size / 2);
 }
 #endif
 
@@ -401,11 +421,10 @@ void CodedProducts(ffi::ThreadPool& pool, const float* x, const void* values, ff
       const int64_t start = i * width;
       if (count == 1) {
         const uint8_t* row = bytes + start / 2;
-        const int64_t parts = size % 32 ? 0 : size / 32;
-        out[i] = nibbles ? parts ? ScaledDot32(halves.data(), row, flip, scale, groups, parts)
-                                 : ScaledDot(halves.data(), row, flip, scale, groups, size / 2)
-                 : parts ? ScaledDot32(x, codes + start, scale, groups, parts)
-                         : ScaledDot(x, codes + start, scale, groups, size);
+        out[i] = nibbles ? size % 8 ? ScaledDot(halves.data(), row, flip, scale, groups, size / 2)
+                                    : ScaledDot8(halves.data(), row, flip, scale, groups, size)
+                 : size % 8 ? ScaledDot(x, codes + start, scale, groups, size)
+                            : ScaledDot8(x, codes + start, scale, groups, size);
         if (offsets || shift) out[i] += Dot<8>(sums.data(), offset.data(), offset.data(), groups);
         continue;
       }
