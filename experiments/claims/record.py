@@ -88,10 +88,14 @@ def make(
     chosen: int = 0,
     edge: bool = False,
 ) -> Record:
-    """A record of a setting; if `tried` has validation scores, the first seeds chose by them."""
+    """A record of a setting; if `tried` has validation scores, the first seeds chose by them.
+
+    Raises:
+        ValueError: values of a metric that are not one for each unit.
+    """
     chooses = len(tried) > 0 and seed < setting.choosers
     numbers = {n: v if isinstance(v, str) else digits(v) for n, v in values.items()}
-    return Record(
+    record = Record(
         arm=arm,
         seed=seed,
         role="trial" if chooses else "report",
@@ -107,6 +111,9 @@ def make(
         count=len(units),
         values=numbers,
     )
+    for metric in record.values:
+        record.of(metric)
+    return record
 
 
 def names_digest(names: Sequence[Any]) -> str:
