@@ -207,6 +207,11 @@ def test_a_planted_fault_is_named(sound, tmp_path, fault):
     assert any(named in line for line in faults), faults
 
 
+def test_a_record_needs_a_value_for_each_unit():
+    with pytest.raises(ValueError, match="ours-1: right: expected 40 units, got 39"):
+        records_of.make(SETTING, "ours", 1, {"right": [0.0] * 39}, units=range(40), examples=8)
+
+
 def test_an_interval_sees_seeds_and_units():
     rng = np.random.default_rng(0)
     seed, unit = rng.normal(size=(8, 1)), rng.normal(size=(1, 30))
