@@ -223,8 +223,7 @@ def test_row_products_equal_a_gather(rng, used, dtype):
 
 # A scale for each 32 numbers, 64 or 56, and one a row where the width is no multiple.
 @pytest.mark.parametrize(
-    ("width", "group", "count"),
-    [(64, 32, 1), (128, 64, 1), (112, 56, 1), (36, 32, 1), (36, 32, 3)],
+    ("width", "group", "count"), [(64, 32, 1), (128, 64, 1), (112, 56, 1), (36, 32, 1), (36, 32, 3)]
 )
 @pytest.mark.parametrize("kind", ["int8", "int4", "uint4"])
 def test_products_with_codes_are_those_of_their_matrix(rng, used, width, group, count, kind):
