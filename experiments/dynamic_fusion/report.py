@@ -27,9 +27,9 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     """Writes `report.md`, `metrics.jsonl` and plots; returns the text to print."""
     seeds = results["seeds"]
     tables = []
-    for domain in ("domain", "task"):
+    for which, domain in (("first", "domain"), ("second", "task")):
         for name in seeds[0]["single"][domain]:
-            title = f"One expert, of the {_which(domain)} domain, on {_TITLES[name]}"
+            title = f"One expert, of the {which} domain, on {_TITLES[name]}"
             tables.append((title, single_table(seeds, domain, name)))
     for name in seeds[0]["several"]:
         title = f"Both experts, on {_TITLES[name]}"
@@ -52,10 +52,6 @@ _NOTES = (
     "ceiling / x for perplexities; it is high for the untouched model too. `static` is "
     "proxy-tuning with the alpha that was best on validation data of the expert's own domain."
 )
-
-
-def _which(domain: str) -> str:
-    return {"domain": "first", "task": "second"}[domain]
 
 
 def _setting(config: Config, seeds: Sequence[Any]) -> str:

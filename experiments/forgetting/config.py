@@ -89,6 +89,9 @@ class Config:
             method_of(name)
         if not self.rates or min(self.rates) <= 0:
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
+        known = {"target", "control", "retrained", *self.method}
+        if wrong := [one for one in self.only if not {one, one.rpartition("-")[0]} & known]:
+            raise ValueError(f"only: expected some of {sorted(known)}, got {wrong[0]!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
 

@@ -267,7 +267,7 @@ def _stacked(
     dtype: Any,
 ) -> list[np.ndarray]:
     """Slices of an array, each with one reader per entry of the first axis."""
-    out = [guard.aligned(_sliced_shape(shape, index), dtype) for index in indices]
+    out = [guard.aligned(np.broadcast_to(0, shape)[index].shape, dtype) for index in indices]
     spans = [range(*index[0].indices(len(readers))) for index in indices]
     for number, read in enumerate(readers):
         items = [i for i, span in enumerate(spans) if number in span]
@@ -288,10 +288,6 @@ def _placed(
     distinct = {str(index): index for index in needed}
     parts = dict(zip(distinct, fetch(list(distinct.values())), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])
-
-
-def _sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
-    return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
 
 
 def _layers_of(keys: Path, config: DecoderConfig, layout: str) -> tuple[list[int | None], Path]:

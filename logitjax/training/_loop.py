@@ -150,7 +150,7 @@ def train_loop(
                 if last or _due(step, options.checkpoint_every):
                     save(step)
                 # All processes stop after the same step, or one would wait for the others forever.
-                if told_to_stop(step) and not last:
+                if not last and told_to_stop(step):
                     save(step)
                     if checkpointer is not None:
                         checkpointer.wait()

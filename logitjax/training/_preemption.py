@@ -25,8 +25,9 @@ class Preempted(SystemExit):
 def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
     """Return a function that tells, once per step, whether to save and stop now.
 
-    A second SIGTERM ends a single process at once. With several processes, JAX's preemption service
-    makes all answer yes at the same step after a SIGTERM to any, so all must ask at every step.
+    A second SIGTERM ends a single process at once; one that no answer told of does at the end. With
+    several processes, JAX's preemption service makes all answer yes at the same step after a
+    SIGTERM to any, so all must ask at every step.
 
     >>> with watch_for_preemption() as told_to_stop:
     ...     told_to_stop(1)
@@ -36,7 +37,7 @@ def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
         # JAX has its own handler for SIGTERM, which ours would replace.
         yield multihost_utils.reached_preemption_sync_point
         return
-    event = threading.Event()
+    event, told = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # No handler can be set here.
         yield lambda step: False
@@ -47,8 +48,15 @@ def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
         event.set()
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
+    def told_to_stop(step: int) -> bool:
+        if event.is_set():
+            told.set()
+        return told.is_set()
+
     signal.signal(signal.SIGTERM, handle)
     try:
-        yield lambda step: event.is_set()
+        yield told_to_stop
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+    if event.is_set() and not told.is_set():
+        signal.raise_signal(signal.SIGTERM)

@@ -302,10 +302,6 @@ def _certified_head(sample: _Sample) -> tuple[ScreenedHead, list[float]]:
     return head, []
 
 
-def _paged_head(sample: _Sample) -> tuple[PagedHead, list[float]]:
-    return PagedHead.fit(sample.head, sample.hidden, sample.targets, imitate=sample.imitate)
-
-
 def _linear(codes: Codes, bias: Array | None) -> LinearHead:
     vocab, width = codes.values.shape
     return LinearHead(width, vocab, kernel=dataclasses.replace(codes, outer_axis=1), bias=bias)
@@ -319,7 +315,7 @@ _KINDS: dict[str, Any] = {
     "int8": _coded_head,
     "int4": _coded_head,
     "certified": _certified_head,
-    "paged": _paged_head,
+    "paged": lambda s: PagedHead.fit(s.head, s.hidden, s.targets, imitate=s.imitate),
 }
 _SIZES = {"vq": "num_codes", "screened": "candidates", "certified": "candidates"}
 

@@ -52,6 +52,12 @@ def test_parts_are_made_one_by_one_and_the_report_shows_those_that_are_there(tmp
     assert (workdir / "report.md").read_text() == text
 
 
+def test_a_part_that_no_run_has_is_refused():
+    assert configured(only=("difference-1", "retrained")).only
+    with pytest.raises(ValueError, match="only: expected some of"):
+        configured(only=("control,target",))
+
+
 def test_what_is_forgotten_is_taught_to_the_target_alone():
     scene = load_scene(configured())
     assert len(scene.parts["forget"]) == 8

@@ -465,3 +465,20 @@ def test_tensorboard_forgets_what_came_after_the_step_that_a_run_resumes_at(tmp_
     writer.write_scalars(4, {"loss": 1.0})
     writer.close()
     assert purged == [None, 4]
+
+
+def test_a_request_to_stop_that_no_step_could_answer_stands():
+    heard = []
+    former = signal.signal(signal.SIGTERM, lambda *_: heard.append("told"))
+    try:
+        with training.watch_for_preemption() as told_to_stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert told_to_stop(1)
+        assert not heard  # The loop was told, and has ended by itself.
+        # As when the last checkpoint is being written.
+        with training.watch_for_preemption() as told_to_stop:
+            assert not told_to_stop(1)
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == ["told"]
+    finally:
+        signal.signal(signal.SIGTERM, former)
