@@ -35,7 +35,8 @@ def run(options: suite.Options) -> suite.Result:
         second = models.load(other, layout="listed")
     readers = [decoding.ByteEnsemble(pair, most=8, least=1e-4) for pair in (first, second)]
     source = "text:LICENSE" if smoke else "tfds:wiki_summaries"
-    texts = [text for text in _texts(source) if len(text) >= _READ + _SCORED]
+    encoded = (example["text"].encode() for example in data.load_examples(source))
+    texts = [text for text in encoded if len(text) >= _READ + _SCORED]
     rng = np.random.default_rng(0)
     rows = []
     for seed in range(1 if smoke else _SEEDS):
@@ -65,10 +66,6 @@ def run(options: suite.Options) -> suite.Result:
     return suite.Result(
         rows=rows, bars=[suite.at_least("bits a byte gained, lower end", float(low), 0.0)]
     )
-
-
-def _texts(source: str) -> list[bytes]:
-    return [example["text"].encode() for example in data.load_examples(source)]
 
 
 def _scores(readers: Any, text: bytes, count: int) -> np.ndarray:

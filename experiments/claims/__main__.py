@@ -53,12 +53,18 @@ def shared(claims: Iterable[Claim], setting: Setting) -> Setting:
 
 def take(setting: Setting, workdir: pathlib.Path) -> None:
     """Runs a setting's command unless its folder is finished, and writes its records."""
-    command = [sys.executable, *shlex.split(setting.command)[1:], f"--workdir={workdir}"]
-    subprocess.run(command, check=True, cwd=ROOT)
     made = importlib.import_module(f"experiments.{setting.experiment}.claims")
-    # All or none: a half-written set could not be judged.
-    for record in list(made.records(setting, workdir)):
-        records_of.write(record, records_of.RECORDS / setting.records)
+    folder, flag = records_of.RECORDS / setting.records, setting.arm_flag
+    left = [(arm,) for arm in setting.arms if not any(folder.glob(f"{arm}-[0-9]*.json"))]
+    for arms in left if flag else [setting.arms]:
+        command = [sys.executable, *shlex.split(setting.command)[1:], f"--workdir={workdir}"]
+        subprocess.run([*command, *(f"--{flag}={a}" for a in arms if flag)], check=True, cwd=ROOT)
+        part = setting.contrasts[0].model_copy(update={"first": arms, "second": ()})
+        # All or none: a half-written set could not be judged.
+        for record in list(
+            made.records(setting.model_copy(update={"contrasts": (part,)}), workdir)
+        ):
+            records_of.write(record, folder)
 
 
 def main(argv: list[str]) -> None:

@@ -62,7 +62,7 @@ def _of_claim(claim: Claim) -> Iterator[str]:
 
 def _of_setting(setting: Setting, folder: pathlib.Path) -> Iterator[str]:
     path = folder / setting.records
-    if not records_of.made(path):
+    if not records_of.made(path, setting):
         return
     try:
         arms = records_of.read(path)

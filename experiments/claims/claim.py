@@ -84,6 +84,7 @@ class Setting(_Strict):
         units: The things that records have values for.
         contrasts: The numbers that decide.
         hours: CPU-hours of all runs; an estimate until they are made.
+        arm_flag: The flag that takes an arm, if each arm is a part whose records are written alone.
     """
 
     records: str
@@ -96,6 +97,7 @@ class Setting(_Strict):
     contrasts: tuple[Contrast, ...]
     hours: float
     choosers: Annotated[int, pydantic.Field(ge=1)] = 1
+    arm_flag: str = ""
 
     @property
     def command(self) -> str:
@@ -170,7 +172,7 @@ class Claim(_Strict):
 
 def digest(setting: Setting) -> str:
     """Digest a record's settings; thresholds changed after a run no longer match it."""
-    decided = setting.model_dump(mode="json", exclude={"hours"}, exclude_defaults=True)
+    decided = setting.model_dump(mode="json", exclude={"hours", "arm_flag"}, exclude_defaults=True)
     # Contrasts belong to the claim: a record serves several claims.
     del decided["contrasts"]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]

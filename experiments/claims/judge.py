@@ -118,7 +118,9 @@ def judge(
     """
     entries: dict[str, list[statistics.Estimate]] = {}
     for name, claim in claims.items():
-        if claim.settings and all(records_of.made(folder / one.records) for one in claim.settings):
+        if claim.settings and all(
+            records_of.made(folder / one.records, one) for one in claim.settings
+        ):
             entries[name] = [
                 estimate(contrast, setting, records_of.read(folder / setting.records))
                 for setting in claim.settings

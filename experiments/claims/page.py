@@ -72,7 +72,9 @@ def text(claims: Mapping[str, Claim]) -> str:
                 "seeds, units": f"{setting.seeds}, {setting.units.n} {setting.units.of}",
             }
             for claim in paper
-            for (setting, contrast), effect in zip(_contrasts(claim), claim.verdict.effects)
+            for (setting, contrast), effect in zip(
+                [(s, c) for s in claim.settings for c in s.contrasts], claim.verdict.effects
+            )
         ]
         if effects:
             parts.append(markdown_table(effects))
@@ -88,10 +90,6 @@ def text(claims: Mapping[str, Claim]) -> str:
         if pods:
             parts.append("What decides at the paper's scale:\n\n" + "\n".join(pods))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
-
-
-def _contrasts(claim: Claim):
-    return [(setting, one) for setting in claim.settings for one in setting.contrasts]
 
 
 def _why(claim: Claim) -> str:

@@ -134,9 +134,10 @@ def write(record: Record, folder: pathlib.Path) -> None:
     (folder / f"{record.arm}-{record.seed}.json").write_text(f"{{\n{lines}\n}}\n")
 
 
-def made(folder: pathlib.Path) -> bool:
-    """Whether there are records; an unfinished run has only promised its thresholds."""
-    return any(path.name != THRESHOLDS for path in folder.glob("*.json"))
+def made(folder: pathlib.Path, setting: Setting) -> bool:
+    """Whether there are records, of all arms where each is a part; thresholds are only promised."""
+    arms = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.json")}
+    return bool(arms) and (not setting.arm_flag or arms >= {*setting.arms})
 
 
 def read(folder: pathlib.Path) -> Mapping[str, list[Record]]:

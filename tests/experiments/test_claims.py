@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from experiments.claims import __main__ as command
 from experiments.claims import check, judge, page, statistics
 from experiments.claims import claim as claims_of
 from experiments.claims import record as records_of
@@ -205,6 +206,31 @@ def test_a_planted_fault_is_named(sound, tmp_path, fault):
     plant(tmp_path / "docs")
     faults = check.faults(tmp_path / "docs")
     assert any(named in line for line in faults), faults
+
+
+def test_arms_are_run_in_parts_and_judged_when_all_are_there(tmp_path, monkeypatch):
+    parts = SETTING.model_copy(update={"arm_flag": "arm"})
+    assert claims_of.digest(parts) == claims_of.digest(SETTING)
+    for seed in range(6):
+        records_of.write(record("ours", seed), tmp_path / "toy")
+    assert records_of.made(tmp_path / "toy", SETTING)
+    assert not records_of.made(tmp_path / "toy", parts)
+    commands = []
+
+    class Toy:
+        @staticmethod
+        def records(setting, workdir):
+            return [record(arm, seed) for arm in setting.arms for seed in range(6)]
+
+    monkeypatch.setattr(records_of, "RECORDS", tmp_path)
+    monkeypatch.setattr(command.subprocess, "run", lambda words, **_: commands.append(words[-1]))
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: Toy)
+    command.take(parts, tmp_path / "work")
+    command.take(parts, tmp_path / "work")  # Nothing is left.
+    assert commands == ["--arm=theirs"]
+    assert records_of.made(tmp_path / "toy", parts)
+    command.take(SETTING, tmp_path / "work")
+    assert commands[1:] == [f"--workdir={tmp_path / 'work'}"]
 
 
 def test_a_record_needs_a_value_for_each_unit():

@@ -65,7 +65,7 @@ def covering(values: Mapping[str, Sequence[Any]], count: int, seed: int) -> list
                 places = draw.sample(range(len(values[key])), len(values[key]))
                 row[key] = max(
                     places,
-                    key=lambda index: sum(_pair((key, index), o) in missing for o in row.items()),
+                    key=lambda i: sum(tuple(sorted(((key, i), o))) in missing for o in row.items()),
                 )
             new = sum(pair in missing for pair in itertools.combinations(sorted(row.items()), 2))
             if new > gain:
@@ -73,10 +73,6 @@ def covering(values: Mapping[str, Sequence[Any]], count: int, seed: int) -> list
         missing -= set(itertools.combinations(sorted(best.items()), 2))
         out.append({key: values[key][index] for key, index in best.items()})
     return out
-
-
-def _pair(a: tuple[str, int], b: tuple[str, int]) -> tuple:
-    return (a, b) if a < b else (b, a)
 
 
 def _pairs(values: Mapping[str, Sequence[Any]]) -> list[tuple]:
