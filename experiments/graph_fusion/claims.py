@@ -12,16 +12,16 @@ from experiments.graph_fusion import arms
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record for each arm and seed of a finished run at one number of layers; seed 0 chose."""
+    """A record for each arm and seed of a finished run at one number of layers; seed 0 chose, if there was a choice."""
     config = json.loads((workdir / "config.json").read_text())
     for arm in setting.arms:
         paths = sorted(workdir.glob(f"drop-*/{arm}/**/outcome.json"))
         runs = [json.loads(path.read_text()) for path in paths]
         tried = [(_settings(run), run["validation_loss"]) for run in runs if not run["seed"]]
-        best = min(range(len(tried)), key=lambda number: tried[number][1])
-        edge = arms.at_edge(tried[best][0], tried)
+        best = min(range(len(tried)), key=lambda number: tried[number][1], default=0)
+        edge = bool(tried) and arms.at_edge(tried[best][0], tried)
         scored = {run["seed"]: run for run in runs if "bits" in run}
-        for seed in range(setting.seeds + 1):
+        for seed in range(0 if tried else 1, setting.seeds + 1):
             values = np.divide(scored[seed]["bits"], scored[seed]["bytes"]) if seed else []
             yield make(
                 setting,
