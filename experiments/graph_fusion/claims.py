@@ -12,7 +12,7 @@ from experiments.graph_fusion import arms
 
 
 def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
-    """A record for each arm and seed of a finished run at one number of layers; seed 0 chose, if there was a choice."""
+    """A record for each arm and seed of a run at one number of layers; seed 0 chose, if any did."""
     config = json.loads((workdir / "config.json").read_text())
     for arm in setting.arms:
         paths = sorted(workdir.glob(f"drop-*/{arm}/**/outcome.json"))
