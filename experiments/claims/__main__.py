@@ -55,7 +55,8 @@ def take(setting: Setting, workdir: pathlib.Path) -> None:
     """Runs a setting's command unless its folder is finished, and writes its records."""
     made = importlib.import_module(f"experiments.{setting.experiment}.claims")
     folder, flag = records_of.RECORDS / setting.records, setting.arm_flag
-    left = [(arm,) for arm in setting.arms if not any(folder.glob(f"{arm}-[0-9]*.json"))]
+    counts = {arm: len([*folder.glob(f"{arm}-[0-9]*.json")]) for arm in setting.arms}
+    left = [(arm,) for arm, count in counts.items() if count < setting.seeds]
     for arms in left if flag else [setting.arms]:
         command = [sys.executable, *shlex.split(setting.command)[1:], f"--workdir={workdir}"]
         subprocess.run([*command, *(f"--{flag}={a}" for a in arms if flag)], check=True, cwd=ROOT)

@@ -229,6 +229,11 @@ def test_arms_are_run_in_parts_and_judged_when_all_are_there(tmp_path, monkeypat
     command.take(parts, tmp_path / "work")  # Nothing is left.
     assert commands == ["--arm=theirs"]
     assert records_of.made(tmp_path / "toy", parts)
+    # An arm that a kill left half-written is read again.
+    for seed in (4, 5):
+        (tmp_path / "toy" / f"theirs-{seed}.json").unlink()
+    command.take(parts, tmp_path / "work")
+    assert commands.pop() == "--arm=theirs"
     command.take(SETTING, tmp_path / "work")
     assert commands[1:] == [f"--workdir={tmp_path / 'work'}"]
 
