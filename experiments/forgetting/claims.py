@@ -45,8 +45,8 @@ def records(setting: Setting, workdir: pathlib.Path) -> Iterator[Record]:
                 seed,
                 values,
                 units=range(setting.units.n),
-                # Four rows to forget and four to keep in a step.
-                examples=8 * run["shown"]["step"],
+                # Four rows to forget and sixteen to keep in a step.
+                examples=20 * run["shown"]["step"],
                 updates=run["shown"]["step"],
                 tried=scores,
                 chosen=best,

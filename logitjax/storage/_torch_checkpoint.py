@@ -104,9 +104,7 @@ _MODULE = StandIn(lambda: _Script())
 
 
 def _named(module: str, name: str) -> Any:
-    if module.partition(".")[0] == "__torch__":
-        return _MODULE
-    return _ALLOWED.get((module, name))
+    return _MODULE if module.partition(".")[0] == "__torch__" else _ALLOWED.get((module, name))
 
 
 def _new_storage(pid: Any, storages: dict[str, _Storage]) -> _Storage:

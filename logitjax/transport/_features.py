@@ -141,9 +141,7 @@ def drop_negative(ids: Any) -> jax.Array:
 
 
 def gather_positions(x: jax.Array, axis: int, axis_name: str | None) -> jax.Array:
-    if axis_name is None:
-        return x
-    return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 
 def scatter_columns(

@@ -137,17 +137,23 @@ class Looks:
                  if (rows := questions.in_way("forget", w))}  # fmt: skip
         if questions.rows["reworded"]:
             rows_of["in words chosen by"] = questions.encoded["reworded"]
-        entries: dict[str, np.ndarray] = {}
+        last: dict[str, float] = {}
+        looked: dict[float, dict[str, np.ndarray]] = {}
 
-        def excess(strength: float) -> float:
-            model = self.training.at(trained, strength)
+        def excess(strength: float, *, whole: bool = False) -> float:
+            # The way that elicits most comes first: what misses the goal needs no others.
+            model, entries = self.training.at(trained, strength), looked.setdefault(strength, {})
             try:
-                for way, rows in rows_of.items():
-                    entries[way] = np.exp(-questions.mean_nll(model, rows))
+                for way in sorted(rows_of, key=lambda way: -last.get(way, 0.0)):
+                    if way not in entries:
+                        entries[way] = np.exp(-questions.mean_nll(model, rows_of[way]))
+                    last[way] = goal.excess({way: entries[way]})[way]
+                    if not whole and not goal.met(last[way]):
+                        break
             except ValueError as error:  # losses that are not finite
                 logging.warning("step %d, strength %.3g: %s", at["step"], strength, error)
                 return float("nan")
-            return float(np.max([*goal.excess(entries).values()]))
+            return max(goal.excess(entries).values())
 
         if method.assistant:
             alphas = method.most_strength * _RATIO ** -np.arange(_ALPHAS)[::-1].astype(np.float32)
@@ -180,8 +186,8 @@ class Looks:
             most = method.most_strength
             strength, result = matched_strength(excess, goal, most=most, without=self.excess_before)
             if np.isfinite(result):
-                # Answers at that strength.
-                excess(strength)
+                result = excess(strength, whole=True)
+            entries = looked.get(strength, {})
         if not np.isfinite(result):
             return diverged(at)
         model = self.training.at(trained, strength)

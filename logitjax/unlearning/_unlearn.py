@@ -185,11 +185,9 @@ class Unlearning:
         return self._training.at(self._training.read(candidate), candidate["strength"])
 
     def _examined(self, side: Deployed, **options: Any) -> dict[str, Any]:
-        config = self.config
+        config, reference = self.config, next(iter(self._references), None)
         options |= dict(thorough=config.thorough, samples=config.samples)
-        examined = examine(
-            side, self.questions, reference=next(iter(self._references), None), **options
-        )
+        examined = examine(side, self.questions, reference=reference, **options)
         if config.thorough:
             examined["attacks"] |= relearned(side, self.questions)
         return examined
@@ -253,11 +251,10 @@ class Unlearning:
             key=lambda c: (-c["round"], -min(c["probability"], 1.0), c["step"]),
         )
         heard: dict[tuple[int, int], Mapping[str, Any]] = {}
-        chosen = None
         for candidate in ranked:
             at = candidate["round"], candidate["step"]
             heard[at] = self._looks.heard(candidate)
             if not heard[at]["broken"]:
-                chosen = heard[at]
                 break
+        chosen = next((one for one in heard.values() if not one["broken"]), None)
         return [heard.get((c["round"], c["step"]), c) for c in candidates], chosen
