@@ -416,8 +416,8 @@ class Scheduler:
         return rows
 
     def _hand_out(self, emitted: Any, slots: Sequence[int]) -> None:
-        active = self.engine.active
-        stopped = np.asarray(self.engine.state.stopped)
+        active, state = self.engine.active, self.engine.state
+        stopped, left = np.asarray(state.stopped).tolist(), np.asarray(state.left).tolist()
         for structure, slot in zip(self._tokens(emitted), slots, strict=True):
             job = self._jobs[slot]
             if job is None:
@@ -429,12 +429,11 @@ class Scheduler:
                     tokens = [token.id for token in structure]
                     job.mask = self._masks.submit(job.follower.take, tokens)
                     job.asked = time.monotonic()
-            if ended and structure:
-                structure[-1] = dataclasses.replace(
-                    structure[-1], last=True, stopped=bool(stopped[slot])
-                )
-            # A row ends without a token if its logits are nan, or -inf everywhere.
-            job.give(structure or [ApiError(500, "the model gave no probabilities")] * ended)
+            # Logits that are nan, or -inf everywhere, end a row before its time.
+            fails = ended and not (structure and (stopped[slot] or left[slot] == 0))
+            if ended and not fails:
+                structure[-1] = dataclasses.replace(structure[-1], last=True, stopped=stopped[slot])
+            job.give([*structure, *[ApiError(500, "the model gave no probabilities")] * fails])
             if ended:
                 self._jobs[slot] = None
                 spent = time.monotonic() - self._started[slot]

@@ -16,7 +16,7 @@ from logitjax.leakage import LogitPolicy
 from logitjax.models import DraftHead
 from logitjax.serving import ServerConfig
 from logitjax.serving._policy import Disclosure
-from logitjax.serving._scheduler import Job, Prompt, Scheduler
+from logitjax.serving._scheduler import Job, Prompt, Scheduler, Token
 from tests._marks import EVERY_CHANGE
 from tests.decoding._bags import bag_of_words
 from tests.decoding._models import decoder
@@ -186,31 +186,35 @@ def test_drafted_answers_are_those_of_plain_decoding(draft):
         scheduler.submit(jobs[:1])
         scheduler.submit(jobs[1:])
         async with asyncio.timeout(120):
-            return [[(await job.tokens.get()).id for _ in range(12)] for job in jobs]
+            return [[await job.tokens.get() for _ in range(12)] for job in jobs]
 
     scheduler.start()
     try:
         answers = asyncio.run(ask())
     finally:
         scheduler.close()
-    assert answers == generate(model, prompts, max_new_tokens=12).rows()
+    ids = [[token.id for token in tokens] for tokens in answers]
+    assert ids == generate(model, prompts, max_new_tokens=12).rows()
+    assert [[token.last for token in tokens] for tokens in answers] == [[False] * 11 + [True]] * 2
     stats = scheduler.engine.rounds.stats
     assert stats[2 if drafts.draft == "prompt" else 1].sum() > 0
 
 
-def test_a_row_without_probabilities_ends_in_an_error():
+@pytest.mark.parametrize("tokens", [[], [Token(3, None, ()), Token(5, None, ())]])
+def test_a_row_without_probabilities_ends_in_an_error(tokens):
     received = []
     job = SimpleNamespace(follower=None, give=received.extend)
-    state = SimpleNamespace(stopped=np.array([False]))
+    # Not at an end mark, and with tokens left.
+    state = SimpleNamespace(stopped=np.array([False]), left=np.array([4]))
     scheduler = SimpleNamespace(
         engine=SimpleNamespace(active=np.array([False]), state=state),
         _jobs=[job],
-        _tokens=lambda emitted: [[]],
+        _tokens=lambda emitted: [list(tokens)],
         _started=[time.monotonic()],
         _seconds=0.0,
     )
     Scheduler._hand_out(scheduler, None, [0])
     assert scheduler._jobs == [None]
-    assert [(error.status, str(error)) for error in received] == [
-        (500, "the model gave no probabilities")
-    ]
+    *given, error = received
+    assert given == tokens
+    assert (error.status, str(error)) == (500, "the model gave no probabilities")
