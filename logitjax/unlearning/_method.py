@@ -238,12 +238,14 @@ class TwoSided(Method):
         return (*self.reads, *self.retains[self.retain].needs)
 
     def forget(self, read: Read) -> tuple[jax.Array, jax.Array | None]:
-        """Losses of tokens or whole answers, and a mask of those that count; None for all."""
+        """Losses of tokens or answers, and a mask of those that count; None for all not empty."""
         raise TypeError(f"{self.name}: expected `forget`, its loss on rows to forget")
 
     def loss(self, read: Read, state: Any) -> tuple[jax.Array, Means]:
         values, where = self.forget(read)
-        means = {"forget": masked_mean(values, where)}
+        where = read.where("forget") if where is None else where
+        counts = where.any(-1) if values.ndim < where.ndim else where
+        means = {"forget": masked_mean(values, counts)}
         loss = self.forget_weight * means["forget"]
         kept = self.retains[self.retain].values(read)
         if kept is not None:

@@ -211,3 +211,24 @@ def test_a_multiplier_grows_while_its_constraint_is_broken_and_never_below_nothi
         assert seen[-1] == pytest.approx(max(0.0, expected), rel=1e-4)
     assert seen[0] == 1.0
     assert seen[-1] > seen[1] > 1.0
+
+
+class Sums(Read):
+    """Summed losses of answers, of which the last has no token."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def where(self, side):
+        return np.arange(4) < np.array([[4], [2], [0]])[: self.rows]
+
+    def answer_nll(self, side, *, before=False):
+        shift = (2.0 if side == "forget" else 1.0) * (not before)
+        return np.array([5.0 + shift, 3.0 - shift, 0.0], np.float32)[: self.rows]
+
+
+@pytest.mark.parametrize("name", ["npo", "simnpo(retain='none')", "idk_dpo(retain='none')"])
+def test_an_answer_without_a_token_counts_in_no_mean(name):
+    method = unlearning.METHODS.parse(name)
+    (all_rows, _), (answers, _) = (method.loss(Sums(rows), None) for rows in (3, 2))
+    assert float(all_rows) == float(answers) != 0.0

@@ -48,7 +48,7 @@ class SimNPO(TwoSided):
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
         checks.shapes(nll=(nll, "any *same"), lengths=(lengths, "any *same"))
-        # An answer without a token counts as one of one token.
+        # An answer without a token, which no mean counts, is not 0 / 0.
         return preference(nll / jnp.maximum(lengths, 1) - self.delta, self.beta)
 
     def forget(self, read: Read) -> Any:
