@@ -53,7 +53,9 @@ class Run:
         """Everything that the report shows, from the parts that exist or are requested."""
         config = self.config
         results: Record = {"methods": {}}
-        results["target"] = self._part("target", lambda: self._asked(Deployed(model=self.target)))
+        results["target"] = self._part(
+            "target", lambda: self._asked(Deployed(model=self.target), never=True)
+        )
         names = [f"retrained-{n}" for n in range(config.retrained)] or ["control"]
         results["controls"] = [self._part(name, functools.partial(self._control, name))
                              for name in names]  # fmt: skip
@@ -131,18 +133,16 @@ class Run:
             raise ValueError(f"only: other seeds of {name} need the part {name}-0")
         return first
 
-    def _asked(self, model: Deployed, *, first: Record | None = None) -> Record:
-        """Test a model, attack it, and teach it again."""
+    def _asked(self, model: Deployed, first: Record | None = None, never: bool = False) -> Record:
+        """Test a model, attack it, and teach it again; with `never`, ask what none was taught."""
         # Other seeds than the first relearn at the rate at which the most came back there.
         config, questions = self.config, self.questions
         thorough, rates = config.thorough and first is None, config.relearn_rates
         if first is not None:
             rates = (max(first["relearning"], key=lambda point: point["others"])["rate"],)
+        reference = Deployed(model=self.start) if thorough else None
         examined = unlearning.examine(
-            model,
-            questions,
-            thorough=thorough,
-            reference=Deployed(model=self.start) if thorough else None,
+            model, questions, thorough=thorough, never=never, reference=reference
         )
         entries = {part: texts[:_SHOWN] for part, texts in examined["answers"].items()}
         record: Record = {
