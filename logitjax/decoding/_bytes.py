@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.decoding._cached_model import CachedModel
+from logitjax.decoding._ensemble import Ensemble
 from logitjax.decoding._requests import bucket
 from logitjax.models import Tokenizer
 from logitjax.ops import log_softmax
@@ -60,7 +61,9 @@ class _Reader:
 
     def begin_anew(self) -> None:
         self.text, self.lost, self._trunk, self._whole = b"", 0.0, 0, list[int]()
-        self._cache = self.model.init_cache(_ROWS, self._room)
+        # Paths go back to the trunk, further than a window's ring keeps.
+        plan = Ensemble(self.model).plan.with_ring_slack(self._room)
+        self._cache = plan.init_cache(_ROWS, self._room)[0]
 
     def begin(self, prompt: Sequence[int]) -> None:
         self.begin_anew()

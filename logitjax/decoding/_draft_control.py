@@ -104,9 +104,7 @@ class DraftControl:
             gains[length] = expected_tokens(self.acceptance, length) * plain / cost
         best = max(gains, key=lambda length: gains[length])
         losses = 1 if gains[best] > _NEAR else min(max(1, self._losses), _LOSSES)
-        if gains[best] > 1 or self._lost < _LOSS / losses * self._spent:
-            return best
-        return 0
+        return best if gains[best] > 1 or self._lost < _LOSS / losses * self._spent else 0
 
     def record(
         self,

@@ -55,7 +55,10 @@ class Member:
         length: int,
     ) -> Proposal:  # fmt: skip
         group = dataclasses.replace(plan.groups[self.group], streams=(0,))
-        ids = _Ids(lambda x: jnp.asarray(plan.read(x)[self.stream]), plan.at_large)
+        ids = _Ids(
+            lambda x: jnp.asarray(plan.read(x)[self.stream]),
+            lambda x: _as_wide(plan.at_large(x), plan.vocab_size),
+        )
         stored, at = self.own(state.cache[self.group]), state.lengths[self.stream]
         fed, positions = state.token[:, None], at[:, None]
         tokens, warm, drafted = _drawn(
@@ -96,7 +99,7 @@ class Beside:
             last = self.plan.vocab_size - 1
             ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
         else:
-            ids = _Ids(mapping.to_small, mapping.to_large)
+            ids = _Ids(mapping.to_small, lambda x: _as_wide(mapping.to_large(x), plan.vocab_size))
         # Includes the token before: if all drafts were accepted, the last has not been read. What
         # was read as drafts, with streams of the drafter, is read again.
         window = jnp.arange(-length if self.on_features else -1, 1)

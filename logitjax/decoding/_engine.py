@@ -155,7 +155,7 @@ class Engine:
             ValueError: for a slot that does not exist, or a request longer than ``max_length``.
         """
         streams = self.streams_of(request)
-        tokens, positions = left_padded([streams])
+        tokens, positions = left_padded([streams], self._room)
         # The row's cache of another prompt is never seen: later positions are masked.
         arguments = (self.plan, self.options, self.params, (self._row,), tokens, positions, None)
         logits, (self._row,), _ = read_piece(*arguments, report=False)
@@ -197,7 +197,7 @@ class Engine:
         """
         if len(requests) != self.slots:
             raise ValueError(f"requests: expected {self.slots}, got {len(requests)}")
-        tokens, positions = left_padded([self.streams_of(r) for r in requests])
+        tokens, positions = left_padded([self.streams_of(r) for r in requests], self._room)
         cache = self.plan.init_cache(self.slots, self._room)
         state = fresh_rows(self.plan, self.options, requests, cache=cache, **self._given)
         self._state, emitted = _prefill_all(

@@ -271,7 +271,7 @@ class PromptReader:
             return []
         plain = [row for row in turns if not self._reading(row).report]
         # With two of four rows reading, separate pieces waste less than half of a common one.
-        if len(self._rows) > 1 and 2 * len(plain) > len(self._rows):
+        if len(self._rows) > 1 and 2 * len(plain) > len(self._rows) and turns[0] in plain:
             pieces = [plain]
         else:
             # Short prompts one after the other, or a long one.

@@ -82,9 +82,9 @@ def bucket(length: int, smallest: int = 16) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def left_padded(rows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(rows: Sequence[Sequence[np.ndarray]], most: int = 2**31) -> tuple[Any, Any]:
     """``rows[row][stream]`` as int32 tokens and positions ``[streams, rows, time]``; -1 pads."""
-    time = bucket(max(len(prompt) for row in rows for prompt in row))
+    time = min(bucket(max(len(prompt) for row in rows for prompt in row)), most)
     tokens = np.zeros((len(rows[0]), len(rows), time), np.int32)
     positions = np.full_like(tokens, -1)
     for i, row in enumerate(rows):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, AxisName, checks, log_softmax
+from logitjax.ops import Array, AxisName, checks, log_softmax, logsumexp
 
 # Text that tokenizers often split or normalise differently: spaces, digits, case, accents, code,
 # emoji; compatibility characters, which NFKC replaces, and ends of lines. Not combining accents:
@@ -152,16 +152,13 @@ class OverlapFusion:
             )
         checks.shapes(logits_large=(logits_large, "float *batch vocab"))
         checks.where(vocab_where, logits_large.shape, "vocab_where")
-        size = logits_large.shape[-1]
-        if size < self.token_map.large_size:
-            raise ValueError(
-                f"logits_large: expected at least {self.token_map.large_size} entries, got {size}"
-            )
-        large = jnp.asarray(logits_large)[..., : self.token_map.large_size]
+        size, known = logits_large.shape[-1], self.token_map.large_size
+        if size < known:
+            raise ValueError(f"logits_large: expected at least {known} entries, got {size}")
         if vocab_where is not None:
-            vocab_where = jnp.broadcast_to(vocab_where, logits_large.shape)[
-                ..., : self.token_map.large_size
-            ]
+            vocab_where = jnp.broadcast_to(vocab_where, logits_large.shape)[..., :known]
+        large = jnp.asarray(logits_large)[..., :known]
+        log_z = logsumexp(large, vocab_where=vocab_where)[..., None]
         # A leading axis of length 0 means no models, not no rows.
         experts, bases = (
             None
@@ -179,7 +176,10 @@ class OverlapFusion:
             models = jnp.concatenate(items) != _NOWHERE
             present = models.all(0) | ~models.any(0)
             vocab_where = present if vocab_where is None else present & vocab_where
-        fused, info = self.strategy(large, experts, bases, vocab_where=vocab_where)
+        fused, info = self.strategy(large - log_z, experts, bases, vocab_where=vocab_where)
+        # Off the overlap only a difference of two small models cancels.
+        lost = jnp.isfinite(fused) & (jnp.abs(fused) > 1e20)
+        fused = jnp.where(lost, large, fused + log_z)
         padding = [(0, 0)] * (fused.ndim - 1) + [(0, size - large.shape[-1])]
         return jnp.pad(fused, padding, constant_values=-jnp.inf), info
 

@@ -37,9 +37,7 @@ def masked_mean(
     # In bf16 a sum of ones stops at 256.
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     checks.where(where, values.shape)
-    if where is None:
-        where = jnp.ones(values.shape, bool)
-    where = jnp.broadcast_to(where, values.shape)
+    where = jnp.broadcast_to(True if where is None else where, values.shape)
     # Selected, not multiplied: 0 times inf is nan.
     total = jnp.where(where, values, 0.0).sum()
     return total / jnp.maximum(where.sum(), 1)

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -193,12 +194,13 @@ class Scheduler:
             self._wake.notify()
 
     def _queued(self) -> int:
-        return sum(map(len, [*self._waiting, *self._reading.values()]))
+        return sum(not job.cancelled for job in self._behind())
+
+    def _behind(self) -> Iterator[Job]:
+        return itertools.chain(*self._waiting, *self._reading.values())
 
     def _everybody(self) -> Iterator[Job]:
-        for group in [*self._waiting, *self._reading.values()]:
-            yield from group
-        yield from (job for job in self._jobs if job is not None)
+        return itertools.chain(self._behind(), filter(None, self._jobs))
 
     def _run(self) -> None:
         try:

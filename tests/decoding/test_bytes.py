@@ -1,5 +1,7 @@
 """Bytes from models of tokens, against sums over all paths of tokens."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models as backends
 
 from logitjax import fusion
-from logitjax.decoding import ByteEnsemble
+from logitjax.decoding import ByteEnsemble, CachedModel
 from logitjax.models import Tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
+from tests.decoding._models import decoder
 
 TEXTS = ["a", "b", "ab", "ba", "abb", "</s>"]
 
@@ -151,3 +154,19 @@ def test_the_union_of_the_likeliest_tokens():
         pairs[0], experts=pairs[1:], bases=pairs[:1], fuse=fusion.ProxyTuning(alpha=1.0)
     )
     assert proxy.generate_union("", max_tokens=1, top=2) == "b"
+
+
+def test_a_text_longer_than_a_window_keeps_the_model_s_law():
+    """A path goes back further than a ring of 6 slots keeps, with slack or without."""
+    texts = [*"abcdef", *(a + b for a in "abcdef" for b in "abcdef"), "</s>"]
+    tokens = tokenizer(texts + [f"x{n}" for n in range(64 - len(texts))])
+    model = CachedModel.of(decoder())
+    slack = dataclasses.replace(model.init_cache, ring_slack=64)
+    laws = []
+    for each in (model, dataclasses.replace(model, init_cache=slack)):
+        both = ByteEnsemble((each, tokens), max_length=64)
+        both.begin("")
+        for byte in b"abcdefabcdefabcdef":
+            both.feed(bytes([byte]))
+        laws.append(both.probs())
+    np.testing.assert_allclose(*laws, atol=1e-5)

@@ -182,3 +182,9 @@ def test_wrong_requests_are_named(engine):
     with pytest.raises(ValueError, match="expected 3"):
         plain.prefill_all([Request(prompt=[1], max_new_tokens=1)])
     assert engine.prefill(0, Request(prompt=[1] * 16, max_new_tokens=17)).tokens.shape == (1,)
+
+
+def test_a_prompt_that_fits_is_read_though_its_bucket_does_not():
+    small = Engine(decoder(), slots=1, max_length=24)
+    first = small.prefill(0, Request(prompt=list(range(1, 19)), max_new_tokens=4))
+    assert np.asarray(first.valid).all()

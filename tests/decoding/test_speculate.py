@@ -279,13 +279,15 @@ def test_small_models_with_other_token_ids_draft():
     mapping = TokenMap(np.argsort(order), 64)
     fuse = fusion.OverlapFusion(strategy=fusion.ProxyTuning(alpha=0.5), token_map=mapping)
     base = (apply_fn, 0 * params, empty)
-    model = Ensemble((apply_fn, params, empty), experts=[small], bases=[base], fuse=fuse)
+    # The large model's vocabulary is padded, as embeddings often are.
+    large = (apply_fn, np.pad(params, (0, 2)), empty)
+    model = Ensemble(large, experts=[small], bases=[base], fuse=fuse)
     plain = generate(model, PROMPTS, max_new_tokens=8)
-    drafts = DraftControl(lengths=2)
-    out = generate(model, PROMPTS, max_new_tokens=8, drafts=drafts)
-    np.testing.assert_array_equal(out.tokens, plain.tokens)
-    # With ids mapped, the small model is the large one.
-    np.testing.assert_array_equal(out.drafting.accepted, out.drafting.tested)
+    for drafts in (DraftControl(lengths=2), DraftControl(small, 2, token_map=mapping)):
+        out = generate(model, PROMPTS, max_new_tokens=8, drafts=drafts)
+        np.testing.assert_array_equal(out.tokens, plain.tokens)
+        # With ids mapped, the small model is the large one.
+        np.testing.assert_array_equal(out.drafting.accepted, out.drafting.tested)
 
 
 def test_a_draft_that_agrees_is_always_accepted():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from logitjax import fusion
 from logitjax.fusion import DynamicFusion, OverlapFusion, ProxyTuning, vocabulary_map
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import Tokenizer
@@ -167,3 +168,17 @@ def test_maps_are_checked():
         fuse(np.zeros(3, np.float32), *np.zeros((2, 4), np.float32))
     with pytest.raises(ValueError, match="axis_name='tensor'"):
         fuse(*np.zeros((3, 4), np.float32), axis_name="tensor")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [fusion.LogitDifference(), fusion.Guidance(weight=1.5), fusion.ContrastiveDecoding()],
+)
+def test_a_token_of_the_large_model_alone_keeps_its_logit(strategy):
+    """Its probability beside that of a shared token, where the small model says the same of all."""
+    fuse = jax.jit(OverlapFusion(strategy=strategy, token_map=TokenMap(np.array([0, 1, 2, -1]), 3)))
+    large, small = np.array([3, 1, 0, -8], np.float32), np.zeros(3, np.float32)
+    pair = (small[None], None) if isinstance(strategy, fusion.LogitDifference) else (None, small)
+    fused = np.asarray(fuse(large, *pair)[0])
+    assert fused.argmax() == 0
+    assert np.isneginf(fused[3]) or fused[3] == -8

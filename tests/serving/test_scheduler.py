@@ -218,3 +218,10 @@ def test_a_row_without_probabilities_ends_in_an_error(tokens):
     *given, error = received
     assert given == tokens
     assert (error.status, str(error)) == (500, "the model gave no probabilities")
+
+
+def test_clients_that_left_do_not_wait():
+    jobs = [[SimpleNamespace(cancelled=gone) for gone in group] for group in ([1, 0], [0], [1])]
+    scheduler = SimpleNamespace(_waiting=jobs[:1], _reading={0: jobs[1], 1: jobs[2]})
+    scheduler._behind = lambda: Scheduler._behind(scheduler)
+    assert Scheduler._queued(scheduler) == 2
