@@ -258,10 +258,8 @@ def _transform(values, log_z, mean, std, logits):
         unit = jax.lax.stop_gradient(_positive(std))
         z = (0.125 * values - 0.125 * mean[..., None]) / (0.125 * unit)[..., None]
         z = z / (_positive(std) / unit)[..., None]
-    elif logits == "softmax":
-        z = jnp.exp(values - log_z[..., None])
     else:
-        z = values
+        z = jnp.exp(values - log_z[..., None]) if logits == "softmax" else values
     return jnp.where(real, z, 0.0)
 
 

@@ -64,6 +64,8 @@ class Part:
             seen = where if seen is None else seen
         if seen is None or seen.shape != where.shape:
             return seen
+        if type(self.term).labels_seen is not Term.labels_seen:  # chunks of rows with any label
+            where = where.any(axis=-1, keepdims=True)
         return seen & where if seen.dtype == jnp.bool_ else jnp.where(where, seen, 0.0)
 
     def weigh(self, where: Any, counts: Mapping[str, Any]) -> None:

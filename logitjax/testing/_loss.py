@@ -368,8 +368,7 @@ class _Loss:
 
     def in_float64(self, name: str) -> Callable[[Any], Any]:
         wide = {n: x.astype(np.float64) if n in self.floats else x for n, x in self.arrays.items()}
-        run = jax.jit(lambda x: self.fn(**{**wide, name: x}))
-        return run
+        return jax.jit(lambda x: self.fn(**{**wide, name: x}))
 
     def on_devices(self, name: str, kind: AxisType, inside: bool = False) -> None:
         batch = next(x.shape[0] for n, x in self.arrays.items() if n not in self.shared)

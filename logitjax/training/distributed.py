@@ -69,10 +69,8 @@ def initialize(
     env = os.environ
     if coordinator_address is None:
         coordinator_address = env.get("JAX_COORDINATOR_ADDRESS")
-    if num_processes is None:
-        num_processes = _integer("JAX_NUM_PROCESSES")
-    if process_id is None:
-        process_id = _integer("JAX_PROCESS_ID")
+    num_processes = _integer("JAX_NUM_PROCESSES") if num_processes is None else num_processes
+    process_id = _integer("JAX_PROCESS_ID") if process_id is None else process_id
     result = cluster if cluster != "auto" else _detect()
     if process_id is None and coordinator_address and result != "slurm":
         process_id = _integer("JOB_COMPLETION_INDEX")
@@ -180,15 +178,11 @@ def _detect() -> str | None:
     tpu = any(pathlib.Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
     if tpu and (not platforms or "tpu" in platforms) and importlib.util.find_spec("libtpu"):
         return "tpu"
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return "k8s"
-    return None
+    return "k8s" if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env else None
 
 
 def _slurm_devices() -> list[int] | None:
     """All GPUs of the node if it runs one task; JAX would give that task only the first one."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
-    if tasks == "1" and gpus.isdigit() and int(gpus) > 1:
-        return list(range(int(gpus)))
-    return None
+    return list(range(int(gpus))) if tasks == "1" and gpus.isdigit() and int(gpus) > 1 else None

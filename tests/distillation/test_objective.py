@@ -19,6 +19,8 @@ from logitjax.distillation import (
     Vocabularies,
     parse_terms,
 )
+from logitjax.distillation._part import Part
+from logitjax.distillation.terms import ALM
 from logitjax.distillation.training import _distill
 from logitjax.distillation.training._source import Source
 from tests._compiled import compiled
@@ -339,3 +341,12 @@ def test_a_student_is_known_by_its_weights_and_by_what_of_it_moves():
     # Adapters begin with random numbers, which only their shape decides.
     adapted = [fingerprint(one, ["b"], lora={"q": np.full(4, x)}) for x in (0.0, 1.0)]
     assert adapted[0] == adapted[1] != first
+
+
+def test_all_chunks_of_a_row_with_a_prompt_count_and_none_of_a_row_without_a_label():
+    where = np.array([np.arange(12) >= 6, np.zeros(12, bool)])
+    chunks = types.SimpleNamespace(where=np.arange(12) < np.array([[4], [3]]), ids=None)
+    numbers = dict(weight=1.0, number=0, share=1.0, mean_share=1.0, params=None, teacher=None)
+    fields = dict(attributes={"chunks": chunks}, columns={"where": where})
+    part = Part(name="alm", term=ALM(), **fields, **numbers)
+    assert part.seen.sum(axis=-1).tolist() == [4, 0]

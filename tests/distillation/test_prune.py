@@ -1,13 +1,16 @@
 """Pruning drops what does nothing: exact answers on decoders whose useless parts are known."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from logitjax import losses, models
-from logitjax.distillation import prune_layers, prune_width
+from logitjax.distillation import Student, prune_layers, prune_width
 from logitjax.distillation.training import _prune
+from logitjax.distillation.training._prune import LayerPruning
 from logitjax.models._tiny import tiny_config
 from tests._marks import EVERY_CHANGE
 from tests._modules import call, with_weights
@@ -133,3 +136,17 @@ def test_widths_that_do_not_exist_are_named(options):
 def test_the_cosine_by_hand():
     x, y = np.float32([[3, 0], [0, 0], [1e30, 1e30]]), np.float32([[3, 3], [1, 2], [0, -2e-20]])
     np.testing.assert_allclose(jax.jit(_prune._cosine)(x, y), [0.5**0.5, 0, -(0.5**0.5)], rtol=1e-6)
+
+
+def test_what_is_below_the_cut_is_counted_through_the_whole_model():
+    # Windows in the third layer alone: segments of two layers, of one, and of one.
+    config = dataclasses.replace(tiny_config(layers=4), windows=(None, None, 8, None))
+    model = with_weights(lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+    assert len(model.segments) > 1
+    below = LayerPruning(kept=(0, 1, 3), dropped=(2,), scores=()).below
+    student = Student.of(model, freeze=below)
+    names = {
+        name.split("/attention")[0] for name in student.trained["model"] if "attention" in name
+    }
+    assert len(names) == 2
+    assert not any(name.startswith("segments/0") for name in names)

@@ -331,7 +331,8 @@ def _check_seen(
 
 def _identity(objective: Objective, course: Course) -> str:
     terms = "+".join(f"{term!r}:{weight:g}" for term, weight in objective.terms)
-    return f"{terms}, rate {course.learning_rate:g}, seed {course.seed}, {course.steps} steps"
+    rate = f"rate {course.learning_rate:g}, warmup {course.warmup}, decay {course.weight_decay}"
+    return f"{terms}, {rate}, {course.steps} steps of {course.batch_size}, seed {course.seed}"
 
 
 def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:

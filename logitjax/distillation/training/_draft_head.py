@@ -100,6 +100,7 @@ class DraftTraining:
         loss, size = _Loss(self, head, model), course.batch_size
         constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
         steps, rate = course.steps, course.learning_rate
+        order = f"{steps}, {rate}, {size}, {course.seed}, {course.warmup}, {course.weight_decay}"
         schedule = training.Schedule(rate, warmup=int(course.warmup * steps), total_steps=steps)
         tx = schedule.optimizer(weight_decay=course.weight_decay)
         kinds: Any = dict(mesh=mesh, accumulate=course.accumulate)
@@ -129,7 +130,7 @@ class DraftTraining:
                 checkpointer=checkpointer,
                 eval_fn=score if course.loop.eval_every else None,
                 writer=writer,
-                identity={**train.made_from, "draft": repr(self), "course": f"{steps}, {rate}"},
+                identity={**train.made_from, "draft": repr(self), "course": order},
                 options=course.loop,
             )
         return loss.head(processes.local_copy(state.params))

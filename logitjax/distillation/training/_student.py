@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -83,7 +84,8 @@ class Student:
         if head_basis is not None:
             # Frozen `basis` and trained `mix` replace it.
             del flat["head/kernel"]
-        stays = set(flat) if lora_rank else _matching(flat, freeze)
+        names = _numbered(flat, model)
+        stays = set(flat) if lora_rank else {names[n] for n in _matching(names, freeze)}
         frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
         trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
         if lora_rank:
@@ -198,6 +200,13 @@ def _thinned(arrays: Any) -> Any:
         return leaf[tuple(slice(None, None, max(1, size // 8)) for size in leaf.shape)]
 
     return jax.tree.map(thin, arrays)
+
+
+def _numbered(names: Iterable[str], model: models.Decoder) -> dict[str, str]:
+    """Names by those that count listed layers through the whole model, not in each segment."""
+    sizes = [len(s.layers) if model.layout == "listed" else 0 for s in model.segments]
+    first, of = [0, *itertools.accumulate(sizes)], re.compile(r"(segments/(\d+)/layers/)(\d+)")
+    return {of.sub(lambda m: f"{m[1]}{first[int(m[2])] + int(m[3])}", n): n for n in names}
 
 
 def _matching(names: Iterable[str], freeze: str | None) -> set[str]:

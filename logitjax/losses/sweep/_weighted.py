@@ -125,7 +125,7 @@ def kept_block(sweep: Sweep, operands: Operands, index, logits):
 def _backward(sweep: Sweep, saved, cotangents):
     # Forward formed the gradients for a cotangent of 1; this only scales them.
     (grads, losses), (cotangent, _) = saved, cotangents
-    d_hidden, d_head = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
+    d_hidden, d_head = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), grads)
     student = Projection(d_hidden, d_head, None)
     return Operands(student, None, None, None), cotangent * losses
 
