@@ -142,10 +142,7 @@ def slice_of(start: str | None, stop: str | None, length: int) -> slice:
     def position(text: str | None, default: int) -> int:
         if text is None:
             return default
-        if text.endswith("%"):
-            value = round(int(text[:-1]) * length / 100)
-        else:
-            value = int(text)
+        value = round(int(text[:-1]) * length / 100) if text.endswith("%") else int(text)
         return min(length, max(0, value + length if value < 0 else value))
 
     return slice(position(start, 0), position(stop, length))

@@ -83,9 +83,7 @@ def _ending(
 ) -> int:
     """Number of characters after the last message that end its turn, before the next begins."""
     changed = None if after is None else _changed(render, messages, len(messages) - 1, after)
-    if after is None or changed is None:
-        return 0
-    return _common(after[changed[1] :], rest)
+    return 0 if after is None or changed is None else _common(after[changed[1] :], rest)
 
 
 def _common(one: str, other: str) -> int:

@@ -71,8 +71,7 @@ class Tokenizer:
                 None for a text from its beginning, as the model expects it.
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        if add_bos is None:
-            add_bos = self.add_bos
+        add_bos = self.add_bos if add_bos is None else add_bos
         # Chat templates spell the token out.
         if not add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids

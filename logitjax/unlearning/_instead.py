@@ -56,11 +56,10 @@ def invented(
             sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
             stop_ids=() if end is None else (end,),
         )
-        texts = [
-            tokenizer.decode(list(map(int, ids)), skip_special=True).strip() for ids in out.rows()
-        ]
+        said = (tokenizer.decode([*map(int, ids)], skip_special=True) for ids in out.rows())
         # Each once, in order.
-        texts = [text for text in dict.fromkeys(texts) if text]
+        texts = [*filter(None, dict.fromkeys(map(str.strip, said)))]
         alike = rouge([row.answer] * len(texts), texts).f1 if texts else []
-        items.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
+        others = [text for text, score in zip(texts, alike) if score <= _ALIKE]
+        items.append(others or refusals(1, seed=seed + number))
     return items

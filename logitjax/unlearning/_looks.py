@@ -166,10 +166,8 @@ class Looks:
                 ))
                 for way, rows in rows_of.items()
             }  # fmt: skip
-            curve = np.asarray([
-                np.max([*goal.excess({way: rows[i] for way, rows in curves.items()}).values()])
-                for i in range(len(alphas))
-            ])  # fmt: skip
+            columns = [{way: rows[i] for way, rows in curves.items()} for i in range(len(alphas))]
+            curve = np.asarray([np.max([*goal.excess(column).values()]) for column in columns])
             # The smallest strength that meets the goal, interpolated between two in logarithms.
             at_goal = np.flatnonzero(curve <= goal.aim)
             which = int(at_goal[0] if len(at_goal) else np.argmin(np.nan_to_num(curve, nan=1e9)))

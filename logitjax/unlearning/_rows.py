@@ -150,8 +150,8 @@ def _rows_of(raw: Any) -> list[Row]:
         answers = raw.get(name)
         if isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers):
             # Answers to one question go into one part.
-            group = raw.get("group") or raw.get("question") or raw.get("prompt")
-            group = group if isinstance(group, str | int) else None
+            names = [raw.get(name) for name in ("group", "question", "prompt")]
+            group = next((name for name in names if isinstance(name, str | int)), None)
             return [_row({**raw, "group": group, name: answer}) for answer in answers]
     return [_row(raw)]
 

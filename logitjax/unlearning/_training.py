@@ -183,7 +183,6 @@ class Training:
 
         timed()  # may compile
         a_token = timed() / sum(len(ids) for ids, _ in self.questions.encoded["validation"])
-        # Forward and backward through these layers.
         share = 3 * config.num_layers / self.model.config.num_layers
         logging.info(
             "training takes about %.1f GiB at its peak, and at most %.0f minutes for %d steps",

@@ -196,7 +196,6 @@ class Unlearning:
         questions, model = self.questions, self._identity
         if model is None:
             weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
-            # A sample of each array.
             model = digest(weights, sample=64, length=12)
         # Not the encoded rows: a chat template may say what day it is. Nor where a row was read.
         rows = {
@@ -217,9 +216,9 @@ class Unlearning:
         for number in range(self.config.rounds):
             result = self._round(number, ways, limits)
             candidates += result
-            if number + 1 == self.config.rounds:
-                break
             best = min(result, key=lambda c: (not looks.meets(c), c["gap"]))
+            if number + 1 == self.config.rounds or "finite" in best["broken"]:
+                break
             leaks = [way for way in looks.leaks(best["ways"]) if way not in ways]
             if not (leaks := leaks or [w for w in looks.searched(best) if w not in ways]):
                 break

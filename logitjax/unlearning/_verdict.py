@@ -14,7 +14,7 @@ from logitjax.unlearning._selection import Goal, Limits, kept_shares, least_kind
 # A relearning attack that fails to teach its own rows proves nothing.
 TAUGHT = 0.9
 # How often all attacks together may raise a false alarm, and detect a true difference.
-_LEVEL, _POWER, _DRAWS = 0.05, 0.8, 500
+_LEVEL, _POWER, _DRAWS, _EXACT = 0.05, 0.8, 500, 1600
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,9 @@ def told_apart(after: Any, controls: Any) -> tuple[list[str], float | None]:
 
 @functools.cache
 def chance_auc(m: int, n: int, level: float) -> float:
-    """The exact distance from 0.5 that an AUC of m and n rows needs, all orders equally likely."""
+    """The distance from 0.5 that an AUC of m and n rows needs, all orders equally likely."""
+    if m * n > _EXACT:  # normal, to a half percent
+        return NormalDist().inv_cdf(1 - level / 2) * math.sqrt((m + n + 1) / (12 * m * n))
     # How many orders have each number of pairs: prod (1 - q^(n + i)) / (1 - q^i), i = 1 to m.
     orders = [1] + [0] * (m * n)
     for i in range(1, m + 1):
@@ -215,7 +217,8 @@ def _power(m: int, n: int, chance: float) -> str:
     if math.isinf(chance):
         return f"{m} rows and {n} of the holdout are too few for any AUC to be significant."
     rng = np.random.default_rng(0)
-    members, others = rng.normal(size=(_DRAWS, m, 1)), rng.normal(size=(_DRAWS, 1, n))
+    draws = max(20, _DRAWS * _EXACT // max(_EXACT, m * n))
+    members, others = rng.normal(size=(draws, m, 1)), rng.normal(size=(draws, 1, n))
     result = "no true AUC"
     for auc in np.arange(0.55, 1.0, 0.01):
         # Normal losses whose means are this far apart have this AUC.

@@ -42,6 +42,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
         {"conversations": [{"from": "human", "value": "H"}, {"from": "gpt", "value": "G"}]},
         {"instruction": "Add.", "input": "1, 2", "output": "3"},
         {"question": "Which?", "answer": ["one", "two"], "paraphrased_question": "What one?"},
+        {"question": "When?", "answer": ["noon"], "group": 0},
     ]  # fmt: skip
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
@@ -55,7 +56,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path, caplog):
         ("Q", "A"), ("H", "G"), ("Add.\n1, 2", "3")
     ]  # fmt: skip
     assert [(r.answer, r.group, r.paraphrases) for r in answers] == [
-        ("one", "Which?", ("What one?",)), ("two", "Which?", ("What one?",))
+        ("one", "Which?", ("What one?",)), ("two", "Which?", ("What one?",)), ("noon", "0", ())
     ]  # fmt: skip
     assert alpaca.line.endswith("rows.jsonl:15")
     assert (first.question, first.group, first.paraphrases) == ("Who?", "7", ("Who is it?",))

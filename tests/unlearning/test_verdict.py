@@ -201,6 +201,11 @@ def with_pairs(m, n, pairs):
     return np.r_[members - 0.5 + 1e-3 * np.arange(m), np.arange(n)]
 
 
+def test_with_many_rows_the_normal_law_continues_the_exact_count():
+    assert chance_auc(40, 41, 0.05) == pytest.approx(chance_auc(40, 40, 0.05), abs=2e-3)
+    assert chance_auc(400, 200, 0.05 / 3) == pytest.approx(0.0599, abs=1e-4)
+
+
 @pytest.mark.parametrize("start", range(0, 200, 50))
 def test_status_verdict_and_files_agree_for_invented_results(tmp_path, start):
     flags = dict(model="m", forget="f", retain="r")
