@@ -156,6 +156,8 @@ def test_the_union_of_the_likeliest_tokens():
     assert proxy.generate_union("", max_tokens=1, top=2) == "b"
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_text_longer_than_a_window_keeps_the_model_s_law():
     """A path goes back further than a ring of 6 slots keeps, with slack or without."""
     texts = [*"abcdef", *(a + b for a in "abcdef" for b in "abcdef"), "</s>"]

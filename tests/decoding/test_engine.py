@@ -184,6 +184,8 @@ def test_wrong_requests_are_named(engine):
     assert engine.prefill(0, Request(prompt=[1] * 16, max_new_tokens=17)).tokens.shape == (1,)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_prompt_that_fits_is_read_though_its_bucket_does_not():
     small = Engine(decoder(), slots=1, max_length=24)
     first = small.prefill(0, Request(prompt=list(range(1, 19)), max_new_tokens=4))

@@ -230,5 +230,5 @@ class Sums(Read):
 @pytest.mark.parametrize("name", ["npo", "simnpo(retain='none')", "idk_dpo(retain='none')"])
 def test_an_answer_without_a_token_counts_in_no_mean(name):
     method = unlearning.METHODS.parse(name)
-    (all_rows, _), (answers, _) = (method.loss(Sums(rows), None) for rows in (3, 2))
+    all_rows, answers = (jax.jit(lambda n=n: method.loss(Sums(n), None)[0])() for n in (3, 2))
     assert float(all_rows) == float(answers) != 0.0
