@@ -225,13 +225,13 @@ def test_conversations_are_learnt_from_their_answers(tmp_path):
     chosen = config(f"jsonl:{rows}", student=str(folder), loss=("sft",))
     distill.run(chosen, out)
     report = (out / "report.md").read_text()
-    assert "1 conversations are longer than 64 tokens and were left out" in report
+    assert "1 conversations exceed 64 tokens and were left out" in report
     prompt = next(line for line in report.splitlines() if line.startswith("| prompt"))
     assert prompt.rstrip("| ").endswith(";a:")
     assert models.load_tokenizer(str(out / "model")).chat_template == template
     # Another model under the student's name does not go on with what was chosen for the first.
     models.save_pretrained(models.load_model("tiny:1"), tokenizer, folder)
-    with pytest.raises(ValueError, match=r"student: expected the weights that .* was begun with"):
+    with pytest.raises(ValueError, match=r"student: expected the weights that .* was started with"):
         distill.run(chosen, out)
 
 
