@@ -137,3 +137,16 @@ def test_wrong_readers_and_prompts_are_named(engine):
     ):
         with pytest.raises(ValueError, match=message):
             make_it()
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_a_reported_prompt_takes_its_turn_among_others(engine):
+    reader = make(engine)
+    first = reader.begin(Request(prompt=LONG, max_new_tokens=1), report=True)
+    others = [reader.begin(Request(prompt=LONG[n:], max_new_tokens=1)) for n in range(3)]
+    reader.advance()
+    # Three of four rows could read together, without end where others follow them.
+    assert reader._reading(first).left < len(LONG)
+    for row in others:
+        assert reader._reading(row).left >= 20

@@ -1,5 +1,6 @@
 """A student minimises the stated sum of dense losses, whatever part of it trains."""
 
+import dataclasses
 import functools
 import types
 
@@ -350,3 +351,11 @@ def test_all_chunks_of_a_row_with_a_prompt_count_and_none_of_a_row_without_a_lab
     fields = dict(attributes={"chunks": chunks}, columns={"where": where})
     part = Part(name="alm", term=ALM(), **fields, **numbers)
     assert part.seen.sum(axis=-1).tolist() == [4, 0]
+
+
+def test_a_run_of_another_order_of_rows_is_another_run():
+    objective = Objective(terms=parse_terms(["sft"]))
+    course = distillation.Course(steps=4)
+    others = ({"batch_size": 8}, {"warmup": 0.5}, {"weight_decay": 0.0}, {"seed": 1}, {"steps": 5})
+    courses = [course, *(dataclasses.replace(course, **other) for other in others)]
+    assert len({_distill._identity(objective, each) for each in courses}) == len(courses)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import losses
 from logitjax.losses import sweep
-from logitjax.losses.sweep import _ids
+from logitjax.losses.sweep import _ids, _weighted
 from tests._marks import EVERY_CHANGE
 
 BATCH, HIDDEN, VOCAB = 8, 6, 4 * 30
@@ -206,3 +206,12 @@ def test_a_flax_model_on_an_explicit_mesh(engine):
         arrays = [jax.device_put(x, rows) for x in (HIDDENS, labels)]
         got = jax.device_get(step(_Model(nnx.Rngs(0)), *arrays))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+def test_a_small_cotangent_is_not_rounded_before_it_scales_a_gradient():
+    grad = jnp.linspace(1, 2, 64, dtype=jnp.bfloat16)
+    anything = object.__new__(_weighted.Sweep)
+    for count in (771, 1003, 1531):
+        saved, cotangent = ((grad, grad), jnp.float32(0)), jnp.float32(1 / count)
+        scaled = _weighted._backward(anything, saved, (cotangent, None))[0].student.hidden
+        assert (scaled == (np.float32(grad) / np.float32(count)).astype(jnp.bfloat16)).mean() > 0.9

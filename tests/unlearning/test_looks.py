@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax.unlearning._looks import Looks
-from logitjax.unlearning._selection import Goal
+from logitjax.unlearning._looks import Looks, diverged
+from logitjax.unlearning._selection import Goal, Limits
 from logitjax.unlearning._training import Training
+from logitjax.unlearning._unlearn import Unlearning
 from logitjax.unlearning.methods import METHODS
 
 # Nats a token of the worst answer without any change, and how much a strength of 1 adds.
@@ -76,3 +77,18 @@ def test_every_way_meets_the_goal_and_none_is_asked_twice_at_a_strength():
     # The first that misses the goal is the last that is asked, and at the next strength the first.
     assert ways_at[1.0] == ["asked", "in a role"]
     assert ways_at[4.0][0] == "in a role"
+
+
+def test_a_round_that_diverges_at_once_ends_the_run_and_nothing_more_is_asked():
+    run = object.__new__(Unlearning)
+    run.config = types.SimpleNamespace(
+        rounds=2, limits=Limits(), method=METHODS.parse("gradient_difference")
+    )
+    run._training = types.SimpleNamespace(record=lambda name, make: make())
+    # Without `searched`: there is no candidate to ask.
+    run._looks = types.SimpleNamespace(
+        meets=lambda c: False, leaks=lambda excess: [], judged=lambda c: c
+    )
+    run._round = lambda number, ways, limits: [diverged({"round": number, "step": 25})]
+    candidates, _ = run._rounds()
+    assert [(c["round"], c["broken"]) for c in candidates] == [(0, ["finite"])]
