@@ -346,7 +346,10 @@ def test_a_student_is_known_by_its_weights_and_by_what_of_it_moves():
 
 def test_all_chunks_of_a_row_with_a_prompt_count_and_none_of_a_row_without_a_label():
     where = np.array([np.arange(12) >= 6, np.zeros(12, bool)])
-    chunks = types.SimpleNamespace(where=np.arange(12) < np.array([[4], [3]]), ids=None)
+    chunks = np.broadcast_to(np.arange(12) < np.array([[5], [3]]), (2, 12))
+    # The end of the fifth chunk would be read where no label counts.
+    ends = np.where(np.arange(12) == 4, 2, -1) * np.ones((2, 1), int)
+    chunks = types.SimpleNamespace(where=chunks, ends=ends, ids=None)
     numbers = dict(weight=1.0, number=0, share=1.0, mean_share=1.0, params=None, teacher=None)
     fields = dict(attributes={"chunks": chunks}, columns={"where": where})
     part = Part(name="alm", term=ALM(), **fields, **numbers)

@@ -3,11 +3,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
 from logitjax.distillation.tokenizers._likelihood_matching import (
     LikelihoodStatistic,
     likelihood_matching,
 )
+from logitjax.ops import gather_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,9 @@ class ALM(Term):
         return StudentNeeds(statistic=LikelihoodStatistic(teacher.vocabularies.boundary))
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
-        return teacher.chunks.where
+        # What follows a chunk is read from a state that exists only where a label counts.
+        after = gather_at(batch["where"], jnp.maximum(teacher.chunks.ends, 0))
+        return teacher.chunks.where & ((teacher.chunks.ends < 0) | after)
 
     def labels_seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
         return teacher.chunks.ids >= 0
