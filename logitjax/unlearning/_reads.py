@@ -132,19 +132,14 @@ def read_batch(
             continue
         if deep := sides_of([need for need in matching if need.of == "layer"]):
             rows, cuts = _together([tokens[side] for side in deep])
-            states = jnp.split(_layer_states(model, layer, rows, adapters)[:, 1:], cuts)
+            segments = _packed(batch, deep, "segments")
+            states = jnp.split(_layer_states(model, layer, rows, segments, adapters)[:, 1:], cuts)
             values |= {Need(s, "layer", before): part for s, part in zip(deep, states)}
         if not (whole_sides := sides_of([need for need in matching if need.of != "layer"])):
             continue
         heads[before] = model.head_of()
         rows, cuts = _together([tokens[side] for side in whole_sides])
-        # Of packed rows, and of rows whose states before were computed once.
-        segments, stored = (
-            _together([batch[side][name] for side in whole_sides])[0]
-            if name in batch[sides[0]]
-            else None
-            for name in ("segments", "states")
-        )
+        segments, stored = (_packed(batch, whole_sides, name) for name in ("segments", "states"))
         if before:
             states = states_before(model, rows, fixed, segments) if stored is None else stored
         else:
@@ -192,7 +187,14 @@ def _together(parts: Sequence[Any]) -> tuple[jax.Array, np.ndarray]:
     return jnp.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
 
 
-def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) -> jax.Array:
+def _packed(batch: Mapping[str, Any], sides: Sequence[str], name: str) -> Any:
+    """What only packed rows have, or rows whose states before were computed once."""
+    return _together([batch[s][name] for s in sides])[0] if name in batch[sides[0]] else None
+
+
+def _layer_states(
+    model: Decoder, count: int, tokens: Any, segments: Any, lora: Lora | None
+) -> jax.Array:
     """The residual stream after some layers, without the final norm."""
     cut: Any = first_layers(model, count)
     # The last layer kept is not the model's last.
@@ -201,4 +203,4 @@ def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None) ->
         counts = [len(segment.layers) for segment in cut.segments]
         segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]
         lora = dataclasses.replace(lora, layers=tuple(segments))
-    return cut.hidden_states(tokens, lora=lora)[0]
+    return cut.hidden_states(tokens, lora=lora, segment_ids=segments)[0]

@@ -52,7 +52,8 @@ def make_update(
     if packs:
         sides["text"] = {name: values[:_WINDOWS] for name, values in sides["text"].items()}
         # Of a window only the last quarter counts, or it would outweigh the answers.
-        sides["text"]["mask"][:, : 3 * sides["text"]["mask"].shape[1] // 4] = False
+        counted = sides["text"]["mask"]
+        counted &= counted.cumsum(1) > 3 * counted.sum(1, keepdims=True) // 4
         places = sum(rows["tokens"].size for rows in sides.values())
         if places * model.config.hidden_size <= _STORED:
             sides = {n: r | {"states": _served(model, config, r)} for n, r in sides.items()}

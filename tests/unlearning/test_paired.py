@@ -196,6 +196,12 @@ def test_packed_rows_are_distilled_as_rows_alone_from_states_computed_once(tmp_p
     alone, packed = jax.jit(alone), jax.jit(update.loss_fn)
     # The weights have changed since the states were computed.
     now = jax.tree.map(lambda x: x + np.float32(0.02 * rng.normal(size=x.shape)), update.constants)
+    # Text shorter than the longest row counts too, each piece with its last quarter.
+    longer = dataclasses.replace(questions, texts={"train": texts["train"][:, :8]})
+    retain = make_update(model, longer, config, ways=("in context",)).batches(0)["retain"]
+    short = [n for n in range(retain["segments"].max() + 1) if (retain["segments"] == n).sum() == 8]
+    assert short
+    assert all(retain["mask"][retain["segments"] == n].sum() == 2 for n in short)
     seen = set()
     for step in range(12):
         batch, rows = update.batches(step), {}
