@@ -23,6 +23,7 @@ from etils import epath
 from logitjax import data, models, processes, storage, training, vq
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table
+from logitjax.commands.work import check_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Config:
 
 def run(config: Config, out: epath.Path) -> None:
     """Pack, convert, and measure both heads on text that neither was fitted to."""
+    check_length(config.model, config.seq_len)
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     mesh = training.make_mesh(config.mesh, partial=True)
     packed = data.pack_splits(

@@ -46,7 +46,7 @@ from logitjax import data, distillation, models, processes, storage, training
 from logitjax.commands import draft_head, hub
 from logitjax.commands.cli import REQUIRED, field, flatten, nested
 from logitjax.commands.tables import markdown_table, text_cell
-from logitjax.commands.work import shortened
+from logitjax.commands.work import check_length, shortened
 
 # Settings of each recipe; flags take precedence.
 RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -166,12 +166,8 @@ def run(config: Config, out: epath.Path) -> None:
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
     course.check(mesh)
-    longest = models.load_config(config.student).max_length
-    if config.reading.seq_len > longest:
-        raise ValueError(
-            f"seq_len: expected at most {longest}, the length that {config.student!r} reads, got "
-            f"{config.reading.seq_len}"
-        )
+    check_length(config.student, config.reading.seq_len)
+    _check_pruning(config, models.load_config(config.student))
     tokenizer = models.load_tokenizer(config.student)
     reading.check(tokenizer, [objective])
     packed = reading.pack(tokenizer, out / "data")
@@ -191,6 +187,7 @@ def run(config: Config, out: epath.Path) -> None:
         storage.progress.mark("pruning the student", log=True)
     model, note, freeze = _pruned(config, full, packed, out)
     # Before teachers read for hours, so that errors in it are reported at once.
+    models.config_to_hf(model.config)
     student = distillation.Student.of(
         model,
         freeze=freeze,
@@ -293,11 +290,8 @@ def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> No
         )
 
 
-def _pruned(
-    config: Config, full: models.Decoder, packed: data.PackedSplits, out: epath.Path
-) -> tuple[models.Decoder, str, str | None]:
-    """The initial student, a description of the pruning, and the pattern of frozen paths."""
-    layers, notes = full.config.num_layers, []
+def _check_pruning(config: Config, shape: models.DecoderConfig) -> None:
+    layers, heads = shape.num_layers, shape.num_kv_heads
     drop = config.pruning.dropped(layers)
     if drop >= layers:
         raise ValueError(
@@ -309,13 +303,20 @@ def _pruned(
             f"keep_layers: expected layers 0 to {layers - 1} of {config.student!r}, got "
             f"{list(config.pruning.keep_layers)}"
         )
-    heads = full.config.num_kv_heads
-    if not full.config.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
+    if not shape.traits.free_head_dim and 0 < config.pruning.kv_heads < heads:
         # The only way to prune whose result could not be written at the end.
         raise ValueError(
-            f"kv_heads: expected {heads} for {full.config.family}, whose Hugging Face format "
-            f"has no head width, got {config.pruning.kv_heads}"
+            f"kv_heads: expected {heads} for {shape.family}, whose Hugging Face format has no head "
+            f"width, got {config.pruning.kv_heads}"
         )
+
+
+def _pruned(
+    config: Config, full: models.Decoder, packed: data.PackedSplits, out: epath.Path
+) -> tuple[models.Decoder, str, str | None]:
+    """The initial student, a description of the pruning, and the pattern of frozen paths."""
+    layers, notes = full.config.num_layers, []
+    drop = config.pruning.dropped(layers)
     split = packed.splits["train"]
     count = min(config.pruning.calibration_rows, len(split))
 

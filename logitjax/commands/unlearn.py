@@ -48,6 +48,7 @@ from etils import epath
 from logitjax import data, fusion, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
+from logitjax.commands.work import check_length
 
 # Not 1 or 2, which mean an error: here no candidate is acceptable.
 _NOT_FORGOTTEN = 3
@@ -129,8 +130,10 @@ def run(config: Config, out: epath.Path) -> None:
         f"{name} {len(rows[name])}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for name, path in files.items()
     ]
+    check_length(config.model, config.max_length, "max_length")
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     model = models.with_layout(model, "listed")
+    models.config_to_hf(model.config)  # It may be written in the end.
     references = [_reference(config, name, tokenizer) for name in config.reference]
     storage.progress.mark("measuring what the model knows", log=True)
     # A refused start may have left answers of another model.

@@ -22,6 +22,15 @@ _TIMED_LAYERS = 2
 _HOST_BYTES, _PEAK = 9e8, 1.4
 
 
+def check_length(spec: str, length: int, name: str = "seq_len") -> None:
+    """Refuse rows that are longer than a model reads: GPT-2 has no positions beyond."""
+    longest = models.load_config(spec).max_length
+    if length > longest:
+        raise ValueError(
+            f"{name}: expected at most {longest}, the length that {spec!r} reads, got {length}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
     """Tokens that pass through a decoder, `batch` rows at once."""

@@ -9,6 +9,7 @@ from logitjax.models._export import save_pretrained as save_pretrained
 from logitjax.models._families import register_family as register_family
 from logitjax.models._family import Family as Family
 from logitjax.models._hf_config import config_from_hf as config_from_hf
+from logitjax.models._hf_config import config_to_hf as config_to_hf
 from logitjax.models._layout import first_layers as first_layers
 from logitjax.models._layout import keep_layers as keep_layers
 from logitjax.models._layout import with_layout as with_layout

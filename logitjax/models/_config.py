@@ -18,11 +18,10 @@ class RopeScaling:
 
     `'linear'` divides all frequencies by `factor`; `'llama3'` only the slow ones; `'yarn'` ramps
     between both by the number of turns (between whole pairs where `truncate`); `'longrope'` divides
-    each by its own number (`short_factors` up to `original_max_length`, else `long_factors`);
-    `'factors'` always by `short_factors` (the `rope_freqs` tensor of a GGUF file).
+    each by its own number (`short_factors` up to `original_max_length`, else `long_factors`).
     """
 
-    kind: Literal["linear", "llama3", "yarn", "longrope", "factors"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

@@ -85,9 +85,10 @@ def gguf_config(source: GgufSource) -> DecoderConfig:
 
 def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
     if "rope_freqs.weight" in source.names():
-        # llama.cpp stores Llama 3's scaling as the resulting factors.
+        # llama.cpp stores Llama 3's scaling as the resulting factors, the same for all lengths.
         factors = tuple(float(f) for f in source.read("rope_freqs.weight"))
-        return RopeScaling(kind="factors", short_factors=factors)
+        same: Any = {"attention_factor": 1.0, "original_max_length": int(get("context_length"))}
+        return RopeScaling(kind="longrope", short_factors=factors, long_factors=factors, **same)
     if "rope_factors_short.weight" in source.names():
         short, long = (
             tuple(float(f) for f in source.read(f"rope_factors_{n}.weight"))
@@ -114,7 +115,7 @@ def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
     return RopeScaling(
         kind=kind,
         factor=factor,
-        original_max_length=int(get("rope.scaling.original_context_length", 8192)),
+        original_max_length=int(get("rope.scaling.original_context_length", get("context_length"))),
         beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
         beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
         attention_factor=float(scale) * amplitude if scale and kind == "yarn" else None,

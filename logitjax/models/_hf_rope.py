@@ -164,8 +164,6 @@ def scaling_fields(config: DecoderConfig) -> dict[str, Any] | None:
     scaling = config.rope_scaling
     if scaling is None:
         return None
-    if scaling.kind not in _WRITTEN:
-        raise ValueError("config: rope factors from a GGUF file have no Hugging Face form")
     raw: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     raw |= {key: getattr(scaling, name) for key, name in _WRITTEN[scaling.kind].items()}
     if not scaling.truncate:

@@ -59,8 +59,11 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig) -> Lora:
         if not (directory / name).exists():
             raise FileNotFoundError(f"adapter: no such file: {directory / name}")
     settings = read_json(directory / _CONFIG, form=dict)
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
-        kind = settings.get("peft_type")
+    kind, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    # PiSSA, OLoRA, CorDA and LoftQ change the weights below as well.
+    moved = isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal")
+    if kind != "LORA" or settings.get("use_dora") or moved:
+        kind = start if moved else kind
         raise ValueError(f"adapter: expected plain LORA in {directory}, got {kind!r}")
     for name in _UNKNOWN:
         if settings.get(name):

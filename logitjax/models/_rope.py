@@ -43,7 +43,7 @@ def _scaling(config: DecoderConfig, window: Window) -> RopeScaling | None:
 def changes_with_length(config: DecoderConfig, window: Window, bound: int | None) -> bool:
     """Whether frequencies depend on the length of a sequence; `bound`: the maximum length."""
     scaling = _scaling(config, window)
-    if scaling is None or scaling.kind != "longrope":
+    if scaling is None or scaling.short_factors == scaling.long_factors:
         return False
     return bound is None or bound > scaling.original_max_length
 
@@ -70,8 +70,6 @@ def rope_frequencies(
         if amplitude is None:
             amplitude = 1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1.0
         return _yarn(inverse, scaling, dim, base), amplitude
-    if scaling.kind == "factors":
-        return inverse / np.asarray(scaling.short_factors), 1.0
     factors = np.asarray(scaling.long_factors if long else scaling.short_factors)
     if amplitude is None and scaling.factor <= 1.0:
         amplitude = 1.0

@@ -3,15 +3,18 @@
 `logitjax.testing.check_family` checks names and values of every family.
 """
 
+import dataclasses
+
 import gguf
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax.models import config_from_hf, load_config, load_model, load_tokenizer
+from logitjax.models import config_from_hf, config_to_hf, load_config, load_model, load_tokenizer
 from logitjax.models._gguf import _CODED, GgufSource
 from logitjax.models._gguf_config import gguf_config
+from logitjax.models._rope import changes_with_length, rope_frequencies
 from logitjax.ops import Codes
 from logitjax.testing._family import random_decoder, write_gguf
 from tests.models._configs import HF_CONFIGS
@@ -145,6 +148,31 @@ def test_the_attention_factor_of_yarn_multiplies_its_own_amplitude(tmp_path, mon
     assert gguf_config(source).rope_scaling.beta_fast == 8.0
     expected = 0.5 * (1 + 0.1 * np.log(4.0))
     assert gguf_config(source).rope_scaling.attention_factor == pytest.approx(expected)
+
+
+def test_factors_of_a_file_hold_for_all_lengths_and_can_be_written(tmp_path, monkeypatch):
+    write_gguf(load_model("tiny"), tmp_path / "m.gguf")
+    source = GgufSource(tmp_path / "m.gguf")
+    factors, plain = np.linspace(1, 8, load_model("tiny").config.rope_dim // 2), source.names()
+    monkeypatch.setattr(source, "names", lambda: [*plain, "rope_freqs.weight"])
+    monkeypatch.setattr(source, "read", lambda name: factors)
+    read = gguf_config(source)
+    inverse, amplitude = rope_frequencies(dataclasses.replace(read, rope_scaling=None), None)
+    for long in (False, True):
+        scaled, same = rope_frequencies(config_from_hf(config_to_hf(read)), None, long=long)
+        np.testing.assert_allclose(scaled, inverse / factors)
+        assert same == amplitude == 1
+    assert not changes_with_length(read, None, None)
+
+
+def test_without_another_length_yarn_begins_at_the_length_of_the_file(tmp_path, monkeypatch):
+    write_gguf(load_model("tiny"), tmp_path / "m.gguf")
+    source = GgufSource(tmp_path / "m.gguf")
+    fields = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    plain = source.metadata
+    monkeypatch.setattr(source, "metadata", lambda key, *more: fields.get(key, plain(key, *more)))
+    read = gguf_config(source)
+    assert read.rope_scaling.original_max_length == read.max_length
 
 
 def _of_blocks(path, kind, rng):

@@ -73,6 +73,8 @@ def test_a_scale_is_that_of_rank_stabilised_adapters_where_they_say_so(tmp_path)
         ({"alpha_pattern": {"q_proj": 64}}, "json: expected no alpha_pattern, got"),
         ({"rank_pattern": {"q_proj": 1}}, "json: expected no rank_pattern, got"),
         ({"alora_invocation_tokens": [1]}, "json: expected no alora_invocation_tokens, got"),
+        # They change the weights below as well.
+        ({"init_lora_weights": "pissa_niter_4"}, "expected plain LORA in .*, got 'pissa_niter_4'"),
         ({"r": None}, "adapter_config.json: r: expected a whole number"),
         ({"lora_alpha": None}, "lora_alpha: expected a number, got None"),
     ],

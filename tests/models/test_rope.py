@@ -51,7 +51,6 @@ def frequencies(window=None, long=False, config=CONFIG, **scaling):
             [1 / (1 - k / 7 + k / 28) for k in range(4)],
             0.1 * math.log(4) + 1,
         ),
-        ({"kind": "factors", "short_factors": (1.0, 2.0, 3.0, 4.0)}, [1.0, 2.0, 3.0, 4.0], 1.0),
     ],
 )
 def test_scaled_frequencies_by_hand(scaling, divisors, amplitude):
