@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 # Roles by the names of ShareGPT and later formats.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
 _CALL = "function_call"
 # Fields of a message that chat templates read besides role and content.
-_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 
 def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,10 +40,15 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
         row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
         row["answer"] = row.pop("output", None)
     if "question" in row:
-        turns = (("user", row.pop("question")), ("assistant", row.pop("answer", None)))
-        return row | {"messages": [{"role": who, "content": text} for who, text in turns]}
+        # LLaMA-Factory's rows have earlier questions with their answers.
+        pairs = [*row.pop("history", ()), (row.pop("question"), row.pop("answer", None))]
+        said = [text for pair in pairs for text in pair]
+        row["conversations"] = [
+            {"role": who, "content": text} for who, text in zip(cycle(("user", "assistant")), said)
+        ]
     if "conversations" in row:
-        row["messages"] = [_turn(**turn) for turn in row.pop("conversations")]
+        system = [{"role": "system", "content": row.pop("system")}] if row.get("system") else []
+        row["messages"] = system + [_turn(**turn) for turn in row.pop("conversations")]
     if "chosen" in row:
         # Some data sets hold the chosen turns twice.
         row.pop("messages", None)

@@ -257,19 +257,23 @@ def _write_rows(
 
 def _routed(examples: Examples) -> Iterator[tuple[str, Examples]]:
     """Yield the examples of each teacher, whose rows are separate; "" if none is named."""
-    try:
-        named = "teacher" in examples[0]
-    except ValueError:  # Malformed; reported where it is read.
-        named = False
-    if not named:
+    teachers = [_teacher(examples, number) for number in range(len(examples))]
+    if not any(teachers):
         yield "", examples
         return
-    teachers = [str(example.get("teacher") or "") for example in examples]
     if "" in teachers:
         raise ValueError(f"{examples.source}: expected a 'teacher' in every row or in none")
-    for teacher in sorted(map(str, set(teachers))):
-        here = [e for e, local in zip(examples, teachers, strict=True) if local == teacher]
+    for teacher in sorted({teacher for teacher in teachers if teacher}):
+        here = [examples[n] for n, local in enumerate(teachers) if local in (teacher, None)]
         yield teacher, Examples(here, fingerprint="", source=examples.source)
+
+
+def _teacher(examples: Examples, number: int) -> str | None:
+    try:
+        return str(examples[number].get("teacher") or "")
+    except ValueError:
+        # Malformed; reported where it is read.
+        return None
 
 
 def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> str:

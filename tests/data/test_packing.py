@@ -451,6 +451,13 @@ def test_other_arguments_are_refused_by_name(tmp_path):
     assert pack_here().statistics["documents"] == 40
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_teacher_that_only_some_rows_name_is_refused_wherever_it_stands(tmp_path, first):
+    rows = [EXAMPLES[i] | ({"teacher": "t"} if i == first else {}) for i in range(3)]
+    with pytest.raises(ValueError, match="expected a 'teacher' in every row or in none"):
+        pack(rows, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
+
+
 @pytest.mark.parametrize("source", ["one teacher", "two teachers", "a mixture"])
 def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch, source):
     # Two of forty are too long: left out, and counted once.

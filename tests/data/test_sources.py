@@ -243,6 +243,18 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
             {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
             TURNS,
         ),
+        (
+            {"system": "S", "conversations": [{"from": "human", "value": "Q"}, TURNS[1]]},
+            [{"role": "system", "content": "S"}, *TURNS],
+        ),
+        (
+            {"instruction": "Q", "output": "A", "system": "S", "history": [["Q", "A"]]},
+            [{"role": "system", "content": "S"}, *TURNS, *TURNS],
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "thinking": "T"}]},
+            [TURNS[0], TURNS[1] | {"thinking": "T"}],
+        ),
         ({"prompt": TURNS[:1], "completion": TURNS[1:]}, TURNS),
         ({"prompt": "Q", "messages": TURNS, "prompt_id": "7"}, TURNS),
         ({"prompt": "Q", "chosen": TURNS, "rejected": TURNS, "messages": TURNS}, TURNS),

@@ -265,7 +265,9 @@ def test_a_cache_that_does_not_fit_is_named_before_another_is_filled(tmp_path, p
 def test_teachers_that_may_be_refused_come_before_models_that_read(tmp_path, packed, monkeypatch):
     """A second teacher's lacking rows, or server that is down, is said before the first reads."""
     looked = []
-    monkeypatch.setattr(_corpus, "open_teacher_caches", lambda *_: looked.append("cache") or {})
+    monkeypatch.setattr(
+        _corpus, "open_teacher_caches", lambda *_, **__: looked.append("cache") or {}
+    )
     monkeypatch.setattr(_corpus, "cache_teacher", lambda spec, *_, **__: looked.append(spec) or {})
     teachers = ("tiny", "api:http://127.0.0.1:9", "tiny:1", "cache:DIR")
     reading = distillation.Reading(data="text:FILE", teachers=teachers)

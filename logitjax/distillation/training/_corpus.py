@@ -160,6 +160,8 @@ class Reading:
         Raises:
             ValueError: A cache was made from other inputs, or a server does not answer.
         """
+        for split in packed.splits if self.teachers else ():
+            Corpus(packed=packed, sources={}, specs=self.teachers)._routes(split)
         named, loaded = dict(zip(self.names, self.teachers, strict=True)), loaded or {}
         live = self.teacher_reads == "live"
         # Caches and servers first, so that their errors appear before models read for hours.
@@ -338,7 +340,8 @@ def _caches(
     kind, _, location = spec.partition(":")
     if kind == "cache":
         fingerprint = packed.tokenizers[columns].fingerprint
-        caches = open_teacher_caches(epath.Path(location), packed, fingerprint, rows)
+        made_from = {"tokenizer": fingerprint, "tail_samples": reading.tail_samples}
+        caches = open_teacher_caches(epath.Path(location), packed, rows, **made_from)
     else:
         caches = cache_teacher(
             spec,

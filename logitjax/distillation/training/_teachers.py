@@ -305,15 +305,15 @@ def _check_weights(caches: Iterable[TeacherCache], weights: str) -> None:
 
 
 def open_teacher_caches(
-    directory: epath.Path, packed: data.PackedSplits, tokenizer: str, rows: Mapping[str, Any]
+    directory: epath.Path, packed: data.PackedSplits, rows: Mapping[str, Any], **made_from: Any
 ) -> dict[str, TeacherCache]:
-    """Open caches written earlier, and check data and tokenizer."""
+    """Open caches written earlier, and check their data and what else they were made from."""
     caches = {}
     for split, expected in rows.items():
         if not len(expected):
             continue
         cache = TeacherCache(directory / split)
-        cache.check(data=packed.splits[split].fingerprint, tokenizer=tokenizer)
+        cache.check(data=packed.splits[split].fingerprint, **made_from)
         missing = cache.missing(expected)
         if len(missing):
             raise ValueError(
