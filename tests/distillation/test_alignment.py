@@ -3,11 +3,13 @@
 import itertools
 
 import numpy as np
+import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax import data, distillation, models
+from logitjax.distillation.training._source import Source
 from logitjax.models import load_tokenizer
 
 
@@ -106,6 +108,35 @@ def test_turns_are_aligned_whatever_the_templates_put_between():
     assert (chunks.places[0][chunks.starts[0]] + 1).tolist() == [4, 6, 9, 10]
     assert chunks.ours[0].tolist() == [-1, 0, 1, -1, 2, 3, -1]
     assert chunks.theirs[0].tolist() == [-1, -1, -1, 0, 0, 1, -1, -1, 2, 3, 3, -1][:12]
+
+
+@pytest.mark.parametrize("lead", ["", "\n", " ", "<think>\n\n</think>\n\n"])
+def test_what_one_template_writes_before_an_answer_moves_no_byte(tmp_path, lead):
+    ours, teacher = load_tokenizer("tiny"), load_tokenizer("tiny")
+    begin = "{% for m in messages %}[{{m.role}}]"
+    end = (
+        "{{m.content}}{{eos_token}}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    written = "{% if m.role == 'assistant' %}" + lead + "{% endif %}"
+    ours.chat_template, teacher.chat_template = begin + end, begin + written + end
+    said = [(role, f"{role} {n}") for n in range(2) for role in ("user", "assistant")]
+    rows = [{"messages": [{"role": who, "content": text} for who, text in said]}] * 2
+    tokenizers = {"pivot": ours, "a": teacher}
+    packed = data.pack(rows, tokenizers, seq_len=256, directory=tmp_path, on_long="skip")
+    splits = data.PackedSplits(
+        splits={"train": packed},
+        names={"pivot": "pivot", "a": "a"},
+        tokenizers=tokenizers,
+        chat=True,
+    )
+    batch = packed.rows([0])
+    chunks = Source("a", splits, {}).chunks(batch)
+    labels, theirs = batch["pivot"]["tokens"][0, 1:], batch["a"]["tokens"][0, 1:]
+    assert chunks.starts[0].tolist() == batch["pivot"]["loss_mask"][0, 1:].tolist()
+    assert chunks.one_to_one[0].tolist() == chunks.starts[0].tolist()
+    at = np.flatnonzero(chunks.starts[0])
+    assert len(at) == 2 * 2 * len("assistant 0") + 4
+    assert theirs[chunks.places[0, at]].tolist() == labels[at].tolist()
 
 
 def test_byte_level_vocabulary_counts_bytes():

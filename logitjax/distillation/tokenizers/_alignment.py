@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,6 +9,8 @@ _TEXT_STRIDE = 1 << 28
 _TURN_STRIDE = 1 << 16
 # More special tokens than follow one another; the first of these numbers is for text.
 _SPECIALS = 1 << 4
+# More bytes than a learned part, and fewer than a text's share of numbers.
+_FAR = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ def align_chunks(
     their_lengths: np.ndarray,
     our_prefix: int = 0,
     their_prefix: int = 0,
+    our_leads: Any = 0,
+    their_leads: Any = 0,
     by: Literal["document", "turn"] = "document",
 ) -> Chunks:
     """Cut packed rows of two tokenizers wherever both end a token.
@@ -74,6 +78,8 @@ def align_chunks(
             `positions`, `loss_mask`, each `[rows, length]`).
         our_lengths, their_lengths: `[vocab]`, bytes of text per token; 0 for special tokens.
         our_prefix, their_prefix: bytes that a tokenizer writes before a text (Llama 2's space).
+        our_leads, their_leads: `[rows, length]`, by turn, bytes of a learned part before the text
+            that both have, see `template_leads`.
         by: where the count of bytes restarts: at each document, or at each learned part of it, as
             in conversations, which two chat templates spell differently.
 
@@ -91,8 +97,8 @@ def align_chunks(
         Minixhofer et al., ALM (arXiv 2503.20083), whose chunks these are; TRL's GOLD trainer cuts
         by bytes as well.
     """
-    our_side = _Side.of(student, our_lengths, our_prefix, by)
-    their_side = _Side.of(teacher, their_lengths, their_prefix, by)
+    our_side = _Side.of(student, our_lengths, our_prefix, our_leads, by)
+    their_side = _Side.of(teacher, their_lengths, their_prefix, their_leads, by)
     shape, their_shape = our_side.learnt[:, 1:].shape, their_side.learnt[:, 1:].shape
     chunk, their_chunk = np.full(shape, -1, np.int32), np.full(their_shape, -1, np.int32)
     sizes, their_sizes = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -122,6 +128,36 @@ def align_chunks(
     )
 
 
+def template_leads(sides: Sequence[tuple[Mapping[str, Any], Sequence[bytes]]]) -> list[np.ndarray]:
+    """Bytes of each learned part before the text that two chat templates share: `[rows, length]`.
+
+    Some begin an answer with a space, or an empty block of reasoning. `sides` has the columns of
+    each tokenizer's rows, and the bytes of its tokens.
+    """
+    leads = [np.zeros(np.shape(columns["tokens"]), np.int64) for columns, _ in sides]
+    ours, theirs = (dict(_learned_parts(*side)) for side in sides)
+    for key in ours.keys() & theirs.keys():
+        (_, text), (_, their_text) = ours[key], theirs[key]
+        shared = min(text, their_text, key=len).strip()
+        for lead, (place, whole) in zip(leads, (ours[key], theirs[key]), strict=True):
+            # Parts that share no text have no byte in common.
+            lead[place] = whole.rfind(shared) if shared in text and shared in their_text else _FAR
+    return leads
+
+
+def _learned_parts(columns: Mapping[str, Any], texts: Sequence[bytes]) -> Iterator[Any]:
+    """Place and bytes of each part, by its row, document and number."""
+    edges = np.diff(np.pad(np.asarray(columns["loss_mask"], np.int8), ((0, 0), (1, 1))))
+    for row, tokens in enumerate(np.asarray(columns["tokens"])):
+        starts, stops = np.flatnonzero(edges[row] > 0), np.flatnonzero(edges[row] < 0)
+        documents = np.asarray(columns["segment_ids"])[row, starts].tolist()
+        for number, (start, stop) in enumerate(zip(starts, stops)):
+            document = documents[number]
+            said = b"".join(texts[t] for t in tokens[start:stop] if t < len(texts))
+            count = number - documents.index(document)
+            yield (row, document, count), ((row, slice(start, stop)), said)
+
+
 def _shared_starts(student: "_Side", teacher: "_Side", row: int) -> tuple[np.ndarray, np.ndarray]:
     expected, keys = student.learnt[row, 1:], student.begins[row, 1:]
     places = np.flatnonzero(teacher.learnt[row, 1:])
@@ -147,7 +183,9 @@ class _Side:
     counted: np.ndarray
 
     @classmethod
-    def of(cls, columns: Mapping[str, Any], lengths: np.ndarray, prefix: int, by: str) -> "_Side":
+    def of(
+        cls, columns: Mapping[str, Any], lengths: np.ndarray, prefix: int, leads: Any, by: str
+    ) -> "_Side":
         tokens = np.asarray(columns["tokens"])
         texts = np.asarray(columns["segment_ids"], np.int64)
         learnt, counted = np.asarray(columns["loss_mask"]), texts > 0
@@ -163,8 +201,10 @@ class _Side:
             turns = learnt & ~np.pad(learnt, ((0, 0), (1, 0)))[:, :-1]
             number = np.cumsum(turns, axis=1)
             texts = texts * _TURN_STRIDE + number - _since(number - turns, first)
-            first, counted = turns, learnt
-        begin = texts * _TEXT_STRIDE + begin - _since(begin, first)
+            # Of what only one template writes before an answer, no token belongs to a chunk.
+            first, counted = turns, learnt & (begin + sizes - _since(begin, turns) > leads)
+            begin = begin - leads
+        begin = texts * _TEXT_STRIDE + begin - _since(begin + leads, first)
         special = sizes == 0
         # Rank among special tokens at the same byte: the length of their run so far.
         run = np.cumsum(special, axis=1)

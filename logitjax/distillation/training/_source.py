@@ -7,7 +7,7 @@ import numpy as np
 
 from logitjax import data, losses
 from logitjax.distillation._teacher import Teacher, Vocabularies
-from logitjax.distillation.tokenizers._alignment import Chunks, align_chunks
+from logitjax.distillation.tokenizers._alignment import Chunks, align_chunks, template_leads
 from logitjax.distillation.tokenizers._likelihood_matching import chunk_scores
 from logitjax.distillation.tokenizers._token_pieces import prefix_bytes
 from logitjax.distillation.training._teacher_cache import TeacherCache
@@ -43,9 +43,17 @@ class Source:
         (our_lengths, our_prefix), (their_lengths, their_prefix) = (
             self._spelling[name] for name in (student, teacher)
         )
+        leads: Any = (0, 0)
+        if self.packed.chat and student != teacher:
+            tokenizers = self.packed.tokenizers
+            leads = template_leads(
+                [(batch[name], tokenizers[name].token_bytes()) for name in (student, teacher)]
+            )
         return align_chunks(
             batch[student],
             batch[teacher],
+            our_leads=leads[0],
+            their_leads=leads[1],
             our_lengths=our_lengths,
             their_lengths=their_lengths,
             our_prefix=our_prefix,
