@@ -69,8 +69,16 @@ class Encoder:
         if self.add_bos and self.tokenizer.bos_id is not None:
             ids.append(self.tokenizer.bos_id)
             learnt.append(False)
+        before = ""
         for text, trained in segments:
-            new = self.tokenizer.encode(text)
+            new, start = (
+                self.tokenizer.encode(text),
+                self.tokenizer.encode(before) if before else (),
+            )
+            # Alone, SentencePiece would begin every part with a space.
+            if start and (whole := self.tokenizer.encode(before + text))[: len(start)] == start:
+                new = whole[len(start) :]
+            before = text
             ids += new
             learnt += [trained] * len(new)
         if last and self.tokenizer.eos_id is not None:

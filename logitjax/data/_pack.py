@@ -18,7 +18,7 @@ from logitjax.data._packed import KIND, KINDS, PackedDataset, row_codec
 from logitjax.data._tokenizer import TokenizerLike
 from logitjax.storage import ArrayCodec, Manifest, ShardReader, digest, write_shards
 
-_FORMAT = 1
+_FORMAT = 2
 # Maximum work that an interrupted packing repeats.
 _TOKENS_PER_SHARD = 1 << 24
 # Rows kept open for documents that fit; more fill rows better and cost time.

@@ -20,12 +20,16 @@ _SCRIPT = pathlib.Path(__file__).with_name("_template_worker.py")
 
 
 def render_template(
-    template: str, variables: Mapping[str, Any], seconds: float
+    template: str, variables: Mapping[str, Any], seconds: float, day: str | None = None
 ) -> tuple[str, Spans | None]:
-    """The text that a template renders, and its `{% generation %}` spans; None without any."""
+    """The text that a template renders, and its `{% generation %}` spans; None without any.
+
+    `day` is what a template takes for the present one, `YYYY-MM-DD`; None for that of the clock.
+    """
     limits = guard.LIMITS
     guard.whole(len(template), "chat template: length", most=limits.template_bytes)
-    request = json.dumps({"source": template, "variables": variables, "seconds": seconds})
+    fields = {"source": template, "variables": variables, "seconds": seconds, "day": day}
+    request = json.dumps(fields)
     most = limits.text + 64 * len(request)
     answer = _WORKER.ask(f'{request[:-1]}, "most": {most}}}', seconds)
     if "error" in answer:

@@ -97,7 +97,6 @@ def _environment() -> Any:
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         "namespace": _Namespace,
         "dict": _Dict(),
     }
@@ -113,12 +112,14 @@ def _compiled(source: str) -> tuple[Any, bool]:
     return _environment().from_string(source), marks
 
 
-def _rendered(source: str, variables: dict[str, Any], most: int) -> dict[str, Any]:
+def _rendered(source: str, variables: dict[str, Any], most: int, day: str | None) -> dict[str, Any]:
     template, marks = _compiled(source)
+    now = datetime.datetime.fromisoformat(day) if day else datetime.datetime.now()
+    given = {"strftime_now": lambda form: now.strftime(form), **variables}
     blocks: list[str] = []
     spans: list[tuple[int, int]] = []
     size = 0
-    for block in template.generate(**variables, **{_TRACK: (blocks, spans)}):
+    for block in template.generate(**given, **{_TRACK: (blocks, spans)}):
         size += len(block)
         if size > most:
             raise ValueError("it makes too much text")

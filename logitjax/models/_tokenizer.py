@@ -14,6 +14,8 @@ from logitjax.storage import digest, guard
 
 # SentencePiece's bytes.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# The day of texts to learn.
+_DAY = "2024-07-26"
 
 
 class Tokenizer:
@@ -139,6 +141,7 @@ class Tokenizer:
         documents: Any,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        day: str | None = None,
     ) -> tuple[str, Spans | None]:
         return render_template(
             self._template(tools),
@@ -151,6 +154,7 @@ class Tokenizer:
                 "add_generation_prompt": add_generation_prompt,
             },
             self.template_seconds,
+            day,
         )
 
     def encode_chat(
@@ -167,7 +171,8 @@ class Tokenizer:
         part are learned, as in transformers. Under any other template, the part that a message of
         the role `learn` adds beyond the generation prompt (its text and its end-of-turn token) is
         learned; a token counts if it begins inside that part. The whole text is encoded at once, so
-        no token boundary is artificial.
+        no token boundary is artificial. A template that asks for the day is told 26 July 2024, as
+        Llama 3's say by themselves, so that rows packed on different days are the same.
 
         Messages, tools and variables are those of `render_chat`.
 
@@ -178,11 +183,12 @@ class Tokenizer:
             ValueError: as for `render_chat`, and if the template shows a message in several parts.
         """
         documents = variables.pop("documents", None)
+        rendered = functools.partial(self._rendered, day=_DAY)
 
         def render(messages: Sequence[Any], add_generation_prompt: bool = False) -> str:
-            return self._rendered(messages, tools, documents, add_generation_prompt, variables)[0]
+            return rendered(messages, tools, documents, add_generation_prompt, variables)[0]
 
-        text, spans = self._rendered(messages, tools, documents, False, variables)
+        text, spans = rendered(messages, tools, documents, False, variables)
         encoded = self.backend.encode(text, add_special_tokens=False)
         if learn == "assistant" and spans is not None:
             mask = [any(s < b and e > a for a, b in spans) for s, e in encoded.offsets]

@@ -451,6 +451,17 @@ def test_other_arguments_are_refused_by_name(tmp_path):
     assert pack_here().statistics["documents"] == 40
 
 
+def test_a_response_continues_its_prompt_where_texts_begin_with_a_space(tmp_path):
+    class Spaced(ByteTokenizer):
+        def encode(self, text, add_bos=False):
+            return super().encode(" " + text)
+
+    rows = [{"prompt": "The is", "response": " Paris"}]
+    batch = pack(rows, {"b": Spaced()}, seq_len=16, directory=tmp_path).rows([0])["b"]
+    assert bytes(batch["tokens"][0, :13].tolist()) == b" The is Paris"
+    assert np.flatnonzero(batch["loss_mask"][0]).tolist() == [*range(7, 14)]  # with its end
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_teacher_that_only_some_rows_name_is_refused_wherever_it_stands(tmp_path, first):
     rows = [EXAMPLES[i] | ({"teacher": "t"} if i == first else {}) for i in range(3)]

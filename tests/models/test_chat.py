@@ -113,6 +113,12 @@ def test_calls_of_tools_are_learnt_with_their_turn(characters):
     assert learnt(characters, template, messages) == json.dumps(call) + "[end]"
 
 
+def test_what_is_learnt_does_not_depend_on_the_day(characters):
+    dated = Tokenizer(characters.backend, chat_template="{{ strftime_now('%Y-%m-%d') }}")
+    assert dated.decode(dated.encode_chat(TWO_TURNS)[0]) == "2024-07-26"
+    assert dated.render_chat(TWO_TURNS) > "2024-07-26"
+
+
 def test_templates_cannot_reach_what_is_not_theirs(characters):
     for template, reason in [
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses them"),
