@@ -15,6 +15,8 @@ The abstracts of the seven papers, sentence by sentence, with the numbers that d
 - `refuted`: the interval lies below `d`.
 - `open`: neither, or not run.
 
+A claim is refuted if one of its contrasts is, and holds only if all do, each with p below .05.
+
 `here` is a verdict about models and data that fit two CPU cores, `paper` one about the paper's own
 numbers. A small setting can refute "consistently", and arithmetic can refute numbers. Neither
 confirms anything about models of 7 to 14 billion parameters.
@@ -79,7 +81,7 @@ def text(claims: Mapping[str, Claim]) -> str:
         if effects:
             parts.append(markdown_table(effects))
         commands = dict.fromkeys(
-            f"    {one.command}  # {', '.join(c.id for c in paper if one in c.settings)}, "
+            f"    {one.command} --workdir=DIR  # {', '.join(c.id for c in paper if one in c.settings)}, "
             f"{one.hours:g} CPU-hours"
             for claim in paper
             for one in claim.settings
