@@ -58,8 +58,8 @@ class Uncertainty:
         count = present.sum(-1, keepdims=True)
         x = jax.nn.softmax(logits) if self.of == "probabilities" else logits
         fourth = z_score(jnp.where(present, x, -jnp.inf)) ** 4
-        # 3 for a normal distribution.
-        level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+        # 3 for a normal distribution; 0 for flat logits alone, of others at least 1/4.
+        level = jnp.maximum(fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1), 0.25)
         if self.normalizer is not None:
             level = level / (count / 4 if isinstance(self.normalizer, str) else self.normalizer)
         return level**-self.exponent

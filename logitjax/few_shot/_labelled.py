@@ -288,7 +288,10 @@ def read_pictures(
             f"{os.fspath(features)}: expected one view of each picture, got {len(encoded)}"
         )
     if views:
-        encoded += _read_views(*views)[0]
+        more, _, others = _read_views(*views)
+        if encoders and others and _alike(encoders) != _alike(others):
+            raise ValueError("views: expected the encoders of the features, got others")
+        encoded += more
     classifier = _read_classifier(class_weights)
     fixed = float(np.asarray(classifier.pop("scale", 100.0)).reshape(()))  # CLIP's
     if projection is not None:
@@ -304,6 +307,11 @@ def read_pictures(
     }
     plain, *others = (Pictures(**view, **classifier) for view in encoded)
     return dataclasses.replace(plain, views=tuple(others))
+
+
+def _alike(encoders: Sequence[str]) -> list[str]:
+    # Behind a blank stands how many views there are.
+    return [encoder.partition(" ")[0] for encoder in encoders]
 
 
 def _read_views(
@@ -379,8 +387,7 @@ def finite(values: Any, name: str, rank: int) -> np.ndarray:
     if array.ndim != rank or not array.size:
         form = ("[numbers]", "[rows, columns]", "[classes, prompts, width]")[rank - 1]
         raise ValueError(f"{name}: expected {form}, got shape {array.shape}")
-    array = checks.as_float(array, name)
-    array = np.asarray(array, np.float32)
+    array = np.asarray(checks.as_float(array, name), np.float32)
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(f"{name}: expected finite numbers, got others in row {row}")

@@ -78,7 +78,10 @@ class DExperts(Strategy):
             probs = jnp.exp(log_softmax(inputs.large, vocab_where=inputs.exists))
             descending = -jnp.sort(-probs, axis=-1)
             before = jnp.cumsum(descending, axis=-1) - descending
-            least = jnp.where(before < self.top_p, descending, jnp.inf).min(-1, keepdims=True)
+            # The likeliest token always stays.
+            least = jnp.where(before < max(self.top_p, 1e-9), descending, jnp.inf).min(
+                -1, keepdims=True
+            )
             # Not `probs >= least`: nan would be excluded, and the argmax of the row meaningless.
             fused = jnp.where(probs < least, -jnp.inf, fused)
         return fused, {}

@@ -103,7 +103,8 @@ class TokenMap:
             raise ValueError(
                 f"{name}: expected at least {self.small_size} entries, got {logits.shape[-1]}"
             )
-        log_p = log_softmax(logits, vocab_where=vocab_where)
+        exists = jnp.arange(logits.shape[-1]) < self.small_size
+        log_p = log_softmax(jnp.where(exists, logits, -jnp.inf), vocab_where=vocab_where)
         result = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
         # Not `> -inf`: a nan must stay a nan instead of counting as padding.
         return jnp.where(self.overlap & (result != -jnp.inf), result, _NOWHERE)

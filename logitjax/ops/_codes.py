@@ -161,7 +161,7 @@ class Codes:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.bfloat16 if small else jnp.float32)
         # Two values of four bits share a byte.
         whole = self.dtype == jnp.int8 or self.values.shape[-1] // self.scales.shape[-1] % 2 == 0
-        few = rows.shape[0] <= _FEW and whole
+        few = rows.shape[0] <= _FEW and whole and not small
         out = (_few_products if few else _products)(rows, self)
         return out.reshape(*x.shape[:-1], self.values.shape[0])
 
@@ -272,4 +272,4 @@ def _few_products(x: jax.Array, codes: Codes) -> jax.Array:
 @_few_products.defjvp
 def _linear(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # XLA does not look into the kernel.
-    return _few_products(*primals), _products(tangents[0], primals[1])
+    return _few_products(*primals), jax.jvp(_products, primals, tangents)[1]

@@ -170,6 +170,7 @@ class ConvertConfig:
                 model, batches, root / "hidden", max_tokens=self.max_tokens, source=source
             )
             targets = cache.head_targets(root / f"targets_{self.top}", old, top=self.top)
+        made_from = [cache.fingerprint, digest(old.rows, old.bias)]
         head, losses = self.fit(
             old,
             cache.hidden,
@@ -177,7 +178,7 @@ class ConvertConfig:
             rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
             mesh=mesh,
             # Others reuse the hidden states alone.
-            workdir=root / f"tuning_{digest(self, length=12)}",
+            workdir=root / f"tuning_{digest(self, made_from, length=12)}",
         )
         logging.info("head converted: KL divergence %s nats", losses[-1:] or "not tuned")
         if jax.process_index() == 0:

@@ -85,7 +85,7 @@ class HiddenCache:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of the labels and a sample of the hidden states."""
-        return sampled_digest((self.hidden, self.labels))
+        return digest(self.labels, sampled_digest(self.hidden))
 
     @classmethod
     def of(
@@ -193,7 +193,8 @@ class HiddenCache:
         root = epath.Path(directory)
         made_from = {
             "positions": self.fingerprint,
-            "head": sampled_digest((head.rows, head.bias)),
+            # A few rows of it may have been edited.
+            "head": digest(head.rows, head.bias),
             "top": top,
             "soft_cap": head.soft_cap,
         }

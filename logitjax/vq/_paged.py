@@ -245,8 +245,9 @@ class PagedHead(VocabularyHead):
             def group(inputs: tuple[jax.Array, ...]) -> Any:
                 hidden, exists, *others = inputs
                 mass, log_z = pages.mass(hidden)
-                # What pads the last group chooses nothing.
-                score = jnp.where(exists[:, None], mass - log_z, -jnp.inf).max(0)
+                # What pads the last group chooses nothing, nor does a row of nan for others.
+                counts = exists[:, None] & ~jnp.isnan(log_z)
+                score = jnp.where(counts, mass - log_z, -jnp.inf).max(0)
                 # In the order of memory.
                 ids = jnp.sort(lax.top_k(lax.stop_gradient(score), self.num_pages)[1])
                 return fn(pages, ids, mass, log_z, hidden, *others)

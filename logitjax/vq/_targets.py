@@ -11,7 +11,7 @@ from absl import logging
 from jaxtyping import Float
 
 from logitjax.losses import Head
-from logitjax.ops import Array, logsumexp, top_k
+from logitjax.ops import Array, logsumexp, soft_cap, top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def head_targets(
     ) -> Any:
         logits = hidden @ rows.T + bias
         if head.soft_cap is not None:
-            logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
+            logits = soft_cap(logits, head.soft_cap)
         log_z = logsumexp(logits)
         # Padding does not count.
         probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]

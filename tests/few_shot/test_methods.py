@@ -72,6 +72,13 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
     np.testing.assert_allclose(run(lacking)[1], run(given)[1], rtol=1e-5)
 
 
+def test_the_weight_of_flat_logits_is_the_largest_and_finite():
+    given = np.float32([[0, 0, 0], [1, 0, 0], [-np.inf, 3, -np.inf]])
+    flat, other, single = jax.jit(few_shot.methods.Uncertainty().weight)(given)[:, 0]
+    assert other < flat < np.inf
+    assert np.isfinite(single)
+
+
 def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
     def sure(classes, **options):
         logits = np.where(np.arange(classes)[None] == 0, np.float32(50), 0)

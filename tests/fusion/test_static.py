@@ -54,6 +54,11 @@ def test_dexperts_keeps_the_large_models_nucleus():
         assert set(np.flatnonzero(kept)) == set(order[:size])
 
 
+def test_a_nucleus_of_nothing_keeps_the_likeliest_token():
+    fused, _ = fuse(DExperts(top_p=0.0), LARGE, EXPERT, BASE)
+    np.testing.assert_array_equal(np.isfinite(fused).sum(-1), 1)
+
+
 def test_contrastive_decoding_masks_the_implausible():
     fused, _ = fuse(ContrastiveDecoding(plausibility=0.2), LARGE, None, BASE)
     p = np.exp(log_softmax(np.float64(LARGE)))

@@ -182,3 +182,14 @@ def test_a_token_of_the_large_model_alone_keeps_its_logit(strategy):
     fused = np.asarray(fuse(large, *pair)[0])
     assert fused.argmax() == 0
     assert np.isneginf(fused[3]) or fused[3] == -8
+
+
+def test_padding_of_a_small_model_has_no_probability():
+    fuse = jax.jit(
+        OverlapFusion(strategy=ProxyTuning(), token_map=TokenMap(np.array([0, 1, 2, -1]), 3))
+    )
+    expert, base = np.float32([[-30, -31, -32, 0, 0]]), np.float32([[-32, -33, -34, 0, 0]])
+    large = np.zeros(4, np.float32)
+    for width in (3, 5):
+        fused, _ = fuse(large, expert[:, :width], base[:, :width])
+        np.testing.assert_allclose(jax.nn.softmax(fused), np.full(4, 0.25), atol=1e-6)

@@ -1,5 +1,6 @@
 """The kernels for CPUs say what XLA says."""
 
+import dataclasses
 import pathlib
 import subprocess
 
@@ -245,6 +246,31 @@ def test_products_with_codes_are_those_of_their_matrix(rng, used, width, group, 
     atol = 1e-6 * (np.abs(x) @ np.abs(dense).T).max(0)
     assert (np.abs(product - x @ dense.T) <= atol).all()
     np.testing.assert_allclose(slope, np.broadcast_to(dense[5], x.shape), rtol=1e-6)
+
+
+def test_products_of_few_rows_have_a_gradient_of_scales_and_take_bfloat16(rng, used):
+    codes = ops.Codes.of(
+        rng.normal(size=(6, 16)).astype(np.float32), "int4", asymmetric=True, outer_axis=0
+    )
+    x = rng.normal(size=(2, 16)).astype(np.float32)
+
+    def total(scales, x):
+        return jnp.sin(dataclasses.replace(codes, scales=scales).product(x)).sum()
+
+    def dense(scales, x):
+        matrix = dataclasses.replace(codes, scales=scales).dense()
+        return jnp.sin(x @ matrix.T).sum()
+
+    ours, expected = jax.jit(lambda *a: [jax.grad(f, (0, 1))(*a) for f in (total, dense)])(
+        codes.scales, x
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected
+    )
+    narrow = [a.astype(jnp.bfloat16) for a in (codes.scales, codes.offsets)]
+    half = dataclasses.replace(codes, scales=narrow[0], offsets=narrow[1])
+    product = jax.jit(half.product)(x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(product, x @ np.asarray(codes.dense()).T, rtol=0.05, atol=0.1)
 
 
 def test_row_products_have_the_gradients_of_a_gather(rng, used):

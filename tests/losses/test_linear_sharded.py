@@ -97,7 +97,7 @@ def _local():
     """Values and gradients of each form on one device, in one program."""
 
     def run(*arguments):
-        return {name: jax.value_and_grad(f, (0, 1))(*arguments) for name, f in FORMS.items()}
+        return {name: jax.value_and_grad(f, (0, 1, 3))(*arguments) for name, f in FORMS.items()}
 
     return jax.device_get(jax.jit(run)(*ARGUMENTS))
 
@@ -132,12 +132,12 @@ def _vocabulary_parallel(form, check_vma):
 
 @pytest.mark.parametrize("form", ["everything", pytest.param("every_scalar", marks=EVERY_CHANGE)])
 def test_vocabulary_parallel_equals_local(form):
-    run = jax.jit(jax.value_and_grad(_vocabulary_parallel(form, True), (0, 1)))
+    run = jax.jit(jax.value_and_grad(_vocabulary_parallel(form, True), (0, 1, 3)))
     _close(run(*ARGUMENTS), _expected(form))
 
 
 def test_vocabulary_parallel_without_vma_checks():
-    run = jax.jit(jax.value_and_grad(_vocabulary_parallel("scalar", False), (0, 1)))
+    run = jax.jit(jax.value_and_grad(_vocabulary_parallel("scalar", False), (0, 1, 3)))
     _close(run(*ARGUMENTS), _expected("scalar"))
 
 
@@ -187,7 +187,7 @@ def test_heads_gathered_over_fsdp():
         in_specs=(rows, P("data", "tensor"), rows, rows, rows, P(None, "tensor"), rows),
         out_specs=P(),
     )
-    _close(jax.jit(jax.value_and_grad(run, (0, 1)))(*ARGUMENTS), _expected("scalar"))
+    _close(jax.jit(jax.value_and_grad(run, (0, 1, 3)))(*ARGUMENTS), _expected("scalar"))
 
 
 @pytest.mark.parametrize("form", ["unreduced", "scalar"])
@@ -201,7 +201,7 @@ def test_batch_sharded_under_jit(kind, form):
         for a, s in zip(ARGUMENTS, shardings, strict=True)
     )
     with jax.set_mesh(mesh):
-        got = jax.jit(jax.value_and_grad(functools.partial(_loss, form), (0, 1)))(*placed)
+        got = jax.jit(jax.value_and_grad(functools.partial(_loss, form), (0, 1, 3)))(*placed)
     _close(got, _expected(form))
 
 
@@ -282,7 +282,7 @@ def test_what_the_mesh_does_not_divide_is_padded(sizes):
     devices = jax.devices()[: math.prod(sizes)]
     mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=devices)
     with jax.set_mesh(mesh):
-        got = jax.jit(jax.value_and_grad(functools.partial(_loss, "scalar"), (0, 1)))(*ARGUMENTS)
+        got = jax.jit(jax.value_and_grad(functools.partial(_loss, "scalar"), (0, 1, 3)))(*ARGUMENTS)
     _close(got, _expected("scalar"))
 
 

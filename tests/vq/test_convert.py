@@ -313,8 +313,16 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
     assert file.stat().st_mtime_ns == stamp
     chex.assert_trees_all_equal(dataclasses.asdict(first), dataclasses.asdict(second))
     shuffled = vq.HiddenCache(cache.hidden[::-1], cache.labels[::-1])
+    relabelled = vq.HiddenCache(
+        cache.hidden, np.where(np.arange(len(cache.labels)) == 1, 3, cache.labels)
+    )
+    assert (relabelled.labels != cache.labels).any()
+    assert relabelled.fingerprint != cache.fingerprint
+    # A row that a sample would not hold.
+    edited = rows.copy()
+    edited[-1] += 1.0
     cases = {
-        "head": (cache, Head(rows + 1.0, vocab_axis=0), 8),
+        "head": (cache, Head(edited, vocab_axis=0), 8),
         "positions": (shuffled, head, 8),
         "top": (cache, head, 4),
         "soft_cap": (cache, dataclasses.replace(head, soft_cap=5.0), 8),

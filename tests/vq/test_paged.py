@@ -103,6 +103,14 @@ def test_one_read_serves_a_batch_and_its_logits_are_exact(case):
     np.testing.assert_allclose(top.log_z, np.log(np.exp(logits).sum(-1)), rtol=1e-4)
 
 
+def test_a_row_of_nan_leaves_its_neighbours_their_pages(case):
+    hidden = np.concatenate([case["hidden"][:3], np.full((1, WIDTH), np.nan, np.float32)])
+    head = _reading(case, 6)
+    top = jax.jit(lambda h: [head.top_k(h, 3), head.top_k(h[:3], 3)])(hidden)
+    np.testing.assert_array_equal(top[0].indices[:3], top[1].indices)
+    assert np.isnan(top[0].values[3]).any()
+
+
 def test_enough_pages_are_read_for_the_likeliest_token(case):
     paged = case["paged"]
     best = case["full"].argmax(-1)

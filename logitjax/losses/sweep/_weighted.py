@@ -127,7 +127,8 @@ def _backward(sweep: Sweep, saved, cotangents):
     (grads, losses), (cotangent, _) = saved, cotangents
     d_hidden, d_head = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), grads)
     student = Projection(d_hidden, d_head, None)
-    return Operands(student, None, None, None), cotangent * losses
+    # Every shard has all losses, and the transpose adds shards.
+    return Operands(student, None, None, None), engine.first_shard(sweep, cotangent * losses)
 
 
 run_weighted.defvjp(_forward, _backward)
