@@ -127,8 +127,7 @@ class Candidate:
             runs,
             runs.shardings(mesh),
         )
-        whole = NamedSharding(mesh, PartitionSpec())
-        number = array((), jnp.int32, sharding=whole)
+        number = array((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
         return Program(
             name=f"{type(self.method).__name__}, {shown} images",
             jitted=compiled_sweep,

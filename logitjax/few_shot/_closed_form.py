@@ -262,8 +262,7 @@ class TIMO(Method):
             texts = texts @ needed(task.text_projection, "text_projection", self)
         texts = unit_rows(texts)  # [classes, prompts, features]
         classes, prompts, width = texts.shape
-        seen = task.mean_view("features", self)
-        means = unit_rows(class_means(seen, task.labels, classes).T)
+        means = unit_rows(class_means(task.mean_view("features", self), task.labels, classes).T)
         existing = one_hot(task.labels, classes).any(0)[:, None]
         match = jnp.where(existing, jnp.einsum("cpd,cd->cp", texts, means), 1.0)
         length = jnp.linalg.norm(match, axis=-1, keepdims=True)

@@ -175,28 +175,7 @@ class FeatureCache(RowCache):
 
 def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
     # A list in JSON.
-    names = tuple(made_from["class_names"])
-    return FeatureIdentity(**{**made_from, "class_names": names})
-
-
-def _made_of(
-    encoder: vision.Encoder, images: data.ImageSet, views: data.ImageViews, *, dtype: str
-) -> FeatureIdentity:
-    colours = dataclasses.asdict(encoder.preprocessing)
-    return FeatureIdentity(
-        encoder=encoder.name,
-        encoder_fingerprint=encoder.fingerprint,
-        preprocessing=" ".join(f"{k}={colours[k]}" for k in ("mean", "std")),
-        views=str(views),
-        data=images.source,
-        data_fingerprint=images.fingerprint,
-        class_names=images.class_names,
-        num_views=views.count,
-        num_features=encoder.num_features,
-        num_logits=encoder.num_classes,
-        compute_dtype=encoder.dtype,
-        dtype=dtype,
-    )
+    return FeatureIdentity(**{**made_from, "class_names": tuple(made_from["class_names"])})
 
 
 def extract_features(
@@ -228,6 +207,20 @@ def extract_features(
     """
     chosen = np.arange(len(images)) if rows is None else np.asarray(rows)
     checks.ids(chosen, len(images), "rows")
+    identity = FeatureIdentity(
+        encoder=encoder.name,
+        encoder_fingerprint=encoder.fingerprint,
+        preprocessing=f"mean={encoder.preprocessing.mean} std={encoder.preprocessing.std}",
+        views=str(views),
+        data=images.source,
+        data_fingerprint=images.fingerprint,
+        class_names=images.class_names,
+        num_views=views.count,
+        num_features=encoder.num_features,
+        num_logits=encoder.num_classes,
+        compute_dtype=encoder.dtype,
+        dtype=dtype,
+    )
     total = batch_size * views.count
     devices = jax.local_devices()
     # A batch splits evenly.
@@ -257,7 +250,7 @@ def extract_features(
                 labels=np.array([label for _, label in fetched], np.int32),
             )
 
-        cache = FeatureCache(directory, _made_of(encoder, images, views, dtype=dtype))
+        cache = FeatureCache(directory, identity)
         cache.fill(
             chosen,
             compute,

@@ -123,14 +123,12 @@ class FittedHead:
     def inputs(self, pictures: Pictures) -> dict[str, Any]:
         """Features as for `logits`; ValueError for another encoder, size or fit."""
         # Most methods ignore a second encoder.
-        used = len(self.encoders)
-        if pictures.encoders and pictures.encoders[:used] != self.encoders:
+        if pictures.encoders and pictures.encoders[: len(self.encoders)] != self.encoders:
             raise ValueError(
                 f"encoders: expected those that the head learned from, {self.encoders}, got "
                 f"{pictures.encoders}"
             )
-        names = ("features", "auxiliary", "hidden")
-        return {name: getattr(pictures, name) for name in names}
+        return {name: getattr(pictures, name) for name in ("features", "auxiliary", "hidden")}
 
     def accuracy(self, pictures: Pictures) -> float:
         """Share of pictures classified correctly; errors as for `inputs`."""
@@ -140,11 +138,10 @@ class FittedHead:
         """Write the head as ``head.safetensors`` and ``head.json``, which names the method."""
         # The file format has no strides.
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
-        state = _form(tuple(self.state), "state", tensors)
         record = {
             "kind": _KIND,
             "method": _described(self.method),
-            "state": state,
+            "state": _form(tuple(self.state), "state", tensors),
             **{name: getattr(self, name) for name in _WRITTEN},
         }
         for name in _KEPT:
@@ -269,8 +266,7 @@ def _mixed(heads: Sequence[FittedHead], weights: Sequence[float] | None) -> Fitt
 
 def _likeness(features: np.ndarray) -> float:
     """The lowest cosine to a nearest picture, minus its distance from the median such cosine."""
-    shown = features[:1000]
-    cosines = shown @ features.T
+    cosines = features[:1000] @ features.T
     np.fill_diagonal(cosines, -1.0)
     nearest = cosines.max(1)
     return max(-1.0, float(2 * nearest.min() - np.median(nearest)) - 1e-3)

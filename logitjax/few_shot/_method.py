@@ -213,8 +213,7 @@ def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*bat
     # Not `size > 0`: a row with a nan must stay nan.
     none = size == 0
     values = values / jnp.where(none, 1.0, size)
-    square = jnp.square(values).sum(-1, keepdims=True)
-    return values / jnp.sqrt(jnp.where(none, 1.0, square))
+    return values / jnp.sqrt(jnp.where(none, 1.0, jnp.square(values).sum(-1, keepdims=True)))
 
 
 def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch classes"]:

@@ -324,8 +324,7 @@ def fold_logits(
         others = dataclasses.replace(task, labels=jnp.where(part == number, -1, labels))
         return method.logits(learn(others), images)
 
-    logits = jax.lax.map(one, jnp.arange(folds))
-    return jnp.take_along_axis(logits, part[None, :, None], 0)[0]
+    return jnp.take_along_axis(jax.lax.map(one, jnp.arange(folds)), part[None, :, None], 0)[0]
 
 
 def _in_batches(run: Callable[..., jax.Array], state: State, inputs: Any, size: int) -> jax.Array:

@@ -60,17 +60,11 @@ class Recipe:
         second stage, `clip_lora`, `two_stage_norms` and `two_stage` (for :class:`methods.CLAP`
         without a penalty), whose steps grow with the `shots`. Other names are a ValueError.
         """
+        sgd = dict(algorithm="sgd", learning_rate=0.1, first_epoch_rate=1e-5)
         tower = dict(batch_size=32, learning_rate=2e-4, floor=1e-6, eps=1e-8)
         entries: dict[str, dict[str, Any]] = {
             "tip_adapter_f": dict(epochs=20, batch_size=256),
-            "clap": dict(
-                epochs=300,
-                batch_size=256,
-                learning_rate=0.1,
-                weight_decay=0.0,
-                algorithm="sgd",
-                first_epoch_rate=1e-5,
-            ),
+            "clap": dict(epochs=300, batch_size=256, weight_decay=0.0, **sgd),
             "clip_lora": dict(steps=500 * shots, **tower),
             # The stages take .6 and .4 of 300 steps per shot.
             "two_stage_norms": dict(steps=180 * shots, **tower),

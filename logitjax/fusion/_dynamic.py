@@ -267,16 +267,13 @@ def _visit_sum(
     return Visit(value - expected, error + doubt, step, below, above, (at.forward, at.reverse))
 
 
-def _least_gap(forward: jax.Array, reverse: jax.Array) -> jax.Array:
-    """Index on the leading axis of the point nearest to both divergences."""
-    # The first of equal ones, as with the paper's strict comparison.
-    return (forward**2 + reverse**2).argmin(0).astype(jnp.int32)
-
-
 def _choose(path: Path, solution: Solution) -> tuple[Solution, jax.Array]:
     """The paper's rule: of one alpha per expert, the one with the least summed objective."""
     moved, back = solution.at
-    expert = _least_gap(moved - path.target_forward.mean(0), back - path.target_reverse.mean(0))
+    objective = (moved - path.target_forward.mean(0)) ** 2
+    objective += (back - path.target_reverse.mean(0)) ** 2
+    # The first of equal ones, as with the paper's strict comparison.
+    expert = objective.argmin(0).astype(jnp.int32)
     chosen = jnp.arange(len(path)).reshape(-1, *[1] * expert.ndim) == expert
     alpha, lower, upper, moved, back = (
         jnp.where(chosen, x, 0.0)

@@ -183,12 +183,8 @@ def between(path: Path, left: Point, right: Point) -> Interval:
 
 
 def _gaps(left: Point, right: Point, which: int) -> jax.Array:
-    return jnp.maximum(
-        *(
-            jnp.abs((point.forward, point.reverse)[which]) + point.errors[which]
-            for point in (left, right)
-        )
-    )
+    gaps = (jnp.abs((x.forward, x.reverse)[which]) + x.errors[which] for x in (left, right))
+    return jnp.maximum(*gaps)
 
 
 def _lowest(gap: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:

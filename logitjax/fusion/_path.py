@@ -263,10 +263,7 @@ def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     levels = top, top_expert, top_base
     exists, d = inputs.exists, inputs.differences_below(levels)
     below = inputs.below(levels)
-    logs = [
-        jnp.where(exists, below.large[None], -jnp.inf),
-        jnp.where(exists, below.bases, -jnp.inf),
-    ]
+    logs = [jnp.where(exists, x, -jnp.inf) for x in (below.large[None], below.bases)]
     weights = [jnp.exp(x) for x in logs]
     sums = [_total(w) for w in weights] + [_total(w * d) for w in weights]
     cuts = [1, 1 + len(inputs.bases), 1 + len(inputs.bases) + count]
@@ -281,8 +278,7 @@ def make_path(inputs: Inputs, axis_name: AxisName | None) -> Path:
     rest_p, variance, rest_b, variance_b = sums[7:]
     unit, _, share = _rounding(vocab, axis_name, variance.dtype)
     left = [share * jnp.sqrt(2 * v) for v in (variance, variance_b)]
-    base = rest_b, left[1]
-    expert = _moments(sums[:7], jnp.ones_like(d_p), 0.0, base, vocab, axis_name)
+    expert = _moments(sums[:7], jnp.ones_like(d_p), 0.0, (rest_b, left[1]), vocab, axis_name)
     change = means[1] - means[0]
     middle = means[0] + (top_expert - top_base)
     slack = 1e-6 * (jnp.abs(top_expert) + jnp.abs(top_base) + jnp.abs(middle))

@@ -34,8 +34,7 @@ def _in_turns(
     count = math.prod(batch)
 
     def flat(values: jax.Array) -> jax.Array:
-        models = values.shape[: values.ndim - len(batch) - 1]
-        return values.reshape(*models, count, values.shape[-1])
+        return values.reshape(*values.shape[: -len(batch) - 1], count, values.shape[-1])
 
     flattened = jax.tree.map(flat, logits)
 

@@ -11,7 +11,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -94,6 +94,16 @@ def naming(path: object, kind: str = "") -> Iterator[None]:
         if isinstance(error, ValueError) and text.startswith(str(path)):
             raise ValueError(text) from None
         raise ValueError(f"{path}: {what} ({text})") from None
+
+
+@contextlib.contextmanager
+def opened(path: epath.PathLike, kind: str) -> Iterator[IO[bytes]]:
+    """Open a file that is no device or pipe, with errors as from `naming`."""
+    path = epath.Path(path)
+    with naming(path, kind):
+        plain_file(path)
+        with path.open("rb") as file:
+            yield file
 
 
 def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int:

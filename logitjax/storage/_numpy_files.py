@@ -13,35 +13,29 @@ from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` file, by name; ValueError names a damaged file."""
-    path = epath.Path(path)
-    with guard.naming(path, "an .npz file"):
-        guard.plain_file(path)
-        with path.open("rb") as file:
-            archive = guard.open_zip(file)
-            npz = {}
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                if name in npz:
-                    raise ValueError(f"array {name!r} occurs twice")
-                npz[name] = _array(guard.member_array(archive, member, np.uint8), name)
-            return npz
+    with guard.opened(path, "an .npz file") as file:
+        archive = guard.open_zip(file)
+        npz = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in npz:
+                raise ValueError(f"array {name!r} occurs twice")
+            npz[name] = _array(guard.member_array(archive, member, np.uint8), name)
+        return npz
 
 
 def read_npy(path: epath.PathLike, *, mapped: bool = False) -> np.ndarray:
     """The array of an ``.npy`` file; `mapped` leaves it on disk if possible."""
-    path = epath.Path(path)
-    with guard.naming(path, "an .npy file"):
-        guard.plain_file(path)
-        with path.open("rb") as opened:
-            dtype, shape, fortran = _header(opened, "array")
-            file = guard.Reader(opened)
-            guard.fits(shape, dtype.itemsize, file.left, "array")
-            order = "F" if fortran else "C"
-            # An empty file has nothing to map, which mmap treats as an error.
-            if mapped and "://" not in os.fspath(path) and file.left:
-                return np.memmap(os.fspath(path), dtype, "r", file.tell(), shape, order)
-            count = file.left // dtype.itemsize if dtype.itemsize else 0
-            return file.array(dtype, count, "array").reshape(shape, order=order)
+    with guard.opened(path, "an .npy file") as opened:
+        dtype, shape, fortran = _header(opened, "array")
+        file = guard.Reader(opened)
+        guard.fits(shape, dtype.itemsize, file.left, "array")
+        order = "F" if fortran else "C"
+        # An empty file has nothing to map, which mmap treats as an error.
+        if mapped and "://" not in os.fspath(path) and file.left:
+            return np.memmap(os.fspath(path), dtype, "r", file.tell(), shape, order)
+        count = file.left // dtype.itemsize if dtype.itemsize else 0
+        return file.array(dtype, count, "array").reshape(shape, order=order)
 
 
 def _array(content: np.ndarray, name: str) -> np.ndarray:
@@ -117,9 +111,6 @@ def _filled(value: Any) -> Any:
 
 def read_numpy_pickle(path: epath.PathLike) -> Any:
     """Read a pickle of dictionaries, lists and numpy arrays (read-only), as in old Flax."""
-    path = epath.Path(path)
-    with guard.naming(path, "a pickle of arrays"):
-        guard.plain_file(path)
-        with path.open("rb") as file:
-            machine = Machine(guard.Reader(file), lambda module, name: _ALLOWED.get((module, name)))
-            return plain(machine.load(), _filled)
+    with guard.opened(path, "a pickle of arrays") as file:
+        machine = Machine(guard.Reader(file), lambda module, name: _ALLOWED.get((module, name)))
+        return plain(machine.load(), _filled)

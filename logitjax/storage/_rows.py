@@ -42,22 +42,23 @@ class ArrayCodec:
 
     def __init__(self, fields: Mapping[str, tuple[Any, tuple[int, ...]]]):
         self.fields = {name: (np.dtype(dtype), shape) for name, (dtype, shape) in fields.items()}
-        self.bytes_per_row = sum(
-            dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.fields.values()
+        # Little-endian on every machine.
+        self._row = np.dtype(
+            [(name, dtype.newbyteorder("<"), shape) for name, (dtype, shape) in self.fields.items()]
         )
+        self.bytes_per_row = self._row.itemsize
 
     def encode(self, computed: Any, count: int) -> list[bytes]:
         """Records from a mapping, or from an object with these attributes."""
-        parts = []
+        rows = np.empty(count, self._row)
         for name, (dtype, shape) in self.fields.items():
             array = computed[name] if isinstance(computed, Mapping) else getattr(computed, name)
             array = _fitting(np.asarray(array), dtype, name)
             if array.shape[1:] != shape or len(array) < count:
                 expected = ", ".join(["batch", *map(str, shape)])
                 raise ValueError(f"{name}: expected [{expected}], got {array.shape}")
-            # Little-endian on every machine.
-            parts.append(np.ascontiguousarray(array[:count], dtype.newbyteorder("<")))
-        return [b"".join(part[i].tobytes() for part in parts) for i in range(count)]
+            rows[name] = array[:count]
+        return [row.tobytes() for row in rows]
 
     def decode(self, records: Sequence[bytes]) -> dict[str, np.ndarray]:
         """The arrays of rows, each `[rows, *shape]`."""
@@ -66,15 +67,10 @@ class ArrayCodec:
                 raise ValueError(
                     f"damaged record: {len(record)} bytes instead of {self.bytes_per_row}"
                 )
-        raw = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes_per_row)
-        out, begin = {}, 0
-        for name, (dtype, shape) in self.fields.items():
-            end = begin + dtype.itemsize * int(np.prod(shape))
-            # `view` requires contiguous bytes.
-            field = np.ascontiguousarray(raw[:, begin:end]).view(dtype.newbyteorder("<"))
-            out[name] = field.reshape(len(records), *shape).astype(dtype, copy=False)
-            begin = end
-        return out
+        rows = np.frombuffer(b"".join(records), self._row)
+        return {
+            name: np.ascontiguousarray(rows[name], kind) for name, (kind, _) in self.fields.items()
+        }
 
 
 class RowCache:
@@ -260,8 +256,7 @@ class RowCache:
                 for record in self._codec.encode(computed, count):
                     write(record)
                 written(count)
-        part = {"rows": _ranges(rows), "shard": shard}
-        write_json(self.directory / f"{name}.json", part)
+        write_json(self.directory / f"{name}.json", {"rows": _ranges(rows), "shard": shard})
         # Read when somebody asks: to look at all parts after each is slow.
         self._added = True
 

@@ -184,7 +184,6 @@ def _read_legacy(file: guard.Reader) -> Any:
 def _arrays(content: Any) -> Any:
     """Tensors as arrays, one object for a tensor that occurs twice."""
     arrays: dict[Any, np.ndarray] = {}
-    owners: set[int] = set()
     storages: dict[int, int] = {}
     copied = 0
 
@@ -195,9 +194,8 @@ def _arrays(content: Any) -> Any:
         if value.key not in arrays:
             view = value.array()
             # The first tensor that fills its storage uses that memory; others are copies.
-            first = view.size == value.storage.count and id(value.storage) not in owners
+            first = view.size == value.storage.count and id(value.storage) not in storages
             storages[id(value.storage)] = value.storage.count * view.itemsize
-            owners.add(id(value.storage))
             if not first:
                 copied += view.nbytes
                 most = guard.LIMITS.free_expansion + _SHARED * sum(storages.values())
@@ -214,14 +212,11 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
 
     The older form has no checksums: a corrupted number or name is returned as it is.
     """
-    path = epath.Path(path)
-    with guard.naming(path, "a torch checkpoint"):
-        guard.plain_file(path)
-        with path.open("rb") as file:
-            # Zip archives start with this.
-            zipped = file.read(2) == b"PK"
-            file.seek(0)
-            return _arrays(_read_zip(file) if zipped else _read_legacy(guard.Reader(file)))
+    with guard.opened(path, "a torch checkpoint") as file:
+        # Zip archives start with this.
+        zipped = file.read(2) == b"PK"
+        file.seek(0)
+        return _arrays(_read_zip(file) if zipped else _read_legacy(guard.Reader(file)))
 
 
 def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from orbax.checkpoint import future as ocp_future
 from logitjax.ops import mesh as on_mesh
 from logitjax.storage import may_pass
 from logitjax.training import _watch, _workdir
+from logitjax.training._state import abstract_array
 
 
 class _WithoutChatter(python_logging.Filter):
@@ -242,27 +243,16 @@ class Checkpointer:
 
     def _read(self, state: Any, step: int) -> Restored:
         self._manager.wait_until_finished()
-        shape = jax.ShapeDtypeStruct
-        requested = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=x.sharding), state)
-        requested = _nested(requested)
-        mismatch: list[str | None] = []
-        read: list[Any] = []
-
-        def look() -> None:
-            stored = self._manager.item_metadata(step)["state"].tree
-            mismatch.append(_mismatch(requested, stored))
-
-        def restore() -> None:
-            state_args = ocp.args.StandardRestore(requested)
-            args = ocp.args.Composite(state=state_args, meta=_MetaRestore())
-            read.append(self._manager.restore(step, args=args))
-
+        requested = _nested(jax.tree.map(abstract_array, state))
+        state_args = ocp.args.StandardRestore(requested)
+        args = ocp.args.Composite(state=state_args, meta=_MetaRestore())
         # All check before any restores, because orbax synchronises them in there.
-        _reading(look)
-        if mismatch[0] is not None:
-            raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch[0]}")
-        _reading(restore)
-        (result,) = read
+        mismatch = _reading(
+            lambda: _mismatch(requested, self._manager.item_metadata(step)["state"].tree)
+        )
+        if mismatch is not None:
+            raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch}")
+        result = _reading(lambda: self._manager.restore(step, args=args))
         leaves = [
             functools.reduce(dict.__getitem__, path.split("/"), result["state"])
             for path in _paths(state)
@@ -279,11 +269,10 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             for step in steps:
-                source = self.directory / str(step)
                 aside = self.directory / f"corrupt_{step}"
                 if aside.exists():
                     aside.rmtree()
-                source.rename(aside)
+                (self.directory / str(step)).rename(aside)
         _all_processes(True)
         self._manager.reload()
 
@@ -313,17 +302,17 @@ class _UnreadableError(Exception):
     pass
 
 
-def _reading(work: Callable[[], None]) -> None:
+def _reading(work: Callable[[], Any]) -> Any:
     """Read on all processes, and fail on all if one fails."""
     # A failing disk or store says nothing about the checkpoint: its error is raised unchanged, and
     # with several processes it ends all, because the others wait for this one.
-    message: str | None = None
+    message, result = None, None
     # Failing reads leave asyncio tasks behind, which log long complaints.
     asyncio_log = python_logging.getLogger("asyncio")
     level = asyncio_log.level
     asyncio_log.setLevel(python_logging.CRITICAL + 1)
     try:
-        work()
+        result = work()
     except Exception as error:
         if may_pass(error):
             if jax.process_count() > 1:
@@ -334,6 +323,7 @@ def _reading(work: Callable[[], None]) -> None:
         asyncio_log.setLevel(level)
     if not _all_processes(message is None):
         raise _UnreadableError(message or "another process could not read it")
+    return result
 
 
 def _paths(tree: Any) -> list[str]:
@@ -362,15 +352,11 @@ def _mismatch(expected: Any, stored: Any) -> str | None:
     for name, leaf in expected.items():
         if name not in stored:
             return f"it lacks {name!r}"
-        present = stored[name]
-        if not _is_key(leaf) and (tuple(present.shape), np.dtype(present.dtype)) != (
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype),
-        ):
-            return (
-                f"{name!r} is {np.dtype(present.dtype)}{list(present.shape)} in it, expected "
-                f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
-            )
+        if _is_key(leaf):
+            continue
+        has, expects = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (stored[name], leaf))
+        if has != expects:
+            return f"{name!r} is {has} in it, expected {expects}"
     for name in stored:
         if name not in expected:
             return f"it holds {name!r}, which this state lacks"

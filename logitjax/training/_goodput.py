@@ -12,23 +12,17 @@ from etils import epath
 
 from logitjax.storage import progress, write_atomic
 
-# Parts by the verb of the activity; an activity with another verb is `other`.
-_KINDS = {
-    "starting": "start-up",
-    "restoring": "start-up",
-    "compiling": "compilation",
-    "taking": "step",
-    "step": "step",
-    "fetching": "data",
-    "packing": "data",
-    "reading": "data",
-    "waiting": "data",
-    "loading": "preparation",
-    "pruning": "preparation",
-    "saving": "save",
-    "evaluating": "evaluation",
-    "scoring": "evaluation",
+# Parts with the verbs of their activities; an activity with another verb is `other`.
+_VERBS = {
+    "start-up": ("starting", "restoring"),
+    "compilation": ("compiling",),
+    "step": ("taking", "step"),
+    "data": ("fetching", "packing", "reading", "waiting"),
+    "preparation": ("loading", "pruning"),
+    "save": ("saving",),
+    "evaluation": ("evaluating", "scoring"),
 }
+_KINDS = {verb: kind for kind, verbs in _VERBS.items() for verb in verbs}
 _FLUSH_SECONDS = 2.0
 _FROM, _STEP = re.compile(r"training from step (\d+)"), re.compile(r"(?:taking )?step (\d+)")
 _FILE = "goodput.jsonl"

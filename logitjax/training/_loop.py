@@ -23,7 +23,7 @@ from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._flops import utilisation
 from logitjax.training._metrics import MetricAccumulator, MetricWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
-from logitjax.training._state import TrainState
+from logitjax.training._state import TrainState, abstract_array
 from logitjax.training._step import StepOutput
 from logitjax.training._workdir import lock_workdir
 
@@ -246,9 +246,7 @@ def _resume(
     state = start() if callable(start) else start
     if checkpointer is None or not checkpointer.steps():
         return state, int(state.step)
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-    )
+    shapes = jax.tree.map(abstract_array, state)
     progress.mark("restoring a checkpoint")
     for leaf in jax.tree.leaves(state):
         # The memory never holds two states.

@@ -86,15 +86,13 @@ def make_mesh(
     if slices is not None:
         return _hybrid_mesh(slices, sizes, devices)
     # The compiler splits activations.
-    types = (AxisType.Auto,) * len(sizes)
+    shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
     try:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     except NotImplementedError:
         # On a TPU torus of 4 x 4 x 8 no product of sides is 2: an axis then takes part of a side.
-        grid = mesh_utils.create_device_mesh(
-            tuple(sizes.values()), devices, allow_split_physical_axes=True
-        )
-        return Mesh(grid, tuple(sizes), axis_types=types)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, names, axis_types=types)
 
 
 def _slices(spec: str, slices: int | None, devices: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Metrics: exact means of (sum, count) pairs, and their writers."""
 
+import contextlib
 import json
 import math
 import os
@@ -98,15 +99,12 @@ class JsonlWriter(MetricWriter):
             return
         kept = []
         for line in self._path.read_bytes().splitlines():
-            try:
+            # The last line of a killed run may be truncated, and any line damaged.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line.decode())
-            except (ValueError, KeyError, TypeError):
-                # The last line of a killed run may be truncated, and any line damaged.
-                continue
         self._lines = kept if self._remote else []
-        text = "".join(line + "\n" for line in kept)
-        write_atomic(self._path, text)
+        write_atomic(self._path, "".join(line + "\n" for line in kept))
 
     def flush(self) -> None:
         if self._remote:

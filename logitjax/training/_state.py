@@ -59,13 +59,11 @@ class TrainState:
         >>> int(state.step)
         0
         """
-        shardings = jax.tree.map(
-            lambda leaf: leaf.sharding, cls.abstract(params, tx, mesh=mesh, rules=rules)
-        )
+        abstract = cls.abstract(params, tx, mesh=mesh, rules=rules)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         build = jax.jit(_builder(params, tx), out_shardings=shardings)
-        if callable(params):
-            return build(jax.random.key(seed))
-        return build(jax.random.key(seed), rules.place(params, mesh))
+        initial = None if callable(params) else rules.place(params, mesh)
+        return build(jax.random.key(seed), initial)
 
     @classmethod
     def abstract(
@@ -87,11 +85,9 @@ class TrainState:
         >>> state.params["w"].shape
         (3,)
         """
-        build = _builder(params, tx)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        abstract = (
-            jax.eval_shape(build, key) if callable(params) else jax.eval_shape(build, key, params)
-        )
+        initial = None if callable(params) else params
+        abstract = jax.eval_shape(_builder(params, tx), key, initial)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract,
@@ -99,8 +95,15 @@ class TrainState:
         )
 
 
+def abstract_array(leaf: Any) -> Any:
+    """The shape, type and sharding of an array; anything else unchanged."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
 def _builder(params: Any, tx: optax.GradientTransformation) -> Callable[..., TrainState]:
-    def build(key: jax.Array, initial: Any = None) -> TrainState:
+    def build(key: jax.Array, initial: Any) -> TrainState:
         # The steps' key must not be the parameters'.
         init_key, rng = jax.random.split(key)
         parameters: Any = params(init_key) if callable(params) else jax.tree.map(jnp.copy, initial)

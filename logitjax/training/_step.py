@@ -17,7 +17,7 @@ from logitjax.ops.sharding import MeshAxes
 from logitjax.training._flops import matmul_flops
 from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
-from logitjax.training._state import TrainState
+from logitjax.training._state import TrainState, abstract_array
 
 LossFn = Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]
 
@@ -106,7 +106,7 @@ class TrainStep:
         if self._mesh is not None:
             batch = BatchLayout(self._mesh).place(batch)
         if self._shapes is None:
-            self._shapes = jax.tree.map(_abstract, (state, batch, constants))
+            self._shapes = jax.tree.map(abstract_array, (state, batch, constants))
         return self._compiled_for(state)(state, batch, constants)
 
     @functools.cached_property
@@ -207,8 +207,7 @@ class TrainStep:
         axes = tuple(name for name in ("dcn_data", "data") if sizes[name] > 1)
 
         def of_copy(params: Any, batch: Any, number: Any) -> Any:
-            local = jax.random.fold_in(key, number[0])
-            grads, sums = self._scan(grad_fn, params, batch, local)
+            grads, sums = self._scan(grad_fn, params, batch, jax.random.fold_in(key, number[0]))
             if mask is not None:
                 # Zeros of untrained parameters need not cross.
                 grads = jax.tree.map(lambda g, kept: g if kept else None, grads, mask)
@@ -250,12 +249,6 @@ class TrainStep:
         )
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return jax.lax.scan(body, zeros, (micros, jnp.arange(parts)))[0]
-
-
-def _abstract(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _knowing(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:

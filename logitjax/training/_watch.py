@@ -57,12 +57,12 @@ def announce(cause: str, status: int) -> None:
         return
 
 
-def _await_others(seconds: float = 5.0) -> None:
+def _await_others() -> None:
     """The process that stores the messages exits last: JAX ends the others once it is gone."""
     client = _client()
     if client is None or jax.process_index() != 0:
         return
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 5.0
     try:
         while time.monotonic() < until:
             ended = client.key_value_dir_get(f"{_PREFIX}/ended/")

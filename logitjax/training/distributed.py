@@ -1,6 +1,7 @@
 """Start-up of one of several processes."""
 
 import atexit
+import functools
 import importlib.util
 import os
 import pathlib
@@ -82,27 +83,18 @@ def initialize(
         "process_id": process_id,
     }
     missing = [name for name, value in entries.items() if value is None]
+    timeout = heartbeat_seconds + _watch.LATER_SECONDS
+    join: Any = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=timeout)
     if num_processes == 1:
         # If it joined, it would send data between its own devices over sockets.
         logging.info("the only process")
     elif not missing:
         logging.info("process %s of %s, coordinator %s", *reversed(list(entries.values())))
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            # Nothing is left to detect.
-            cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
-        )
+        # Nothing is left to detect.
+        join(*entries.values(), cluster_detection_method="deactivate")
     elif result is not None:
         logging.info("joining the %s cluster", result)
-        devices = _slurm_devices() if result == "slurm" else None
-        jax.distributed.initialize(
-            **entries,
-            local_device_ids=devices,
-            heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
-        )
+        join(**entries, local_device_ids=_slurm_devices() if result == "slurm" else None)
     elif len(missing) < 3:
         raise ValueError(
             f"{missing[0]}: expected with {' and '.join(n for n in entries if n not in missing)} "

@@ -122,20 +122,15 @@ def coupling_cost(
     coupling = Coupling(rows, columns, mass)
     root = jnp.zeros_like(mass[0])
     factors = (c, d) if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph) else None
-    if p == 2 and pairs > _EXACT_PAIRS and factors:
+    many = p == 2 and pairs > _EXACT_PAIRS
+    if many and factors:
         if n == m == pairs and all(graph.ids is not None for graph in factors):
             value, absolute = _sparse_cost(*factors, coupling)
         else:
-            value, absolute = _factored_cost(
-                dense_factor(factors[0]), dense_factor(factors[1]), coupling
-            )
+            z, w = map(dense_factor, factors)
+            value, absolute = _factored_cost(z, w, coupling)
         most = value + absolute
-    elif (
-        p == 2
-        and pairs > _EXACT_PAIRS
-        and isinstance(c, ProductGraph)
-        and isinstance(d, ProductGraph)
-    ):
+    elif many and isinstance(c, ProductGraph) and isinstance(d, ProductGraph):
         value, absolute = _product_cost(c, d, coupling)
         most = value + absolute
     else:
@@ -199,11 +194,7 @@ def _rows_of(graph: Graph, nodes: Int[Array, "pairs"]) -> Callable[[jax.Array], 
         left, right = (x[:, nodes] for x in graphs.dense_factors(graph))
         return lambda here: left[:, here].T @ right
     matrix = graphs.dense_matrix(graph)
-
-    def rows(here: jax.Array) -> jax.Array:
-        return matrix[nodes[here]][:, nodes]
-
-    return rows
+    return lambda here: matrix[nodes[here]][:, nodes]
 
 
 def _factored_cost(
@@ -244,10 +235,9 @@ def _product_cost(c: ProductGraph, d: ProductGraph, coupling: Coupling) -> tuple
 def _sparse_cost(c: FactoredGraph, d: FactoredGraph, coupling: Coupling) -> tuple[Scalar, Scalar]:
     """Both graphs' nodes renamed to the number of their pair, then sparse T x T products."""
     n = num_nodes(c)
-    pairs = jnp.arange(n, dtype=jnp.int32)
 
     def rename(graph: FactoredGraph, nodes: Array) -> FactoredGraph:
-        location = jnp.zeros(n, jnp.int32).at[nodes].set(pairs)
+        location = jnp.zeros(n, jnp.int32).at[nodes].set(jnp.arange(n, dtype=jnp.int32))
         ids = drop_negative(graph.ids)
         return FactoredGraph(real(graph.values), location.at[ids].get(mode="fill", fill_value=n), n)
 

@@ -71,19 +71,15 @@ def graph_features(
     )
     z = jnp.asarray(values)
     z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-    ids = None if ids is None else drop_negative(ids)
     if where is not None:
         z = jnp.where(jnp.asarray(where)[..., None], z, 0.0)
-    nodes = z.shape[-1] if ids is None or num_nodes is None else num_nodes
-
-    if ids is not None:
+    nodes = z.shape[-1]
+    if ids is not None and num_nodes is not None:
+        ids, nodes = drop_negative(ids), num_nodes
         # A value without a node is not part of its row's sum either.
         z = jnp.where(ids < nodes, z, 0.0)
-
     if feature == "row_rms":
-        squares = _row_squares(z, ids, nodes, sequence_axis_name)
-        return safe_sqrt(squares / max(nodes, 1))
-
+        return safe_sqrt(_row_squares(z, ids, nodes, sequence_axis_name) / max(nodes, 1))
     sums = z.sum(-1, keepdims=True)
     weighted = z * (sums - z) if feature == "off_diagonal" else z * sums
     return ops.mesh.psum(scatter_columns(weighted, ids, nodes), sequence_axis_name)
@@ -154,13 +150,14 @@ def scatter_columns(
     def one(v: jax.Array, i: jax.Array) -> jax.Array:
         return jnp.zeros(num_nodes, v.dtype).at[i.reshape(-1)].add(v.reshape(-1), mode="drop")
 
-    return _over_batch(one, values, jnp.asarray(ids))
+    return over_batch(one, values, jnp.asarray(ids))
 
 
-def _over_batch(function: Callable[..., jax.Array], values: jax.Array, ids: jax.Array) -> jax.Array:
-    for _ in range(values.ndim - 2):
+def over_batch(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Map a function of arrays `[positions, width]` over their leading axes."""
+    for _ in range(arrays[0].ndim - 2):
         function = jax.vmap(function)
-    return function(values, ids)
+    return function(*arrays)
 
 
 def _block(positions: int, entries: int) -> int:
@@ -192,9 +189,7 @@ def _row_squares(
         _, products = sparse_products(v, i, all_v, all_i, num_nodes)
         return scatter_columns(v * products, i, num_nodes)
 
-    for _ in range(z.ndim - 2):
-        one = jax.vmap(one)
-    return ops.mesh.psum(one(z, ids, every_z, every_ids), axis_name)
+    return ops.mesh.psum(over_batch(one, z, ids, every_z, every_ids), axis_name)
 
 
 def sparse_products(

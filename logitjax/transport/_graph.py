@@ -95,10 +95,8 @@ def _sparse_distance(
         arguments: Any = (*parts, num_nodes(c))
         return features.sparse_difference(*arguments)
 
-    for _ in range(local[0].ndim - 2):
-        one = jax.vmap(one)
     # Rounding may go below 0.
-    value = jnp.maximum(ops.mesh.psum(one(*local, *every), axis), 0.0)
+    value = jnp.maximum(ops.mesh.psum(features.over_batch(one, *local, *every), axis), 0.0)
     a, b = (ops.mesh.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in local[:2])
     # Each of the two inner products is at most the product of the traces.
     positions, width = every[0].shape[-2:]
@@ -271,8 +269,7 @@ def half_exponent(graph: Graph) -> Int[jax.Array, ""]:
     """The h for which the numbers that form C / 4^h are at most about one."""
     largest_part = jnp.stack([jnp.max(jnp.abs(real(x)), initial=0.0) for x in parts(graph)]).max()
     exponent = jnp.frexp(largest_part)[1]
-    factored = isinstance(graph, FactoredGraph | ProductGraph)
-    return exponent if factored else (exponent + 1) // 2
+    return exponent if isinstance(graph, FactoredGraph | ProductGraph) else (exponent + 1) // 2
 
 
 def shifted(graph: Graph, half: Int[jax.Array, ""]) -> Any:

@@ -61,9 +61,8 @@ def gilmore_lawler(c: Graph, d: Graph, *, branches: int) -> tuple[Scalar, Order]
     branches = min(branches, n)
     if branches and n > 2:
         heaviest = jnp.argmax(jnp.diag(x))
-        floors = _pinned(x, y)
         # The least floors.
-        least, partners = jax.lax.top_k(-floors, branches)
+        least, partners = jax.lax.top_k(-_pinned(x, y), branches)
         matched = jax.lax.map(lambda k: _assign_rest(x, y, heaviest, k), partners)
         # Every untried partner costs at least as much as the last one tried.
         untried = jnp.inf if branches == n else -least[-1]
@@ -93,7 +92,7 @@ def _assign_rest(x: Square, y: Square, h: Int[jax.Array, ""], k: Int[jax.Array, 
     return value + jnp.square(x[h, h] - y[k, k])
 
 
-def _others(n: int, node: Int[jax.Array, ""]) -> Int[jax.Array, "rest"]:
+def _others(n: int, node: Int[jax.Array, "*row"]) -> Int[jax.Array, "*rest"]:
     index = jnp.arange(n - 1)
     return jnp.where(index < node, index, index + 1)  # all but node
 
@@ -167,7 +166,4 @@ def _sorted_distance(f: Vector, g: Vector, f_error: Vector, g_error: Vector) -> 
 
 
 def _off_diagonal(x: Square) -> Float[jax.Array, "n rest"]:
-    n = len(x)
-    column = jnp.arange(n - 1)
-    row = jnp.arange(n)[:, None]
-    return jnp.take_along_axis(x, jnp.where(column < row, column, column + 1), axis=1)
+    return jnp.take_along_axis(x, _others(len(x), jnp.arange(len(x))[:, None]), axis=1)

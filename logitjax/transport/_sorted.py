@@ -187,7 +187,4 @@ def _cumulative(
 def _search(
     ends: Float[jax.Array, "*batch n"], middles: Float[jax.Array, "*batch pairs"]
 ) -> Int[jax.Array, "*batch pairs"]:
-    search: Any = jnp.searchsorted
-    for _ in range(ends.ndim - 1):
-        search = jax.vmap(search)
-    return search(ends, middles)
+    return jnp.vectorize(jnp.searchsorted, signature="(n),(pairs)->(pairs)")(ends, middles)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from logitjax.ops import Array
 from logitjax.vision import _vit as vit
 from logitjax.vision._fastvit import FastViT, FastViTConfig
-from logitjax.vision._layers import Features, Images, avg_pool, batch_norm, conv
+from logitjax.vision._layers import Features, Images, avg_pool, normed_conv
 from logitjax.vision._resnet import Bottleneck, four_stages
 from logitjax.vision._vit import StagesConfig, TextTower, TowersConfig, ViT, ViTConfig
 
@@ -46,18 +46,15 @@ class ModifiedResNet(nnx.Module):
     def __init__(self, config: StagesConfig, *, dtype: Any, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         width = config.width
-        self.conv1 = conv(3, width // 2, 3, stride=2, **options)
-        self.bn1 = batch_norm(width // 2, **options)
-        self.conv2 = conv(width // 2, width // 2, 3, **options)
-        self.bn2 = batch_norm(width // 2, **options)
-        self.conv3 = conv(width // 2, width, 3, **options)
-        self.bn3 = batch_norm(width, **options)
+        self.conv1, self.bn1 = normed_conv(3, width // 2, 3, options, stride=2)
+        self.conv2, self.bn2 = normed_conv(width // 2, width // 2, 3, options)
+        self.conv3, self.bn3 = normed_conv(width // 2, width, 3, options)
         block, norms = functools.partial(Bottleneck, pooled=True), options | {"axis_name": None}
         self.layer1, self.layer2, self.layer3, self.layer4 = four_stages(
             width, 4 * width, config.blocks, norms, block
         )
-        tokens = config.grid**2 + 1  # positions and the mean
-        sizes = tokens, 32 * width, config.heads, config.embed_dim
+        # Tokens are the positions and their mean.
+        sizes = config.grid**2 + 1, 32 * width, config.heads, config.embed_dim
         self.attnpool = _AttentionPool(*sizes, dtype, rngs)
 
     def __call__(self, images: Images) -> Features:

@@ -30,8 +30,7 @@ class _Responses(nnx.Module):
 
     def __init__(self, width: int):
         # Initially the identity.
-        self.scale = nnx.Param(jnp.zeros(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale, self.bias = nnx.Param(jnp.zeros(width)), nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # float32, because many squares are summed.
@@ -61,17 +60,10 @@ class _Block(nnx.Module):
 
 
 class _Stage(nnx.Module):
-    def __init__(
-        self, inside: int | None, width: int, depth: int, config: ConvNeXtConfig, **options: Any
-    ):
-        self.norm: Any = (
-            None if inside is None else layer_norm(inside, config.epsilon, options["rngs"])
-        )
-        self.reduce: Any = (
-            None
-            if inside is None
-            else conv(inside, width, 2, stride=2, pad=0, use_bias=True, **options)
-        )
+    def __init__(self, inside: int, width: int, depth: int, config: ConvNeXtConfig, **options: Any):
+        halved: Any = {"stride": 2, "pad": 0, "use_bias": True, **options}
+        self.norm: Any = layer_norm(inside, config.epsilon, options["rngs"]) if inside else None
+        self.reduce: Any = conv(inside, width, 2, **halved) if inside else None
         self.blocks = nnx.List([_Block(width, config, **options) for _ in range(depth)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -98,7 +90,7 @@ class ConvNeXt(nnx.Module):
         self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
         self.patch_norm = layer_norm(first, config.epsilon, rngs)
         # The stem downsamples for the first stage.
-        inside = [None, *config.widths[:-1]]
+        inside = [0, *config.widths[:-1]]
         self.stages = nnx.List(
             [
                 _Stage(before, width, depth, config, **options)

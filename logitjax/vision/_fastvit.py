@@ -48,10 +48,8 @@ class _Excite(nnx.Module):
     """Squeeze and excitation: every channel times a factor computed from all means."""
 
     def __init__(self, width: int, inner: int, **options: Any):
-        self.fc1, self.fc2 = (
-            nnx.Linear(width, inner, **options),
-            nnx.Linear(inner, width, **options),
-        )
+        self.fc1 = nnx.Linear(width, inner, **options)
+        self.fc2 = nnx.Linear(inner, width, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         means = global_mean(x).astype(x.dtype)[:, None, None]
@@ -168,8 +166,7 @@ def without_norms(weights: Weights) -> dict[str, np.ndarray]:
     folded = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     for part in _ending(folded, ".bn.running_var"):
         factor, folded[f"{part}.bias"] = affine(folded, f"{part}.bn")
-        kernel = folded.pop(f"{part}.conv.weight")
-        folded[f"{part}.weight"] = kernel * factor[:, None, None, None]
+        folded[f"{part}.weight"] = folded.pop(f"{part}.conv.weight") * factor[:, None, None, None]
     return folded
 
 

@@ -117,6 +117,15 @@ class DepthwiseConv(nnx.Module):
 batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 
 
+def normed_conv(
+    in_features: int, out_features: int, kernel: int, options: dict[str, Any], **geometry: Any
+) -> tuple[nnx.Conv, nnx.BatchNorm]:
+    """A convolution without a bias, and its batch norm, which takes all of the options."""
+    shared = {key: options[key] for key in ("dtype", "rngs")}
+    convolution = conv(in_features, out_features, kernel, **geometry, **shared)
+    return convolution, batch_norm(out_features, **options)
+
+
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer norm computed in float32, whatever the type of the network."""
     # E[x^2] - E[x]^2 suffers from cancellation.

@@ -191,8 +191,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         encoder = _without_text(spec, weights, prep, dtype)
     except ValueError as error:
         # The family comes first: the first weight that does not fit says little.
-        called = _architecture(settings)
-        raise ValueError(f"{path}: {called} {error}") from None
+        raise ValueError(f"{path}: {_architecture(settings)} {error}") from None
     if encoder is None:
         raise ValueError(
             f"{path}: {_architecture(settings)} neither CLIP, SigLIP, a ViT, DINO, ConvNeXt, a "

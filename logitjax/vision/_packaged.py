@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from logitjax.vision import _layers as layers
-from logitjax.vision._layers import DepthwiseConv, Features, Images
+from logitjax.vision._layers import DepthwiseConv, Features, Images, normed_conv
 
 # Channels, blocks, kernel, stride of the first block, expansion.
 _STAGES = (
@@ -33,20 +33,16 @@ class _Block(nnx.Module):
         expand: int,
         options: dict[str, Any],
     ):
-        conv_options = {key: options[key] for key in ("dtype", "rngs")}
         wide = in_features * expand
         self.residual = stride == 1 and in_features == features
         # Without expansion it would be a 1x1 convolution of the same width.
         self.expand = expand > 1
         if self.expand:
-            self.expand_conv = layers.conv(in_features, wide, 1, **conv_options)
-            self.bn0 = layers.batch_norm(wide, **options)
-        self.depthwise_conv = DepthwiseConv(
-            wide, kernel=kernel, stride=stride, same=True, **conv_options
-        )
+            self.expand_conv, self.bn0 = normed_conv(in_features, wide, 1, options)
+        shared = {key: options[key] for key in ("dtype", "rngs")}
+        self.depthwise_conv = DepthwiseConv(wide, kernel=kernel, stride=stride, same=True, **shared)
         self.bn1 = layers.batch_norm(wide, **options)
-        self.project_conv = layers.conv(wide, features, 1, **conv_options)
-        self.bn2 = layers.batch_norm(features, **options)
+        self.project_conv, self.bn2 = normed_conv(wide, features, 1, options)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         running, out = not train, x
@@ -71,8 +67,7 @@ class EfficientNetLite0(nnx.Module):
     ):
         options = {"epsilon": 1e-3, "axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = 1280
-        self.conv_stem = layers.conv(channels, 32, 3, stride=2, same=True, dtype=dtype, rngs=rngs)
-        self.bn0 = layers.batch_norm(32, **options)
+        self.conv_stem, self.bn0 = normed_conv(channels, 32, 3, options, stride=2, same=True)
         blocks, previous = [], 32
         for features, count, kernel, stride, expand in _STAGES:
             for block in range(count):
@@ -81,8 +76,7 @@ class EfficientNetLite0(nnx.Module):
                 blocks.append(_Block(previous, features, kernel, step, expand, options))
                 previous = features
         self.blocks = nnx.List(blocks)
-        self.conv_head = layers.conv(previous, self.num_features, 1, dtype=dtype, rngs=rngs)
-        self.bn1 = layers.batch_norm(self.num_features, **options)
+        self.conv_head, self.bn1 = normed_conv(previous, self.num_features, 1, options)
 
     def __call__(self, images: Images, *, train: bool = False) -> Features:
         running = not train

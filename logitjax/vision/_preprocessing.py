@@ -124,17 +124,12 @@ def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preproc
     elif scaled:
         size, resize, fit = scaled, scaled, "squash"
     entries: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-    mean: Any = tuple(content.get("image_mean") or default.mean)
-    std: Any = tuple(content.get("image_std") or default.std)
-    return Preprocessing(
-        size=size,
-        resize=resize,
-        mean=mean,
-        std=std,
-        interpolation=entries.get(content.get("resample"), default.interpolation),
-        fit=fit,
-        floor=True,
-    )
+    fields = {
+        "mean": content.get("image_mean"),
+        "std": content.get("image_std"),
+        "interpolation": entries.get(content.get("resample"), default.interpolation),
+    }
+    return Preprocessing.of_names(fields, default, size=size, resize=resize, fit=fit, floor=True)
 
 
 def open_clip_preprocessing(default: Preprocessing, fields: Mapping[str, Any]) -> Preprocessing:

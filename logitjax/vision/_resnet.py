@@ -9,18 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from logitjax.vision import _layers as layers
-from logitjax.vision._layers import Features, Images
+from logitjax.vision._layers import Features, Images, normed_conv
 
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut, projected if the shape changes (option B)."""
 
     def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
-        conv_options = {key: options[key] for key in ("dtype", "rngs")}
-        self.conv1 = layers.conv(in_features, features, 3, stride=stride, **conv_options)
-        self.bn1 = layers.batch_norm(features, **options)
-        self.conv2 = layers.conv(features, features, 3, **conv_options)
-        self.bn2 = layers.batch_norm(features, **options)
+        self.conv1, self.bn1 = normed_conv(in_features, features, 3, options, stride=stride)
+        self.conv2, self.bn2 = normed_conv(features, features, 3, options)
         self.downsample = _shortcut(in_features, features, stride, options)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -49,16 +46,12 @@ class Bottleneck(nnx.Module):
         pooled: bool = False,
     ):
         self.pool = stride if pooled else 1
-        conv_options = {key: options[key] for key in ("dtype", "rngs")}
         narrow = features // 4 * widen
-        self.conv1 = layers.conv(in_features, narrow, 1, **conv_options)
-        self.bn1 = layers.batch_norm(narrow, **options)
+        self.conv1, self.bn1 = normed_conv(in_features, narrow, 1, options)
         # CLIP averages instead.
         step = 1 if pooled else stride
-        self.conv2 = layers.conv(narrow, narrow, 3, stride=step, groups=groups, **conv_options)
-        self.bn2 = layers.batch_norm(narrow, **options)
-        self.conv3 = layers.conv(narrow, features, 1, **conv_options)
-        self.bn3 = layers.batch_norm(features, **options)
+        self.conv2, self.bn2 = normed_conv(narrow, narrow, 3, options, stride=step, groups=groups)
+        self.conv3, self.bn3 = normed_conv(narrow, features, 1, options)
         self.downsample = _shortcut(in_features, features, stride, options, pooled)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -75,10 +68,8 @@ def _shortcut(
     """A projection and its norm if a block changes the shape, otherwise nothing."""
     if stride == 1 and in_features == features:
         return None
-    conv_options = {key: options[key] for key in ("dtype", "rngs")}
     step = 1 if pooled else stride
-    project = layers.conv(in_features, features, 1, stride=step, **conv_options)
-    return nnx.List([project, layers.batch_norm(features, **options)])
+    return nnx.List(normed_conv(in_features, features, 1, options, stride=step))
 
 
 def _joined(x: jax.Array, out: jax.Array, shortcut: Any, running: bool) -> jax.Array:
@@ -96,9 +87,8 @@ def _stage(
     options: dict[str, Any],
     block: Any = BasicBlock,
 ) -> Any:
-    first = block(in_features, features, stride, options)
-    rest = [block(features, features, 1, options) for _ in range(blocks - 1)]
-    return nnx.List([first, *rest])
+    rest = (block(features, features, 1, options) for _ in range(blocks - 1))
+    return nnx.List([block(in_features, features, stride, options), *rest])
 
 
 def four_stages(
@@ -135,8 +125,7 @@ class CifarResNet(nnx.Module):
             raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, ...), got {depth}")
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = widths[3]
-        self.conv1 = layers.conv(channels, widths[0], 3, dtype=dtype, rngs=rngs)
-        self.bn1 = layers.batch_norm(widths[0], **options)
+        self.conv1, self.bn1 = normed_conv(channels, widths[0], 3, options)
         self.layer1 = _stage(widths[0], widths[1], blocks, 1, options)
         self.layer2 = _stage(widths[1], widths[2], blocks, 2, options)
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, options)
@@ -179,8 +168,7 @@ class ResNet(nnx.Module):
         more = 4 if bottleneck else 1
         self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
-        self.conv1 = layers.conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
-        self.bn1 = layers.batch_norm(64, **options)
+        self.conv1, self.bn1 = normed_conv(channels, 64, kernel, options, stride=stride)
         self.layer1, self.layer2, self.layer3, self.layer4 = four_stages(
             64, 64 * more, blocks, options, block
         )

@@ -76,17 +76,14 @@ def timm_tower(
     elif _GELU_TANH.match(architecture):
         activation = "gelu_pytorch_tanh"
     dino, core = "dinov3" in architecture, "_pe_core_" in architecture
-    config = towers.vit_config(
-        named,
-        {
-            "num_attention_heads": arguments.get("num_heads", heads),
-            "hidden_act": activation,
-            # Epsilon of all CLIPs except EVA's.
-            "layer_norm_eps": 1e-5
-            if dino or core or re.search(r"^(?!eva).*_clip_", architecture)
-            else 1e-6,
-        },
-    )
+    # All CLIPs except EVA's have the larger epsilon.
+    larger = dino or core or re.search(r"^(?!eva).*_clip_", architecture)
+    sizes = {
+        "num_attention_heads": arguments.get("num_heads", heads),
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5 if larger else 1e-6,
+    }
+    config = towers.vit_config(named, sizes)
     if dino != (config.positions == "none"):
         raise ValueError(f"pos_embed: expected {'none' if dino else 'a table'}")
     changes: dict[str, Any] = {"pooling": _POOLING[pool], "embed_bias": True}
