@@ -81,8 +81,8 @@ def text(claims: Mapping[str, Claim]) -> str:
         if effects:
             parts.append(markdown_table(effects))
         commands = dict.fromkeys(
-            f"    {one.command} --workdir=DIR  # {', '.join(c.id for c in paper if one in c.settings)}, "
-            f"{one.hours:g} CPU-hours"
+            f"    {one.command} --workdir=DIR  # "
+            f"{', '.join(c.id for c in paper if one in c.settings)}, {one.hours:g} CPU-hours"
             for claim in paper
             for one in claim.settings
         )

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import chex
 import jax
@@ -330,6 +331,22 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
     for name, (positions, other, top) in cases.items():
         with pytest.raises(ValueError, match=f"head targets .* its {name} is [^;]*$"):
             positions.head_targets(path, other, top=top)
+
+
+def test_a_head_is_tuned_in_a_folder_of_its_own_model(model, tmp_path, monkeypatch):
+    folders = []
+
+    def fit(self, *_, workdir, **__):
+        folders.append(workdir.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vq.ConvertConfig, "fit", fit)
+    edited = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed"), seed=5)
+    for one in (model, model, edited):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            vq.ConvertConfig(max_tokens=60, num_codes=8).convert(one, _batches(), tmp_path)
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_a_screened_head_is_made_tuned_saved_and_read_back(tmp_path):
