@@ -674,6 +674,7 @@ ELSEWHERE = {
         training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
+        models.config_to_hf
         models.first_layers models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
         models.register_family models.save_pretrained

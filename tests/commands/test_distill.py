@@ -377,16 +377,10 @@ def test_errors_name_the_culprit(text, changes, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_heads_that_no_file_can_hold_are_refused_before_anything_is_read(text, tmp_path):
+def test_heads_that_no_file_can_hold_are_refused_before_anything_is_read(text):
     shape = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    whole = nnx.eval_shape(
-        lambda: models.Decoder(models.config_from_hf(shape), rngs=nnx.Rngs(0), layout="listed")
-    )
-    chosen, folder = config(text, kv_heads=2), epath.Path(tmp_path)
-    reading = distillation.Reading(data=text, seq_len=64)
-    packed = reading.pack(models.load_tokenizer("tiny"), folder)
     with pytest.raises(ValueError, match=r"kv_heads: expected 4 for gpt2, .* got 2"):
-        distill._pruned(chosen, whole, packed, folder)
+        distill._check_pruning(config(text, kv_heads=2), models.config_from_hf(shape))
 
 
 def test_a_whole_model_learns_slower_than_what_was_pruned(text):

@@ -249,28 +249,28 @@ def test_products_with_codes_are_those_of_their_matrix(rng, used, width, group, 
 
 
 def test_products_of_few_rows_have_a_gradient_of_scales_and_take_bfloat16(rng, used):
-    codes = ops.Codes.of(
-        rng.normal(size=(6, 16)).astype(np.float32), "int4", asymmetric=True, outer_axis=0
-    )
-    x = rng.normal(size=(2, 16)).astype(np.float32)
+    matrix, x = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 16), (2, 16)))
 
-    def total(scales, x):
-        return jnp.sin(dataclasses.replace(codes, scales=scales).product(x)).sum()
+    @jax.jit
+    def run(matrix, x):
+        codes = ops.Codes.of(matrix, "int4", asymmetric=True, outer_axis=0)
 
-    def dense(scales, x):
-        matrix = dataclasses.replace(codes, scales=scales).dense()
-        return jnp.sin(x @ matrix.T).sum()
+        def total(scales, x):
+            return jnp.sin(dataclasses.replace(codes, scales=scales).product(x)).sum()
 
-    ours, expected = jax.jit(lambda *a: [jax.grad(f, (0, 1))(*a) for f in (total, dense)])(
-        codes.scales, x
-    )
+        def dense(scales, x):
+            return jnp.sin(x @ dataclasses.replace(codes, scales=scales).dense().T).sum()
+
+        narrow = {n: getattr(codes, n).astype(jnp.bfloat16) for n in ("scales", "offsets")}
+        half = dataclasses.replace(codes, **narrow).product(x.astype(jnp.bfloat16))
+        gradients = [jax.grad(f, (0, 1))(codes.scales, x) for f in (total, dense)]
+        return gradients, half, x @ codes.dense().T
+
+    (ours, expected), half, whole = run(matrix, x)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected
     )
-    narrow = [a.astype(jnp.bfloat16) for a in (codes.scales, codes.offsets)]
-    half = dataclasses.replace(codes, scales=narrow[0], offsets=narrow[1])
-    product = jax.jit(half.product)(x.astype(jnp.bfloat16))
-    np.testing.assert_allclose(product, x @ np.asarray(codes.dense()).T, rtol=0.05, atol=0.1)
+    np.testing.assert_allclose(half, whole, rtol=0.05, atol=0.1)
 
 
 def test_row_products_have_the_gradients_of_a_gather(rng, used):
