@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
 from safetensors.numpy import load_file
 
 from logitjax import commands, decoding, distillation, leakage, models, processes, training

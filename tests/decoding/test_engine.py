@@ -67,6 +67,8 @@ def test_slots_are_filled_and_emptied_while_others_run(engine):
     assert not engine.active.any()
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_evicted_slots_emit_nothing(engine):
     for slot in range(2):
         engine.prefill(slot, Request(prompt=PROMPTS[slot], max_new_tokens=20))
@@ -114,6 +116,8 @@ def test_processors_see_what_their_slot_was_given():
     assert tokens[0].tolist() == free[1:]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_masks_and_counts_move_what_is_drawn_and_nothing_that_is_reported():
     def words(*tokens):
         mask = np.zeros(64, bool)

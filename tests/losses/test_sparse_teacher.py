@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from logitjax import losses, ops
 from tests._compiled import compiled
+from tests._marks import EVERY_CHANGE
 
 BATCH, LENGTH, HIDDEN, VOCAB, K = 2, 7, 8, 150, 12
 BLOCKS = losses.Blocks(vocab=64, tokens=3)
@@ -176,7 +177,9 @@ def test_nothing_left_to_draw_costs_nothing():
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("drawer", ["teacher", "student", "older student"])
+@pytest.mark.parametrize(
+    "drawer", ["teacher", "student", pytest.param("older student", marks=EVERY_CHANGE)]
+)
 def test_few_draws_of_the_tail_estimate_both_divergences_and_their_gradients(drawer):
     """The mean over draws is within three standard errors, and the bucket is not."""
     student, teacher = (x[0, 0, :9] for x in ((X @ W.T) / 2, TEACHER_LOGITS / 2))
@@ -211,7 +214,7 @@ def test_few_draws_of_the_tail_estimate_both_divergences_and_their_gradients(dra
         assert bucket < -3, direction
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", ["forward", pytest.param("reverse", marks=EVERY_CHANGE)])
 def test_linear_sampled_tail_equals_dense(direction):
     def dense(x, w):
         loss = losses.sparse_kl_divergence(x @ w.T, TEACHER, tail=SAMPLE, direction=direction)

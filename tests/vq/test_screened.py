@@ -14,6 +14,7 @@ from logitjax.vq import ProductHead, ScreenedHead, VQHead
 from logitjax.vq._loss import code_scores
 from logitjax.vq._screened import fitted_tail, rescored, row_errors
 from tests._compiled import compiled
+from tests._marks import EVERY_CHANGE
 from tests._modules import with_weights
 
 VOCAB, WIDTH, COUNT = 96, 8, 20
@@ -153,7 +154,7 @@ def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
     assert not np.asarray(greedy.log_z).any()
 
 
-@pytest.mark.parametrize("kind", ["product", "VQ"])
+@pytest.mark.parametrize("kind", ["product", pytest.param("VQ", marks=EVERY_CHANGE)])
 def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
     make = {
         "product": lambda rngs: ProductHead(WIDTH, VOCAB, groups=4, num_codes=8, rngs=rngs),
@@ -296,7 +297,7 @@ def test_a_certificate_worked_by_hand():
         head(None, 1).certified(hidden, 1)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=EVERY_CHANGE)])
 def test_certified_tops_are_the_full_head_s(dtype):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(200, 32)).astype(np.float32)
