@@ -201,6 +201,6 @@ def _layer_states(
     cut.final_norm = jax.nn.identity
     if lora is not None:
         counts = [len(segment.layers) for segment in cut.segments]
-        segments = [tuple(layers[:n]) for layers, n in zip(lora.layers, counts)]
-        lora = dataclasses.replace(lora, layers=tuple(segments))
+        kept = tuple(tuple(layers[:n]) for layers, n in zip(lora.layers, counts))
+        lora = dataclasses.replace(lora, layers=kept)
     return cut.hidden_states(tokens, lora=lora, segment_ids=segments)[0]
