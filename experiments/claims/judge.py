@@ -130,7 +130,9 @@ def judge(
     for prefix in {name.partition("-")[0] for name in entries}:
         paper = [name for name in entries if name.startswith(f"{prefix}-")]
         every = [one for name in paper for one in entries[name]]
-        adjusted = iter(statistics.holm([one.p for one in every]))
+        settings = (one for c in claims.values() for one in c.settings if c.id[:2] == prefix)
+        missing = sum(len(one.contrasts) for one in settings) - len(every)
+        adjusted = iter(statistics.holm([one.p for one in every] + missing * [1.0]))
         for name in paper:
             entries[name] = [dataclasses.replace(one, p=next(adjusted)) for one in entries[name]]
     return {

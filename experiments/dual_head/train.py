@@ -77,7 +77,9 @@ class Course:
         lanes = zip(self.alphas, self.multiples, np.nan_to_num(validation, nan=-1.0))
         best: dict[float, tuple[float, float]] = {}
         for alpha, rate, accuracy in lanes:
-            best[alpha] = max(best.get(alpha, (-2.0, 0.0)), (float(accuracy), rate))
+            # The first of equals, as in reports.
+            other = best.get(alpha, (-2.0, 0.0))
+            best[alpha] = max(other, (float(accuracy), rate), key=lambda pair: pair[0])
         rates = tuple(rate for _, rate in best.values())
         return dataclasses.replace(self, alphas=tuple(best), rates=rates)
 

@@ -169,8 +169,8 @@ class Pruned:
             batches = (session.corpus.batch("train", one, taught=True) for one in rows)
             return [[float(x) for x in norms(student.trained, batch)] for batch in batches]
 
-        kind = settings.arm.rpartition("+")[2]
-        result = kept(self.directory / f"gradients-{kind}.json", make)
+        kind = "-".join((settings.arm.rpartition("+")[2], settings.gld.partition(":")[0]))
+        result = kept(self.directory / f"gradients-{kind.replace('/', '-')}.json", make)
         sft, graphs = np.mean(result, 0)
         return float((1 - settings.mix) / settings.mix * sft / graphs)
 

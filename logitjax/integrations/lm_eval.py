@@ -159,14 +159,16 @@ class LogitjaxLM(TemplateLM):
                 for start in range(0, len(group), self.batch_size):
                     picked = group[start : start + self.batch_size]
                     settings = requests[picked[0]].args[1]
-                    texts = self._continue([contexts[i] for i in picked], settings)
+                    texts = self._continue([contexts[i] for i in picked], settings, start)
                     for i, text in zip(picked, texts, strict=True):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update(len(picked))
         return answers
 
-    def _continue(self, contexts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
+    def _continue(
+        self, contexts: Sequence[list[int]], settings: dict[str, Any], seed: int
+    ) -> list[str]:
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         until = handle_stop_sequences(options.pop("until", None), eos=None)
         count = options.pop("max_gen_toks")
@@ -186,7 +188,8 @@ class LogitjaxLM(TemplateLM):
             self.model,
             [np.asarray(prompt, np.int32) for prompt in prompts],
             max_new_tokens=count,
-            sampling=decoding.Sampling(**drawn),
+            # Row i draws with seed + i: repeats of a prompt are no copies.
+            sampling=decoding.Sampling(seed=seed, **drawn),
             stop_ids=tuple(self.end_ids),
             text=decoding.TextOptions(
                 tokenizer=self.tokenizer, stop_strings=[text for text in until if text]

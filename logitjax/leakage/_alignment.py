@@ -70,7 +70,10 @@ def utility_loss(
     rows = (truth, served.astype(np.float32))
     first, second = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
-        "kl": float((np.exp(truth) * (truth - served)).sum(axis=-1).mean()),
+        # Not 0 times infinity where a vocabulary is padded.
+        "kl": float(
+            np.where(truth != -np.inf, np.exp(truth) * (truth - served), 0.0).sum(-1).mean()
+        ),
         "top1": float((first[:, 0] == second[:, 0]).mean()),
         "top5": float((first[:, :, None] == second[:, None, :]).any(-1).mean()),
     }

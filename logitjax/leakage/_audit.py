@@ -249,7 +249,7 @@ def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
     if values.shape[1] == vocab_size and (tokens == np.arange(vocab_size)).all():
         return values
     rest = values.min(axis=1, keepdims=True)
-    if values.shape[1] == 1:
+    if (tokens == tokens[:, :1]).all():
         left = np.maximum(-np.expm1(np.float64(values)), np.finfo(np.float32).tiny)
         rest = np.minimum(rest, np.log(left / (vocab_size - 1)))
     filled = np.repeat(rest.astype(np.float32), vocab_size, axis=1)

@@ -358,3 +358,9 @@ def test_udhr_keeps_paragraphs_in_one_split(tmp_path):
     assert not firsts["train"] & firsts["test"]
     assert not firsts["train"] & firsts["validation"]
     assert len(set(udhr.LANGUAGES)) == 100
+
+
+def test_of_equal_rates_the_first_is_best_as_reports_say():
+    rates = dict(learning_rate=0.02, alphas=(1.0,) * 3, rates=(0.3, 1.0, 3.0))
+    course = dual_head_train.Course(network="mlp-16", epochs=2, **rates)
+    assert course.best([0.80, 0.85, 0.85]).rates == (1.0,)

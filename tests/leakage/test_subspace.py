@@ -92,6 +92,9 @@ def test_utility_counts_what_honest_users_lose(case):
     assert loss["kl"] > 0.5
     assert loss["top1"] < 0.8
     assert utility_loss(rows, rows)["top1"] == 1.0
+    # Nor does padding of the vocabulary change a number.
+    wide = [np.pad(x, ((0, 0), (0, 4)), constant_values=-np.inf) for x in (rows[:40], served)]
+    assert utility_loss(*wide)["kl"] == pytest.approx(loss["kl"], rel=1e-4)
     # Values that do not sum to one are a distribution all the same.
     assert utility_loss(rows[:40], served + 3)["kl"] == pytest.approx(loss["kl"], rel=1e-4)
 
