@@ -84,8 +84,9 @@ def test_an_arm_is_traced_once(tmp_path):
     session = train.open_session(chosen, epath.Path(tmp_path))
     student = train.prune(session, 1).student
     settings = arms.first_settings(chosen, "uld+gld")
+    sources = {name: one.vocabularies for name, one in session.corpus.sources.items()}
     tx, step = train.course(chosen, settings, 0).update(
-        student, settings.objective(chosen), ("source0",), mesh=session.mesh
+        student, settings.objective(chosen), sources, mesh=session.mesh
     )
     rules = models.DECODER_RULES
     state = training.TrainState.create(student.trained, tx, mesh=session.mesh, rules=rules)
