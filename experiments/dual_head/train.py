@@ -78,8 +78,8 @@ class Course:
         best: dict[float, tuple[float, float]] = {}
         for alpha, rate, accuracy in lanes:
             # The first of equals, as in reports.
-            other = best.get(alpha, (-2.0, 0.0))
-            best[alpha] = max(other, (float(accuracy), rate), key=lambda pair: pair[0])
+            if accuracy > best.get(alpha, (-2.0, 0.0))[0]:
+                best[alpha] = (float(accuracy), rate)
         rates = tuple(rate for _, rate in best.values())
         return dataclasses.replace(self, alphas=tuple(best), rates=rates)
 

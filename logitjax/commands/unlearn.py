@@ -133,7 +133,9 @@ def run(config: Config, out: epath.Path) -> None:
     check_length(config.model, config.max_length, "max_length")
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     model = models.with_layout(model, "listed")
-    models.config_to_hf(model.config)  # It may be written in the end.
+    if config.merge or not settings.adapters:
+        # Before hours of training, since only the end would refuse to write it.
+        models.config_to_hf(model.config)
     references = [_reference(config, name, tokenizer) for name in config.reference]
     storage.progress.mark("measuring what the model knows", log=True)
     # A refused start may have left answers of another model.

@@ -71,13 +71,11 @@ class Encoder:
             learnt.append(False)
         before = ""
         for text, trained in segments:
-            new, start = (
-                self.tokenizer.encode(text),
-                self.tokenizer.encode(before) if before else (),
-            )
-            # Alone, SentencePiece would begin every part with a space.
-            if start and (whole := self.tokenizer.encode(before + text))[: len(start)] == start:
-                new = whole[len(start) :]
+            new = self.tokenizer.encode(text)
+            if before:
+                # Alone, SentencePiece would begin every part with a space.
+                start, whole = map(self.tokenizer.encode, (before, before + text))
+                new = whole[len(start) :] if whole[: len(start)] == start else new
             before = text
             ids += new
             learnt += [trained] * len(new)

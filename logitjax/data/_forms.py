@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from itertools import cycle
 from typing import Any
 
 # Roles by the names of ShareGPT and later formats.
@@ -33,22 +32,24 @@ def own_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _form(row: dict[str, Any]) -> dict[str, Any]:
+    history: Any = ()
     if "instruction" in row:
         # Alpaca's rows repeat their content in a template.
         row.pop("text", None)
         more = row.pop("input", None)
         row["question"] = row.pop("instruction") + (f"\n{more}" if more else "")
         row["answer"] = row.pop("output", None)
-    if "question" in row:
         # LLaMA-Factory's rows have earlier questions with their answers.
-        pairs = [*row.pop("history", ()), (row.pop("question"), row.pop("answer", None))]
-        said = [text for pair in pairs for text in pair]
-        row["conversations"] = [
-            {"role": who, "content": text} for who, text in zip(cycle(("user", "assistant")), said)
-        ]
+        history = row.pop("history", ())
+    if "question" in row:
+        pairs = [*history, (row.pop("question"), row.pop("answer", None))]
+        names = ("user", "assistant")
+        turns = [(who, text) for pair in pairs for who, text in zip(names, pair, strict=True)]
+        messages = [{"role": who, "content": text} for who, text in turns]
+        return row | {"messages": _system(row) + messages}
     if "conversations" in row:
-        system = [{"role": "system", "content": row.pop("system")}] if row.get("system") else []
-        row["messages"] = system + [_turn(**turn) for turn in row.pop("conversations")]
+        turns = row.pop("conversations")
+        row["messages"] = _system(row) + [_turn(**turn) for turn in turns]
     if "chosen" in row:
         # Some data sets hold the chosen turns twice.
         row.pop("messages", None)
@@ -72,6 +73,11 @@ def _form(row: dict[str, Any]) -> dict[str, Any]:
         # It repeats the first turn.
         row.pop("prompt", None)
     return row
+
+
+def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
+    text = row.pop("system", None)
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _turn(**turn: Any) -> dict[str, Any]:

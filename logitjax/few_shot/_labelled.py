@@ -282,15 +282,18 @@ def read_pictures(
         views: Directories that `extract_features` filled with several views of the same pictures,
             by the first encoder and by the second if there is one, to learn from.
     """
-    encoded, names, encoders = _read_views(features, auxiliary)
+    encoded, names, encoders, pictures = _read_views(features, auxiliary)
     if len(encoded) != 1:
         raise ValueError(
             f"{os.fspath(features)}: expected one view of each picture, got {len(encoded)}"
         )
     if views:
-        more, _, others = _read_views(*views)
-        if encoders and others and _alike(encoders) != _alike(others):
-            raise ValueError("views: expected the encoders of the features, got others")
+        more, _, others, same = _read_views(*views)
+        alike = pictures == same or "" in (pictures, same)
+        if not alike or (encoders and others and _prints(encoders) != _prints(others)):
+            raise ValueError(
+                f"views: expected the pictures and encoders of {os.fspath(features)}, got others"
+            )
         encoded += more
     classifier = _read_classifier(class_weights)
     fixed = float(np.asarray(classifier.pop("scale", 100.0)).reshape(()))  # CLIP's
@@ -309,15 +312,15 @@ def read_pictures(
     return dataclasses.replace(plain, views=tuple(others))
 
 
-def _alike(encoders: Sequence[str]) -> list[str]:
+def _prints(encoders: Sequence[str]) -> list[str]:
     # Behind a blank stands how many views there are.
     return [encoder.partition(" ")[0] for encoder in encoders]
 
 
 def _read_views(
     features: epath.PathLike, auxiliary: epath.PathLike | None = None
-) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], tuple[str, ...]]:
-    """Every view's arrays by the names of `Pictures`, names of classes, and the encoders."""
+) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], tuple[str, ...], str]:
+    """Arrays of every view by the names of `Pictures`, classes, encoders, and the pictures."""
     first, names, rows, *encoders = _read_features(epath.Path(features))
     if auxiliary is not None:
         second, _, others, encoder = _read_features(epath.Path(auxiliary))
@@ -331,7 +334,7 @@ def _read_views(
             )
         for view, other in zip(first, second):
             view["auxiliary"] = other["features"]
-    return first, names, tuple(encoders) if all(encoders) else ()
+    return first, names, tuple(encoders) if all(encoders) else (), rows
 
 
 def _read_features(

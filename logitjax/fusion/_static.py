@@ -79,9 +79,8 @@ class DExperts(Strategy):
             descending = -jnp.sort(-probs, axis=-1)
             before = jnp.cumsum(descending, axis=-1) - descending
             # The likeliest token always stays.
-            least = jnp.where(before < max(self.top_p, 1e-9), descending, jnp.inf).min(
-                -1, keepdims=True
-            )
+            kept = before < max(self.top_p, 1e-9)
+            least = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
             # Not `probs >= least`: nan would be excluded, and the argmax of the row meaningless.
             fused = jnp.where(probs < least, -jnp.inf, fused)
         return fused, {}

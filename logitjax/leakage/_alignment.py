@@ -66,14 +66,13 @@ def utility_loss(
     """Measure a defence's cost to users: mean `kl` in nats; shares of equal `top1`/`top5`."""
     truth, served = (np.asarray(rows, np.float32) for rows in (true_log_probs, served_log_probs))
     served = served - np.log(np.exp(served, dtype=np.float64).sum(axis=-1, keepdims=True))
+    # Nothing where a vocabulary is padded, rather than 0 times infinity.
+    gap = np.subtract(truth, served, out=np.zeros(truth.shape), where=truth != -np.inf)
     width = min(5, truth.shape[-1])
     rows = (truth, served.astype(np.float32))
     first, second = (np.asarray(top_k(some, width)[1]) for some in rows)
     return {
-        # Not 0 times infinity where a vocabulary is padded.
-        "kl": float(
-            np.where(truth != -np.inf, np.exp(truth) * (truth - served), 0.0).sum(-1).mean()
-        ),
+        "kl": float((np.exp(truth) * gap).sum(axis=-1).mean()),
         "top1": float((first[:, 0] == second[:, 0]).mean()),
         "top5": float((first[:, :, None] == second[:, None, :]).any(-1).mean()),
     }

@@ -81,6 +81,7 @@ BAD = [
     ({"text": "x", "prompt": "y", "response": "z"}, "exactly one of"),
     ({"text": 3}, "'text': expected a string, got int"),
     ({"text": "  "}, "'text' is empty"),
+    ({"instruction": "Q", "output": "A", "history": [["Q"]]}, "shorter"),
     ({"instruction": 3, "output": "x"}, "expected texts, or lists of turns"),
     ({"conversations": "x"}, "expected texts, or lists of turns"),
     ({"chosen": 3, "rejected": "x"}, "expected texts, or lists of turns"),
@@ -238,7 +239,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     ("row", "messages"),
     [
         ({"instruction": "Q", "input": "", "output": "A", "text": "Q and A"}, TURNS),
-        ({"question": "Q", "answer": "A"}, TURNS),
+        ({"question": "Q", "answer": "A", "history": "of the data set"}, TURNS),
         (
             {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
             TURNS,

@@ -297,6 +297,10 @@ def test_features_of_other_pictures_are_not_paired(tmp_path):
     first = tmp_path / "first"
     paired = few_shot.read_pictures(first, tmp_path / "same", class_weights=weights)
     assert paired.auxiliary is not None
+    assert few_shot.read_pictures(first, class_weights=weights, views=[first]).views
+    for name in ("same", "set"):
+        with pytest.raises(ValueError, match="views: expected the pictures and encoders of"):
+            few_shot.read_pictures(first, class_weights=weights, views=[tmp_path / name])
     for name in ("rows", "set"):
         with pytest.raises(ValueError, match=r"auxiliary: expected the pictures of .* in their"):
             few_shot.read_pictures(first, tmp_path / name, class_weights=weights)
