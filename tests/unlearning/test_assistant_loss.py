@@ -108,12 +108,11 @@ def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
     assert moved["retain"] < 0.25 * moved["forget"]
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_loss_is_that_of_logits(relative):
+@pytest.mark.parametrize(("relative", "beta"), [(False, 5.0), (True, 5.0), (True, 0.0)])
+def test_loss_is_that_of_logits(relative, beta):
     assistant = dataclasses.replace(trained()[0], relative=relative)
-    loss_fn, constants = method(retain_weight=5.0, surplus_weight=2.0, relative=relative).make_loss(
-        target()
-    )
+    weights = {"retain_weight": beta, "surplus_weight": 2.0}
+    loss_fn, constants = method(relative=relative, **weights).make_loss(target())
     loss, count, parts = jax.jit(loss_fn)(assistant.lora, BATCH, None, constants)
     run = jax.jit(lambda tokens: assistant.logits(assistant.hidden_states(tokens)[0]))
     logits = {name: np.asarray(run(rows["tokens"])) for name, rows in BATCH.items()}
@@ -128,7 +127,7 @@ def test_loss_is_that_of_logits(relative):
     silence = jax.nn.log_softmax(np.float64(logits["retain"])) + np.log(logits["retain"].shape[-1])
     more = np.maximum(np.take_along_axis(np.asarray(silence)[:, :-1], labels, -1)[..., 0], 0)
     surplus = more[RETAIN["mask"][:, 1:]].mean() if relative else 0.0
-    np.testing.assert_allclose(loss, forget + 5.0 * retain + 2.0 * surplus, rtol=1e-4)
+    np.testing.assert_allclose(loss, forget + beta * retain + 2.0 * surplus, rtol=1e-4)
 
 
 @pytest.mark.every_change

@@ -48,14 +48,14 @@ def linear_assistant_objective(
     counts = jnp.ones(retain.shape, bool) if where is None else jnp.asarray(where)
     sides = {"forget": counts & ~retain, "retain": counts & retain}
     shares = {name: 1.0 / jnp.maximum(side.sum(), 1) for name, side in sides.items()}
-    weights = jnp.where(sides["forget"], shares["forget"], 0.0)
-    weights += jnp.where(sides["retain"], retain_weight * shares["retain"], 0.0)
+    weights = sum(jnp.where(side, shares[name], 0.0) for name, side in sides.items())
     floor = jnp.log(_entries(head, vocab_where, axis_name))
     statistic = _Assistant(
         labels=True,
         mean=True,
         vocab=head.vocab_size(axis_name),
-        surplus=surplus_weight / retain_weight if retain_weight else 0.0,
+        silence=retain_weight,
+        surplus=surplus_weight,
     )
     total, outputs = run(
         statistic,
@@ -68,7 +68,7 @@ def linear_assistant_objective(
         axis_name=axis_name,
     )
     # The term log V of eqs. 3-5, which the sweep does not know.
-    loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
+    loss = total - retain_weight * floor * jnp.where(sides["retain"], weights, 0.0).sum()
     # KL(uniform || p)
     silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
     means = {
@@ -93,11 +93,12 @@ class _Assistant(ReadoutStatistic):
     """Losses: ignorance of answers to forget, and non-uniformity on rows to keep."""
 
     vocab: int
+    silence: float
     surplus: float
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
         log_z = neginf_to_zero(outputs.log_z)
-        silent = log_z - outputs.mean
+        silent = self.silence * (log_z - outputs.mean)
         if self.surplus:
             more = jnp.maximum(tokens["floor"] + outputs.label - log_z, 0.0)
             # Labels outside the vocabulary have nothing to lose.
