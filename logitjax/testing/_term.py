@@ -106,9 +106,9 @@ class _Setting:
         if missing:
             raise ValueError(f"batch: expected {missing[0]}, which {term} declares, got none")
         where = np.ones((_ROWS, _LENGTH), bool)
-        # Inside a row and at the beginning of one; the last row, alone in its half, counts
-        # entirely.
-        where[0, 1] = where[2, 0] = False
+        # Inside rows and at the beginning of one; the last, alone in its half, counts entirely, and
+        # the halves' counts differ.
+        where[0, 1] = where[1, 1] = where[2, 0] = False
         arrays = {
             "hidden": normal(_ROWS, _LENGTH, _WIDTH),
             "head": normal(_WIDTH, _VOCAB),

@@ -135,6 +135,11 @@ WRONG = {
         PAIR,
         "rows: value of another: expected ",
     ),
+    "pays for the next row": (
+        lambda student, teacher: divergence(student, teacher) + jnp.append(student[1:, 0], 0.0),
+        PAIR,
+        "rows: value of another: expected ",
+    ),
     "drops the cotangent": (
         lambda student, teacher: scaled(divergence(student, teacher)),
         PAIR,
