@@ -42,7 +42,8 @@ class Audit:
         utility: What honest users lose, if the truth is known; see `utility_loss`. For an API
             that reports tokens only, `top1`.
         row: A row of log-probabilities, as far as it was recovered token by token.
-        row_error: Its largest error in nats over the most likely tokens, if the truth is known.
+        row_error: Its largest error in nats over the most likely tokens, if the truth is known;
+            inf if it is not and noise was added.
         protocol: Results of the tests of a server; None for an API in this process.
         hidden: The true hidden dimension, if known.
     """
@@ -83,9 +84,11 @@ class Audit:
         if self.row is not None:
             # The true error if the model is known, otherwise the proven bound.
             error = self.row.error_bound if self.row_error is None else self.row_error
-            # To one digit, rounded up: a bound that is rounded down is no bound.
-            digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
-            notes = f"{math.ceil(error / digit * (1 - 1e-9)) * digit:.1g} nats"
+            notes = "an unknown error"
+            if error < math.inf:
+                # To one digit, rounded up: a bound that is rounded down is no bound.
+                digit = 10.0 ** math.floor(math.log10(max(error, 1e-12)))
+                notes = f"{math.ceil(error / digit * (1 - 1e-9)) * digit:.1g} nats"
             queries, share = self.row.queries, self.row.coverage
             if share < 0.99:
                 return f"part of a row leaks: {share:.2%} of it to {notes}, {queries} queries"
@@ -151,7 +154,9 @@ def audit(
     hidden = None if head is None else head.shape[1]
     result = dataclasses.replace(result, **price, hidden=hidden)
     if logits is None:
-        return result
+        # How far noise moved a row, only the model can say.
+        hides = result.row is not None and oracle.policy.noise > 0
+        return dataclasses.replace(result, row_error=math.inf if hides else None)
     error, utility = None, result.utility
     if result.row is not None:
         error = _row_error(result.row, np.asarray(logits[0], np.float64))

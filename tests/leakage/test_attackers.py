@@ -244,6 +244,15 @@ def test_an_audit_of_tokens_alone_reports_what_comparisons_find():
     assert 0.5 < drawn.row.coverage <= 1.0
 
 
+def test_of_a_row_behind_noise_no_error_is_promised_unless_the_model_is_known():
+    logits = LOGITS[None].astype(np.float32)
+    policy = LogitPolicy(top_k=5, bias="reported", noise=0.5)
+    known = audit(oracle_of(logits, policy), [[0]], 60, logits=logits)
+    assert 0.1 < known.row_error < 3
+    unknown = audit(oracle_of(logits, policy), [[0]], 60)
+    assert unknown.verdict.startswith("open: every row comes back to an unknown error")
+
+
 def test_what_lies_below_the_span_is_not_looked_at_unless_it_is_asked_for():
     logits = np.float32([0.0, -2.5, -50.0])
     oracle = oracle_of(logits[None], LogitPolicy.parse("argmax"))
