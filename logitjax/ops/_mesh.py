@@ -81,8 +81,7 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
 
     def spec(ndim: int) -> NamedSharding:
         # Further axes are not split.
-        entries = (batch + (None,) * ndim)[:ndim]
-        return NamedSharding(mesh, P(*entries))
+        return NamedSharding(mesh, P(*(batch + (None,) * ndim)[:ndim]))
 
     out_sharding = tuple(spec(ndim) for ndim in out_ndims)
     return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)(*args)

@@ -106,8 +106,7 @@ class VQHead(VocabularyHead):
         return self.codebook[...], bias, self.assignment[...]
 
     def __call__(self, hidden: Array, embedding: Array | None = None) -> jax.Array:
-        hidden = jnp.asarray(hidden, self.dtype)
-        return vq_logits(hidden, *self._arrays())
+        return vq_logits(jnp.asarray(hidden, self.dtype), *self._arrays())
 
     def nll(
         self, hidden: Array, labels: Array, embedding: Array | None = None, **options: Any

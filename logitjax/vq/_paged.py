@@ -126,8 +126,7 @@ class Pages:
         from logitjax.vq._page_kernels import page_mass
 
         def kernel(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-            given = hidden, self.projection, self.codes, self.lines
-            return page_mass(*given, self.rows.shape[1])
+            return page_mass(hidden, self.projection, self.codes, self.lines, self.rows.shape[1])
 
         return _with_gradient(kernel, plain)(hidden)
 

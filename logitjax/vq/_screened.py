@@ -273,8 +273,7 @@ class _Scores:
                 # The candidates keep their mass.
                 mass = neginf_to_zero(logsumexp(scores[rows, tokens]))
                 shift = neginf_to_zero(logsumexp(better)) - mass
-            others = jnp.minimum(scores + shift[:, None], below)
-            return (others.at[rows, tokens].set(better),)
+            return (jnp.minimum(scores + shift[:, None], below).at[rows, tokens].set(better),)
 
         return on_mesh.over_batch(join, (2,), self.scores, self.tokens, self.better, below)[0]
 

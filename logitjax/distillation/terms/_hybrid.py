@@ -21,8 +21,7 @@ class _Matched(Term):
     def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
         local = read.statistics.truncate(teacher.top.values.shape[-1]).top_k
         matches = teacher.vocabularies.matches
-        options = self.options
-        return sum(hybrid_logit_distance(read.top, local, teacher.top, matches, **options))
+        return sum(hybrid_logit_distance(read.top, local, teacher.top, matches, **self.options))
 
     @property
     def options(self) -> Mapping[str, Any]:

@@ -153,8 +153,7 @@ class ReadoutStatistic(Statistic):
             indices = jnp.take_along_axis(indices, places, -1)
         if moments is not None:
             moments = moments.reduce(axis_name)
-        sums = state.sums.reduce(axis_name)
-        return _State(sums, label, gathered, values, indices, moments)
+        return _State(state.sums.reduce(axis_name), label, gathered, values, indices, moments)
 
     def finish(self, state: _State, passed: Any) -> tuple[Outputs, Any]:
         mean = std = None

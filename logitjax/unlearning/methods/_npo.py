@@ -39,8 +39,7 @@ class NPO(TwoSided):
         >>> print(f"{NPO().values(jax.numpy.array(30.0), jax.numpy.array(10.0)):.4f}")
         2.5386
         """
-        gap = above_reference(nll, reference_nll, "nll")
-        return preference(gap, self.beta)
+        return preference(above_reference(nll, reference_nll, "nll"), self.beta)
 
     def forget(self, read: Read) -> Any:
         return self.values(*(read.answer_nll("forget", before=b) for b in (False, True))), None
