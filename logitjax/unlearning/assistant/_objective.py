@@ -48,7 +48,7 @@ def linear_assistant_objective(
     counts = jnp.ones(retain.shape, bool) if where is None else jnp.asarray(where)
     sides = {"forget": counts & ~retain, "retain": counts & retain}
     shares = {name: 1.0 / jnp.maximum(side.sum(), 1) for name, side in sides.items()}
-    weights = sum(jnp.where(side, shares[name], 0.0) for name, side in sides.items())
+    weights = jnp.where(retain, shares["retain"], shares["forget"]) * counts
     floor = jnp.log(_entries(head, vocab_where, axis_name))
     statistic = _Assistant(
         labels=True,
