@@ -43,7 +43,7 @@ class Audit:
             that reports tokens only, `top1`.
         row: A row of log-probabilities, as far as it was recovered token by token.
         row_error: Its largest error in nats over the most likely tokens, if the truth is known;
-            inf if it is not and noise was added.
+            inf if it is not, and noise was added that no test measures.
         protocol: Results of the tests of a server; None for an API in this process.
         hidden: The true hidden dimension, if known.
     """
@@ -154,8 +154,9 @@ def audit(
     hidden = None if head is None else head.shape[1]
     result = dataclasses.replace(result, **price, hidden=hidden)
     if logits is None:
-        # How far noise moved a row, only the model can say.
-        hides = result.row is not None and oracle.policy.noise > 0
+        # Without the model, noise can be measured only if it is fresh, and by the tests of a server.
+        seen = result.protocol is not None and oracle.policy.noise_per == "query"
+        hides = result.row is not None and oracle.policy.noise > 0 and not seen
         return dataclasses.replace(result, row_error=math.inf if hides else None)
     error, utility = None, result.utility
     if result.row is not None:

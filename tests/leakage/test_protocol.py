@@ -1,5 +1,7 @@
 """A server is tested before anything that it answers is certified."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +27,16 @@ def test_a_server_that_is_as_declared_is_certified_within_its_error(kind):
     assert result.row.error_bound < 0.06
     assert result.row.known.mean() == 1.0 or "drawn" in kind
     assert result.verdict.startswith(("open", "part of a row"))
+
+
+def test_fresh_noise_that_is_declared_widens_the_error_of_a_row_instead_of_hiding_it():
+    server = Server("fresh noise", 0)
+    server.policy = dataclasses.replace(server.policy, noise=0.1, noise_per="query")
+    result = audit(server, PROMPTS, VOCAB)
+    assert not result.unlike
+    assert not is_false(server, result)
+    assert 0.3 < result.row.error_bound < 3
+    assert "nats" in result.verdict
 
 
 # What each server does otherwise, and which test has to say so.
