@@ -305,20 +305,20 @@ class _Loss:
                 fail("where", f"{subject} with nothing left", "expected finite numbers, got others")
 
     def check_rows(self) -> None:
-        first = np.zeros(self.shape, bool)
-        # One with positions before and after it.
-        first[tuple(n // 2 for n in self.shape)] = True
-        cotangent = np.where(first, np.float32(0), self.cotangent)
+        one = np.zeros(self.shape, bool)
+        # With positions before and after it.
+        one[tuple(n // 2 for n in self.shape)] = True
+        cotangent = np.where(one, np.float32(0), self.cotangent)
         completed = self.run({}, cotangent)
-        spoilt = self.spoilt(first, np.nan)
+        spoilt = self.spoilt(one, np.nan)
         other = {name: self.arrays[name].copy() for name in spoilt}
         for x in other.values():
-            x[first] = x[..., ::-1][first]
+            x[one] = x[..., ::-1][one]
         for changes in (other, spoilt):
             value, gradients = self.run(changes, cotangent)
-            equal("rows", "value of another", value[~first], completed[0][~first])
+            equal("rows", "value of another", value[~one], completed[0][~one])
             for name, gradient in gradients.items():
-                others = ~first if name in changes else slice(None)
+                others = ~one if name in changes else slice(None)
                 expected = completed[1][name][others]
                 equal("rows", f"gradient of {name}", gradient[others], expected)
 

@@ -143,5 +143,4 @@ def _exchange(graphs: Graphs, q: Order) -> Order:
     i = jnp.argmax(best_gain)
     j = partner[i]
     single = q.at[i].set(q[j]).at[j].set(q[i])
-    better = _objective(graphs, together) > _objective(graphs, single)
-    return jnp.where(better, together, single)
+    return jnp.where(_objective(graphs, together) > _objective(graphs, single), together, single)
