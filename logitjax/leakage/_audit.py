@@ -154,7 +154,7 @@ def audit(
     hidden = None if head is None else head.shape[1]
     result = dataclasses.replace(result, **price, hidden=hidden)
     if logits is None:
-        # Without the model, noise can be measured only if it is fresh, and by the tests of a server.
+        # Without the model, noise is measured only if it is fresh, by the tests of a server.
         seen = result.protocol is not None and oracle.policy.noise_per == "query"
         hides = result.row is not None and oracle.policy.noise > 0 and not seen
         return dataclasses.replace(result, row_error=math.inf if hides else None)
