@@ -12,16 +12,8 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from logitjax import storage, training
-from logitjax.models import (
-    DECODER_RULES,
-    Decoder,
-    DecoderConfig,
-    Lora,
-    load_model,
-    save_pretrained,
-    with_layout,
-)
+from logitjax import models, storage, training
+from logitjax.models import DECODER_RULES, Decoder, DecoderConfig, Lora
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
@@ -79,12 +71,20 @@ class Training:
             return folder, Deployed.load(self.model, folder)
         if isinstance(trained, Decoder):
             folder = staged / "model"
-            save_pretrained(deployed.model, self.questions.tokenizer, folder)
+            models.save_pretrained(deployed.model, self.questions.tokenizer, folder)
             return folder, Deployed(model=self._model(folder))
         folder = staged / "adapter"
         adapters = scaled(trained, self.config.method.sign * strength)
         adapters.save(self.model.config, folder, base=base)
         return folder, Deployed(model=merged(Lora.load(folder, self.model.config), self.model))
+
+    @property
+    def settings(self) -> str:
+        """What of the configuration changes the training: later attacks and judgements do not."""
+        fields = dataclasses.fields(self.config)
+        same = {field.name: 1.0 for field in fields if field.metadata.get("execution")}
+        same |= {"thorough": False, "samples": 1, "rounds": 1, "budget": 0}
+        return repr(dataclasses.replace(self.config, **same))
 
     def steps(self, number: int, ways: Sequence[str]) -> Generator[tuple[int, bool], None, None]:
         """Train a round from check to check; yields the step, and whether losses were finite."""
@@ -112,10 +112,6 @@ class Training:
         constants = update.constants
         if constants is not None and self.mesh.size > 1:
             constants = DECODER_RULES.place(constants, self.mesh)
-        # Later attacks and judgements do not change the training.
-        limits = {f.name: 1.0 for f in dataclasses.fields(config) if f.metadata.get("execution")}
-        same = {"thorough": False, "samples": 1, "rounds": 1, "budget": 0} | limits
-        identity = f"{dataclasses.replace(config, **same)!r} {sorted(ways)}"
         folder = self.directory / "train" / f"round-{number}"
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
 
@@ -143,7 +139,7 @@ class Training:
                             workdir=folder,
                             checkpointer=checkpointer,
                             writer=training.make_writer(folder),
-                            identity={"config": identity},
+                            identity={"config": f"{self.settings} {sorted(ways)}"},
                         )
                     except FloatingPointError as error:  # earlier checks remain candidates
                         logging.warning("stopped: %s", error)
@@ -158,14 +154,15 @@ class Training:
         return self.config.method.adapted(self.model).config
 
     def _model(self, folder: epath.Path) -> Decoder:
-        return with_layout(load_model(str(folder), dtype=self.model.dtype), self.model.layout)
+        model = models.load_model(str(folder), dtype=self.model.dtype)
+        return models.with_layout(model, self.model.layout)
 
     def _save(self, weights: Any, folder: epath.Path) -> None:
         if self.config.adapters:
             weights.save(self._adapted, folder)
             return
         graphdef, _, rest = nnx.split(self.model, nnx.Param, ...)
-        save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)
+        models.save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)
 
     def _announce(self, batch: Mapping[str, Any], weights: Any) -> None:
         sizes = [

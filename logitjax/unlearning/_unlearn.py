@@ -92,7 +92,7 @@ class Unlearning:
     Raises:
         ValueError: An assistant of all layers, no rows to forget or to keep, plain text for a
             method that needs questions, or a model whose adapters cannot be saved; later, a folder
-            of other rows, other text or another model.
+            of other rows, other text, another model or another training.
     """
 
     def __init__(
@@ -204,7 +204,9 @@ class Unlearning:
         }
         inputs = rows, questions.tokenizer.fingerprint, questions.tokenizer.chat_template
         made_from = {"rows": digest(*inputs, length=12), "text": digest(questions.texts, length=12)}
-        Manifest(self.directory, "unlearning run").claim(made_from | {"model": model})
+        Manifest(self.directory, "unlearning run").claim(
+            made_from | {"model": model, "training": self._training.settings}
+        )
 
     def _rounds(self) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Candidates of all rounds, and the ways of asking used for training in the end."""

@@ -110,9 +110,9 @@ def _sides(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Rows of one length: that of the longest answer's, which other text is cut to."""
 
-    def asked(parts: Sequence[str]) -> list[tuple[Row, str]]:
+    def asked(parts: Sequence[str]) -> list[tuple[Row, Row, str]]:
         return [
-            (again, way)
+            (row, again, way)
             for way in ways
             for part in parts
             # The chat template may refuse it.
@@ -123,15 +123,20 @@ def _sides(
 
     forget = asked(("forget", "reworded"))
     rows = {
-        "forget": [questions.encode(row, way) for row, way in forget],
-        "retain": [questions.encode(row, way) for row, way in asked(("train", "stranger"))],
+        "forget": [questions.encode(row, way) for _, row, way in forget],
+        "retain": [questions.encode(row, way) for _, row, way in asked(("train", "stranger"))],
     }
     if instead:
-        message = dict(zip((row.answer for row in questions.rows["forget"]), instead, strict=True))
+        # Several rows may have one answer.
+        message = {
+            (row.answer, question): texts
+            for row, texts in zip(questions.rows["forget"], instead, strict=True)
+            for question in (row.question, *row.paraphrases)
+        }
         pairs = [
-            (existing, questions.encode(dataclasses.replace(row, answer=text), way))
-            for (row, way), existing in zip(forget, rows["forget"])
-            for text in message[row.answer]
+            (existing, questions.encode(dataclasses.replace(again, answer=text), way))
+            for (row, again, way), existing in zip(forget, rows["forget"])
+            for text in message[row.answer, row.question]
         ]
         rows["forget"], rows["instead"] = ([pair[side] for pair in pairs] for side in (0, 1))
     longest = max(len(ids) for side in rows.values() for ids, _ in side)

@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from logitjax.models import load_model, load_tokenizer
-from logitjax.unlearning import Questions, split_rows
+from logitjax.unlearning import METHODS, Questions, UnlearnConfig, Unlearning, split_rows
 from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_question, encode_row, render_prompt
+from logitjax.unlearning._unlearn_update import _sides
 from logitjax.unlearning._ways import WAYS, asked_so, search
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
@@ -355,3 +357,29 @@ def test_as_many_rows_are_attacked_as_is_said(count):
     picked = _evenly(range(count))
     assert len(picked) == min(count, 40) == len(set(picked))
     assert max(np.diff(picked), default=1) <= -(-count // 40)
+
+
+def test_rows_with_one_answer_get_what_is_said_instead_of_each():
+    forget = [asked("a?", "1", paraphrases=("which a?",)), asked("b?", "1")]
+    split = split_rows(forget, [asked(f"{n}?") for n in range(6)])
+    made = Questions.of(split.parts, load_tokenizer("tiny"))
+    order = {"a?": ["of a"], "b?": ["of b"]}
+    instead = [order[row.question] for row in made.rows["forget"]]
+    rows = _sides(made, ("asked", "in a role"), instead)["instead"]
+    texts = [made.tokenizer.decode(ids[ids > 0].tolist()) for ids in rows["tokens"]]
+    assert {("a?" in text, "of a" in text) for text in texts} == {(True, True), (False, False)}
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    split = split_rows([asked("a?"), asked("b?", "2")], [asked(f"{n}?") for n in range(6)])
+    model = load_model("tiny")
+    made = Questions.of(split.parts, load_tokenizer("tiny"))
+
+    def begin(seed, **judged):
+        config = UnlearnConfig(method=METHODS.parse("npo"), seed=seed, **judged)
+        Unlearning(model, made, config, epath.Path(tmp_path), identity="tiny")._check_folder()
+
+    begin(0)
+    begin(0, rounds=3, least_probability=0.5)
+    with pytest.raises(ValueError, match="training"):
+        begin(1)
