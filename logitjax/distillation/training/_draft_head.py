@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from logitjax import data, decoding, losses, models, processes, storage, training
 from logitjax.distillation._draft_statistic import DraftReading, DraftStatistic
 from logitjax.distillation.training._distill import Course
+from logitjax.distillation.training._draft_start import make_copying
 from logitjax.distillation.training._student import weights_digest
 from logitjax.losses import sweep
 
@@ -92,12 +93,13 @@ class DraftTraining:
         if self.vocab:
             tokens = _most_frequent(train, rows, self.vocab, model.config.vocab_size, end_ids)
         head = models.DraftHead.of(model, tokens=tokens, rank=self.rank, seed=course.seed)
-        # Beside a large stream, what the layer adds would learn slowly. Of a typical token, as the
-        # first one's is often a hundred times larger.
-        last = train.read(range(min(_READ, rows)))["features"][..., -model.config.hidden_size :]
-        typical = np.median(np.sqrt(np.square(np.float32(last)).mean(axis=-1)))
-        head.fuse.kernel[...] = head.fuse.kernel[...] / max(float(typical), 1e-6)
-        loss, size = _Loss(self, head, model), course.batch_size
+        some = train.read(range(min(_WRITTEN, rows)))
+        present = np.arange(some["tokens"].shape[1]) < some["length"][:, None]
+        present[:, 0] = False
+        units = make_copying(
+            head, model, np.float32(some["features"][present]), some["tokens"][present]
+        )
+        loss, size = _Loss(self, head, model, units), course.batch_size
         constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
         steps, rate = course.steps, course.learning_rate
         order = f"{steps}, {rate}, {size}, {course.seed}, {course.warmup}, {course.weight_decay}"
@@ -106,7 +108,7 @@ class DraftTraining:
         kinds: Any = dict(mesh=mesh, accumulate=course.accumulate)
         step = training.TrainStep(loss, tx, schedule=schedule, **kinds)
         scorer = training.EvalStep(loss, mesh=mesh)
-        start: Any = functools.partial(
+        create: Any = functools.partial(
             training.TrainState.create, loss.params, tx, mesh=mesh, seed=course.seed
         )
 
@@ -122,7 +124,7 @@ class DraftTraining:
             writer = training.make_writer(folder, track=course.track)
             stack.enter_context(contextlib.closing(writer))
             state = training.train_loop(
-                start,
+                create,
                 functools.partial(step, constants=constants),
                 lambda number: train.read(_order(number, rows, size, course.seed)),
                 total_steps=steps,
@@ -133,7 +135,9 @@ class DraftTraining:
                 identity={**train.made_from, "draft": repr(self), "course": order},
                 options=course.loop,
             )
-        return loss.head(processes.local_copy(state.params))
+        head = loss.head(processes.local_copy(state.params))
+        head.fuse.kernel[...] = head.fuse.kernel[...] / units[:, None]
+        return head
 
     def prompts(self, packed: data.PackedSplits, split: str, count: int) -> list[np.ndarray]:
         """Beginnings of rows, as `train` lets the model continue them."""
@@ -241,7 +245,9 @@ def _most_frequent(
 class _Loss:
     """The loss of a `TrainStep`: drafts of all positions, and of each several in a row."""
 
-    def __init__(self, options: DraftTraining, head: models.DraftHead, model: models.Decoder):
+    def __init__(
+        self, options: DraftTraining, head: models.DraftHead, model: models.Decoder, units: Any
+    ):
         self._options = options
         self._graphdef, params, self._rest = nnx.split(head, nnx.Param, ...)
         self.params = nnx.to_pure_dict(params)
@@ -250,7 +256,7 @@ class _Loss:
         kept = dataclasses.replace(full, kernel=full.rows[ids], bias=bias, vocab_axis=0)
         table = model.embedding[...]
         drafted = jnp.zeros(full.vocab_size(), bool).at[ids].set(True)
-        self.constants = {"head": kept, "embedding": table, "ids": ids, "drafted": drafted}
+        self.constants = dict(head=kept, embedding=table, ids=ids, drafted=drafted, units=units)
 
     def head(self, params: Any) -> models.DraftHead:
         return nnx.merge(self._graphdef, params, self._rest)
@@ -260,7 +266,8 @@ class _Loss:
         tokens, index = batch["tokens"], jnp.arange(batch["tokens"].shape[1])
         kind = constants["embedding"].dtype
         embedded = constants["embedding"][jnp.roll(tokens, -1, axis=1)]
-        streams = head.unrolled(batch["features"].astype(kind), embedded, options.ahead)
+        features = batch["features"] / constants["units"]
+        streams = head.unrolled(features.astype(kind), embedded, options.ahead)
         total, metrics = 0.0, {}
         for i, stream in enumerate(streams):
             hidden, log_z, best = (
