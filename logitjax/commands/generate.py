@@ -123,12 +123,9 @@ def run(config: Config) -> None:
             print(entry["prompt"], end="", flush=True)
         start = time.perf_counter()
         others = _others(config, entry, ensemble.plan, tokenizer, chat)
+        text = talk.ask(entry.get("messages") or entry["prompt"]) if chat else entry["prompt"]
         # A template writes the BOS token itself.
-        tokens = (
-            tokenizer.encode(talk.ask(entry.get("messages") or entry["prompt"]))
-            if chat
-            else tokenizer.encode(entry["prompt"], None)
-        )
+        tokens = tokenizer.encode(text, False if chat else None)
         out = answer(ensemble, tokens, config.max_new_tokens, options | {"others": others})
         assert out.texts is not None
         talk.answered(out.texts[0])
@@ -156,7 +153,7 @@ def _others(
         own = entry["prompt"] if "prompt" in entry else entry["messages"][-1].get("content")
         text = text.replace("{prompt}", str(own))
         rendered = Conversation(tokenizer, config.system).ask(text) if chat else text
-        tokens = tokenizer.encode(rendered) if chat else tokenizer.encode(rendered, None)
+        tokens = tokenizer.encode(rendered, False if chat else None)
         others.append([plan.read(np.array(tokens, np.int32))[stream]])
     return others
 

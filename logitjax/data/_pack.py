@@ -78,7 +78,18 @@ def pack(
             "tokenizers: expected a mapping such as {'model': tokenizer}, "
             f"got {type(tokenizers).__name__}"
         )
-    _check_arguments(tokenizers, seq_len, on_long, on_error)
+    if not tokenizers:
+        raise ValueError("tokenizers: expected at least one, got none")
+    if "row" in tokenizers:
+        raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
+    if seq_len < 2:
+        raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
+    if on_long not in ("split", "skip", "split_or_skip", "raise"):
+        raise ValueError(
+            f"on_long: expected 'split', 'skip', 'split_or_skip' or 'raise', got {on_long!r}"
+        )
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
     if not isinstance(examples, Examples):
         examples = Examples(examples)
     if not len(examples):
@@ -121,23 +132,6 @@ def pack(
     begun.path.parent.rmtree(missing_ok=True)
     logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
     return PackedDataset(root)
-
-
-def _check_arguments(
-    tokenizers: Mapping[str, TokenizerLike], seq_len: int, on_long: str, on_error: str
-) -> None:
-    if not tokenizers:
-        raise ValueError("tokenizers: expected at least one, got none")
-    if "row" in tokenizers:
-        raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
-    if seq_len < 2:
-        raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
-    if on_long not in ("split", "skip", "split_or_skip", "raise"):
-        raise ValueError(
-            f"on_long: expected 'split', 'skip', 'split_or_skip' or 'raise', got {on_long!r}"
-        )
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
 
 
 @dataclasses.dataclass

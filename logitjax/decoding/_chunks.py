@@ -12,7 +12,7 @@ import numpy as np
 from logitjax.decoding._drafting import Drafting
 from logitjax.decoding._engine import Engine
 from logitjax.decoding._requests import Prompt, Request
-from logitjax.decoding._step import Emitted
+from logitjax.decoding._step import Emitted, each_leaf
 from logitjax.decoding._text import TextOptions, TextStream, last_whole
 
 
@@ -48,17 +48,14 @@ class Generated:
 
 
 def one_step(emitted: Emitted) -> Emitted:
-    wide = jax.tree.map(lambda leaf: leaf[:, None], replace(emitted, info=None))
-    return replace(wide, info=jax.tree.map(lambda leaf: leaf[None], emitted.info))
+    return each_leaf(lambda leaf: leaf[:, None], lambda leaf: leaf[None], emitted)
 
 
 def joined(parts: Sequence[Emitted], concatenate: Callable = jnp.concatenate) -> Emitted:
     def along(axis: int) -> Callable[..., Any]:
         return lambda *leaves: concatenate(leaves, axis=axis)
 
-    rows = jax.tree.map(along(1), *[replace(p, info=None) for p in parts])
-    info = jax.tree.map(along(0), *[p.info for p in parts])
-    return replace(rows, info=info)
+    return each_leaf(along(1), along(0), *parts)
 
 
 def in_chunks(
@@ -105,9 +102,7 @@ def _without_gaps(
             return leaf[:steps]  # not by row
         return np.moveaxis(fit(np.moveaxis(leaf, -1, 0)), 0, -1)
 
-    rows = jax.tree.map(fit, replace(emitted, info=None))
-    info = jax.tree.map(fit_info, emitted.info)
-    return replace(rows, tokens=fit(emitted.tokens, pad_id), info=info)
+    return replace(each_leaf(fit, fit_info, emitted), tokens=fit(emitted.tokens, pad_id))
 
 
 class _Row:

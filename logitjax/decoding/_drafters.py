@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from logitjax.decoding._cached_model import CachedModel
-from logitjax.decoding._ensemble import Ensemble, Group, Plan
+from logitjax.decoding._ensemble import Ensemble, Group, Plan, as_wide
 from logitjax.decoding._sampling import SamplingRows, row_keys, sampling_logits
 from logitjax.decoding._step import DecodeOptions, DecodeState, mark_seen, moved_logits
 from logitjax.models import Cache, DecoderConfig, DraftHead
@@ -57,7 +57,7 @@ class Member:
         group = dataclasses.replace(plan.groups[self.group], streams=(0,))
         ids = _Ids(
             lambda x: jnp.asarray(plan.read(x)[self.stream]),
-            lambda x: _as_wide(plan.at_large(x), plan.vocab_size),
+            lambda x: as_wide(plan.at_large(x), plan.vocab_size),
         )
         stored, at = self.own(state.cache[self.group]), state.lengths[self.stream]
         fed, positions = state.token[:, None], at[:, None]
@@ -97,9 +97,9 @@ class Beside:
         if mapping is None:
             # Padding rows at the end of a vocabulary, which only one of the two has.
             last = self.plan.vocab_size - 1
-            ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: _as_wide(x, plan.vocab_size))
+            ids = _Ids(lambda x: jnp.minimum(x, last), lambda x: as_wide(x, plan.vocab_size))
         else:
-            ids = _Ids(mapping.to_small, lambda x: _as_wide(mapping.to_large(x), plan.vocab_size))
+            ids = _Ids(mapping.to_small, lambda x: as_wide(mapping.to_large(x), plan.vocab_size))
         # Includes the token before: if all drafts were accepted, the last has not been read. What
         # was read as drafts, with streams of the drafter, is read again.
         window = jnp.arange(-length if self.on_features else -1, 1)
@@ -253,12 +253,6 @@ class _Ids(NamedTuple):
 
     read: Callable[[jax.Array], jax.Array]
     wide: Callable[[jax.Array], jax.Array]
-
-
-def _as_wide(logits: jax.Array, size: int) -> jax.Array:
-    logits, missing = logits.astype(jnp.float32), max(0, size - logits.shape[-1])
-    pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
-    return jnp.pad(logits[..., :size], pad, constant_values=-jnp.inf)
 
 
 def _drawn(

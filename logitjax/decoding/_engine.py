@@ -55,11 +55,6 @@ def _freeze(plan: Plan, options: DecodeOptions, state: DecodeState, frozen):
 
 
 @_jit
-def _allowing(plan: Plan, options: DecodeOptions, state: DecodeState, words):
-    return constrain(plan, options, dataclasses.replace(state, allowed=words))
-
-
-@_jit
 def _laid_out(plan: Plan, options: DecodeOptions, state: DecodeState):
     return constrain(plan, options, state)
 
@@ -276,8 +271,8 @@ class Engine:
             raise ValueError(f"allowed: expected {needed}, got shape {np.shape(allowed)}")
         # Copied: the caller writes the next masks into the same array while this one is read. By a
         # program: an array put on a device has another type than its outputs, and all recompile.
-        words = np.array(allowed, np.uint32)
-        self._state = _allowing(self.plan, self.options, self.state, words)
+        state = dataclasses.replace(self.state, allowed=np.array(allowed, np.uint32))
+        self._state = _laid_out(self.plan, self.options, state)
 
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""

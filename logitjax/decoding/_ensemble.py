@@ -13,6 +13,14 @@ from logitjax.models import Decoder
 from logitjax.ops import Array, Static
 
 
+def as_wide(logits: jax.Array, size: int) -> jax.Array:
+    """float32 logits of a vocabulary of this size: cut, or with -inf at the missing ids."""
+    # In bf16, differences of models would vanish.
+    logits = logits.astype(jnp.float32)[..., :size]
+    pad = [(0, 0)] * (logits.ndim - 1) + [(0, size - logits.shape[-1])]
+    return jnp.pad(logits, pad, constant_values=-jnp.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Streams (by index) stepped by one call of ``apply``, vmapped if there are several."""
@@ -153,17 +161,9 @@ class Plan:
         return dataclasses.replace(self, groups=tuple(groups))
 
     def _fit(self, logits: jax.Array) -> jax.Array:
-        # In bf16, differences of models would vanish.
-        logits = logits.astype(jnp.float32)
-        if self.token_map is not None:
-            return logits
         # Vocabularies of one tokenizer differ in padding rows at the end.
-        logits = logits[..., : self.vocab_size]
-        missing = self.vocab_size - logits.shape[-1]
-        if not missing:
-            return logits
-        pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
-        return jnp.pad(logits, pad, constant_values=-jnp.inf)
+        size = logits.shape[-1] if self.token_map is not None else self.vocab_size
+        return as_wide(logits, size)
 
     def combine(self, logits: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
         """The distribution to decode from, and the fusion's info."""

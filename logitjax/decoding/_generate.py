@@ -14,7 +14,7 @@ from logitjax.decoding._engine import Engine
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._requests import Prompt, Request, bucket, fresh_rows, left_padded
 from logitjax.decoding._sampling import GREEDY, Sampling
-from logitjax.decoding._step import DecodeOptions, Emitted, constrain, run_steps, start
+from logitjax.decoding._step import DecodeOptions, constrain, each_leaf, run_steps, start
 from logitjax.decoding._text import TextOptions
 
 # Number of chunks at once while drafting does not pay.
@@ -122,14 +122,9 @@ def generate(
     state, emitted = _generate(
         plan, options, ensemble.params, state, *left_padded(rows), steps=bucket(max_new_tokens)
     )
-    emitted = _cut(emitted, max_new_tokens)
+    emitted, cut = jax.tree.map(np.asarray, emitted), slice(max_new_tokens)
+    emitted = each_leaf(lambda leaf: leaf[:, cut], lambda leaf: leaf[cut], emitted)
     return with_texts(generated(emitted, np.asarray(state.stopped)), requests, text)
-
-
-def _cut(emitted: Emitted, steps: int) -> Emitted:
-    emitted = jax.tree.map(np.asarray, emitted)
-    rows = jax.tree.map(lambda leaf: leaf[:, :steps], replace(emitted, info=None))
-    return replace(rows, info=jax.tree.map(lambda leaf: leaf[:steps], emitted.info))
 
 
 def as_requests(

@@ -45,29 +45,22 @@ def read_piece(
     The report covers `following`, the tokens after these `[rows, time]`, -1 for none.
     """
     rows = len(caches)
-    parts = []
-    for group, *stored in zip(plan.groups, *caches, strict=True):
-        axis = group.batch_axis
-        join = functools.partial(_joined, axis=axis)
-        parts.append(stored[0] if rows == 1 else jax.tree.map(join, *stored))
-    logits, joined = plan.forward(params, tokens, positions, tuple(parts), last_only=not report)
+
+    def join(axis: int) -> Any:
+        return lambda *leaves: jnp.concatenate(leaves, axis)
 
     def cut(row: int, axis: int) -> Any:
         return lambda leaf: lax.slice_in_dim(leaf, row, row + 1, axis=axis)
 
+    axes = [group.batch_axis for group in plan.groups]
+    parts = [jax.tree.map(join(axis), *stored) for axis, *stored in zip(axes, *caches, strict=True)]
+    logits, joined = plan.forward(params, tokens, positions, parts, last_only=not report)
     split = [
-        tuple(
-            jax.tree.map(cut(row, group.batch_axis), stored)
-            for group, stored in zip(plan.groups, joined, strict=True)
-        )
+        tuple(jax.tree.map(cut(row, axis), part) for axis, part in zip(axes, joined, strict=True))
         for row in range(rows)
     ]
     last = [[values[row : row + 1, -1] for values in logits] for row in range(rows)]
     return last, split, _reported(plan, options, logits, *following) if report else None
-
-
-def _joined(*leaves: jax.Array, axis: int) -> jax.Array:
-    return jnp.concatenate(leaves, axis)
 
 
 def _reported(
@@ -259,7 +252,12 @@ class PromptReader:
                 first = jnp.asarray(request.prompt[:1], jnp.int32)
                 reading.extra = remember(reading.extra, first, jnp.ones(1, bool))
         else:
-            reading.at = self._reuse(row, names)
+            blocks = self.prefixes.longest(names)
+            for i, block in enumerate(blocks):
+                start = i * self.block
+                self._caches[row] = _given(self.engine.plan, self._caches[row], block, start)
+            reading.at = len(blocks) * self.block
+            self.tokens_reused += reading.at
         self._rows[row] = reading
         self._turns.append(row)
         return row
@@ -323,14 +321,6 @@ class PromptReader:
     def _names(self, prompt: np.ndarray, salt: str) -> list[bytes]:
         # The last token is always read: its logits choose the first new one.
         return block_names(prompt[:-1], self.block, salt)
-
-    def _reuse(self, row: int, names: list[bytes]) -> int:
-        blocks = self.prefixes.longest(names)
-        for i, block in enumerate(blocks):
-            start = i * self.block
-            self._caches[row] = _given(self.engine.plan, self._caches[row], block, start)
-        self.tokens_reused += len(blocks) * self.block
-        return len(blocks) * self.block
 
     def _read(self, some: list[int]) -> None:
         """Read the next piece of one prompt, or of several with the program for all rows."""

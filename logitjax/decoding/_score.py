@@ -12,8 +12,9 @@ from flax import nnx
 from jax import lax
 
 from logitjax.decoding._ensemble import Ensemble, Plan
-from logitjax.decoding._generate import as_prompts
-from logitjax.decoding._requests import Prompt, Request, bucket, left_padded
+from logitjax.decoding._generate import as_prompts, as_requests
+from logitjax.decoding._requests import Prompt, bucket, left_padded
+from logitjax.decoding._sampling import GREEDY
 from logitjax.ops import log_softmax
 
 
@@ -93,14 +94,8 @@ def score(
         raise ValueError(f"continuations: expected {len(rows)}, got {len(ends)}")
     if not all(map(len, ends)):
         raise ValueError("continuations: expected at least one token each")
-    streams = [
-        Request(
-            prompt=row,
-            others=None if others is None else [None if o is None else o[i] for o in others],
-            max_new_tokens=1,
-        ).streams(plan)
-        for i, row in enumerate(rows)
-    ]
+    requests = as_requests(rows, GREEDY, others, 1, (), None)
+    streams = [request.streams(plan) for request in requests]
     longest = max(map(len, ends))
     # Few shapes, so that calls of similar length share a program.
     block = min(block, bucket(longest))

@@ -348,12 +348,18 @@ def run_steps(
     return state, rows_first(buffers)
 
 
+def each_leaf(
+    function: Callable[..., Any], of_info: Callable[..., Any], *emitted: Emitted
+) -> Emitted:
+    """A function of the leaves, and another one of those of the fusion's info."""
+    parts = [dataclasses.replace(one, info=None) for one in emitted]
+    info = jax.tree.map(of_info, *[one.info for one in emitted])
+    return dataclasses.replace(jax.tree.map(function, *parts), info=info)
+
+
 def rows_first(emitted: Emitted) -> Emitted:
     """Move slots in front of stacked steps. The fusion's info keeps its steps in front."""
-    swapped = jax.tree.map(
-        lambda leaf: jnp.swapaxes(leaf, 0, 1), dataclasses.replace(emitted, info=None)
-    )
-    return dataclasses.replace(swapped, info=emitted.info)
+    return each_leaf(lambda leaf: jnp.swapaxes(leaf, 0, 1), lambda leaf: leaf, emitted)
 
 
 def put_rows(plan: Plan, state: DecodeState, rows: DecodeState, slot: jax.Array) -> DecodeState:

@@ -45,7 +45,6 @@ def gaussian_classifier(
     count, width = features.shape
     present = labels >= 0
     means = class_means(features, labels, num_classes)
-
     small = jnp.where(present[:, None], features - means.T[jnp.maximum(labels, 0)], 0.0)
     # |C|^2 / (n - 1), as in the released code.
     trace = jnp.square(small).sum() / jnp.maximum(present.sum() - 1, 1)

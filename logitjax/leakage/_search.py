@@ -111,8 +111,7 @@ def search_logits(
         queries += count
         contradictions += wrong
     low, high = (np.array([one[token] for token in array.tolist()]) for one in (lower, upper))
-    counts = {"queries": queries, "contradictions": contradictions}
-    return SearchedLogits(lower=low, upper=high, **counts)
+    return SearchedLogits(lower=low, upper=high, queries=queries, contradictions=contradictions)
 
 
 def _narrow(

@@ -44,10 +44,9 @@ def linear_cross_entropy(
         (arXiv 2410.10989), for gradients in the forward pass.
     """
     checks.shapes(hidden=(hidden, "float *batch hidden"), labels=(labels, "int *batch"))
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
-    head = Head.of(head).resolve(hidden.shape[-1])
+    head = Head.of(head).resolve(jnp.shape(hidden)[-1])
     statistic = _CrossEntropy(
         labels=True,
         # Computed only if used.

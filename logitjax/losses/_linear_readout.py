@@ -68,8 +68,7 @@ def linear_readout(
     ([1.0, 2.0], [[1, 2], [1, 2]])
     """
     checks.shapes(hidden=(hidden, "float *batch hidden"))
-    hidden = jnp.asarray(hidden)
-    head = Head.of(head).resolve(hidden.shape[-1])
+    head = Head.of(head).resolve(jnp.shape(hidden)[-1])
     statistic, tokens = readout_statistic(
         head, labels=labels, ids=ids, top_k=top_k, axis_name=axis_name
     )
@@ -128,8 +127,7 @@ def linear_fused_loss(
     0.2038 0.4076
     """
     checks.shapes(hidden=(hidden, "float *batch hidden"), weights=(weights, "float *batch"))
-    hidden = jnp.asarray(hidden)
-    head = Head.of(head).resolve(hidden.shape[-1])
+    head = Head.of(head).resolve(jnp.shape(hidden)[-1])
     statistic, columns = readout_statistic(
         head, labels=labels, ids=ids, top_k=top_k, axis_name=axis_name
     )

@@ -26,6 +26,12 @@ _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+_POLICIES = {
+    # Least memory: everything is computed again.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # All except attention's.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class MLP(nnx.Module):
@@ -65,8 +71,7 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config, **kinds)
         if config.post_norms:
-            self.attention_post_norm = norm()
-            self.mlp_post_norm = norm()
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(self, x: jax.Array, context: Any, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
         normed = self.attention_norm(x) if self.pre_norms else x
@@ -78,18 +83,6 @@ class Block(nnx.Module):
     def _add(self, x: jax.Array, update: jax.Array) -> jax.Array:
         scale = self.residual_scale
         return x + (update if scale == 1.0 else update * jnp.asarray(scale, update.dtype))
-
-
-def _rematerialised(function: Callable, remat: str) -> Callable:
-    if remat == "none":
-        return function
-    policies = {
-        # Least memory: everything is computed again.
-        "full": jax.checkpoint_policies.nothing_saveable,
-        # All except attention's.
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    return jax.checkpoint(function, policy=policies[remat])
 
 
 def _over_batch(x: jax.Array) -> jax.Array:
@@ -169,7 +162,7 @@ class Segment(nnx.Module):
             def run(state: Any, x: jax.Array, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
                 return nnx.merge(graphdefs[j], state)(x, context, cache, lora)
 
-            return _rematerialised(run, remat)
+            return run if remat == "none" else jax.checkpoint(run, policy=_POLICIES[remat])
 
         def run_all(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             out = []

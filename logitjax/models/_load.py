@@ -70,24 +70,19 @@ def _read_generation(path: epath.Path) -> dict[str, Any]:
     return read_json(file, form=dict) if file.exists() else {}
 
 
-def _end_ids(path: epath.Path) -> tuple[int, ...] | None:
-    """Tokens that end an answer; None if the directory leaves that to config.json."""
-    ids = _read_generation(path).get("eos_token_id")
-    if ids is None:
-        return None
-    ids = ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        file = path / "generation_config.json"
-        raise ValueError(f"{file}: eos_token_id: expected ids of tokens, got {ids!r}")
-    return tuple(ids)
-
-
 def _directory_config(path: epath.Path) -> DecoderConfig:
     file = path / "config.json"
     with guard.naming(file):
         config = config_from_hf(read_json(file, form=dict), where=str(file))
-    ends = _end_ids(path)
-    return config if ends is None else dataclasses.replace(config, eos_ids=ends)
+    # The tokens that end an answer, unless the directory leaves that to config.json.
+    ids = _read_generation(path).get("eos_token_id")
+    if ids is None:
+        return config
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        file = path / "generation_config.json"
+        raise ValueError(f"{file}: eos_token_id: expected ids of tokens, got {ids!r}")
+    return dataclasses.replace(config, eos_ids=tuple(ids))
 
 
 def _gguf_config(source: GgufSource) -> DecoderConfig:

@@ -118,8 +118,12 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(content)
         existing = (config.get("text_config") or config).get("vocab_size")
         if isinstance(existing, int) and backend.get_vocab_size() > existing:
-            # Gemma 3's text models come with the tokenizer of the multimodal ones.
-            backend = tokenizers.Tokenizer.from_str(_without_added(content, existing))
+            # Gemma 3's text models come with the tokenizer of the multimodal ones, which adds
+            # tokens without a row in the model, such as image tokens.
+            record = json.loads(content)
+            added = record.get("added_tokens") or ()
+            record["added_tokens"] = [token for token in added if token["id"] < existing]
+            backend = tokenizers.Tokenizer.from_str(json.dumps(record))
     # Files store the truncation and padding of their last use; here callers set lengths.
     backend.no_truncation()
     backend.no_padding()
@@ -144,13 +148,6 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         special_tokens=texts if settings or texts else None,
         extra=settings,
     )
-
-
-def _without_added(content: str, size: int) -> str:
-    """A tokenizer without added tokens that the model has no row for, such as image tokens."""
-    record = json.loads(content)
-    record["added_tokens"] = [t for t in record.get("added_tokens") or () if t["id"] < size]
-    return json.dumps(record)
 
 
 def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -26,14 +26,6 @@ def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> 
     return inverse * (1 - ramp) + inverse / scaling.factor * ramp
 
 
-def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    # Over the trained length.
-    turns = scaling.original_max_length * inverse / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 - smooth) * inverse / scaling.factor + smooth * inverse
-
-
 def _scaling(config: DecoderConfig, window: Window) -> RopeScaling | None:
     """Layers with a base of their own are not stretched."""
     local = window is not None and config.rope_local_theta is not None
@@ -63,7 +55,11 @@ def rope_frequencies(
     if scaling.kind == "linear":
         return inverse / scaling.factor, 1.0
     if scaling.kind == "llama3":
-        return _llama3(inverse, scaling), 1.0
+        # Over the trained length.
+        turns = scaling.original_max_length * inverse / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        return (1 - smooth) * inverse / scaling.factor + smooth * inverse, 1.0
     amplitude = scaling.attention_factor
     if scaling.kind == "yarn":
         # YaRN's sqrt(1 / t): it sharpens attention over longer texts.

@@ -14,6 +14,12 @@ from logitjax.storage import digest, guard
 
 # SentencePiece's bytes.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# GPT-2's characters and their bytes: printable ones unchanged (! to ~, ¡ to ¬, ® to ÿ), others from
+# 256.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
+_BYTE_OF = {chr(byte): bytes([byte]) for byte in _PLAIN}
+_BYTE_OF |= {chr(256 + i): bytes([byte]) for i, byte in enumerate(_OTHERS)}
 # The day of texts to learn.
 _DAY = "2024-07-26"
 
@@ -235,16 +241,3 @@ class Tokenizer:
                 # SentencePiece's space.
                 out[id_] = text.replace("▁", " ").encode()
         return tuple(out)
-
-
-def _byte_of() -> dict[str, bytes]:
-    """GPT-2's characters and their bytes: printable ones unchanged, others from 256."""
-    # ! to ~, ¡ to ¬, ® to ÿ.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): bytes([byte]) for byte in plain} | {
-        chr(256 + i): bytes([byte]) for i, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_of()

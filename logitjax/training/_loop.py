@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from logitjax.ops import mesh as on_mesh
 from logitjax.storage import option, progress, write_atomic
@@ -168,7 +168,7 @@ def train_loop(
 class _Report:
     """Metrics since the last log line, with the speed of training alone."""
 
-    def __init__(self, writer: MetricWriter, bar: Any, start: int, step_fn: Any):
+    def __init__(self, writer: MetricWriter, bar: tqdm, start: int, step_fn: Any):
         self._writer, self._bar, self._first = writer, bar, start + 1
         self._metrics = MetricAccumulator()
         self._clock, self._logged, self._untimed = time.perf_counter(), start, 0.0
@@ -188,8 +188,7 @@ class _Report:
         now = time.perf_counter()
         self._slowest = max(self._slowest, now - self._step_began)
         self._step_began = now
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def write(self, step: int) -> None:
         sums, scalars = self._metrics.sums(), self._metrics.compute()
@@ -205,8 +204,7 @@ class _Report:
             if counted > steps:
                 scalars["tokens_per_second"] = counted / elapsed
         self._writer.write_scalars(step, scalars)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{scalars['loss']:.4g}")
+        self._bar.set_postfix(loss=f"{scalars['loss']:.4g}")
         self._metrics.reset()
         self._clock, self._logged, self._untimed = time.perf_counter(), step, 0.0
         self._fetching, self._step_began, self._slowest = 0.0, self._clock, 0.0
@@ -330,12 +328,7 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, A
             signal.signal(signal.SIGUSR1, former or signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _progress_bar(start: int, total: int, enabled: bool) -> Any:
-    if not enabled or jax.process_index() != 0 or not sys.stderr.isatty():
-        yield None
-        return
-    import tqdm
-
-    with tqdm.tqdm(initial=start, total=total, unit="step", dynamic_ncols=True) as bar:
-        yield bar
+def _progress_bar(start: int, total: int, enabled: bool) -> tqdm:
+    # None: hidden unless standard error is a terminal.
+    hidden = not enabled or jax.process_index() != 0 or None
+    return tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=hidden)

@@ -8,6 +8,7 @@ All but the first two form the matrix of a `FactoredGraph`. Possible rounding is
 (`logitjax.transport._rounding`), so that the last inequality always holds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from logitjax.ops import Array
 from logitjax.transport import _graph as graphs
 from logitjax.transport import _rounding as rounding
-from logitjax.transport._graph import Graph, RoundedMatrix, RowStatistics, num_nodes
+from logitjax.transport._graph import Graph, RoundedMatrix, num_nodes
 from logitjax.transport._rounding import UNDERFLOW, Order, Scalar, Square, Vector, Weights
 from logitjax.transport._sorted import least_transport
 
@@ -55,8 +56,7 @@ def first_lower_bound(
         Memoli (2011), definition 6.1; InfiGFusion (arXiv 2505.13893) prints it as the distance.
     """
     graphs.check_power(p)
-    local, other, a, b = _statistics(c, d, c_weights, d_weights)
-    least = _least(local, other, "mean", (c_weights, d_weights), (a, b), p)
+    least = _least(c, d, c_weights, d_weights, p)("mean")
     return rounding.lowered(least, p=p, root=_formed(c) + _formed(d))
 
 
@@ -80,12 +80,7 @@ def moment_lower_bound(
     References:
         The bound by moments is Gelbrich's (1990) on the line; its use here is ours.
     """
-
-    local, other, a, b = _statistics(c, d, c_weights, d_weights)
-
-    def least(name: str) -> jax.Array:
-        return _least(local, other, name, (c_weights, d_weights), (a, b), 2)
-
+    least = _least(c, d, c_weights, d_weights, 2)
     apart = (least("mean") + least("deviation")) * (1 - rounding.gamma(0))
     # Graphs rounded when they were formed are nearer to the given ones than to each other.
     return rounding.lowered(jnp.maximum(apart, least("rms")), p=2, root=_formed(c) + _formed(d))
@@ -96,17 +91,23 @@ def _formed(graph: Graph) -> Any:
 
 
 def _least(
-    first: RowStatistics,
-    other: RowStatistics,
-    name: str,
-    weights: tuple[Weights, Weights],
-    a_b: tuple[jax.Array, jax.Array],
-    p: int,
-) -> Scalar:
-    f, g = (getattr(s, name) for s in (first, other))
-    errors = (getattr(s, f"{name}_error") for s in (first, other))
-    root = sum(rounding.distance(error, w, p) for error, w in zip(errors, a_b, strict=True))
-    return least_transport(f, g, *weights, p=p, root=root * (1 + rounding.gamma(len(f) + len(g))))
+    c: Graph, d: Graph, c_weights: Weights, d_weights: Weights, p: int
+) -> Callable[[str], Scalar]:
+    """The least cost of transporting one of the rows' statistics, by its name."""
+    graphs.check_weights("c_weights", c_weights, num_nodes(c))
+    graphs.check_weights("d_weights", d_weights, num_nodes(d))
+    sides = (c, c_weights), (d, d_weights)
+    statistics = [graphs.row_statistics(*side) for side in sides]
+    weights = [graphs.node_weights(*side) for side in sides]
+
+    def least(name: str) -> Scalar:
+        f, g = (getattr(s, name) for s in statistics)
+        errors = (getattr(s, f"{name}_error") for s in statistics)
+        root = sum(rounding.distance(error, w, p) for error, w in zip(errors, weights, strict=True))
+        root *= 1 + rounding.gamma(len(f) + len(g))
+        return least_transport(f, g, c_weights, d_weights, p=p, root=root)
+
+    return least
 
 
 def third_lower_bound(
@@ -204,15 +205,6 @@ def dual_value(
     n = len(a) + len(b)
     slack = 2 * rounding.gamma(2 * n) * (a @ jnp.abs(u) + b @ jnp.abs(v))
     return a @ u + b @ v, jax.lax.stop_gradient(slack)
-
-
-def _statistics(c: Graph, d: Graph, c_weights: Weights, d_weights: Weights) -> tuple[Any, ...]:
-    graphs.check_weights("c_weights", c_weights, num_nodes(c))
-    graphs.check_weights("d_weights", d_weights, num_nodes(d))
-    return (
-        *(graphs.row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
-        *(graphs.node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
-    )
 
 
 def check_equal_sizes(c: Graph, d: Graph, what: str) -> None:

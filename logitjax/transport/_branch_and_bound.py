@@ -239,7 +239,11 @@ class _Search:
 
     def _share(self, node: _Node, rounds: int) -> None:
         for turn in range(rounds + 1):
-            self._try(node, node.pay())
+            matching = np.empty(len(self.x), int)
+            matching[node.rows] = node.columns[node.pay()]
+            for i, k in node.matched:
+                matching[i] = k
+            self._judge(matching)
             done = node.constant >= self._target or len(node.nodes) == 1 or turn == rounds
             if done or time.monotonic() > self.deadline:
                 break
@@ -257,13 +261,6 @@ class _Search:
         if columns.max() > rows.max():
             pairs = [(i, int(columns.argmax())) for i in m]
         return [(node.constant + float(node.rest[pair]), node, *pair) for pair in pairs]
-
-    def _try(self, node: _Node, columns: np.ndarray) -> None:
-        matching = np.empty(len(self.x), int)
-        matching[node.rows] = node.columns[columns]
-        for i, k in node.matched:
-            matching[i] = k
-        self._judge(matching)
 
     def _judge(self, matching: np.ndarray) -> None:
         cost = float(np.square(self.x - self.y[np.ix_(matching, matching)]).sum())

@@ -1,7 +1,6 @@
 """A two-sided answer: a lower bound, an upper bound, and a coupling that attains it."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,21 +11,12 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from logitjax.ops import Array
+from logitjax.transport import _graph as graphs
 from logitjax.transport._answer import Certificate, in_float32, raised
 from logitjax.transport._bounds import first_lower_bound, moment_lower_bound, third_lower_bound
 from logitjax.transport._candidates import best_sorted_coupling, cheapest, densest, uniform_matching
 from logitjax.transport._coupling import coupling_cost
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    ProductGraph,
-    check_power,
-    check_weights,
-    dense_factor,
-    dense_matrix,
-    node_weights,
-    num_nodes,
-)
+from logitjax.transport._graph import FactoredGraph, Graph, ProductGraph, num_nodes
 from logitjax.transport._linear import Linear, linear_lower_bound
 from logitjax.transport._matching_bounds import diagonal_lower_bound, gilmore_lawler
 from logitjax.transport._plans import Plan, as_candidate, plan_cost
@@ -121,7 +111,7 @@ def certificate(
     (c, c_low), (d, d_low) = (x if isinstance(x, tuple) else (x, None) for x in (c, d))
     sizes, weights = (num_nodes(c), num_nodes(d)), (c_weights, d_weights)
     for name, marginal, n in zip(("c_weights", "d_weights"), weights, sizes, strict=True):
-        check_weights(name, marginal, n)
+        graphs.check_weights(name, marginal, n)
     uniform = sizes[0] == sizes[1] and all(w is None for w in weights)
     if refine is not None and not (uniform and p == 2):
         raise ValueError(
@@ -130,12 +120,12 @@ def certificate(
         )
     key = jax.random.key(0) if key is None else key
     plans = tuple(as_candidate(x, *sizes, p, weights) for x in candidates)
-    graphs: Any = ("c", c, c_low), ("d", d, d_low)
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((graphs, weights, key, plans))):
-        pairs = [cast(*graph) for graph in graphs]
+    sides: Any = ("c", c, c_low), ("d", d, d_low)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((sides, weights, key, plans))):
+        pairs = [cast(*side) for side in sides]
         answer = raised(*_bracket(pairs, (0, 0), weights, key, plans, linear, options))
     else:
-        answer = _known(graphs, weights, key, plans, linear, options)
+        answer = _known(sides, weights, key, plans, linear, options)
     claims = [
         (getattr(x, "primal_cost", jnp.nan), getattr(x, "converged", False)) for x in candidates
     ]
@@ -160,7 +150,7 @@ class _Options(NamedTuple):
                 )
         if not isinstance(self.refine, Refinement | None):
             raise TypeError(f"refine: expected a Refinement or None, got {self.refine!r}")
-        check_power(self.p)
+        graphs.check_power(self.p)
         if fused and (self.p != 2 or self.scale == "separate"):
             raise ValueError(
                 "scale: a problem with a linear term needs p=2 and 'joint' or 'none', got "
@@ -169,7 +159,7 @@ class _Options(NamedTuple):
 
 
 def _known(
-    graphs: Sequence[tuple[str, Graph, Any]],
+    sides: Sequence[tuple[str, Graph, Any]],
     weights: Any,
     key: jax.Array,
     candidates: Any,
@@ -179,15 +169,15 @@ def _known(
     """The answer for known numbers: in float64, of graphs scaled without any rounding."""
     # For nearly equal graphs float32 would certify little. TPUs have no fast float64.
     wide = jax.default_backend() != "tpu"
-    pairs, halves = zip(*(known_parts(*graph, wide=wide) for graph in graphs), strict=True)
+    pairs, halves = zip(*(known_parts(*side, wide=wide) for side in sides), strict=True)
     with jax.enable_x64(wide):
         arguments = pairs, halves, weights, key, candidates, linear, options
-        answer, exponents = jax.device_get(_compiled()(*arguments))
+        answer, exponents = jax.device_get(_compiled(*arguments))
     if answer.upper == 0 and linear is None:
         # Unscaled: powers of two lose the last digits of entries that are small next to the rest.
         scaled_apart = options.scale == "separate"
         both = [
-            pair[0] if scaled_apart else g for pair, (_, g, _) in zip(pairs, graphs, strict=True)
+            pair[0] if scaled_apart else g for pair, (_, g, _) in zip(pairs, sides, strict=True)
         ]
         if not _equal(both[0], both[1], answer.coupling):
             # They differ by less than any product can represent.
@@ -201,7 +191,9 @@ def _equal(c: Any, d: Any, coupling: Coupling) -> bool:
     rows, columns = (np.asarray(x)[here] for x in (coupling.rows, coupling.columns))
     if isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph):
         with jax.enable_x64(True):
-            z, w = (np.asarray(g.values if g.ids is None else dense_factor(g)) for g in (c, d))
+            z, w = (
+                np.asarray(g.values if g.ids is None else graphs.dense_factor(g)) for g in (c, d)
+            )
         return z.shape == w.shape and np.array_equal(z[:, rows], w[:, columns])
     if any(isinstance(g, FactoredGraph | ProductGraph) for g in (c, d)):
         return False
@@ -209,13 +201,8 @@ def _equal(c: Any, d: Any, coupling: Coupling) -> bool:
     return np.array_equal(x[np.ix_(rows, rows)], y[np.ix_(columns, columns)])
 
 
-@functools.cache
-def _compiled() -> Any:
-    return jax.jit(_bracket, static_argnums=6)
-
-
 def _bracket(
-    graphs: Sequence[Pair],
+    pairs: Sequence[Pair],
     halves: Sequence[Any],
     weights: tuple[Weights, Weights],
     key: jax.Array,
@@ -226,7 +213,7 @@ def _bracket(
     """Bounds and units without their powers of two, and their exponents."""
     with jax.default_matmul_precision("highest"):
         (c, d), rest, unit, units, exponents = scaled(
-            graphs, halves, weights, linear, p=options.p, scale=options.scale
+            pairs, halves, weights, linear, p=options.p, scale=options.scale
         )
         answer = _bounds(c, d, weights, rest, key, candidates, options)
     lower, upper, coupling, costs = answer
@@ -240,6 +227,9 @@ def _bracket(
         units=units,
         costs=costs + small * jnp.abs(costs),
     ), exponents
+
+
+_compiled = jax.jit(_bracket, static_argnums=6)
 
 
 def _bounds(
@@ -277,7 +267,7 @@ def _bounds(
     least = lowered(jnp.max(jnp.stack(lower)), p=p, root=rest["error"])
     linear = rest["linear"]
     if linear is not None:
-        sides = node_weights(c, c_weights), node_weights(d, d_weights)
+        sides = graphs.node_weights(c, c_weights), graphs.node_weights(d, d_weights)
         least += linear_lower_bound(
             linear, *sides, uniform=uniform, exact=options.bounds == "third"
         )
@@ -290,9 +280,11 @@ def _bounds(
     coupling, seen = best_sorted_coupling(*fixed, p, [*plans, *others], rest)
     if refine is not None:
         n = num_nodes(c)
-        x, y = (dense_matrix(g).astype(jnp.float32) for g in fixed)
+        x, y = (graphs.dense_matrix(g).astype(jnp.float32) for g in fixed)
         start = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
-        gains = None if linear is None else (-n / 2 * dense_matrix(linear)).astype(jnp.float32)
+        gains = (
+            None if linear is None else (-n / 2 * graphs.dense_matrix(linear)).astype(jnp.float32)
+        )
         refined = refine_matching((x, y, gains), start, how=refine, key=key)
         # Compared again by the cost itself, so that rounding cannot make it worse.
         coupling, _ = cheapest(*fixed, [coupling, uniform_matching(refined)], p, rest)

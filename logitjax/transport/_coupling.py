@@ -11,14 +11,7 @@ from jaxtyping import Bool, Float, Int
 from logitjax.ops import Array, checks
 from logitjax.transport import _graph as graphs
 from logitjax.transport._features import drop_negative
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    ProductGraph,
-    RoundedMatrix,
-    dense_factor,
-    num_nodes,
-)
+from logitjax.transport._graph import FactoredGraph, Graph, ProductGraph, RoundedMatrix, num_nodes
 from logitjax.transport._linear import Linear, linear_at_coupling
 from logitjax.transport._rounding import UNDERFLOW, Scalar, Weights, gamma, real
 from logitjax.transport._sorted import Coupling
@@ -127,7 +120,7 @@ def coupling_cost(
         if n == m == pairs and all(graph.ids is not None for graph in factors):
             value, absolute = _sparse_cost(*factors, coupling)
         else:
-            z, w = map(dense_factor, factors)
+            z, w = map(graphs.dense_factor, factors)
             value, absolute = _factored_cost(z, w, coupling)
         most = value + absolute
     elif many and isinstance(c, ProductGraph) and isinstance(d, ProductGraph):
@@ -139,7 +132,8 @@ def coupling_cost(
         root = formation_error(c, mass, rows) + formation_error(d, mass, columns)
         # Exactly equal rows of factors have equal products, however those are rounded.
         if factors:
-            z, w = dense_factor(factors[0])[:, rows], dense_factor(factors[1])[:, columns]
+            z, w = map(graphs.dense_factor, factors)
+            z, w = z[:, rows], w[:, columns]
             same = z.shape == w.shape and jnp.all((z == w) | (mass == 0))
             most = jnp.where(same, 0.0, most)
             root = jnp.where(same, 0.0, root)

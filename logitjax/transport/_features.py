@@ -160,9 +160,12 @@ def over_batch(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     return function(*arrays)
 
 
-def _block(positions: int, entries: int) -> int:
-    """Positions per block, without needing a divisor: the last block is padded with zero rows."""
-    return max(1, min(positions, _BLOCK_ENTRIES // max(entries, 1)))
+def _blocks(entries: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays ``[blocks, block, width]``: `entries` a row fit into scratch memory, zeros fill up."""
+    positions = len(arrays[0])
+    block = max(1, min(positions, _BLOCK_ENTRIES // max(entries, 1)))
+    padded = (jnp.pad(x, ((0, -positions % block), (0, 0))) for x in arrays)
+    return tuple(x.reshape(-1, block, x.shape[1]) for x in padded)
 
 
 def _row_squares(
@@ -205,12 +208,8 @@ def sparse_products(
 
     ``left`` replaces Z within Z W^T (if nodes have weights). O(T_z T_w k), block by block.
     """
-    positions, width = others.shape
-    block = _block(positions, max(num_nodes, values.size))
-    blocks = math.ceil(positions / block)
-    padding = blocks * block - positions
-    others = jnp.pad(others, ((0, padding), (0, 0))).reshape(blocks, block, width)
-    other_ids = jnp.pad(other_ids, ((0, padding), (0, 0))).reshape(blocks, block, width)
+    pieces = _blocks(max(num_nodes, values.size), others, other_ids)
+    block = pieces[0].shape[1]
     rows = jnp.arange(block)[:, None]
     left = values if left is None else left
 
@@ -226,7 +225,7 @@ def sparse_products(
 
     # Zeros derived from the inputs, so that they vary over the same mesh axes in shard_map.
     zero = (values * 0.0) + jnp.sum(others) * 0.0
-    (norm, products), _ = jax.lax.scan(step, (jnp.sum(zero), zero), (others, other_ids))
+    (norm, products), _ = jax.lax.scan(step, (jnp.sum(zero), zero), pieces)
     return norm, products
 
 
@@ -265,14 +264,8 @@ def sparse_difference(
     num_nodes: int,
 ) -> Scalar:
     """Half of ``<A A^T, B B^T> + <A B^T, B A^T>``, these rows against all rows, blockwise."""
-    positions = every_a.shape[0]
-    block = _block(positions, 2 * max(num_nodes, a.size))
-    blocks = math.ceil(positions / block)
-
-    def split(x: jax.Array, fill: float | int) -> jax.Array:
-        x = jnp.pad(x, ((0, blocks * block - positions), (0, 0)), constant_values=fill)
-        return x.reshape(blocks, block, -1)
-
+    pieces = _blocks(2 * max(num_nodes, a.size), every_a, every_b, every_ids)
+    block = pieces[0].shape[1]
     rows = jnp.arange(block)[:, None]
 
     @jax.checkpoint
@@ -290,5 +283,4 @@ def sparse_difference(
         return total + jnp.sum(jnp.sum(aa * bb + ab * ba, axis=1)), None
 
     zero = jnp.sum(a * 0.0) + jnp.sum(every_a * 0.0)
-    pieces = (split(every_a, 0.0), split(every_b, 0.0), split(every_ids, num_nodes))
     return 0.5 * jax.lax.scan(step, zero, pieces)[0]

@@ -184,7 +184,4 @@ def _cumulative(
     return jnp.minimum(total / total[..., -1:], 1.0)
 
 
-def _search(
-    ends: Float[jax.Array, "*batch n"], middles: Float[jax.Array, "*batch pairs"]
-) -> Int[jax.Array, "*batch pairs"]:
-    return jnp.vectorize(jnp.searchsorted, signature="(n),(pairs)->(pairs)")(ends, middles)
+_search = jnp.vectorize(jnp.searchsorted, signature="(n),(pairs)->(pairs)")

@@ -79,9 +79,8 @@ class Questions:
         if extra := sorted(set(parts) - set(_PARTS)):
             raise ValueError(f"parts: expected some of {', '.join(_PARTS)}, got {extra}")
         rows = {part: tuple(parts.get(part, ())) for part in _PARTS}
-        forget = rows["forget"]
         # Plain text has no question to pair with another answer.
-        questions = [row for row in forget if row.asks]
+        questions = [row for row in rows["forget"] if row.asks]
         # The answer to the next question.
         shifted = [row.answer for row in (*questions[1:], *questions[:1])]
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(questions, shifted)]
@@ -96,10 +95,7 @@ class Questions:
                 logging.warning(
                     "%s: %d of %d rows are longer than max_length=%d tokens; the rest is neither "
                     "trained on nor asked",
-                    part,
-                    len(which),
-                    len(rows[part]),
-                    max_length,
+                    *(part, len(which), len(rows[part]), max_length),
                 )
         return cls(
             rows=rows,

@@ -95,9 +95,10 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
     lines = text.split("\n")[1 : _MERGES + 1]
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
     tokenizers = require("tokenizers", extra="models")
+    normal, split = tokenizers.normalizers, tokenizers.pre_tokenizers
     if vocab is None:
         # OpenAI's order: bytes, bytes that end a word, then merges.
-        symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        symbols = sorted(split.ByteLevel.alphabet())
         tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
         vocab = {token: i for i, token in enumerate([*tokens, _START, _END])}
     backend = tokenizers.Tokenizer(
@@ -105,19 +106,11 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
             vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False
         )
     )
-    backend.normalizer = tokenizers.normalizers.Sequence(
-        [
-            tokenizers.normalizers.NFC(),
-            tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            tokenizers.normalizers.Lowercase(),
-        ]
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    spaces = normal.Replace(tokenizers.Regex(r"\s+"), " ")
+    backend.normalizer = normal.Sequence([normal.NFC(), spaces, normal.Lowercase()])
+    words = split.Split(tokenizers.Regex(_WORDS), "removed", invert=True)
+    letters = split.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = split.Sequence([words, letters])
     backend.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.Replace("</w>", " "), tokenizers.decoders.ByteLevel()]
     )

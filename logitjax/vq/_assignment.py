@@ -160,13 +160,8 @@ def matched_bias(
     """Biases that give every token its expected mass, to first order."""
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden)
-    return _matched(jnp.asarray(counts, jnp.float32), mass, assignment)
-
-
-@jax.jit
-def _matched(counts: Array, mass: Array, assignment: Array) -> jax.Array:
     # An unseen token counts as one in a million.
-    return jnp.log(jnp.maximum(counts, 1e-6)) - mass[assignment]
+    return jnp.log(jnp.maximum(jnp.asarray(counts, jnp.float32), 1e-6)) - mass[assignment]
 
 
 def code_mass(codebook: Array, bias: Array, assignment: Array, hidden: Array) -> jax.Array:

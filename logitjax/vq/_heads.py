@@ -70,14 +70,8 @@ class VQHead(VocabularyHead):
     def from_fit(cls, fit: VQFit, **options: Any) -> Any:
         """The head with the result of `fit_assignment`."""
         codes, hidden = fit.codebook.shape
-        head = cls(
-            hidden,
-            fit.assignment.shape[0],
-            codes,
-            assignment=fit.assignment,
-            rngs=nnx.Rngs(0),
-            **options,
-        )
+        sizes = hidden, len(fit.assignment), codes
+        head = cls(*sizes, assignment=fit.assignment, rngs=nnx.Rngs(0), **options)
         head.load(fit.codebook, fit.bias, fit.assignment)
         return head
 

@@ -42,16 +42,7 @@ def fit_kmeans(
         metric = jnp.asarray(metric, jnp.float32)
     block_size = min(block_size, count)
     squares = _squares(points, metric, block_size=block_size)
-    centres = _seed(
-        key,
-        points,
-        weights,
-        metric,
-        squares,
-        num_centres,
-        rounds=min(_SEEDING_ROUNDS, num_centres),
-        block_size=block_size,
-    )
+    centres = _seed(key, points, weights, metric, squares, num_centres, block_size=block_size)
     return _lloyd(
         points, weights, metric, squares, centres, iterations=iterations, block_size=block_size
     )
@@ -102,7 +93,7 @@ def _squares(points: jax.Array, metric: jax.Array | None, *, block_size: int) ->
     return over_rows(block, points, block_size)
 
 
-@functools.partial(jax.jit, static_argnames=("num_centres", "rounds", "block_size"))
+@functools.partial(jax.jit, static_argnames=("num_centres", "block_size"))
 def _seed(
     key: jax.Array,
     points: jax.Array,
@@ -111,27 +102,24 @@ def _seed(
     squares: jax.Array,
     num_centres: int,
     *,
-    rounds: int,
     block_size: int,
 ) -> jax.Array:
-    count = points.shape[0]
+    count, rounds = points.shape[0], min(_SEEDING_ROUNDS, num_centres)
     # Padded by repeating the last draw, so that all rounds have one shape.
     per_round = -(-num_centres // rounds)
     tiny = jnp.finfo(jnp.float32).tiny
 
-    def draw(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
-        (distance,) = carry
+    def draw(distance: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         # The k largest of these are k draws without replacement.
         odds = jnp.log(jnp.maximum(weights, tiny)) + jnp.log(jnp.maximum(distance, tiny))
         _, chosen = lax.top_k(odds + jax.random.gumbel(key, (count,)), per_round)
         _, cost = nearest(points, points[chosen], metric, block_size=block_size)
         # A difference may round below 0.
         distance = jnp.minimum(distance, jnp.maximum(cost + squares, 0.0))
-        return (distance.at[chosen].set(0.0),), chosen
+        return distance.at[chosen].set(0.0), chosen
 
     # The first centres by weight alone.
-    start = jnp.full((count,), 1.0)
-    _, chosen = lax.scan(draw, (start,), jax.random.split(key, rounds))
+    _, chosen = lax.scan(draw, jnp.ones(count), jax.random.split(key, rounds))
     return points[chosen.reshape(-1)[:num_centres]].astype(jnp.float32)
 
 

@@ -12,8 +12,6 @@ from jax.experimental.pallas import tpu as pltpu
 _LANES = 128
 # Of 64 MiB or more on chip.
 _PARAMS = pltpu.CompilerParams(vmem_limit_bytes=48 * 2**20)
-
-
 _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 # Products with rows.
 _across = functools.partial(
@@ -49,8 +47,7 @@ def page_mass(
         peak = logits.max(-1, keepdims=True)
         # Sums over a page's lanes are a product with zeros and ones.
         page = lax.broadcasted_iota(jnp.int32, (tile, count), 0) // size
-        same = page == lax.broadcasted_iota(jnp.int32, (tile, count), 1)
-        ones = same.astype(jnp.float32)
+        ones = (page == lax.broadcasted_iota(jnp.int32, (tile, count), 1)).astype(jnp.float32)
         sums = _dot(jnp.exp(logits - peak), ones, precision=lax.Precision.HIGHEST)
         out[0] = jnp.log(sums) + peak
         # The first tile has tokens, so that both are never -inf.
@@ -100,8 +97,7 @@ def page_products(
 
     def kernel(_: Any, x: Any, *refs: Any) -> None:
         *pages, out = refs
-        rows = jnp.concatenate([page[0] for page in pages])
-        out[0] = _across(x[...], rows)
+        out[0] = _across(x[...], jnp.concatenate([page[0] for page in pages]))
 
     def page(copy: int, step: Any, ids: Any) -> tuple[Any, int, int]:
         return ids[step * copies + copy], 0, 0

@@ -74,7 +74,6 @@ class Pages:
         codes = codes[order]
         bias = None if head.bias is None else jnp.asarray(head.bias, jnp.float32)[order]
         offsets = offsets if bias is None else offsets + bias
-
         lines = padded(scales), padded(offsets, -np.inf)
         rows = padded(jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % _LANES))))
         return cls(

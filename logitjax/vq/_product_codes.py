@@ -72,22 +72,14 @@ class ProductCodes:
         if width % groups:
             raise ValueError(f"groups: expected a divisor of {width}, got {groups}")
         checks.between(num_codes, 1, _CODES, "num_codes")
-        part = width // groups
+        part, count = width // groups, min(num_codes, vocab)
         keys = jax.random.split(jax.random.key(0) if key is None else key, groups)
         weights = jnp.sqrt(jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12))
-        items = []
-        for g in range(groups):
-            block = slice(g * part, (g + 1) * part)
-            items.append(
-                fit_kmeans(
-                    rows[:, block],
-                    weights,
-                    cov[block, block],
-                    min(num_codes, vocab),
-                    key=keys[g],
-                    iterations=iterations,
-                )
-            )
+        blocks = [slice(start, start + part) for start in range(0, width, part)]
+        items = [
+            fit_kmeans(rows[:, b], weights, cov[b, b], count, key=key, iterations=iterations)
+            for b, key in zip(blocks, keys, strict=True)
+        ]
         codes, centres = zip(*items, strict=True)
         return cls(jnp.stack(centres), pack_codes(jnp.stack(codes, axis=1)), jnp.zeros(vocab))
 

@@ -219,9 +219,7 @@ class ScreenedHead(VocabularyHead):
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """Return its `HeadCost`, on top of its screen; a certificate's rare full reads are not."""
-        rows: Any = embedding if self.rows is None else self.rows
-        if rows is None:
-            raise ValueError("embedding: expected the rows that score again, got None")
+        rows = self._exact(embedding).rows
         vocab, hidden = rows.shape
         screen: Any = self.screen
         cost = screen.cost(embedding)
@@ -293,7 +291,6 @@ def _rounding(rows: Any) -> float:
 
 def fitted_tail(head: ScreenedHead, full: Head, hidden: Array) -> float:
     """The `ScreenedHead.tail` with the full head's mean mass outside the candidates."""
-
     graphdef, state = nnx.split(head)
 
     # Large arrays are arguments: constants would be compiled, and written to the cache of programs.

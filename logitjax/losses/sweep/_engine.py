@@ -260,11 +260,11 @@ def block_numbers(sweep: Sweep, operands: Operands):
 
 def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
     """Compute outputs and residuals of all positions by all passes of the statistic, in blocks."""
-    statistic, passed = sweep.statistic, None
+    statistic, outputs, passed = sweep.statistic, None, None
     dtype = sum_dtype(operands.student)
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
     tokens, location = split_operands(operands, split)
-    for number in range(statistic.passes):
+    for _ in range(statistic.passes):
 
         def step(state, index, passed=passed):
             columns = column_block(sweep, operands, index)
@@ -279,10 +279,8 @@ def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
         state, _ = lax.scan(step, state, block_numbers(sweep, operands))
         if sweep.axis_name is not None:
             state = statistic.reduce(state, sweep.axis_name, passed)
-        outputs, residuals = statistic.finish(state, passed)
-        if number + 1 < statistic.passes:
-            passed = residuals
-    return split.join((outputs, residuals))
+        outputs, passed = statistic.finish(state, passed)
+    return split.join((outputs, passed))
 
 
 def first_shard(sweep: Sweep, tree: Any) -> Any:

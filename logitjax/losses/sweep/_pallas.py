@@ -66,8 +66,7 @@ def forward(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _passes(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
-    statistic, passed = sweep.statistic, None
-    outputs = residuals = None
+    statistic, outputs, passed = sweep.statistic, None, None
     for _ in range(statistic.passes):
         if isinstance(statistic, ReadoutStatistic) and statistic.k:
             binned = Binned.of(statistic)
@@ -77,9 +76,8 @@ def _passes(interpret: Any, sweep: Sweep, operands: Operands) -> Any:
             state = tpu_state(interpret, sweep, operands, passed)
         if sweep.axis_name is not None:
             state = statistic.reduce(state, sweep.axis_name, passed)
-        outputs, residuals = statistic.finish(state, passed)
-        passed = residuals
-    return outputs, residuals
+        outputs, passed = statistic.finish(state, passed)
+    return outputs, passed
 
 
 @_passes.defjvp

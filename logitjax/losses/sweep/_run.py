@@ -89,7 +89,16 @@ def run(
     # Outside shard_map, where arrays still know their devices.
     platform = ops.mesh.platform_of(operands.student.hidden, operands.student.head.kernel)
     local = (statistic, Blocks() if blocks is None else blocks, platform)
-    outputs = _on_mesh(local, operands, weights, axis_name)
+    # By itself the compiler gathers a block of the head, and sums its gradient over all devices,
+    # once per block of positions; with a known mesh every device sweeps its own rows and columns,
+    # and it does both once per sweep. Inside the caller's `shard_map` arrays are already split.
+    mesh = _mesh_of(operands.student.head.kernel, operands.student.hidden)
+    split = None if axis_name is not None else _split(mesh, *operands.student[:2])
+    if split is None:
+        outputs = _local(*local, operands, weights, axis_name)
+    else:
+        # Outside jit each of its operations would be a program over the mesh.
+        outputs = _everywhere(local, mesh, split, operands, weights)
     if weights is not None:
         return outputs[0], lax.stop_gradient(outputs[1])
     return _losses(statistic, len(batch), outputs, operands.tokens)
@@ -245,25 +254,6 @@ def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
     return tuple(sorted(axes))
 
 
-def _on_mesh(
-    local: tuple[Statistic, Blocks, str],
-    operands: Operands,
-    weights: Array | None,
-    axis_name: AxisName | None,
-) -> Any:
-    """Let every device sweep its own rows and columns, if the mesh that splits them is known."""
-    # By itself the compiler gathers a block of the head, and sums its gradient over all devices,
-    # once per block of positions; this way it does both once per sweep.
-    hidden, head = operands.student.hidden, operands.student.head
-    mesh = _mesh_of(head.kernel, hidden)
-    # Inside the caller's `shard_map` arrays are already split.
-    split = None if axis_name is not None else _split(mesh, hidden, head)
-    if split is None:
-        return _local(*local, operands, weights, axis_name)
-    # Outside jit each of its operations would be a program over the mesh.
-    return _everywhere(local, mesh, split, operands, weights)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _everywhere(
     local: tuple[Statistic, Blocks, str],
@@ -363,18 +353,14 @@ def _split(mesh: Any, hidden: Any, head: Head) -> Any:
     columns = tuple(dict.fromkeys(n for n in expected if n not in used))
     unnamed = auto - used - {*columns, *names.rows, *names.columns, *names.sequence}
     if unnamed:
-        _warn_of_unnamed(unnamed, head)
+        size = head.kernel.size * head.kernel.dtype.itemsize / 2**20
+        warnings.warn(
+            f"mesh axes {', '.join(sorted(unnamed))}: expected names of losses.MeshAxes; what they "
+            f"split is left to the compiler, which may gather the head, {size:,.0f} MiB, for every "
+            "block of positions instead of once per sweep",
+            stacklevel=2,
+        )
     return (tuple(rows), columns) if used or columns or explicit else None
-
-
-def _warn_of_unnamed(axes: set[str], head: Head) -> None:
-    size = head.kernel.size * head.kernel.dtype.itemsize / 2**20
-    warnings.warn(
-        f"mesh axes {', '.join(sorted(axes))}: expected names of losses.MeshAxes; what they split "
-        f"is left to the compiler, which may gather the head, {size:,.0f} MiB, for every block of "
-        "positions instead of once per sweep",
-        stacklevel=2,
-    )
 
 
 def _padded(
