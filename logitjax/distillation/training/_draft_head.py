@@ -96,9 +96,8 @@ class DraftTraining:
         some = train.read(range(min(_WRITTEN, rows)))
         present = np.arange(some["tokens"].shape[1]) < some["length"][:, None]
         present[:, 0] = False
-        units = make_copying(
-            head, model, np.float32(some["features"][present]), some["tokens"][present]
-        )
+        features = some["features"][present].astype(np.float32)
+        units = make_copying(head, model, features, some["tokens"][present])
         loss, size = _Loss(self, head, model, units), course.batch_size
         constants = jax.device_put(loss.constants, NamedSharding(mesh, PartitionSpec()))
         steps, rate = course.steps, course.learning_rate

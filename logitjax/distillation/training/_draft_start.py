@@ -37,7 +37,7 @@ def make_copying(
     last = features[:, -width:] / typical
     features = features / units
     ids, places = np.unique(tokens, return_inverse=True)
-    embedded = np.float32(np.asarray(model.embedding[...])[ids])
+    embedded = np.asarray(model.embedding[...])[ids].astype(np.float32)
     embedded = embedded / (_size(embedded)[:, None] + 1e-6)
     given = embedded[places]
     # Directions in which tokens differ, frequent and rare ones alike.
@@ -51,7 +51,8 @@ def make_copying(
     fuse[-width:] += units[-width:, None] / typical * (np.eye(width) - free @ free.T)
     stream = features @ fuse
     keys = stream / _size(stream)[:, None] @ free
-    rows = (np.float32(np.asarray(model.head_of().rows[...])[ids]) * scale)[places]
+    rows = np.asarray(model.head_of().rows[...])[ids].astype(np.float32)
+    rows = (rows * scale)[places]
     rows -= rows.mean(axis=0)
     shown = _whitening(rows, groups * size)
     read = _fit(given, rows @ shown)
