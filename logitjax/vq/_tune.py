@@ -198,7 +198,8 @@ def vq_distillation_loss(
                      - 1/N (sum_k C_k . R_k + sum_v r_v b_v)
     """
     codebook, assignment = params["codebook"], constants["assignment"]
-    bias = params.get("bias", jnp.zeros(assignment.shape))
+    bias = params.get("bias")
+    bias = jnp.zeros(assignment.shape) if bias is None else bias
     scores = code_scores(hidden, codebook)
     log_z = logsumexp(scores + cluster_log_mass(bias, assignment, codebook.shape[0]))
     logits = jnp.take_along_axis(scores, assignment[top_tokens], axis=-1) + bias[top_tokens]

@@ -86,6 +86,9 @@ def test_slots_hold_several_models(ensemble, fused):
 
 def test_scores_are_of_the_fused_distribution(ensemble, fused):
     out = score(ensemble, PROMPTS, fused.rows(), others=THEIRS, block=4)
+    more = [None if o is None else [*o, o[0]] for o in THEIRS]
+    with pytest.raises(ValueError, match="others: expected"):
+        score(ensemble, PROMPTS, fused.rows(), others=more)
     np.testing.assert_allclose(out.logprobs, fused.logprobs, atol=1e-4)
     assert out.greedy.all()
 
