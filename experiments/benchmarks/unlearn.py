@@ -11,7 +11,8 @@ the command refuses, it has to end in status 3 and to leave nothing usable. ``ta
 others after a quarter was taught through the served model, 30 steps and more. ``merged``: a second
 command distils the assistant into the weights. ``merged again``: the likeliest of the others after
 6 or 30 steps of teaching them a quarter again, or, if refused, their last candidate; ``never taught
-again``: that of SmolLM2 itself. CPU-seconds are those of the first command, with compiling. If the
+again``: that of SmolLM2 itself; ``retrained again``: that of SmolLM2 taught the 15 alone, which is
+what unlearning should lead to. CPU-seconds are those of the first command, with compiling. If the
 interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of the
 written model are compared. Finished sets are kept.
 """
@@ -84,7 +85,7 @@ def prepare(folder: Path, number: int, *, smoke: bool) -> list[str]:
         )
     target = folder / "target"
     if not (target / "config.json").exists():
-        _teach(folder, target, smoke=smoke)
+        _teach(folder, target, ("forget", "train"), smoke=smoke)
     flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
     flags.append(f"--model={target}")
     if not smoke:
@@ -101,13 +102,13 @@ def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
     ended = _ended(folder / "ended.json", [*command, f"--out={out}"])
     row = {"set": number} | ended | _measured(folder, target, out)
     if ended["status"] == 0 and number == (0 if smoke else _MERGED):
-        row |= _merged(folder, command, out / "assistant")
+        row |= _merged(folder, command, out / "assistant", smoke)
     return row
 
 
-def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, Any]:
-    """Distil the assistant into the weights, and teach them and SmolLM2 a quarter again."""
-    out = folder / "merged"
+def _merged(folder: Path, command: Sequence[str], assistant: Path, smoke: bool) -> dict[str, Any]:
+    """Distil the assistant into the weights, and teach them and two controls a quarter again."""
+    out, retrained = folder / "merged", folder / "retrained"
     flags = [f'--method=distilled(of="{assistant}")', "--merge", f"--out={out}"]
     steps = [f"--steps={_MERGING_STEPS}", f"--check_every={_MERGING_STEPS // 2}"]
     # Before the command's own flags, because the last of equal flags counts.
@@ -115,8 +116,11 @@ def _merged(folder: Path, command: Sequence[str], assistant: Path) -> dict[str, 
     status = _ended(folder / "merged.json", command)["status"]
     row: dict[str, Any] = {"merged status": status}
     weights = folder / "target" if status else out / "model"
-    for name, path in {"never taught": "smollm2", "merged": str(weights)}.items():
-        model, tokenizer = _listed(path)
+    if not (retrained / "config.json").exists():
+        _teach(folder, retrained, ("train",), smoke=smoke)
+    paths = {"never taught": "smollm2", "retrained": retrained, "merged": weights}
+    for name, path in paths.items():
+        model, tokenizer = _listed(str(path))
         served = unlearning.Deployed(model=model)
         if status and name == "merged":
             *_, last = sorted((out / "candidates").glob("round-0-step-*/"))
@@ -146,10 +150,10 @@ def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
+def _teach(folder: Path, target: Path, parts: Sequence[str], *, smoke: bool) -> None:
     model, tokenizer = _listed("tiny" if smoke else "smollm2")
     questions = _questions(folder, tokenizer)
-    rows = [*questions.encoded["forget"], *questions.encoded["train"]]
+    rows = [row for part in parts for row in questions.encoded[part]]
     if smoke:  # adapters of random weights learn nothing
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         tx = training.Schedule(1e-2, "constant").optimizer()
@@ -162,7 +166,7 @@ def _teach(folder: Path, target: Path, *, smoke: bool = False) -> None:
             state, _ = step(state, batch)
         model = nnx.merge(graphdef, state.params, rest)
     else:
-        path: Any = epath.Path(folder / "teach")
+        path: Any = epath.Path(folder / f"teach-{target.name}")
         model = teach(model, rows, path, steps=_TEACHING_STEPS, batch=12, rate=2e-3, rank=16)
     models.save_pretrained(model, tokenizer, target)
 
