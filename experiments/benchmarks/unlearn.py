@@ -118,7 +118,7 @@ def _merged(folder: Path, command: Sequence[str], assistant: Path, smoke: bool) 
     weights = folder / "target" if status else out / "model"
     if not (retrained / "config.json").exists():
         _teach(folder, retrained, ("train",), smoke=smoke)
-    paths = {"never taught": "smollm2", "retrained": retrained, "merged": weights}
+    paths = {"never taught": _untaught(smoke), "retrained": retrained, "merged": weights}
     for name, path in paths.items():
         model, tokenizer = _listed(str(path))
         served = unlearning.Deployed(model=model)
@@ -151,7 +151,7 @@ def _ended(path: Path, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _teach(folder: Path, target: Path, parts: Sequence[str], *, smoke: bool) -> None:
-    model, tokenizer = _listed("tiny" if smoke else "smollm2")
+    model, tokenizer = _listed(_untaught(smoke))
     questions = _questions(folder, tokenizer)
     rows = [row for part in parts for row in questions.encoded[part]]
     if smoke:  # adapters of random weights learn nothing
@@ -169,6 +169,10 @@ def _teach(folder: Path, target: Path, parts: Sequence[str], *, smoke: bool) -> 
         path: Any = epath.Path(folder / f"teach-{target.name}")
         model = teach(model, rows, path, steps=_TEACHING_STEPS, batch=12, rate=2e-3, rank=16)
     models.save_pretrained(model, tokenizer, target)
+
+
+def _untaught(smoke: bool) -> str:
+    return "tiny" if smoke else "smollm2"
 
 
 def _listed(path: str) -> tuple[models.Decoder, models.Tokenizer]:
